@@ -1,0 +1,46 @@
+"""SAMF: reports and answers from chest CT volumes.
+
+Importing this package registers its classes with transformers' Auto classes, so that `AutoModel.from_pretrained(folder)`
+works without remote code.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
+
+from .configuration_samf import SamfConfig
+from .ct_volume import CTReadError, CTVolume, read_ct
+from .image_processing_samf import SamfImageProcessor
+from .modeling_samf import SamfForConditionalGeneration, SamfModel, SamfPreTrainedModel
+from .processing_samf import SamfProcessor
+
+AutoConfig.register("samf", SamfConfig, exist_ok=True)
+AutoModel.register(SamfConfig, SamfModel, exist_ok=True)
+AutoModelForImageTextToText.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
+AutoModelForCausalLM.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(SamfConfig, slow_image_processor_class=SamfImageProcessor, exist_ok=True)
+AutoProcessor.register(SamfConfig, SamfProcessor, exist_ok=True)
+
+# What save_pretrained must copy beside the weights, so that a saved folder is a complete Hub repository.
+SamfConfig.register_for_auto_class()
+SamfModel.register_for_auto_class("AutoModel")
+SamfForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+SamfImageProcessor.register_for_auto_class()
+SamfProcessor.register_for_auto_class()
+
+__all__ = [
+    "CTReadError",
+    "CTVolume",
+    "SamfConfig",
+    "SamfForConditionalGeneration",
+    "SamfImageProcessor",
+    "SamfModel",
+    "SamfPreTrainedModel",
+    "SamfProcessor",
+    "read_ct",
+]

@@ -1,0 +1,745 @@
+"""SAMF: slice encoder, aggregator, slice-attentive multimodal fusion, language model.
+
+Paper: "From Slices to Volumes: Multi-Scale Fusion of 2D and 3D Features for CT Scan Report Generation", MICCAI 2025.
+Equation numbers in this file are the paper's. Shapes: B volumes (and prompts), S slices, T tokens, d = d_proj.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_samf import SamfConfig
+
+# What generate() needs at the first step alone: the prompt's cache already holds what they gave.
+VOLUME_INPUTS = ("pixel_values", "slice_embeddings", "slice_mask", "slice_planes", "slice_positions", "prompt_mask")
+NUM_PLANES = 3  # axial, coronal, sagittal
+DEPTH_FREQUENCIES = 16
+
+
+@dataclass
+class SamfSliceAttentions(ModelOutput):
+    """Softmax weights of the fusion, for the evidence view.
+
+    Args:
+        alpha (`torch.FloatTensor` (B, 1, S)): volume to slices, eq. 5 (`samf`, `ao2d`).
+        beta (`torch.FloatTensor` (B, 1, T)): volume to prompt tokens, eq. 6 (`samf`, `ao2d`).
+        gamma (`torch.FloatTensor` (B, T, S)): prompt tokens to slices, eq. 7 (`ao2d`); rows of other tokens mean nothing.
+        slice_text (`torch.FloatTensor` (B, S, T)): slices to prompt tokens (`slice_tokens`).
+    """
+
+    alpha: torch.FloatTensor | None = None
+    beta: torch.FloatTensor | None = None
+    gamma: torch.FloatTensor | None = None
+    slice_text: torch.FloatTensor | None = None
+
+
+@dataclass
+class SamfModelOutputWithPast(BaseModelOutputWithPast):
+    """The language model's output, with:
+
+    Args:
+        image_outputs (`BaseModelOutputWithPooling`): slice embeddings (B, S, slice width) as `last_hidden_state`, the
+            volume embedding (B, 1, volume_dim) as `pooler_output`.
+        slice_attentions (`SamfSliceAttentions`): with `output_slice_attentions=True`.
+        finding_logits (`torch.FloatTensor` (B, L)): one logit a name in `config.finding_names`.
+    """
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+    slice_attentions: SamfSliceAttentions | None = None
+    finding_logits: torch.FloatTensor | None = None
+
+
+@dataclass
+class SamfCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`loss` and `logits` (B, T, vocabulary) of the language model, with the fields of [`SamfModelOutputWithPast`]."""
+
+    image_outputs: BaseModelOutputWithPooling | None = None
+    slice_attentions: SamfSliceAttentions | None = None
+    finding_logits: torch.FloatTensor | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the aggregator written out; query, key, value (B, heads, N, head width)."""
+    scores = query @ key.mT * scaling  # (B, heads, N, N)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class SlicePositionEmbedding(nn.Module):
+    """Where a slice comes from: its plane, and how far along the plane's normal it lies.
+
+    Depth enters as sines and cosines of the position in [0, 1], so that any number of slices can be read.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.plane = nn.Embedding(NUM_PLANES, dim)
+        self.depth = nn.Linear(2 * DEPTH_FREQUENCIES, dim, bias=False)
+
+    def forward(self, planes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """planes (B, S) in 0..2 and positions (B, S) in [0, 1] give (B, S, dim)."""
+        octaves = torch.arange(DEPTH_FREQUENCIES, device=positions.device, dtype=torch.float32) / 2
+        phases = positions.float()[..., None] * math.pi * 2**octaves  # (B, S, frequencies)
+        waves = torch.cat([phases.sin(), phases.cos()], dim=-1).to(self.depth.weight.dtype)
+        return self.plane(planes) + self.depth(waves)
+
+
+class SamfAggregatorAttention(nn.Module):
+    def __init__(self, config: SamfConfig):
+        super().__init__()
+        dim = config.vision_config.hidden_size
+        self.config = config
+        self.head_dim = dim // config.aggregator_num_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.aggregator_dropout
+        self.is_causal = False
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim)
+        self.v_proj = nn.Linear(dim, dim)
+        self.o_proj = nn.Linear(dim, dim)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """hidden_states (B, N, D), attention_mask as `create_bidirectional_mask` makes it."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)  # (B, heads, N, head width)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attention: Callable = eager_attention_forward
+        if self.config._attn_implementation != "eager":
+            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        dropout = self.dropout if self.training else 0.0
+        output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
+        return self.o_proj(output.reshape(hidden_states.shape))
+
+
+class SamfAggregatorLayer(GradientCheckpointingLayer):
+    """One transformer encoder layer; LayerNorm after each block (paper) or before it."""
+
+    def __init__(self, config: SamfConfig):
+        super().__init__()
+        dim = config.vision_config.hidden_size
+        self.pre_norm = config.aggregator_norm == "pre"
+        self.attention = SamfAggregatorAttention(config)
+        self.attention_norm = nn.LayerNorm(dim, eps=config.aggregator_layer_norm_eps)
+        self.up_proj = nn.Linear(dim, config.aggregator_ffn_dim)
+        self.activation = ACT2FN[config.aggregator_activation]
+        self.down_proj = nn.Linear(config.aggregator_ffn_dim, dim)
+        self.feed_forward_norm = nn.LayerNorm(dim, eps=config.aggregator_layer_norm_eps)
+        self.dropout = nn.Dropout(config.aggregator_dropout)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden_states (B, N, D) to the same shape."""
+        if self.pre_norm:
+            hidden_states = hidden_states + self._attend(self.attention_norm(hidden_states), attention_mask)
+            return hidden_states + self._feed_forward(self.feed_forward_norm(hidden_states))
+        hidden_states = self.attention_norm(hidden_states + self._attend(hidden_states, attention_mask))
+        return self.feed_forward_norm(hidden_states + self._feed_forward(hidden_states))
+
+    def _attend(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.dropout(self.attention(hidden_states, attention_mask))
+
+    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.down_proj(self.dropout(self.activation(self.up_proj(hidden_states)))))
+
+
+class SamfAggregator(nn.Module):
+    """f_3d (eq. 2): a transformer encoder over the slice embeddings, read out at its own CLS token."""
+
+    def __init__(self, config: SamfConfig):
+        super().__init__()
+        dim = config.vision_config.hidden_size
+        self.config = config
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.layers = nn.ModuleList([SamfAggregatorLayer(config) for _ in range(config.aggregator_num_layers)])
+        # A pre-norm stack leaves its sum unnormalised; the published post-norm form has no final norm.
+        self.norm = (
+            nn.LayerNorm(dim, eps=config.aggregator_layer_norm_eps)
+            if config.aggregator_norm == "pre"
+            else nn.Identity()
+        )
+        self.projection = nn.Linear(dim, config.volume_dim)
+
+    def forward(self, slices: torch.Tensor, slice_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """slices (B, S, D), slice_mask (B, S) with True = a slice; returns z_3d (B, volume_dim)."""
+        hidden_states = torch.cat([self.cls_token.expand(slices.shape[0], -1, -1), slices], dim=1)  # (B, 1 + S, D)
+        if slice_mask is not None:
+            slice_mask = F.pad(slice_mask, (1, 0), value=True)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=slice_mask
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask)
+        return self.projection(self.norm(hidden_states[:, 0]))
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention whose values are its keys, over those that `mask` keeps.
+
+    query (B, Q, d), key (B, K, d), mask (B, K) with True = keep. Returns the weighted sums (B, Q, d) and the weights
+    (B, Q, K). Where nothing is kept the weights and the sums are zero.
+    """
+    scores = query @ key.mT * scale  # (B, Q, K)
+    keep = mask[:, None, :]
+    weights = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(dim=-1).masked_fill(~keep, 0)
+    return weights @ key, weights
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over dim 1 of x (B, T, d) where `mask` (B, T) is True: (B, 1, d)."""
+    mask = mask.unsqueeze(-1).to(x.dtype)
+    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+class SamfFusion(nn.Module):
+    """Slices, volume and prompt become the image tokens (paper, section 2.2).
+
+    F_3d = W_3d z_3d (eq. 4), F_2d = W_2d z_2d (eq. 3), F_text = W_text E; then by `config.fusion_type`:
+
+    - `samf`: W_fusion [F_3d ‖ F_2d3d ‖ F_text3d] (eq. 10), one vector;
+    - `ao2d`: W_fusion [F_3d ‖ F_2d3d ‖ F_text3d ‖ F_text2d] (eq. 12), one vector;
+    - `slice_tokens`: W_fusion [F_3d ‖ F_2d,s ‖ F_text,s] with F_text,s = softmax over T of F_2d,s·F_textᵀ applied to
+      F_text: one vector a slice (ours).
+
+    Eq. 9 prints F_3d as the value that beta weighs; beta sums to one, so that would only give F_3d back. Figure 2 and
+    the published code weigh F_text, and so does this class. The scores are unscaled, as in the paper, unless
+    `config.fusion_scale` is `"rsqrt"` (1/sqrt(d)).
+    """
+
+    def __init__(self, config: SamfConfig):
+        super().__init__()
+        dim, text_dim = config.fusion_dim, config.text_config.hidden_size
+        self.fusion_type = config.fusion_type
+        self.scale = dim**-0.5 if config.fusion_scale == "rsqrt" else 1.0
+        self.project_slices = nn.Linear(config.vision_config.hidden_size, dim)  # W_2d, eq. 3
+        self.project_volume = nn.Linear(config.volume_dim, dim)  # W_3d, eq. 4
+        self.project_text = nn.Linear(text_dim, dim) if config.project_text else nn.Identity()
+        self.mix = nn.Linear(dim * (4 if config.fusion_type == "ao2d" else 3), text_dim)  # W_fusion, eqs. 10 and 12
+
+    def forward(
+        self,
+        slices: torch.Tensor,
+        volume: torch.Tensor,
+        text: torch.Tensor,
+        slice_mask: torch.Tensor,
+        text_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, SamfSliceAttentions]:
+        """
+        slices (B, S, slice width), volume (B, volume_dim), text (B, T, text width); masks (B, S), (B, T), True = keep.
+        Returns image tokens (B, 1, text width), or (B, S, text width) for `slice_tokens`, and the softmax weights.
+        """
+        slices = self.project_slices(slices)  # (B, S, d)
+        volume = self.project_volume(volume).unsqueeze(1)  # (B, 1, d)
+        text = self.project_text(text)  # (B, T, d)
+        if self.fusion_type == "slice_tokens":
+            return self._slice_tokens(slices, volume, text, text_mask)
+
+        volume_slices, alpha = attend(volume, slices, slice_mask, self.scale)  # eqs. 5 and 8
+        volume_text, beta = attend(volume, text, text_mask, self.scale)  # eqs. 6 and 9
+        parts, gamma = [volume, volume_slices, volume_text], None
+        if self.fusion_type == "ao2d":
+            text_slices, gamma = attend(text, slices, slice_mask, self.scale)  # eq. 7, (B, T, d)
+            parts.append(masked_mean(text_slices, text_mask))  # eq. 11
+        return self.mix(torch.cat(parts, dim=-1)), SamfSliceAttentions(alpha=alpha, beta=beta, gamma=gamma)
+
+    def _slice_tokens(
+        self, slices: torch.Tensor, volume: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, SamfSliceAttentions]:
+        slice_text, weights = attend(slices, text, text_mask, self.scale)  # (B, S, d)
+        parts = [volume.expand_as(slices), slices, slice_text]
+        return self.mix(torch.cat(parts, dim=-1)), SamfSliceAttentions(slice_text=weights)
+
+
+def fusion_text_mask(
+    text_scope: str,
+    image_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    prompt_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Which tokens are the fusion's text: (B, T) bool.
+
+    With `text_scope="prompt"`: the explicit `prompt_mask`; else, with labels, the tokens before the first label that
+    counts; else all. Image and padding tokens never count. No logit can then depend on a later answer token.
+    With `"sequence"` (the published code): every token, padding, placeholders and answer included.
+
+    Tokens beyond the end of `prompt_mask` were made by generate() and never count, so that the fused vector stays the
+    same with the cache on or off.
+
+    Args:
+        image_mask (B, T) True = image placeholder; attention_mask (B, T), ignored unless 2-D; prompt_mask (B, <= T);
+        labels (B, T), -100 = doesn't count.
+    """
+    batch, length = image_mask.shape
+    given = torch.ones_like(image_mask)
+    if prompt_mask is not None:
+        made = length - prompt_mask.shape[1]
+        if made < 0 or prompt_mask.shape[0] != batch:
+            raise ValueError(
+                f"prompt_mask has shape {tuple(prompt_mask.shape)} for input of shape {(batch, length)}; it must cover "
+                "the same tokens, or leave out those that generate() has added at the end."
+            )
+        given = F.pad(torch.ones_like(prompt_mask, dtype=torch.bool), (0, made), value=False)
+        prompt_mask = F.pad(prompt_mask.bool(), (0, made), value=False)
+    if text_scope == "sequence":
+        return given
+    if prompt_mask is not None:
+        mask = prompt_mask
+    elif labels is not None:
+        mask = (labels != -100).cumsum(dim=1) == 0
+    else:
+        mask = given
+    mask = mask & ~image_mask
+    if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape == mask.shape:
+        mask = mask & attention_mask.bool()
+    return mask
+
+
+def place_image_tokens(
+    inputs_embeds: torch.Tensor, image_mask: torch.Tensor, tokens: torch.Tensor, slice_mask: torch.Tensor
+) -> torch.Tensor:
+    """Put the image tokens where the placeholders stand.
+
+    inputs_embeds (B, T, D), image_mask (B, T); tokens (B, 1, D): the same vector everywhere, or (B, S, D): the k-th
+    placeholder of a row takes the token of its k-th slice that `slice_mask` (B, S) keeps.
+    """
+    tokens = tokens.to(inputs_embeds.dtype)
+    if tokens.shape[1] > 1:
+        kept_first = slice_mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # (B, S)
+        order = (image_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, T), which placeholder of its row
+        slots = kept_first.gather(1, order.clamp(max=tokens.shape[1] - 1))
+        tokens = tokens.gather(1, slots.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))  # (B, T, D)
+    return torch.where(image_mask.unsqueeze(-1), tokens, inputs_embeds)
+
+
+class SamfPreTrainedModel(PreTrainedModel):
+    config_class = SamfConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SamfAggregatorLayer", "SamfFusion"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SamfAggregator):
+            init.normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+
+
+class SamfModel(SamfPreTrainedModel):
+    """Slice encoder, aggregator, fusion and language model, without the language modelling head."""
+
+    def __init__(self, config: SamfConfig):
+        super().__init__(config)
+        self.slice_encoder = AutoModel.from_config(config.vision_config)
+        if "add_pooling_layer" in inspect.signature(type(self.slice_encoder).__init__).parameters:
+            self.slice_encoder.pooler = None  # z_2d is the CLS embedding: a pooler would never get a gradient
+        self.slice_position = (
+            SlicePositionEmbedding(config.vision_config.hidden_size) if _has_positions(config) else None
+        )
+        self.aggregator = SamfAggregator(config)
+        self.fusion = SamfFusion(config)
+        self.finding_head = nn.Linear(config.volume_dim, len(config.finding_names)) if config.finding_names else None
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    def encode_slices(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """f_2d (eq. 1) on every slice in one call, or in chunks of `config.vision_chunk_size`.
+
+        pixel_values (B, S, C, H, W). Returns z_2d (B, S, slice width) as `last_hidden_state`, and the encoder's hidden
+        states and attentions (leading dimension B·S) when they are asked for and the slices fit one chunk.
+        """
+        if pixel_values.ndim != 5:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (volumes, slices, channels, height, width)."
+            )
+        batch, slices = pixel_values.shape[:2]
+        flat = pixel_values.flatten(0, 1)  # (B·S, C, H, W)
+        chunk = self.config.vision_chunk_size or max(flat.shape[0], 1)
+        outputs = [self.slice_encoder(pixel_values=part, return_dict=True, **kwargs) for part in flat.split(chunk)]
+        pooled = torch.cat([self._pool(output.last_hidden_state) for output in outputs])  # (B·S, D)
+        whole = outputs[0] if len(outputs) == 1 else {}
+        return BaseModelOutputWithPooling(
+            last_hidden_state=pooled.view(batch, slices, -1),
+            hidden_states=whole.get("hidden_states"),
+            attentions=whole.get("attentions"),
+        )
+
+    def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (N, tokens, D) to one embedding a slice (N, D)."""
+        return tokens[:, 0] if self.config.slice_pooling == "cls" else tokens.mean(dim=1)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        slice_mask: torch.Tensor | None = None,
+        slice_planes: torch.Tensor | None = None,
+        slice_positions: torch.Tensor | None = None,
+        slice_embeddings: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """Slice and volume embeddings; no prompt enters (eqs. 1 and 2).
+
+        Args:
+            pixel_values (B, S, C, H, W), or `slice_embeddings` (B, S, slice width) as this method gave them before.
+            slice_mask (B, S) bool, True = a slice and not padding. slice_planes (B, S): 0 axial, 1 coronal, 2 sagittal.
+            slice_positions (B, S) in [0, 1] along the plane's normal.
+
+        Returns:
+            z_2d (B, S, slice width) as `last_hidden_state`, z_3d (B, 1, volume_dim) as `pooler_output`.
+        """
+        if (pixel_values is None) == (slice_embeddings is None):
+            raise ValueError("Pass exactly one of pixel_values and slice_embeddings.")
+        if slice_embeddings is None:
+            outputs = self.encode_slices(pixel_values, **kwargs)
+        else:
+            outputs = BaseModelOutputWithPooling(last_hidden_state=slice_embeddings.to(self.aggregator.cls_token.dtype))
+        slices = outputs.last_hidden_state + self._positions(outputs.last_hidden_state, slice_planes, slice_positions)
+        outputs.pooler_output = self.aggregator(slices, slice_mask).unsqueeze(1)
+        return outputs
+
+    def _positions(
+        self, slices: torch.Tensor, planes: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor | float:
+        """What the plane and depth embeddings add to slices (B, S, D).
+
+        Without planes and positions the slices count as equal thirds, one a plane, evenly spaced: what the image
+        processor makes by default.
+        """
+        if self.slice_position is None:
+            return 0.0
+        if planes is None or positions is None:
+            count = slices.shape[1]
+            index = torch.arange(count, device=slices.device)
+            per_plane = math.ceil(count / NUM_PLANES)
+            planes = (index // per_plane).expand(slices.shape[0], -1)
+            positions = ((index % per_plane + 0.5) / per_plane).expand(slices.shape[0], -1)
+        return self.slice_position(planes, positions).to(slices.dtype)
+
+    def get_placeholder_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """(B, T) bool, True where an image placeholder stands."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = self.get_input_embeddings()(
+            torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        )
+        return (inputs_embeds == placeholder).all(dim=-1)
+
+    def _check_placeholders(self, image_mask: torch.Tensor, slice_mask: torch.Tensor) -> None:
+        """Each row must hold as many placeholders as its volume has image tokens; a row without a volume holds none."""
+        if image_mask.shape[0] != slice_mask.shape[0]:
+            raise ValueError(
+                f"{slice_mask.shape[0]} volumes for {image_mask.shape[0]} prompts; give one volume a prompt, and an "
+                "all-False row of slice_mask for a prompt without one."
+            )
+        expected = slice_mask.sum(dim=1)
+        if self.config.fusion_type != "slice_tokens":
+            expected = (expected > 0) * self.config.num_image_tokens
+        found = image_mask.sum(dim=1)
+        if torch.compiler.is_compiling():
+            return  # comparing values would break the graph
+        if not torch.equal(found, expected):
+            raise ValueError(
+                f"Image features and image tokens do not match: the prompts hold {found.tolist()} placeholder tokens "
+                f"(id {self.config.image_token_id}), the volumes give {expected.tolist()}. Let the processor expand the "
+                "placeholder, and don't truncate its output."
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        slice_embeddings: torch.FloatTensor | None = None,
+        slice_mask: torch.Tensor | None = None,
+        slice_planes: torch.LongTensor | None = None,
+        slice_positions: torch.FloatTensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_slice_attentions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SamfModelOutputWithPast:
+        """
+        Args:
+            input_ids (B, T) or inputs_embeds (B, T, text width), with image placeholders where a volume stands.
+            pixel_values (B, S, C, H, W) or slice_embeddings (B, S, slice width); neither = text only.
+            slice_mask, slice_planes, slice_positions (B, S): see `get_image_features`. A row of slice_mask that is all
+                False is a prompt without a volume.
+            prompt_mask (B, T) bool: the fusion's text; see `fusion_text_mask`, which also says what labels do.
+            output_slice_attentions: return alpha, beta and gamma.
+
+        Returns:
+            The language model's output and the fields of [`SamfModelOutputWithPast`]. With a volume and neither
+            input_ids nor inputs_embeds, the language model isn't run: only the volume's fields are filled.
+        """
+        has_volume = pixel_values is not None or slice_embeddings is not None
+        if (
+            input_ids is not None
+            and inputs_embeds is not None
+            or (input_ids is None and inputs_embeds is None and not has_volume)
+        ):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds, or a volume alone.")
+        image_outputs = slice_attentions = finding_logits = None
+        if has_volume:
+            image_outputs = self.get_image_features(
+                pixel_values, slice_mask, slice_planes, slice_positions, slice_embeddings, return_dict=True
+            )
+            if self.finding_head is not None:
+                finding_logits = self.finding_head(image_outputs.pooler_output[:, 0])
+        if input_ids is None and inputs_embeds is None:
+            return SamfModelOutputWithPast(image_outputs=image_outputs, finding_logits=finding_logits)
+
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if has_volume:
+            slices = image_outputs.last_hidden_state
+            if slice_mask is None:
+                slice_mask = torch.ones(slices.shape[:2], dtype=torch.bool, device=slices.device)
+            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+            self._check_placeholders(image_mask, slice_mask)
+            text_mask = fusion_text_mask(self.config.fusion_text_scope, image_mask, attention_mask, prompt_mask, labels)
+            if self.config.slice_position_scope == "all":
+                slices = slices + self._positions(slices, slice_planes, slice_positions)
+            tokens, slice_attentions = self.fusion(
+                slices, image_outputs.pooler_output[:, 0], inputs_embeds.to(slices.dtype), slice_mask, text_mask
+            )
+            inputs_embeds = place_image_tokens(inputs_embeds, image_mask, tokens, slice_mask)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        return SamfModelOutputWithPast(
+            **outputs,
+            image_outputs=image_outputs,
+            slice_attentions=slice_attentions if output_slice_attentions else None,
+            finding_logits=finding_logits,
+        )
+
+
+def _has_positions(config: SamfConfig) -> bool:
+    return config.slice_position_scope != "none"
+
+
+def finding_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean binary cross-entropy of logits (B, L) over the labels (B, L) that are 0 or 1; -100 = unknown."""
+    known = labels != -100
+    losses = F.binary_cross_entropy_with_logits(logits.float(), labels.clamp(min=0).float(), reduction="none")
+    return (losses * known).sum() / known.sum().clamp(min=1)
+
+
+class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
+    """SAMF with its language modelling head: writes the report of a volume, or answers a question about it."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: SamfConfig):
+        super().__init__(config)
+        self.model = SamfModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_component_pretrained(
+        cls, slice_encoder: str, text_model: str, dtype: torch.dtype | str | None = None, **config: Any
+    ) -> "SamfForConditionalGeneration":
+        """A new model from a pretrained slice encoder and a pretrained language model; the parts between are random.
+
+        Args:
+            slice_encoder, text_model: Hub ids or folders, for example `facebook/dino-vitb16` and
+                `microsoft/Phi-3-mini-4k-instruct`.
+            dtype: of all weights; the components' own when None.
+            config: further arguments of [`SamfConfig`].
+        """
+        encoder = AutoModel.from_pretrained(slice_encoder, dtype=dtype)
+        # Phi-3's repository points at modelling code that no longer runs: the library's own class is wanted.
+        text = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, trust_remote_code=False)
+        samf_config = SamfConfig(vision_config=encoder.config, text_config=text.config, **config)
+        with torch.device("meta"):  # no second copy of billions of weights
+            model = cls(samf_config)
+        if getattr(model.model.slice_encoder, "pooler", encoder) is None:
+            encoder.pooler = None
+        model.model.slice_encoder = encoder
+        model.model.language_model = text.base_model
+        model.lm_head = text.get_output_embeddings()
+        for part in (model.model.slice_position, model.model.aggregator, model.model.fusion, model.model.finding_head):
+            if part is not None:
+                part.to_empty(device=text.device).to(text.dtype)
+                part.apply(model._init_weights)
+        model.generation_config = text.generation_config
+        model.tie_weights()
+        return model.eval()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.language_model
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See [`SamfModel.get_image_features`]."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        slice_embeddings: torch.FloatTensor | None = None,
+        slice_mask: torch.Tensor | None = None,
+        slice_planes: torch.LongTensor | None = None,
+        slice_positions: torch.FloatTensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        finding_labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_slice_attentions: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SamfCausalLMOutputWithPast:
+        """
+        Arguments of [`SamfModel.forward`], and:
+
+        Args:
+            labels (B, T): token ids, -100 = no loss. `loss` is the library's causal language modelling loss.
+            finding_labels (B, L): 0, 1, or -100 for unknown, in the order of `config.finding_names`. Adds
+                `config.finding_loss_weight` times their binary cross-entropy to the loss; with a volume and no text it
+                is the whole loss.
+            logits_to_keep: compute logits for the last so many tokens only (0 = all), or for these indices.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            slice_embeddings=slice_embeddings,
+            slice_mask=slice_mask,
+            slice_planes=slice_planes,
+            slice_positions=slice_positions,
+            prompt_mask=prompt_mask,
+            labels=labels,
+            output_slice_attentions=output_slice_attentions,
+            return_dict=True,
+            **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
+        )
+        logits = loss = None
+        if outputs.last_hidden_state is not None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])  # slice(-0, None) keeps all
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                )
+        if finding_labels is not None and outputs.finding_logits is not None:
+            loss = self._add_finding_loss(loss, outputs.finding_logits, finding_labels, labels, **kwargs)
+        rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
+        return SamfCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+
+    def _add_finding_loss(
+        self,
+        loss: torch.Tensor | None,
+        finding_logits: torch.Tensor,
+        finding_labels: torch.Tensor,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The text's loss (None = there is none) plus the weighted loss of the findings.
+
+        Trainer sums the losses of accumulated micro-batches when it passes `num_items_in_batch`. A micro-batch's mean
+        over findings is then weighed by its share of the label tokens, as its text loss is.
+        """
+        findings = self.config.finding_loss_weight * finding_loss(finding_logits, finding_labels)
+        if loss is None:
+            return findings
+        if num_items_in_batch is not None:
+            findings = findings * (labels != -100).sum() / num_items_in_batch
+        return loss + findings.to(loss.device)
+
+    def _prepare_model_inputs(
+        self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, str | None, dict[str, torch.Tensor]]:
+        """Before generate() adds tokens, mark what it was given as the prompt.
+
+        Without this a step that reads the whole sequence again (cache off, assisted decoding) would count made tokens
+        as the fusion's text, and the fused vector would move.
+        """
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        has_volume = any(model_kwargs.get(key) is not None for key in ("pixel_values", "slice_embeddings"))
+        if has_volume and model_kwargs.get("prompt_mask") is None:
+            mask = model_kwargs.get("attention_mask")
+            if mask is None or mask.ndim != 2:
+                mask = torch.ones(inputs.shape[:2], device=inputs.device)
+            model_kwargs["prompt_mask"] = mask.bool()
+        return inputs, name, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The library's inputs, without the volume once the cache holds the prompt."""
+        if kwargs.get("use_cache", True) and not is_first_iteration:
+            kwargs = {key: value for key, value in kwargs.items() if key not in VOLUME_INPUTS}
+        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+
+
+__all__ = ["SamfForConditionalGeneration", "SamfModel", "SamfPreTrainedModel"]

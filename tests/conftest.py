@@ -1,0 +1,29 @@
+"""Shared fixtures. What needs the real files (`$SAMF_TEST_DATA`, `$SAMF_TEST_REFERENCE`) skips with its reason where they are absent."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _shared_folder(variable: str, default: str) -> Path:
+    folder = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / default))
+    if not folder.is_dir():
+        pytest.skip(
+            f"${variable} ({folder}) is not a folder: real files for these tests are not part of the repository"
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder of real CT volumes, tokenizers and reports."""
+    return _shared_folder("SAMF_TEST_DATA", "data")
+
+
+@pytest.fixture(scope="session")
+def test_reference() -> Path:
+    """Folder of the published code's inputs and outputs."""
+    return _shared_folder("SAMF_TEST_REFERENCE", "reference")

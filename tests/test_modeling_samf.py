@@ -1,0 +1,400 @@
+"""The model's equations, invariants and behaviour as a member of the library."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import FUSION_TYPES, IMAGE_ID, SLICES, image_tokens, tiny_batch, tiny_config, tiny_model
+from transformers import AutoModel, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, ViTConfig, ViTModel
+
+from samf import SamfConfig, SamfForConditionalGeneration
+from samf.modeling_samf import SamfFusion, finding_loss, fusion_text_mask, place_image_tokens
+
+
+def softmax(scores: list[float]) -> np.ndarray:
+    exponents = np.exp(np.array(scores) - max(scores))
+    return exponents / exponents.sum()
+
+
+def linear(layer: torch.nn.Module, rows: np.ndarray) -> np.ndarray:
+    if isinstance(layer, torch.nn.Identity):
+        return rows
+    weight, bias = (parameter.detach().double().numpy() for parameter in (layer.weight, layer.bias))
+    return np.array(
+        [
+            [sum(w * x for w, x in zip(line, row, strict=True)) + b for line, b in zip(weight, bias, strict=True)]
+            for row in rows
+        ]
+    )
+
+
+def fuse_by_loops(fusion: SamfFusion, slices, volume, text, keep_slices, keep_text) -> np.ndarray:
+    """Equations 3 to 12 of the paper for one volume, written as sums over kept slices and tokens."""
+    f2d = linear(fusion.project_slices, slices)[keep_slices]
+    f3d = linear(fusion.project_volume, volume[None])[0]
+    ftext = linear(fusion.project_text, text)[keep_text]
+
+    def weigh(query, rows):
+        weights = softmax([sum(q * r for q, r in zip(query, row, strict=True)) * fusion.scale for row in rows])
+        return sum(weight * row for weight, row in zip(weights, rows, strict=True))
+
+    if fusion.fusion_type == "slice_tokens":
+        return linear(fusion.mix, np.array([np.concatenate([f3d, row, weigh(row, ftext)]) for row in f2d]))
+    parts = [f3d, weigh(f3d, f2d), weigh(f3d, ftext)]
+    if fusion.fusion_type == "ao2d":
+        parts.append(sum(weigh(token, f2d) for token in ftext) / len(ftext))
+    return linear(fusion.mix, np.concatenate(parts)[None])
+
+
+@pytest.mark.parametrize("scale", [None, "rsqrt"])
+@pytest.mark.parametrize("project_text", [True, False])
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_fusion_is_the_papers_equations(fusion_type, project_text, scale):
+    """Masked slices and tokens take no part; eq. 11 averages over the prompt's tokens only."""
+    torch.manual_seed(3)
+    fusion = SamfFusion(tiny_config(fusion_type=fusion_type, project_text=project_text, fusion_scale=scale)).double()
+    slices, volume, text = (torch.randn(shape).double() for shape in ((2, 5, 32), (2, 16), (2, 7, 32)))
+    slice_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    text_mask = torch.tensor([[0, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1]]).bool()
+    with torch.no_grad():
+        tokens, _ = fusion(slices, volume, text, slice_mask, text_mask)
+    for row in range(2):
+        expected = fuse_by_loops(fusion, *(part[row].numpy() for part in (slices, volume, text, slice_mask, text_mask)))
+        actual = tokens[row][slice_mask[row]] if fusion_type == "slice_tokens" else tokens[row]
+        np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_aggregator_is_torchs_transformer_encoder(norm):
+    """The published aggregator is `nn.TransformerEncoder` with a CLS token; ours gives the same for the same weights."""
+    aggregator = tiny_model(aggregator_norm=norm, aggregator_dropout=0.0).model.aggregator
+    reference = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(32, 8, 1024, 0.0, "relu", batch_first=True, norm_first=norm == "pre"),
+        2,
+        norm=torch.nn.LayerNorm(32) if norm == "pre" else None,
+        enable_nested_tensor=False,
+    ).eval()
+    names = {"self_attn.out_proj": "attention.o_proj", "linear1": "up_proj", "linear2": "down_proj"}
+    names |= {"norm1": "attention_norm", "norm2": "feed_forward_norm"}
+    with torch.no_grad():
+        for theirs, ours in zip(reference.layers, aggregator.layers, strict=True):
+            for kind in ("weight", "bias"):
+                parts = [getattr(getattr(ours.attention, f"{part}_proj"), kind) for part in "qkv"]
+                getattr(theirs.self_attn, f"in_proj_{kind}").copy_(torch.cat(parts))
+                for their_name, our_name in names.items():
+                    getattr(theirs.get_submodule(their_name), kind).copy_(getattr(ours.get_submodule(our_name), kind))
+        slices, mask = torch.randn(2, 5, 32), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
+        tokens = torch.cat([aggregator.cls_token.expand(2, -1, -1), slices], dim=1)
+        padding = torch.cat([torch.zeros(2, 1).bool(), ~mask], dim=1)
+        expected = aggregator.projection(reference(tokens, src_key_padding_mask=padding)[:, 0])
+        torch.testing.assert_close(aggregator(slices, mask), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["labels", "prompt_mask", "both"])
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_no_logit_depends_on_a_later_answer_token(fusion_type, given):
+    model, batch = tiny_model(fusion_type=fusion_type), tiny_batch(fusion_type)
+    batch["prompt_mask"] = batch["labels"] == -100
+    if given != "both":
+        batch.pop("labels" if given == "prompt_mask" else "prompt_mask")
+    first = batch["input_ids"].shape[1] - 5
+    with torch.no_grad():
+        before = model(**batch).logits
+        for position in range(first, first + 5):
+            changed = {key: value.clone() for key, value in batch.items()}
+            changed["input_ids"][:, position] = (changed["input_ids"][:, position] - 6 + 11) % 93 + 6
+            after = model(**changed).logits
+            assert torch.equal(before[:, :position], after[:, :position])
+            assert not torch.equal(before[:, position:], after[:, position:])
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_the_published_text_scope_leaks_the_answer(fusion_type):
+    """What the test above guards against: with the published scope, the last answer token moves the logits before it."""
+    model, batch = tiny_model(fusion_type=fusion_type, fusion_text_scope="sequence"), tiny_batch(fusion_type)
+    changed = batch["input_ids"].clone()
+    changed[:, -1] = (changed[:, -1] - 6 + 11) % 93 + 6
+    with torch.no_grad():
+        before, after = model(**batch).logits, model(**{**batch, "input_ids": changed}).logits
+    assert not torch.equal(before[:, :-1], after[:, :-1])
+
+
+def test_prompt_rule():
+    """Explicit mask, else tokens before the first label, else all; never images or padding; made tokens never count."""
+    image = torch.tensor([[0, 1, 1, 0, 0, 0, 0]]).bool()
+    attention = torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
+    labels = torch.tensor([[-100, -100, -100, -100, -100, 7, 8]])
+    prompt = torch.tensor([[1, 1, 1, 1, 0, 0]]).bool()
+
+    def positions(**given):
+        return fusion_text_mask("prompt", image, **given)[0].nonzero().flatten().tolist()
+
+    assert positions() == [0, 3, 4, 5, 6]
+    assert positions(attention_mask=attention) == [3, 4, 5, 6]
+    assert positions(attention_mask=attention, labels=labels) == [3, 4]
+    assert positions(attention_mask=attention, labels=labels, prompt_mask=prompt) == [3]
+    sequence = fusion_text_mask("sequence", image, attention_mask=attention, labels=labels, prompt_mask=prompt)
+    assert sequence[0].tolist() == [True] * 6 + [False]
+    with pytest.raises(ValueError, match="prompt_mask has shape"):
+        fusion_text_mask("prompt", image, prompt_mask=torch.ones(1, 9).bool())
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_left_padding_changes_nothing(fusion_type):
+    model, batch = tiny_model(fusion_type=fusion_type), tiny_batch(fusion_type)
+    padded = dict(batch)
+    for key, value in (("input_ids", 1), ("attention_mask", 0), ("labels", -100)):
+        padded[key] = torch.nn.functional.pad(batch[key], (4, 0), value=value)
+    padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        plain, left = model(**batch), model(**padded)
+    torch.testing.assert_close(left.logits[:, 4:], plain.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(left.loss, plain.loss, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_black_and_white_volumes_differ(fusion_type):
+    model, batch = tiny_model(fusion_type=fusion_type), tiny_batch(fusion_type)
+    shape = batch["pixel_values"].shape
+    with torch.no_grad():
+        black = model(**{**batch, "pixel_values": torch.full(shape, -2.0)}).logits
+        white = model(**{**batch, "pixel_values": torch.full(shape, 2.0)}).logits
+    after_images = image_tokens(fusion_type)
+    assert (black - white)[:, after_images:].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+@pytest.mark.parametrize(
+    "strategy",
+    [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}, {"num_beams": 2, "use_cache": False}],
+)
+def test_every_way_of_decoding_reads_one_fused_vector(fusion_type, strategy):
+    """The fused tokens don't move while tokens are made: with the cache on or off, in beams, with looked-up candidates."""
+    model, batch = tiny_model(fusion_type=fusion_type), tiny_batch(fusion_type, rows=1, answer=0)
+    batch.pop("labels")
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    fused = []
+    model.model.fusion.register_forward_hook(lambda module, inputs, output: fused.append(output[0][:1]))
+    model.generate(**batch, **options, **strategy)
+    assert all(torch.allclose(tokens, fused[0], atol=1e-6) for tokens in fused)
+    assert len(fused) == 1 or strategy.get("use_cache") is False
+    if strategy != {"num_beams": 3} and strategy.get("num_beams") is None:
+        assert torch.equal(model.generate(**batch, **options, **strategy), model.generate(**batch, **options))
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_a_left_padded_batch_generates_what_each_prompt_generates_alone(fusion_type):
+    model = tiny_model(fusion_type=fusion_type)
+    long = tiny_batch(fusion_type, rows=1, prompt=9, answer=0)
+    short = tiny_batch(fusion_type, rows=1, prompt=4, answer=0, seed=2)
+    both = {
+        "input_ids": torch.cat([long["input_ids"], torch.nn.functional.pad(short["input_ids"], (5, 0), value=1)]),
+        "attention_mask": torch.cat([long["attention_mask"], torch.nn.functional.pad(short["attention_mask"], (5, 0))]),
+        "pixel_values": torch.cat([long["pixel_values"], short["pixel_values"]]),
+    }
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    together = model.generate(**both, **options)[:, -8:]
+    for row, single in enumerate((long, short)):
+        single.pop("labels")
+        assert torch.equal(together[row], model.generate(**single, **options)[0, -8:])
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_padded_slices_take_no_part(fusion_type):
+    """A batch of volumes with different slice counts gives each volume what it gets alone."""
+    model = tiny_model(fusion_type=fusion_type, slice_position_scope="all")
+    planes, positions = torch.tensor([[0, 0, 1, 1, 2, 2]]), torch.tensor([[0.25, 0.75] * 3])
+    one = {"pixel_values": torch.randn(1, 6, 3, 32, 32), "slice_planes": planes, "slice_positions": positions}
+    padded = {
+        "pixel_values": torch.cat([one["pixel_values"], torch.randn(1, 3, 3, 32, 32)], dim=1),
+        "slice_planes": torch.nn.functional.pad(planes, (0, 3)),
+        "slice_positions": torch.nn.functional.pad(positions, (0, 3)),
+        "slice_mask": torch.tensor([[True] * 6 + [False] * 3]),
+    }
+    text = {key: value[:1] for key, value in tiny_batch(fusion_type).items() if key != "pixel_values"}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**text, **padded).logits, model(**text, **one).logits, rtol=0, atol=1e-5)
+
+
+def test_place_image_tokens_gives_each_placeholder_its_slice():
+    embeds = torch.zeros(2, 6, 1)
+    image_mask = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 1]]).bool()
+    slice_mask = torch.tensor([[1, 1, 1], [0, 1, 1]]).bool()
+    tokens = torch.tensor([[[1.0], [2.0], [3.0]], [[4.0], [5.0], [6.0]]])
+    placed = place_image_tokens(embeds, image_mask, tokens, slice_mask)[..., 0]
+    assert placed.tolist() == [[0, 1, 2, 3, 0, 0], [0, 0, 0, 5, 0, 6]]
+
+
+def test_without_positions_the_slices_are_a_set_and_with_them_a_sequence():
+    batch = tiny_batch("ao2d")
+    shuffled = {
+        **batch,
+        "pixel_values": batch["pixel_values"][:, torch.randperm(SLICES, generator=torch.Generator().manual_seed(0))],
+    }
+    with torch.no_grad():
+        for scope, same in (("none", True), ("aggregator", False), ("all", False)):
+            model = tiny_model(slice_position_scope=scope)
+            assert torch.allclose(model(**batch).logits, model(**shuffled).logits, atol=1e-5) is same
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_a_prompt_without_a_volume_in_a_mixed_batch(fusion_type):
+    """Its logits are those of a text-only call, and its neighbour's those of a call with the volume alone."""
+    model, batch = tiny_model(fusion_type=fusion_type), tiny_batch(fusion_type)
+    batch["input_ids"][1, : image_tokens(fusion_type)] = 7
+    mixed = {**batch, "slice_mask": torch.tensor([[True] * SLICES, [False] * SLICES])}
+    with torch.no_grad():
+        logits = model(**mixed).logits
+        alone = model(**{key: value[:1] for key, value in batch.items()}).logits
+        text = model(input_ids=batch["input_ids"][1:], attention_mask=batch["attention_mask"][1:]).logits
+    torch.testing.assert_close(logits[:1], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits[1:], text, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_a_wrong_number_of_placeholders_is_an_error_that_gives_both_numbers(fusion_type):
+    model, batch = tiny_model(fusion_type=fusion_type), tiny_batch(fusion_type)
+    expected = image_tokens(fusion_type)
+    batch["input_ids"][0, 0] = 7
+    with pytest.raises(ValueError, match=rf"hold \[{expected - 1}, {expected}\].*give \[{expected}, {expected}\]"):
+        model(**batch)
+    with pytest.raises(ValueError, match="1 volumes for 2 prompts"):
+        model(**{**batch, "pixel_values": batch["pixel_values"][:1]})
+
+
+def test_chunks_embeddings_and_attention_implementations_give_the_same_logits():
+    batch = tiny_batch("ao2d")
+    with torch.no_grad():
+        expected = tiny_model()(**batch).logits
+        assert torch.allclose(tiny_model(vision_chunk_size=5)(**batch).logits, expected, atol=1e-5)
+        eager = tiny_model()
+        eager.set_attn_implementation("eager")
+        assert torch.allclose(eager(**batch).logits, expected, atol=1e-5)
+        model = tiny_model()
+        embeddings = model.get_image_features(batch.pop("pixel_values")).last_hidden_state
+        assert torch.allclose(model(**batch, slice_embeddings=embeddings).logits, expected, atol=1e-5)
+
+
+def test_slice_attentions_are_distributions_over_what_is_kept():
+    for fusion_type in FUSION_TYPES:
+        model, batch = tiny_model(fusion_type=fusion_type), tiny_batch(fusion_type)
+        with torch.no_grad():
+            weights = model(**batch, output_slice_attentions=True).slice_attentions
+        prompt = (batch["labels"] == -100) & (batch["input_ids"] != IMAGE_ID)
+        for name, value in weights.items():
+            torch.testing.assert_close(value.sum(-1), torch.ones(value.shape[:-1]))
+            if name in ("beta", "slice_text"):
+                assert value.masked_select(~prompt[:, None]).eq(0).all()
+        assert set(weights) == {"samf": {"alpha", "beta"}, "ao2d": {"alpha", "beta", "gamma"}}.get(
+            fusion_type, {"slice_text"}
+        )
+
+
+def test_finding_loss_by_hand_and_in_the_models_loss():
+    logits, labels = torch.tensor([[0.5, -1.0], [2.0, 3.0]]), torch.tensor([[1, -100], [0, 1]])
+    probabilities = [1 / (1 + np.exp(-0.5)), 1 - 1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(-3.0))]
+    assert finding_loss(logits, labels).item() == pytest.approx(-np.mean(np.log(probabilities)), rel=1e-6)
+    assert finding_loss(logits, torch.full((2, 2), -100)).item() == 0
+
+    model, batch = tiny_model(finding_names=["a", "b"], finding_loss_weight=0.3), tiny_batch("ao2d")
+    with torch.no_grad():
+        text = model(**batch)
+        both = model(**batch, finding_labels=labels)
+        alone = model(pixel_values=batch["pixel_values"], finding_labels=labels)
+        items = (batch["labels"] != -100).sum()
+        half = model(**batch, finding_labels=labels, num_items_in_batch=2 * items)
+    expected = 0.3 * finding_loss(text.finding_logits, labels)
+    torch.testing.assert_close(both.loss, text.loss + expected)
+    torch.testing.assert_close(alone.loss, expected)
+    assert alone.logits is None
+    torch.testing.assert_close(half.loss, both.loss / 2)  # two such micro-batches make one batch's loss
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_every_parameter_gets_a_gradient_with_and_without_checkpointing(fusion_type):
+    batch = tiny_batch(fusion_type) | {"finding_labels": torch.tensor([[1, 0], [0, 1]])}
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(fusion_type=fusion_type, finding_names=["a", "b"], aggregator_dropout=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**batch).loss.backward()
+        missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        assert not missing
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_save_and_load_keep_every_weight_and_setting(tmp_path):
+    model = tiny_model(
+        fusion_type="slice_tokens", finding_names=["a"], slice_position_scope="all", fusion_scale="rsqrt"
+    )
+    model.save_pretrained(tmp_path)
+    again = SamfForConditionalGeneration.from_pretrained(tmp_path)
+    for name in set(SamfConfig.__init__.__annotations__) - {"kwargs"}:
+        ours, theirs = getattr(model.config, name), getattr(again.config, name)
+        if name.endswith("_config"):  # loading enters the weights' dtype
+            ours, theirs = ({**config.to_dict(), "dtype": None} for config in (ours, theirs))
+        assert ours == theirs, name
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    base = AutoModel.from_pretrained(tmp_path)
+    batch = tiny_batch("slice_tokens")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.lm_head(base(**batch).last_hidden_state),
+            AutoModelForCausalLM.from_pretrained(tmp_path)(**batch).logits,
+        )
+
+
+def test_new_model_from_components_keeps_their_weights(tmp_path):
+    config = tiny_config()
+    encoder, text = (
+        ViTModel(ViTConfig(**config.vision_config.to_dict())),
+        Phi3ForCausalLM(Phi3Config(**config.text_config.to_dict())),
+    )
+    encoder.save_pretrained(tmp_path / "encoder")
+    text.save_pretrained(tmp_path / "text")
+    model = SamfForConditionalGeneration.from_component_pretrained(
+        str(tmp_path / "encoder"), str(tmp_path / "text"), image_token_id=IMAGE_ID, num_image_tokens=4, volume_dim=16
+    )
+    assert not any(parameter.is_meta or parameter.isnan().any() for parameter in model.parameters())
+    state = model.state_dict()
+    for prefix, part in (("model.slice_encoder.", encoder), ("model.language_model.", text.model)):
+        for name, value in part.state_dict().items():
+            assert "pooler" in name or torch.equal(state[prefix + name], value)
+    assert torch.equal(state["lm_head.weight"], text.lm_head.weight)
+    assert set(state) == set(tiny_model().state_dict())
+    assert 0.01 < model.model.fusion.mix.weight.std() < 0.03
+    batch = tiny_batch("ao2d")
+    z_2d = model.get_image_features(batch["pixel_values"]).last_hidden_state
+    expected = encoder.eval()(batch["pixel_values"].flatten(0, 1)).last_hidden_state[:, 0]
+    torch.testing.assert_close(z_2d.flatten(0, 1), expected)
+
+
+def test_defaults_are_the_papers_sizes():
+    config = SamfConfig()
+    assert (config.vision_config.hidden_size, config.vision_config.patch_size, config.vision_config.layer_norm_eps) == (
+        768,
+        16,
+        1e-6,
+    )
+    assert (config.text_config.hidden_size, config.text_config.num_hidden_layers, config.text_config.vocab_size) == (
+        3072,
+        32,
+        32064,
+    )
+    assert (config.volume_dim, config.num_image_tokens, config.fusion_dim) == (256, 256, 3072)
+    with torch.device("meta"):
+        model = SamfForConditionalGeneration(config)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.model.named_children()}
+    assert parts["slice_encoder"] == 85_798_656  # ViT-B/16 without a pooler
+    assert parts["language_model"] + model.lm_head.weight.numel() == 3_821_079_552  # Phi-3-mini
+
+
+@pytest.mark.parametrize(
+    "setting", [{"fusion_type": "sum"}, {"aggregator_num_heads": 7}, {"project_text": False, "fusion_dim": 8}]
+)
+def test_a_wrong_setting_is_an_error_that_names_it(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        tiny_config(**setting)

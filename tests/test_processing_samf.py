@@ -1,0 +1,194 @@
+"""Conversations and volumes become inputs: placeholders, padding, the prompt mask, and the collator on top of it."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import IMAGE_TOKENS, model_for, tiny_processor
+
+from samf import SamfProcessor
+from samf.data.collator import IGNORED, SamfCollator
+from samf.data.prompts import record_prompt
+
+PROMPT = "Which finding is present?"
+
+
+def volume(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-1000, 400, (12, 14, 16)).astype(np.int16)
+
+
+def conversation(*, with_volume: bool = True, answer: str | None = None) -> list[dict]:
+    content = [{"type": "volume", "volume": volume()}] if with_volume else []
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": PROMPT}]}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def encode(processor: SamfProcessor, conversations: list, **options) -> dict:
+    options = {"add_generation_prompt": True, "processor_kwargs": {"padding": True}} | options
+    return processor.apply_chat_template(conversations, tokenize=True, return_dict=True, return_tensors="pt", **options)
+
+
+@pytest.mark.parametrize("num_image_tokens", [IMAGE_TOKENS, None])
+def test_the_placeholder_becomes_as_many_tokens_as_the_model_reads(num_image_tokens):
+    processor = tiny_processor(num_image_tokens)
+    inputs = encode(processor, conversation())
+    count = (inputs["input_ids"] == processor.image_token_id).sum().item()
+    assert count == (num_image_tokens or inputs["slice_mask"].sum().item())
+    assert model_for(processor).generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_the_phi3_format():
+    processor = tiny_processor()
+    text = processor.apply_chat_template(conversation(answer="emphysema"))
+    assert text == f"<|user|>\n<image>\n{PROMPT}<|end|>\n<|assistant|>\nemphysema<|end|>\n"
+    plain = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    assert (
+        processor.apply_chat_template(plain, add_generation_prompt=True)
+        == "<|system|>\nS<|end|>\n<|user|>\nQ<|end|>\n<|assistant|>\n"
+    )
+
+
+def test_prompt_mask_covers_the_prompt_and_never_the_answer():
+    processor = tiny_processor()
+    inputs = encode(
+        processor,
+        [conversation(answer="emphysema"), conversation(with_volume=False, answer="cardiomegaly")],
+        add_generation_prompt=False,
+    )
+    for ids, mask in zip(inputs["input_ids"], inputs["prompt_mask"], strict=True):
+        text = processor.tokenizer.decode(ids[mask])
+        assert text.endswith(f"{PROMPT}<|end|>\n<|assistant|>\n")
+        assert "<image>" not in text and "<|endoftext|>" not in text
+    assert inputs["slice_mask"].tolist() == [[True] * 6, [False] * 6]
+
+
+def test_a_template_without_generation_marks_gives_no_prompt_mask():
+    processor = tiny_processor()
+    template = "{% for message in messages %}{% for block in message['content'] %}{{ block['text'] if block['type'] == 'text' else '<image>' }}{% endfor %}{% endfor %}"
+    assert "prompt_mask" not in encode(
+        processor, conversation(answer="emphysema"), chat_template=template, add_generation_prompt=False
+    )
+
+
+def test_paths_arrays_volumes_and_extracted_stacks_are_one_input(tmp_path):
+    import nibabel
+
+    from samf import read_ct
+
+    path = tmp_path / "scan.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(volume(), np.eye(4)), path)
+    processor = tiny_processor()
+    forms = [str(path), path, read_ct(path), volume(), processor.image_processor.extract(read_ct(path))]
+    expected = processor(volumes=volume(), text="<image>", return_tensors="pt")["pixel_values"]
+    for form in forms:
+        assert torch.equal(processor(volumes=form, text="<image>", return_tensors="pt")["pixel_values"], expected)
+        chat = [{"role": "user", "content": [{"type": "volume", "volume": form}, {"type": "text", "text": PROMPT}]}]
+        assert torch.equal(encode(processor, chat)["pixel_values"], expected)
+    chat = [{"role": "user", "content": [{"type": "volume", "path": str(path)}, {"type": "text", "text": PROMPT}]}]
+    assert torch.equal(encode(processor, chat)["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": "<image><image>", "volumes": [volume(), volume()]}, "holds 2 <image> placeholders"),
+        ({"text": "no placeholder", "volumes": volume()}, "0 <image> placeholders, but 1 volumes"),
+        ({"text": "<image> alone"}, "1 <image> placeholders, but 0 volumes"),
+        ({"text": "<image>", "volumes": volume(), "images": volume()}, "two names of one argument"),
+        ({}, "at least one input"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_processor()(**arguments)
+
+
+def test_an_image_token_is_never_truncated():
+    with pytest.raises(ValueError, match="Mismatch in `image` token count"):
+        tiny_processor()(text="<image> text", volumes=volume(), truncation=True, max_length=2)
+
+
+def test_a_saved_processor_is_the_same_processor(tmp_path):
+    for count in (3, None):
+        processor = tiny_processor(count, slab="mip")
+        processor.save_pretrained(tmp_path)
+        again = SamfProcessor.from_pretrained(tmp_path)
+        assert (again.num_image_tokens, again.image_processor.slab) == (count, "mip")
+        assert again.chat_template == processor.chat_template
+        before, after = encode(processor, conversation()), encode(again, conversation())
+        assert set(before) == set(after)
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
+def test_phi3s_tokenizer_takes_the_image_token_into_its_spare_row(test_data):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(test_data / "tokenizers" / "phi3")
+    processor = SamfProcessor(tiny_processor().image_processor, tokenizer)
+    assert processor.image_token_id == 32011
+    inputs = encode(processor, conversation())
+    assert (inputs["input_ids"] == 32011).sum() == 256
+    assert inputs["input_ids"][0, 0] == tokenizer.convert_tokens_to_ids("<|user|>")
+
+
+def record(number: int, *, volume: str | None = "scan", answer: str = "(b) emphysema", **values) -> dict:
+    choices = ["consolidation", "emphysema"]
+    return {"id": str(number), "question": PROMPT, "choices": choices, "answer": answer, "volume": volume, **values}
+
+
+class Store:
+    """Every path holds the same slices."""
+
+    def __init__(self, processor: SamfProcessor):
+        self.slices = processor.image_processor.extract(volume())
+
+    def get(self, path: str) -> dict:
+        return self.slices
+
+
+def test_collator_puts_the_loss_on_the_answer_and_its_end_token():
+    processor = tiny_processor()
+    records = [record(0, finding_labels=[1, 0]), record(1, volume=None, answer="emphysema", finding_labels=[])]
+    batch = SamfCollator(processor, slice_cache=Store(processor))(records)
+    answers = [processor.tokenizer.decode(row[row != IGNORED]) for row in batch["labels"]]
+    assert answers == ["(b) emphysema<|end|>", "emphysema<|end|>"]
+    assert not (batch["prompt_mask"] & (batch["labels"] != IGNORED)).any()
+    assert batch["finding_labels"].tolist() == [[1, 0], [IGNORED, IGNORED]]
+    assert batch["attention_mask"][:, 0].tolist() == [1, 1]  # right padding
+    assert f"{PROMPT} (a) consolidation (b) emphysema" in processor.tokenizer.decode(batch["input_ids"][0])
+    assert model_for(processor, finding_names=["x", "y"])(**batch).loss.isfinite()
+
+
+def test_a_long_answer_loses_its_end_but_never_its_end_token():
+    processor = tiny_processor()
+    whole = SamfCollator(processor)([record(0, volume=None, answer="emphysema " * 20)])
+    length = whole["input_ids"].shape[1] - 9
+    collator = SamfCollator(processor, max_length=length)
+    cut = collator([record(0, volume=None, answer="emphysema " * 20)])
+    assert cut["input_ids"].shape[1] == length
+    assert collator.truncated == 1
+    kept, end = cut["labels"][cut["labels"] != IGNORED], processor.tokenizer.convert_tokens_to_ids("<|end|>")
+    full = whole["labels"][whole["labels"] != IGNORED]
+    assert kept[-1] == end
+    assert torch.equal(kept[:-1], full[: len(kept) - 1])
+    with pytest.raises(ValueError, match="Record '0' is .* can't be cut"):
+        SamfCollator(processor, max_length=5)([record(0, volume=None)])
+
+
+def test_collator_for_generation_pads_left_and_holds_no_answer():
+    processor = tiny_processor()
+    batch = SamfCollator(processor, generation=True, slice_cache=Store(processor))(
+        [record(0), record(1, volume=None, answer="nothing of this")]
+    )
+    assert batch["attention_mask"][:, -1].tolist() == [1, 1]
+    assert "labels" not in batch and "finding_labels" not in batch
+    texts = processor.batch_decode(batch["input_ids"])
+    assert all(text.endswith("<|assistant|>\n") for text in texts)
+
+
+def test_a_record_without_choices_or_question():
+    assert record_prompt(record(0) | {"choices": None}) == PROMPT
+    assert record_prompt({"question": "", "choices": None}) == "Write the radiology report of this chest CT."
+    with pytest.raises(ValueError, match="11 choices"):
+        record_prompt({"id": 1, "question": "?", "choices": list("abcdefghijk")})
