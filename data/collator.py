@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
+from samf.ct_volume import read_ct
 from samf.data.prompts import record_conversation
 from samf.processing_samf import SamfProcessor
 
@@ -17,7 +18,7 @@ IGNORED = -100
 class VolumeStore(Protocol):
     """Where prepared volumes come from: `SliceCache` (slices) or `EmbeddingCache` (embeddings of a frozen encoder)."""
 
-    def get(self, path: str) -> Mapping[str, Any]: ...
+    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, Any]: ...
 
 
 class SamfCollator:
@@ -50,7 +51,7 @@ class SamfCollator:
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Tensors with one row a record: `input_ids`, `attention_mask`, `prompt_mask` (B, T), the volumes' tensors,
         in training `labels` (B, T), and `finding_labels` (B, L) where a record has them."""
-        volumes = [self._volume(record["volume"]) for record in records]
+        volumes = [self._volume(record) for record in records]
         if self.findings_only:
             batch = self._volumes_alone(records, volumes)
         elif self.generation:
@@ -63,10 +64,13 @@ class SamfCollator:
             batch["finding_labels"] = torch.tensor([row or unknown for row in labels])
         return batch
 
-    def _volume(self, path: str | None) -> Any:
-        if path is None or self.slice_cache is None:
-            return path
-        return self.slice_cache.get(path)
+    def _volume(self, record: Mapping[str, Any]) -> Any:
+        path, rescale = record["volume"], record.get("rescale")
+        if path is None:
+            return None
+        if self.slice_cache is None:
+            return read_ct(path, rescale=rescale)
+        return self.slice_cache.get(path, rescale=rescale)
 
     def _encode(
         self, records: Sequence[Mapping[str, Any]], volumes: list[Any], *, answer: bool = False, **options: Any

@@ -1,4 +1,4 @@
-"""Shared fixtures. What needs the real files (`$SAMF_TEST_DATA`, `$SAMF_TEST_REFERENCE`) skips with its reason where they are absent."""
+"""Shared fixtures. What needs real files (`$SAMF_TEST_DATA`, `$SAMF_TEST_REFERENCE`) skips with its reason without them."""
 
 import os
 from pathlib import Path

@@ -65,7 +65,8 @@ def test_prompt_mask_covers_the_prompt_and_never_the_answer():
 
 def test_a_template_without_generation_marks_gives_no_prompt_mask():
     processor = tiny_processor()
-    template = "{% for message in messages %}{% for block in message['content'] %}{{ block['text'] if block['type'] == 'text' else '<image>' }}{% endfor %}{% endfor %}"
+    block = "{{ block['text'] if block['type'] == 'text' else '<image>' }}"
+    template = f"{{% for m in messages %}}{{% for block in m['content'] %}}{block}{{% endfor %}}{{% endfor %}}"
     assert "prompt_mask" not in encode(
         processor, conversation(answer="emphysema"), chat_template=template, add_generation_prompt=False
     )
@@ -143,7 +144,7 @@ class Store:
     def __init__(self, processor: SamfProcessor):
         self.slices = processor.image_processor.extract(volume())
 
-    def get(self, path: str) -> dict:
+    def get(self, path: str, *, rescale: list[float] | None = None) -> dict:
         return self.slices
 
 

@@ -26,11 +26,12 @@ SCRIPT = """
 
     folder, scan = sys.argv[1:]
     load = dict(trust_remote_code=True)
-    classes = [auto.from_pretrained(folder, **load)
-               for auto in (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoImageProcessor)]
+    autos = AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoImageProcessor
+    classes = [auto.from_pretrained(folder, **load) for auto in autos]
     model, processor = classes[3], classes[4]
-    chat = [{"role": "user", "content": [{"type": "volume", "path": scan}, {"type": "text", "text": "Which finding is present?"}]}]
-    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    content = [{"type": "volume", "path": scan}, {"type": "text", "text": "Which finding is present?"}]
+    options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
     tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     print(json.dumps({"modules": [type(item).__module__ for item in classes], "tokens": tokens.tolist()}))
 """
@@ -43,19 +44,11 @@ def test_a_saved_folder_is_whole(fusion_type, tmp_path):
     folder, scan = tmp_path / "model.v1", tmp_path / "scan.nii.gz"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    nibabel.save(
-        nibabel.Nifti1Image(np.random.default_rng(0).integers(-1000, 400, (12, 14, 16)).astype(np.int16), np.eye(4)),
-        scan,
-    )
-    chat = [
-        {
-            "role": "user",
-            "content": [{"type": "volume", "path": str(scan)}, {"type": "text", "text": "Which finding is present?"}],
-        }
-    ]
-    inputs = processor.apply_chat_template(
-        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+    voxels = np.random.default_rng(0).integers(-1000, 400, (12, 14, 16)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), scan)
+    content = [{"type": "volume", "path": str(scan)}, {"type": "text", "text": "Which finding is present?"}]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
     with torch.no_grad():
         expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
 

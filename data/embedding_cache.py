@@ -1,0 +1,115 @@
+"""Slice embeddings of a frozen slice encoder, computed once and kept on disk."""
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from samf.data.slice_cache import SliceCache, read_record, record_key, volume_identity, write_record
+from samf.modeling_samf import SamfModel
+
+VolumeKey = tuple[str, Sequence[float] | None]
+
+# Of the image processor: they change the encoder's input, but not the cached slices.
+PIXEL_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+
+
+class EmbeddingCache:
+    """z_2d of every volume, in records named by the volume, the slice settings and the encoder's weights.
+
+    Args:
+        folder: where the records lie; one float32 record a volume.
+        slices: where the slices come from.
+        model: whose slice encoder is frozen. It isn't kept in a pickle: a filled cache can go to worker processes.
+    """
+
+    def __init__(self, folder: str | os.PathLike, slices: SliceCache, model: SamfModel):
+        self.folder = Path(folder)
+        self.slices = slices
+        self.fingerprint = encoder_fingerprint(model)
+        self._model: SamfModel | None = model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
+
+    def get(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> dict[str, np.ndarray]:
+        """`slice_embeddings` (S, D) float32, `slice_planes` and `slice_positions` (S,) of the volume at `path`."""
+        file = self.record_path(path, rescale=rescale)
+        record = read_record(file)
+        if record is None:
+            if self._model is None:
+                raise FileNotFoundError(f"{path} has no embeddings at {file}; call fill() before training.")
+            record = self._encode(self.slices.get(path, rescale=rescale))
+            write_record(file, record)
+        return record
+
+    def record_path(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Path:
+        """Where the record of the volume at `path` lies or would lie."""
+        settings = self.slices.image_processor.settings_hash()
+        pixels = [getattr(self.slices.image_processor, name) for name in PIXEL_SETTINGS]
+        key = record_key(volume_identity(path), rescale, settings, pixels, self.fingerprint)
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def fill(self, volumes: Sequence[VolumeKey], num_workers: int | None = None) -> None:
+        """Compute what is missing of `volumes`, pairs of a path and its rescale (None = as the file says).
+
+        `num_workers` processes read slices ahead; by default one a core, at most 8.
+        """
+        missing = [volume for volume in volumes if read_record(self.record_path(volume[0], rescale=volume[1])) is None]
+        if not missing:
+            return
+        workers = min(os.cpu_count() or 1, 8) if num_workers is None else num_workers
+        loader = DataLoader(_Slices(self.slices, missing), batch_size=1, num_workers=workers, collate_fn=_only)
+        for (path, rescale), slices in tqdm(
+            zip(missing, loader, strict=True), total=len(missing), desc="embedding slices"
+        ):
+            write_record(self.record_path(path, rescale=rescale), self._encode(slices))
+
+    @torch.inference_mode()
+    def _encode(self, slices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        pixel_values = self.slices.image_processor([slices], return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values.to(self._model.device, self._model.dtype)
+        encoder = self._model.slice_encoder
+        was_training = encoder.training
+        encoder.eval()
+        embeddings = self._model.encode_slices(pixel_values).last_hidden_state[0]  # (S, D)
+        encoder.train(was_training)
+        return {
+            "slice_embeddings": embeddings.float().cpu().numpy(),
+            "slice_planes": slices["slice_planes"],
+            "slice_positions": slices["slice_positions"],
+        }
+
+
+def _only(rows: list[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """The one row of a batch, as numpy arrays."""
+    return rows[0]
+
+
+class _Slices(torch.utils.data.Dataset):
+    def __init__(self, slices: SliceCache, volumes: Sequence[VolumeKey]):
+        self.slices, self.volumes = slices, volumes
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
+        path, rescale = self.volumes[index]
+        return self.slices.get(path, rescale=rescale)
+
+
+def encoder_fingerprint(model: SamfModel) -> str:
+    """Sixteen hex digits that name the slice encoder's weights and how they are read out."""
+    digest = hashlib.sha256(f"{model.config.slice_pooling} {model.dtype}".encode())
+    for name, tensor in sorted(model.slice_encoder.state_dict().items()):
+        buffer = io.BytesIO()
+        np.save(buffer, tensor.detach().float().cpu().numpy())
+        digest.update(name.encode() + buffer.getbuffer())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,108 @@
+"""What a phantom patient may have: the findings, their names (CT-RATE's labels) and how they are drawn."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+#: The 18 label columns of CT-RATE's multi_abnormality_labels, in its order.
+CT_RATE_LABELS = (
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+)
+
+#: The seven findings that are large enough for a few coarse slices.
+DEMO_FINDINGS = (
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Emphysema",
+    "Lung nodule",
+    "Pleural effusion",
+    "Consolidation",
+)
+
+#: Every finding that a phantom can have: the demo's seven, then three that coarse slices may not show.
+FINDING_NAMES = DEMO_FINDINGS + ("Lymphadenopathy", "Atelectasis", "Peribronchial thickening")
+
+LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
+SIDES = ("right", "left", "bilateral")
+
+#: Each finding is present with this probability, independent of the others.
+PREVALENCE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding of one scan.
+
+    Attributes:
+        name: one of FINDING_NAMES.
+        side: of SIDES, for a pleural effusion.
+        lobe: of LOBES, for a lung nodule, a consolidation and an atelectasis (lower lobes only).
+        size_mm: diameter of a lung nodule in whole millimetres.
+    """
+
+    name: str
+    side: str | None = None
+    lobe: str | None = None
+    size_mm: int | None = None
+
+    def __post_init__(self):
+        needs = {"Pleural effusion": "side", "Lung nodule": "lobe", "Consolidation": "lobe", "Atelectasis": "lobe"}
+        if self.name not in FINDING_NAMES:
+            raise ValueError(f"{self.name!r} is not a phantom finding; they are {', '.join(FINDING_NAMES)}.")
+        if (needed := needs.get(self.name)) and getattr(self, needed) is None:
+            raise ValueError(f"Finding {self.name!r} needs a {needed}.")
+        if self.side not in (None, *SIDES) or self.lobe not in (None, *LOBES):
+            raise ValueError(f"{self}: side must be one of {SIDES}, lobe one of {LOBES}.")
+        if self.name == "Lung nodule" and not self.size_mm:
+            raise ValueError("Finding 'Lung nodule' needs a size_mm, its diameter.")
+
+
+def sample_findings(
+    rng: np.random.Generator, prevalence: float = PREVALENCE, nodule_mm: tuple[int, int] = (16, 30)
+) -> dict[str, Finding]:
+    """Draw one scan's findings, in the order of FINDING_NAMES: independent, equally frequent, sides and lobes uniform.
+
+    A nodule and a consolidation of one scan lie in different lobes, since the one would hide the other; each lobe alone
+    stays uniform. The draws taken from `rng` are the same in number whatever comes out.
+    """
+    present = rng.random(len(FINDING_NAMES)) < prevalence
+    side = SIDES[rng.integers(len(SIDES))]
+    consolidation_lobe, nodule_lobe = (LOBES[k] for k in rng.permutation(len(LOBES))[:2])
+    atelectasis_lobe = ("right lower lobe", "left lower lobe")[rng.integers(2)]
+    size_mm = int(rng.integers(nodule_mm[0], nodule_mm[1] + 1))
+    details = {
+        "Pleural effusion": {"side": side},
+        "Lung nodule": {"lobe": nodule_lobe, "size_mm": size_mm},
+        "Consolidation": {"lobe": consolidation_lobe},
+        "Atelectasis": {"lobe": atelectasis_lobe},
+    }
+    return index_findings(
+        Finding(name, **details.get(name, {}))
+        for name, is_present in zip(FINDING_NAMES, present, strict=True)
+        if is_present
+    )
+
+
+def index_findings(findings: Iterable[Finding]) -> dict[str, Finding]:
+    """{name: finding} in the order of FINDING_NAMES."""
+    by_name = {finding.name: finding for finding in findings}
+    return {name: by_name[name] for name in FINDING_NAMES if name in by_name}

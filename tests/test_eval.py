@@ -1,0 +1,517 @@
+"""Generation, resuming, shuffled volumes, recipes and eval.py itself."""
+
+import json
+import types
+from dataclasses import dataclass, field
+
+import datasets
+import nibabel
+import numpy as np
+import pytest
+import torch
+from tiny import model_for, tiny_processor
+from torch import nn
+from transformers import TrainingArguments
+
+from samf import eval as eval_script
+from samf.data.ct_rate import FEATURES, patient_of
+from samf.data.prompts import record_prompt
+from samf.evaluation.generation import (
+    GenerationSettings,
+    ResumeError,
+    VolumeMemo,
+    evaluate,
+    generate_predictions,
+    make_batches,
+    shuffle_volumes,
+)
+from samf.evaluation.scoring import read_predictions
+from samf.recipe import RecipeError, parse_recipe
+
+EOS, PAD = 3, 0
+CHOICES = ["emphysema", "consolidation", "cardiomegaly", "lung nodule"]
+
+
+# ---- stand-ins with the interface of the model, the processor and the collator ---------------------------------------
+
+
+class EchoModel(nn.Module):
+    """Answers with the prompt's last 12 tokens, then the end token, then padding: a function of its row alone."""
+
+    def __init__(self, eos=EOS):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.generation_config = types.SimpleNamespace(eos_token_id=eos)
+        self.calls = []
+
+    device = property(lambda self: self.weight.device)
+    dtype = property(lambda self: self.weight.dtype)
+
+    def generate(self, input_ids, attention_mask, pixel_values, **options):
+        self.calls.append({"batch": len(input_ids), "training": self.training, "dtype": pixel_values.dtype, **options})
+        assert attention_mask[:, -1].all(), "prompts are padded on the left"
+        limit = options["max_new_tokens"]
+        answers = [[*ids[-12:], EOS][:limit] for ids in input_ids.tolist()]
+        width = max(map(len, answers))
+        new = torch.tensor([answer + [PAD] * (width - len(answer)) for answer in answers])
+        return torch.cat([input_ids, new], dim=1)
+
+
+class ByteProcessor:
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return [bytes(i - 10 for i in ids if i not in (EOS, PAD)).decode("latin-1") for ids in rows]
+
+
+class ByteCollator:
+    """Prompts as bytes, left-padded; a volume whose name says so can't be read."""
+
+    def __call__(self, records):
+        broken = [r["volume"] for r in records if r["volume"] and "broken" in r["volume"]]
+        if broken:
+            raise ValueError(f"{broken[0]}: truncated")
+        prompts = [[b + 10 for b in f"{r['volume']} {record_prompt(r)}".encode("latin-1")] for r in records]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts])
+        return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": torch.zeros(len(records), 1)}
+
+
+def make_record(number: int, volume: str | None, task: str = "multiple_choice", **extra) -> dict:
+    scan = patient_of(volume) + "_a" if volume else f"text_{number}"
+    is_choice = task == "multiple_choice"
+    return {
+        "volume": volume,
+        "task": task,
+        "question": "Which?" if is_choice else "Write the report" + " again" * (number % 3),
+        "choices": CHOICES[: 2 + number % 3] if is_choice else None,
+        "answer": "(b) consolidation" if is_choice else "Emphysema is observed.",
+        "id": f"{scan}-{number}",
+        "scan_id": scan,
+        "finding_labels": [],
+        **extra,
+    }
+
+
+@pytest.fixture
+def records():
+    volumes = [f"/ct/valid_{patient}_a_1.nii.gz" for patient in (3, 1, 2)]
+    questions = [make_record(n, volumes[n % 3]) for n in range(10)]
+    return [*questions, *(make_record(20 + n, v, "report") for n, v in enumerate(volumes)), make_record(30, None)]
+
+
+def run(folder, records, settings=None, model=None, **options):
+    settings = settings or GenerationSettings(batch_size=3, max_new_tokens=20)
+    model = model or EchoModel()
+    return generate_predictions(model, ByteProcessor(), records, folder, settings, collator=ByteCollator(), **options)
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+def test_every_record_is_answered_once_by_its_own_prompt(records, tmp_path):
+    summary = run(tmp_path, records)
+    rows = {r["id"]: r for r in read_predictions(tmp_path / "predictions.jsonl")}
+    assert summary.written == len(records) == len(rows) and summary.failures == []
+    for record in records:
+        row = rows[record["id"]]
+        assert row["prediction"] == f"{record['volume']} {record_prompt(record)}"[-12:].strip()
+        assert (row["reference"], row["scan_id"], row["task"]) == (record["answer"], record["scan_id"], record["task"])
+        assert row["tokens"] == 12 and not row["truncated"]
+    assert (tmp_path / "failures.jsonl").read_text() == ""
+
+
+def test_greedy_by_default_and_the_model_keeps_its_mode(records, tmp_path):
+    model = EchoModel().to(torch.bfloat16).train()
+    run(tmp_path, records, model=model)
+    assert model.training
+    for call in model.calls:
+        assert not call["training"] and call["dtype"] == torch.bfloat16
+        assert call["do_sample"] is False and call["num_beams"] == 1
+        assert "temperature" not in call and "top_p" not in call
+
+
+def test_truncated_answers_are_counted(records, tmp_path):
+    run(tmp_path, records, GenerationSettings(batch_size=3, max_new_tokens=12))
+    rows = read_predictions(tmp_path / "predictions.jsonl")
+    assert all(row["truncated"] and row["tokens"] == 12 for row in rows)
+
+
+def test_several_end_tokens(records, tmp_path):
+    run(tmp_path, records, model=EchoModel(eos=[EOS, 7]))
+    assert not any(row["truncated"] for row in read_predictions(tmp_path / "predictions.jsonl"))
+
+
+def test_batches_hold_one_task_and_every_record_once(records):
+    batches = make_batches(records, 4)
+    assert sorted(r["id"] for batch in batches for r in batch) == sorted(r["id"] for r in records)
+    assert all(len({r["task"] for r in batch}) == 1 and len(batch) <= 4 for batch in batches)
+    assert make_batches(records[::-1], 4) == batches
+    volumes = [r["volume"] for batch in batches for r in batch if r["task"] == "multiple_choice"]
+    assert len([1 for a, b in zip(volumes, volumes[1:], strict=False) if a != b]) == len(set(volumes)) - 1
+
+
+@pytest.mark.parametrize("kept", range(15))
+@pytest.mark.parametrize("cut", [0, 9])
+def test_a_killed_run_resumed_gives_the_unbroken_file(records, tmp_path, kept, cut):
+    """Cut after `kept` lines and `cut` bytes of the next one."""
+    run(tmp_path / "whole", records)
+    whole = (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    run(tmp_path / "cut", records)
+    remainder = lines[kept][:cut] if kept < len(lines) else b""
+    (tmp_path / "cut" / "predictions.jsonl").write_bytes(b"".join(lines[:kept]) + remainder)
+    model = EchoModel()
+    summary = run(tmp_path / "cut", records, model=model)
+    assert (tmp_path / "cut" / "predictions.jsonl").read_bytes() == whole
+    assert summary.resumed == min(kept, len(records)) and summary.written == len(records) - summary.resumed
+    assert bool(model.calls) == (kept < len(records))
+
+
+def test_a_run_that_dies_in_generate_is_resumed(records, tmp_path):
+    class Dying(EchoModel):
+        def generate(self, **inputs):
+            if len(self.calls) == 2:
+                raise KeyboardInterrupt
+            return super().generate(**inputs)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", records, model=Dying())
+    assert len(read_predictions(tmp_path / "cut" / "predictions.jsonl")) == 6
+    run(tmp_path / "cut", records)
+    run(tmp_path / "whole", records)
+    names = ("cut", "whole")
+    assert len({(tmp_path / name / "predictions.jsonl").read_bytes() for name in names}) == 1
+
+
+def test_other_settings_are_an_error_that_names_both(records, tmp_path):
+    run(tmp_path, records, described_by={"model": "m1"})
+    with pytest.raises(ResumeError, match=r"predictions\.jsonl was made .* model was 'm1' and is now 'm2'"):
+        run(tmp_path, records, described_by={"model": "m2"})
+    with pytest.raises(ResumeError, match="max_new_tokens was 20 and is now 5"):
+        run(tmp_path, records, GenerationSettings(max_new_tokens=5), described_by={"model": "m1"})
+    with pytest.raises(ResumeError, match="records was '14, sha256"):
+        run(tmp_path, records[1:], described_by={"model": "m1"})
+    run(tmp_path, records, GenerationSettings(batch_size=1, max_new_tokens=20), described_by={"model": "m1"})
+
+
+def test_a_model_trained_on_does_not_continue_the_old_ones_file(records, tmp_path):
+    run(tmp_path, records)
+    model = EchoModel()
+    with torch.no_grad():
+        model.weight += 1
+    with pytest.raises(ResumeError, match="weights was 'sha256"):
+        run(tmp_path, records, model=model)
+
+
+def test_a_foreign_predictions_file_is_not_continued(records, tmp_path):
+    (tmp_path / "predictions.jsonl").write_text("")
+    with pytest.raises(ResumeError, match="exists without"):
+        run(tmp_path, records)
+
+
+def test_a_broken_volume_stops_and_names_the_record(records, tmp_path):
+    records[4]["volume"] = "/ct/valid_9_broken.nii.gz"
+    with pytest.raises(ValueError, match="truncated") as error:
+        run(tmp_path, records)
+    assert any(records[4]["id"] in note for note in error.value.__notes__)
+
+
+def test_broken_volumes_are_skipped_listed_and_tried_again(records, tmp_path, caplog):
+    mended = [dict(record) for record in records]
+    for n in (4, 5, 11):
+        records[n]["volume"] = "/ct/valid_9_broken.nii.gz"
+    broken = {records[n]["id"] for n in (4, 5, 11)}
+    summary = run(tmp_path, records, on_error="skip")
+    failures = [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+    assert {f["id"] for f in failures} == broken and len(failures) == 3 == len(summary.failures)
+    assert all("truncated" in f["error"] and "broken" in f["volume"] for f in failures)
+    assert caplog.text.count("is skipped") == 3
+    assert {r["id"] for r in read_predictions(tmp_path / "predictions.jsonl")} == {r["id"] for r in records} - broken
+    summary = run(tmp_path, mended, on_error="skip")
+    assert summary.written == 3 and summary.failures == []
+
+
+def test_a_fault_of_the_program_is_never_skipped(records, tmp_path):
+    class Faulty(EchoModel):
+        def generate(self, **inputs):
+            raise ValueError("shapes")
+
+    with pytest.raises(ValueError, match="shapes"):
+        run(tmp_path, records, model=Faulty(), on_error="skip")
+
+
+def test_bad_arguments(records, tmp_path):
+    with pytest.raises(ValueError, match="occurs twice"):
+        run(tmp_path, [records[0], records[0]])
+    with pytest.raises(ValueError, match="no records"):
+        run(tmp_path, [])
+    with pytest.raises(ValueError, match="'stop' or 'skip'"):
+        run(tmp_path, records, on_error="ignore")
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        GenerationSettings(batch_size=0)
+
+
+def test_evaluate_scores_what_it_wrote(records, tmp_path):
+    settings = GenerationSettings(batch_size=3, max_new_tokens=20)
+    results = evaluate(EchoModel(), ByteProcessor(), records, tmp_path, settings, collator=ByteCollator())
+    assert results["counts"]["predictions"] == len(records)
+    assert results["tasks"]["multiple_choice"]["multiple_choice"]["count"] == 11
+    assert results["generation"]["written"] == 14 and results["generation"]["failures"] == 0
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert "14 answers in" in (tmp_path / "results.md").read_text()
+
+
+def test_evaluate_when_nothing_can_be_read(records, tmp_path):
+    broken = [{**record, "volume": "/ct/valid_9_broken.nii.gz"} for record in records]
+    with pytest.raises(ValueError, match="None of 14 records could be read"):
+        evaluate(EchoModel(), ByteProcessor(), broken, tmp_path, collator=ByteCollator(), on_error="skip")
+
+
+# ---- shuffled volumes ------------------------------------------------------------------------------------------------
+
+
+def cohort(patients: int, seed: int) -> list[dict]:
+    """Each patient with one to three volumes in one or two scans, and several questions on each; some without image."""
+    rng = np.random.default_rng(seed)
+    records = [make_record(10_000, None)]
+    for patient in range(1, patients + 1):
+        for k in range(int(rng.integers(1, 4))):
+            volume = f"/ct/valid_{patient}/valid_{patient}_{'ab'[k % 2]}_{k + 1}.nii.gz"
+            records += [make_record(len(records), volume) for _ in range(int(rng.integers(1, 4)))]
+    return [records[i] for i in rng.permutation(len(records))]
+
+
+@pytest.mark.parametrize("patients", range(2, 31))
+def test_no_record_keeps_a_volume_of_its_own_patient(patients):
+    for seed in range(3):
+        records = cohort(patients, seed)
+        before = [dict(record) for record in records]
+        shuffled = shuffle_volumes(records, seed)
+        assert records == before, "the records that came in stay as they are"
+        donors = {}
+        for old, new in zip(records, shuffled, strict=True):
+            assert {**new, "volume": None} == {**old, "volume": None}, "only the volume changes"
+            if old["volume"] is None:
+                assert new["volume"] is None
+                continue
+            assert patient_of(new["volume"]) != patient_of(old["volume"])
+            donors.setdefault(patient_of(old["volume"]), set()).add(patient_of(new["volume"]))
+        assert all(len(d) == 1 for d in donors.values())
+        assert set.union(*donors.values()) == set(donors), "every patient gives volumes to one other"
+        assert shuffle_volumes(records, seed) == shuffled
+
+
+def test_seeds_give_different_shuffles():
+    records = cohort(30, 0)
+    assert shuffle_volumes(records, 0) != shuffle_volumes(records, 1)
+
+
+def test_the_order_of_records_does_not_matter_for_who_gives():
+    records = cohort(12, 0)
+    pairs = [
+        {(o["id"], patient_of(n["volume"])) for o, n in zip(rs, shuffle_volumes(rs, 5), strict=True) if n["volume"]}
+        for rs in (records, records[::-1])
+    ]
+    assert pairs[0] == pairs[1]
+
+
+def test_a_volume_takes_its_rescale_with_it():
+    records = [make_record(n, f"/ct/valid_{n}_a_1.nii.gz", rescale=[1.0, -1024.0 * n]) for n in (1, 2, 3)]
+    for record in shuffle_volumes(records):
+        assert record["rescale"] == [1.0, -1024.0 * int(patient_of(record["volume"]).split("_")[1])]
+
+
+def test_a_dataset_stays_a_dataset():
+    records = cohort(5, 0)
+    dataset = datasets.Dataset.from_list(records, features=FEATURES)
+    shuffled = shuffle_volumes(dataset, 0)
+    assert isinstance(shuffled, datasets.Dataset) and dict(shuffled.features) == dict(FEATURES)
+    assert shuffled["volume"][:] == [record["volume"] for record in shuffle_volumes(records, 0)]
+
+
+def test_other_names_are_shuffled_between_scans():
+    records = [make_record(n, f"/ct/case{n}.nii.gz", scan_id=f"case{n // 2}") for n in range(6)]
+    for old, new in zip(records, shuffle_volumes(records), strict=True):
+        assert new["volume"] not in {r["volume"] for r in records if r["scan_id"] == old["scan_id"]}
+
+
+@pytest.mark.parametrize(
+    "records", [[], [make_record(1, None)], [make_record(n, "/ct/valid_1_a_1.nii.gz") for n in (1, 2)]]
+)
+def test_fewer_than_two_patients_are_an_error(records):
+    with pytest.raises(ValueError, match="at least two patients"):
+        shuffle_volumes(records)
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Toy:
+    data: str
+    steps: int = 3
+    rate: float = 0.1
+    tasks: list[str] = field(default_factory=lambda: ["report"])
+    flag: bool = True
+    name: str | None = "x"
+
+
+@pytest.fixture
+def toy(tmp_path):
+    def parse(text: str, *argv: str) -> Toy:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return parse_recipe(Toy, ["--config", str(path), *argv])[0]
+
+    return parse
+
+
+def test_recipe_then_command_line(toy):
+    text = "data: d\nsteps: 5\nrate: 1e-4\ntasks: [a, b]\nflag: false\nname: null\n"
+    assert toy(text) == Toy("d", 5, 1e-4, ["a", "b"], False, None)
+    argv = ("--steps=-2", "--tasks", "c", "--flag", "true", "--name", "y", "--rate", "7")
+    assert toy(text, *argv) == Toy("d", -2, 7.0, ["c"], True, "y")
+    assert toy("data: d\ntasks: []\n").tasks == []
+    assert toy("", "--data", "d") == Toy("d")
+    assert parse_recipe(Toy, ["--data", "d"]) == (Toy("d"),)
+
+
+@pytest.mark.parametrize(
+    "text, argv, message",
+    [
+        ("data: d\nstep: 5\n", (), r"recipe\.yaml: unknown key 'step'; did you mean 'steps'"),
+        ("data: d\n", ("--tsaks", "a"), "command line: unknown key 'tsaks'; did you mean 'tasks'"),
+        ("data: d\n", ("--step", "4"), "unknown key 'step'"),
+        ("data: d\nqqqq: 1\n", (), "unknown key 'qqqq'; valid keys are data, flag"),
+        ("data: d\nsteps: many\n", (), "invalid int value: 'many'"),
+        ("steps: 1\n", (), "required: --data"),
+        ("data: [a, b]\n", (), "data takes one value"),
+        ("- data\n", (), "YAML mapping of flat keys"),
+        ("data: a: b\n", (), "can't be read as a YAML recipe"),
+        ("data: d\n", ("stray",), "unexpected value 'stray'"),
+    ],
+)
+def test_recipe_errors(toy, text, argv, message):
+    with pytest.raises(RecipeError, match=message):
+        toy(text, *argv)
+
+
+def test_recipe_that_is_not_there(tmp_path):
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml: can't be read"):
+        parse_recipe(Toy, ["--config", str(tmp_path / "nowhere.yaml")])
+    with pytest.raises(RecipeError, match="expected one argument"):
+        parse_recipe(Toy, ["--config"])
+
+
+def test_recipe_fills_training_arguments_too(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"data: d\nlearning_rate: 5e-5\nwarmup_steps: 0.03\noutput_dir: {tmp_path}\nuse_cpu: true\n"
+        "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1.0e-6}\n"
+    )
+    toy, training = parse_recipe((Toy, TrainingArguments), ["--config", str(path), "--seed", "9"])
+    assert toy.data == "d"
+    assert (training.learning_rate, training.warmup_steps, training.seed) == (5e-5, 0.03, 9)
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+# ---- the real model, processor and loader ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    processor = tiny_processor()
+    model_for(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ct_folder(tmp_path_factory):
+    """Three patients of noise in the paper's CSV format, two questions each, and one volume that is cut off."""
+    folder = tmp_path_factory.mktemp("ct")
+    rng = np.random.default_rng(0)
+    lines = ["Question ID,Image,Question,Choice A,Choice B,Choice C,Choice D,Answer Choice,Answer"]
+    for patient in (1, 2, 3):
+        hu = rng.integers(-1000, 400, (12, 11, 10)).astype(np.int16)
+        path = folder / f"valid_{patient}" / f"valid_{patient}_a" / f"valid_{patient}_a_1.nii.gz"
+        path.parent.mkdir(parents=True)
+        nibabel.save(nibabel.Nifti1Image(hu, np.diag([3.0, 3.0, 4.0, 1.0])), path)
+        for question in ("Which finding is present?", "Which finding does this chest CT show?"):
+            name = path.relative_to(folder)
+            lines.append(
+                f"q{len(lines)},{name},{question},emphysema,consolidation,cardiomegaly,lung nodule,b,consolidation"
+            )
+    (folder / "mcq.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def eval_argv(saved_model, ct_folder, output, *more):
+    argv = [
+        "--model",
+        str(saved_model),
+        "--data",
+        str(ct_folder / "mcq.csv"),
+        "--output_dir",
+        str(output),
+        "--device",
+        "cpu",
+    ]
+    return [*argv, "--tasks", "multiple_choice", "--max_new_tokens", "4", "--batch_size", "4", *more]
+
+
+def test_eval_script(saved_model, ct_folder, tmp_path, capsys):
+    """From files to a table; then with shuffled volumes, cached slices, and a batch size of one: the same answers."""
+    eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "own"))
+    assert "6 questions" in capsys.readouterr().out
+    rows = read_predictions(tmp_path / "own" / "predictions.jsonl")
+    assert len(rows) == 6 and all(row["reference"] == "(b) consolidation" for row in rows)
+    more = ("--batch_size", "1", "--slice_cache", str(tmp_path / "cache"))
+    eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "one", *more))
+    assert read_predictions(tmp_path / "one" / "predictions.jsonl") == rows
+    eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "shuffled", "--shuffle_volumes"))
+    shuffled = read_predictions(tmp_path / "shuffled" / "predictions.jsonl")
+    assert [row["id"] for row in shuffled] != [] and {r["id"] for r in shuffled} == {r["id"] for r in rows}
+    with pytest.raises(ResumeError, match="shuffle_volumes was True and is now False"):
+        eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "shuffled"))
+
+
+def test_eval_script_with_a_volume_that_is_not_there(saved_model, ct_folder, tmp_path):
+    csv = ct_folder / "mcq_broken.csv"
+    csv.write_text((ct_folder / "mcq.csv").read_text().replace("valid_2_a_1", "valid_4_a_1"))
+    argv = eval_argv(saved_model, ct_folder, tmp_path / "skip", "--data", str(csv))
+    with pytest.raises((FileNotFoundError, ValueError), match="valid_4_a_1"):
+        eval_script.main(argv)
+    eval_script.main([*argv, "--on_error", "skip"])
+    failures = (tmp_path / "skip" / "failures.jsonl").read_text().splitlines()
+    assert len(failures) == 2 and all("valid_4_a_1" in line for line in failures)
+    assert len(read_predictions(tmp_path / "skip" / "predictions.jsonl")) == 4
+
+
+def test_eval_script_limit_and_bad_arguments(saved_model, ct_folder, tmp_path):
+    eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "two", "--limit", "2"))
+    assert len(read_predictions(tmp_path / "two" / "predictions.jsonl")) == 2
+    for more, message in (
+        (["--limt", "2"], "did you mean 'limit'"),
+        (["--tasks", "poem"], "poem"),
+        (["--limit", "0"], "limit"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "bad", *more))
+    assert not (tmp_path / "bad").exists()
+
+
+def test_volume_memo_reads_a_volume_once(ct_folder):
+    processor = tiny_processor().image_processor
+    paths = sorted(ct_folder.rglob("*.nii.gz"))
+    memo = VolumeMemo(processor, capacity=2)
+    first = memo.get(str(paths[0]))
+    assert memo.get(str(paths[0])) is first
+    memo.get(str(paths[1]))
+    memo.get(str(paths[0]))
+    memo.get(str(paths[2]))
+    assert memo.get(str(paths[0])) is first, "the one used last stays"
+    assert len(memo._slices) == 2
+    raw = memo.get(str(paths[0]), rescale=(1.0, -8192.0))
+    assert not all(np.array_equal(raw[name], first[name]) for name in raw)

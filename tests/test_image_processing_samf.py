@@ -1,0 +1,480 @@
+"""The slice stack: orientation, geometry, windows, slabs, settings."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor
+
+from samf.ct_volume import CTReadError, CTVolume, read_ct
+from samf.image_processing_samf import PLANES, SamfImageProcessor
+
+SHAPE = (20, 28, 24)
+SPACING = (2.0, 1.5, 1.75)
+LANDMARK_HU = {"right front head": 900, "left back foot": 500}
+
+
+@pytest.fixture(scope="module")
+def landmarks() -> np.ndarray:
+    """RAS+ array of noisy air with a bright box right-front-head and a less bright one left-back-foot."""
+    hu = np.random.default_rng(0).integers(-1020, -980, SHAPE, dtype=np.int16)
+    hu[15:18, 20:25, 17:22] = LANDMARK_HU["right front head"]
+    hu[2:5, 3:8, 2:7] = LANDMARK_HU["left back foot"]
+    return hu
+
+
+def make_volume(hu, spacing=(1.0, 1.0, 1.0)) -> CTVolume:
+    return CTVolume(np.asarray(hu, dtype=np.int16), tuple(spacing), np.diag([*spacing, 1.0]), "test")
+
+
+def all_axis_orders(tmp_path, ras):
+    """The same anatomy stored in each of the 48 axis orders, as NIfTI files."""
+    origin = np.array([-33.0, 12.0, -250.0])
+    for order in itertools.permutations(range(3)):
+        for signs in itertools.product((1, -1), repeat=3):
+            stored = ras.transpose(order)[tuple(slice(None, None, sign) for sign in signs)]
+            affine = np.eye(4)
+            affine[:3, :3] = 0
+            affine[:3, 3] = origin
+            for column, (row, sign) in enumerate(zip(order, signs, strict=True)):
+                affine[row, column] = sign * SPACING[row]
+                if sign < 0:
+                    affine[row, 3] += SPACING[row] * (SHAPE[row] - 1)
+            name = "".join(("LPI", "RAS")[sign > 0][row] for row, sign in zip(order, signs, strict=True))
+            nib.save(nib.Nifti1Image(np.ascontiguousarray(stored), affine), tmp_path / f"{name}.nii")
+            yield name, tmp_path / f"{name}.nii"
+
+
+# ---------------------------------------------------------------------------------------------------------- orientation
+
+
+def test_all_48_axis_orders_give_one_stack(tmp_path, landmarks):
+    processor = SamfImageProcessor(slices_per_plane=4, size=48)
+    stacks = {name: processor.extract(read_ct(path)) for name, path in all_axis_orders(tmp_path, landmarks)}
+    assert len(stacks) == 48
+    for name, stack in stacks.items():
+        for key, array in stacks["RAS"].items():
+            assert np.array_equal(stack[key], array), (name, key)
+
+
+def quadrant_means(picture):
+    half = picture.shape[0] // 2
+    return {
+        "top left": picture[:half, :half].mean(),
+        "top right": picture[:half, half:].mean(),
+        "bottom left": picture[half:, :half].mean(),
+        "bottom right": picture[half:, half:].mean(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("plane", "right_front_head", "left_back_foot"),
+    [
+        ("axial", "top left", "bottom right"),  # front on top, patient's right on the left
+        ("coronal", "top left", "bottom right"),  # head on top, patient's right on the left
+        ("sagittal", "top left", "bottom right"),  # head on top, front on the left
+    ],
+)
+def test_landmarks_stand_where_radiologists_expect_them(landmarks, plane, right_front_head, left_back_foot):
+    processor = SamfImageProcessor(planes=(plane,), slices_per_plane=2, size=64, slab="mip", hu_windows=((-200, 1000),))
+    far_away, near = processor.extract(make_volume(landmarks, SPACING))["slices"][:, 0]
+    # Slices run foot→head, back→front and left→right: the second half holds the right-front-head box alone.
+    for picture, place in ((near, right_front_head), (far_away, left_back_foot)):
+        means = quadrant_means(picture)
+        assert means[place] > 5 and sum(means.values()) == means[place], (plane, means)
+    assert near.max() > far_away.max()
+
+
+def test_each_axis_alone_shows_on_the_right_side():
+    """A volume that brightens along one axis only brightens along one picture axis, in the right sense."""
+    for axis, brighter in (
+        (0, {"axial": "left", "coronal": "left"}),
+        (1, {"axial": "top", "sagittal": "left"}),
+        (2, {"coronal": "top", "sagittal": "top"}),
+    ):
+        hu = np.zeros((16, 16, 16))
+        hu += (np.arange(16) * 50).reshape([-1 if a == axis else 1 for a in range(3)])
+        processor = SamfImageProcessor(slices_per_plane=4, size=16, hu_windows=((0, 800),))
+        stack = processor.extract(make_volume(hu))
+        for plane in PLANES:
+            pictures = stack["slices"][stack["slice_planes"] == PLANES.index(plane), 0].astype(int)
+            rows, columns = pictures[2].mean(axis=1), pictures[2].mean(axis=0)
+            assert (rows[0] > rows[-1]) == (brighter.get(plane) == "top")
+            assert (columns[0] > columns[-1]) == (brighter.get(plane) == "left")
+            if plane not in brighter:  # the plane's normal: later slices are brighter
+                assert (np.diff(pictures.mean(axis=(1, 2))) > 0).all()
+
+
+def test_orders_of_one_real_scan_give_one_stack(test_data):
+    processor = SamfImageProcessor()
+    files = sorted((test_data / "orient").glob("*.nii.gz"))
+    assert len(files) == 24
+    reference = processor.extract(read_ct(files[0]))
+    for path in files[1:]:
+        stack = processor.extract(read_ct(path))
+        for key in ("slices", "slice_planes", "slice_positions", "slice_indices"):
+            assert np.array_equal(stack[key], reference[key]), (path, key)
+
+
+def test_real_scan_as_dicom_and_nrrd_gives_one_stack(test_data):
+    processor = SamfImageProcessor()
+    dicom, nrrd = (
+        processor.extract(read_ct(test_data / name)) for name in ("dicom/cip_ct-64_79sl", "ct/cip_ct-64.nrrd")
+    )
+    np.testing.assert_array_equal(dicom["slices"], nrrd["slices"])
+    np.testing.assert_array_equal(dicom["slice_indices"], nrrd["slice_indices"])
+    np.testing.assert_allclose(dicom["slice_mm"], nrrd["slice_mm"], atol=1e-3)
+
+
+def test_real_chest_stands_upright(test_data):
+    """Anatomy that has one side only: the heart's, the liver's, and the lungs reaching lowest at the back."""
+    volume = read_ct(test_data / "ct/totalseg_chest_cta_1.5mm.nii.gz")
+    stack = SamfImageProcessor(hu_windows=((-160, 240),)).extract(volume)
+    axial, coronal, sagittal = (stack["slices"][stack["slice_planes"] == plane, 0].astype(float) for plane in range(3))
+    heart = axial[8:12].mean(axis=0)[60:130]
+    assert heart[:, 112:164].mean() > 1.5 * heart[:, 60:112].mean()  # mostly left of the middle: right in the picture
+    belly = coronal[12, 150:200]
+    assert belly[:, :112].mean() > belly[:, 112:].mean()  # liver against a stomach full of air
+    assert coronal[12, 160:200].mean() > coronal[12, 60:130].mean()  # belly below lungs
+    right_side = sagittal[15:18, 150:185].mean(axis=0)
+    assert right_side[:, 60:110].mean() > 5 * right_side[:, 130:180].mean()  # liver in front, lung behind
+
+
+# ------------------------------------------------------------------------------------------------------------- geometry
+
+
+@pytest.mark.parametrize("spacing", [(0.7, 0.7, 2.5), (1.5, 1.0, 0.8), (1.0, 1.0, 5.0)])
+def test_a_sphere_stays_round(spacing):
+    """Its picture in the middle of each plane has the area and the width of a circle in square pixels of known size."""
+    radius, extent = 32.0, np.array([90.0, 120.0, 150.0])
+    shape = np.rint(extent / spacing).astype(int)
+    grids = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(shape, spacing, strict=True)]
+    squared = sum(np.square(g) for g in np.meshgrid(*grids, indexing="ij"))
+    hu = np.where(squared <= radius**2, 1000, -1000)
+    stack = SamfImageProcessor(slices_per_plane=1, hu_windows=((-1000, 1000),)).extract(make_volume(hu, spacing))
+    sides = shape * np.array(spacing)
+    for normal, picture in zip((2, 1, 0), stack["slices"][:, 0], strict=True):
+        pixel_mm = np.delete(sides, normal).max() / 224
+        inside = picture > 127
+        assert inside.sum() * pixel_mm**2 == pytest.approx(np.pi * radius**2, rel=0.03)
+        tolerance = max(spacing)  # the sphere is made of voxels
+        for axis in (0, 1):
+            places = np.flatnonzero(inside.any(axis=axis))
+            assert (places[-1] - places[0] + 1) * pixel_mm == pytest.approx(2 * radius, abs=tolerance)
+            assert (places[-1] + places[0] + 1) / 2 == pytest.approx(112, abs=1)
+
+
+def test_scale_along_both_sides_is_the_same():
+    """Two thin walls a known distance apart, along rows and along columns, of a field that isn't square."""
+    hu = np.full((60, 40, 30), -1000)
+    hu[[10, 49]] = 2000  # 39 voxels of 2 mm apart
+    hu[:, [5, 34]] = 2000  # 29 voxels of 1.5 mm apart
+    stack = SamfImageProcessor(planes="axial", slices_per_plane=1, hu_windows=((-1000, 3000),))
+    picture = stack.extract(make_volume(hu, (2.0, 1.5, 1.0)))["slices"][0, 0].astype(float)
+    pixel_mm = 120 / 224
+    for profile, distance in ((picture[112 - 20 : 112 + 20].min(axis=0), 78.0), (picture[:, 80:140].min(axis=1), 43.5)):
+        middle = len(profile) // 2
+        centres = [
+            np.average(np.arange(224)[part], weights=profile[part]) for part in (slice(0, middle), slice(middle, None))
+        ]
+        assert (centres[1] - centres[0]) * pixel_mm == pytest.approx(distance, abs=0.1)
+
+
+def test_short_side_is_centred_in_air():
+    stack = SamfImageProcessor(planes="axial", slices_per_plane=1, hu_windows=((-1024, 1000),), size=100)
+    picture = stack.extract(make_volume(np.full((50, 20, 3), 1000)))["slices"][0, 0]
+    assert (picture[31:69] == 255).all()
+    assert (picture[:29] == 0).all() and (picture[71:] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (300, 2, 2), (1, 40, 7), (2, 500, 3), (40, 41, 42)])
+def test_whatever_the_shape_the_picture_holds_its_area(shape):
+    """Also of a field thinner than a pixel: it becomes a faint line, and neither vanishes nor swells."""
+    spacing = (0.5, 1.0, 7.0)
+    processor = SamfImageProcessor(slices_per_plane=1, size=32, hu_windows=((-1024, 100),))
+    pictures = processor.extract(make_volume(np.full(shape, 100), spacing))["slices"][:, 0] / 255
+    sides = np.array(shape) * spacing
+    for normal, picture in zip((2, 1, 0), pictures, strict=True):
+        height, width = np.delete(sides, normal)
+        area = height * width / max(height, width) ** 2 * 32**2
+        assert picture.sum() == pytest.approx(area, rel=0.05, abs=0.25)
+
+
+def test_slices_stand_in_the_middle_of_their_share_of_the_field():
+    hu = np.zeros((10, 7, 100))
+    volume = CTVolume(
+        hu.astype(np.int16), (1, 1, 2), np.array([[1, 0, 0, -5], [0, 1, 0, 3], [0, 0, 2, -90.0], [0, 0, 0, 1]]), "test"
+    )
+    stack = SamfImageProcessor(slices_per_plane=(4, 7, 20), size=16).extract(volume)
+    parts = [{key: array[stack["slice_planes"] == plane] for key, array in stack.items()} for plane in range(3)]
+    assert parts[0]["slice_indices"].tolist() == [12, 37, 62, 87]
+    np.testing.assert_allclose(parts[0]["slice_positions"], [0.125, 0.375, 0.625, 0.875])
+    np.testing.assert_allclose(parts[0]["slice_mm"], np.array([12, 37, 62, 87]) * 2 - 90)
+    assert parts[1]["slice_indices"].tolist() == list(range(7))
+    assert parts[2]["slice_indices"].tolist() == [i // 2 for i in range(20)]  # more slices than voxels: repeats
+    assert stack["slices"].dtype == np.uint8 and stack["slice_mm"].dtype == stack["slice_positions"].dtype == np.float32
+
+
+# --------------------------------------------------------------------------------------------------- windows and slabs
+
+
+def test_windows_by_hand():
+    by_hand = {  # HU: lung -1350..150, mediastinum -160..240, wide -1000..1000
+        -2000: (55, 0, 0),  # padding counts as air, -1024: 326 / 1500 * 255 = 55.4
+        -1050: (55, 0, 0),
+        -1000: (60, 0, 0),  # 350 / 1500 * 255 = 59.5
+        -850: (85, 0, 19),
+        0: (230, 102, 128),
+        80: (243, 153, 138),
+        240: (255, 255, 158),
+        1000: (255, 255, 255),
+        3000: (255, 255, 255),
+    }
+    processor = SamfImageProcessor(slices_per_plane=1, size=8)
+    for hu, expected in by_hand.items():
+        slices = processor.extract(make_volume(np.full((4, 4, 4), hu)))["slices"]
+        assert (slices == slices[:, :, :1, :1]).all()
+        # One grey value either way where the true value is a half.
+        assert np.abs(slices[0, :, 0, 0].astype(int) - expected).max() <= (hu in (-1000, 0)), (hu, slices[0, :, 0, 0])
+
+
+def test_mip_keeps_a_single_bright_voxel():
+    rng = np.random.default_rng(3)
+    processor = SamfImageProcessor(slices_per_plane=5, size=32, slab="mip", hu_windows=((-1000, 1000),))
+    for _ in range(20):
+        hu = np.full((32, 32, 32), -1000)
+        place = rng.integers(0, 32, 3)
+        hu[tuple(place)] = 1000
+        stack = processor.extract(make_volume(hu))
+        for plane, normal in enumerate((2, 1, 0)):
+            pictures = stack["slices"][stack["slice_planes"] == plane, 0]
+            bright = np.argwhere(pictures == 255)
+            row, column = (axis for axis in (2, 1, 0) if axis != normal)
+            assert bright[:, 1:].tolist() == [[31 - place[row], 31 - place[column]]]
+            centres = (np.arange(5) + 0.5) * 32 / 5
+            assert abs(centres[bright[0, 0]] - (place[normal] + 0.5)) <= 32 / 5 / 2 + 1e-9
+
+
+def test_mean_slabs_share_out_every_voxel_once():
+    hu = np.random.default_rng(4).integers(-1000, 1000, (30, 30, 30))
+    volume = make_volume(hu)
+    processor = SamfImageProcessor(slices_per_plane=7, size=30, slab="mean", hu_windows=((-1024, 1200),))
+    stack = processor.extract(volume)
+    centres = (np.arange(30) + 0.5) / 30
+    nearest = np.abs(centres[:, None] - (np.arange(7) + 0.5) / 7).argmin(axis=1)
+    for plane, normal in enumerate((2, 1, 0)):
+        pictures = stack["slices"][stack["slice_planes"] == plane, 0] / 255 * 2224 - 1024
+        for i, picture in enumerate(pictures):
+            expected = np.moveaxis(hu, normal, 0)[nearest == i].mean(axis=0).T[::-1, ::-1]
+            np.testing.assert_allclose(picture, expected, atol=2224 / 255 / 2 + 1e-3)
+
+
+def test_slab_none_is_the_slice_itself():
+    hu = np.random.default_rng(5).integers(-1000, 1000, (12, 12, 12))
+    stack = SamfImageProcessor(slices_per_plane=3, size=12, hu_windows=((-1000, 1040),)).extract(make_volume(hu))
+    for s in range(9):
+        normal = (2, 1, 0)[stack["slice_planes"][s]]
+        expected = np.moveaxis(hu, normal, 0)[stack["slice_indices"][s]].T[::-1, ::-1]
+        np.testing.assert_allclose(stack["slices"][s, 0] / 255 * 2040 - 1000, expected, atol=4.01)
+
+
+def test_shrinking_averages_instead_of_skipping():
+    """A checkerboard of single voxels becomes even grey."""
+    hu = np.indices((64, 64, 64)).sum(axis=0) % 2 * 1000
+    picture = SamfImageProcessor(slices_per_plane=1, size=16, hu_windows=((0, 1000),)).extract(make_volume(hu))[
+        "slices"
+    ]
+    assert np.abs(picture[:, 0, 2:-2, 2:-2].astype(int) - 127).max() <= 6
+
+
+# ------------------------------------------------------------------------------------------------------- model inputs
+
+
+@pytest.fixture(scope="module")
+def small() -> SamfImageProcessor:
+    return SamfImageProcessor(slices_per_plane=2, size=16)
+
+
+def test_rescale_and_normalise_by_hand(small, landmarks):
+    pixels = small.extract(make_volume(landmarks))["slices"].astype(np.float64)
+    mean, std = (np.array(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    settings = {
+        (): (pixels / 255 - mean) / std,
+        (("do_normalize", False),): pixels / 255,
+        (("do_rescale", False), ("do_normalize", False)): pixels,
+        (("rescale_factor", -1.0), ("do_normalize", False)): -pixels,
+        (("image_mean", 0.5), ("image_std", (0.5, 0.5, 1.0))): (pixels / 255 - 0.5)
+        / np.array([0.5, 0.5, 1])[:, None, None],
+    }
+    for changes, expected in settings.items():
+        output = small(make_volume(landmarks), return_tensors="pt", **dict(changes))
+        np.testing.assert_allclose(output["pixel_values"][0].numpy(), expected, atol=1e-4)
+    assert small.do_rescale and small.do_normalize  # a call changes nothing for the next
+
+
+def test_calls_take_all_kinds_of_volumes(small, landmarks, tmp_path):
+    volume = make_volume(landmarks)
+    nib.save(nib.Nifti1Image(landmarks, np.eye(4)), tmp_path / "scan.nii.gz")
+    kinds = [
+        volume,
+        landmarks,
+        torch.from_numpy(landmarks),
+        landmarks.astype(np.float32),
+        str(tmp_path / "scan.nii.gz"),
+        tmp_path / "scan.nii.gz",
+        nib.load(tmp_path / "scan.nii.gz"),
+        small.extract(volume),
+    ]
+    batch = small(kinds)
+    assert batch["pixel_values"].shape == (8, 6, 3, 16, 16) and batch["pixel_values"].dtype == torch.float32
+    for name in ("slice_mask", "slice_planes", "slice_positions", "slice_indices", "slice_mm"):
+        assert batch[name].shape == (8, 6)
+    assert (batch["pixel_values"] == batch["pixel_values"][:1]).all() and batch["slice_mask"].all()
+    for one in kinds:
+        assert torch.equal(small(one)["pixel_values"], batch["pixel_values"][:1])
+    assert set(small.model_input_names) <= set(batch)
+    assert isinstance(small(volume, return_tensors="np")["pixel_values"], np.ndarray)
+
+
+def test_stacks_of_different_length_are_padded_and_masked(small, landmarks):
+    longer = SamfImageProcessor(slices_per_plane=3, size=16).extract(make_volume(landmarks))
+    batch = small([small.extract(make_volume(landmarks)), longer])
+    assert batch["slice_mask"].sum(dim=1).tolist() == [6, 9]
+    assert not batch["slice_mask"][0, 6:].any() and (batch["pixel_values"][0, 6:] == 0).all()
+    assert torch.equal(batch["pixel_values"][:1, :6], small(make_volume(landmarks))["pixel_values"])
+
+
+def test_bad_calls_say_what_is_wrong(small, landmarks, tmp_path):
+    with pytest.raises(TypeError, match="do_convert_rgb"):
+        small(landmarks, do_convert_rgb=True)
+    with pytest.raises(CTReadError, match="4-D"):
+        small(np.zeros((2, 3, 4, 5)))
+    with pytest.raises(CTReadError, match="missing.nii.gz"):
+        small([landmarks, tmp_path / "missing.nii.gz"])
+    with pytest.raises(ValueError, match=r"\(3, 16, 16\)"):
+        small(SamfImageProcessor(slices_per_plane=2, size=24).extract(make_volume(landmarks)))
+    with pytest.raises(ValueError, match="no volume"):
+        small([])
+
+
+def test_the_volume_is_not_changed_and_not_remembered(small, landmarks):
+    volume = make_volume(landmarks.copy())
+    first = small(volume)["pixel_values"]
+    small(make_volume(np.zeros(SHAPE)))
+    assert torch.equal(small(volume)["pixel_values"], first)
+    np.testing.assert_array_equal(volume.hu, landmarks)
+
+
+def test_threads_change_nothing(landmarks):
+    processor, before = SamfImageProcessor(slices_per_plane=5, size=57), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = processor.extract(make_volume(landmarks, SPACING))["slices"]
+        torch.set_num_threads(4)
+        four = processor.extract(make_volume(landmarks, SPACING))["slices"]
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(one, four)
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"planes": ("axial", "oblique")}, "oblique"),
+        ({"planes": ()}, "planes="),
+        ({"planes": ("axial", "axial")}, "at most once"),
+        ({"slices_per_plane": 0}, "positive"),
+        ({"slices_per_plane": (24, 24)}, "for 3 planes"),
+        ({"slices_per_plane": 2.5}, "whole|iterable"),
+        ({"hu_windows": ((150, -1350),)}, "low below high"),
+        ({"hu_windows": ()}, "empty"),
+        ({"hu_windows": ((-1000, 1000),), "image_mean": (0.1, 0.2, 0.3)}, "3 values for 1 HU windows"),
+        ({"slab": "median"}, "none, mean, mip"),
+        ({"size": {"height": 224, "width": 112}}, "equal"),
+        ({"size": 0}, "positive"),
+        ({"image_std": 0.0}, "positive"),
+        ({"slice_count": 3}, "no setting slice_count"),
+    ],
+)
+def test_bad_settings_are_named(settings, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        SamfImageProcessor(**settings)
+
+
+def test_settings_hash_follows_what_changes_the_pixels():
+    base = SamfImageProcessor()
+    same = [
+        SamfImageProcessor(slices_per_plane=(24, 24, 24)),
+        SamfImageProcessor(hu_windows=[[-1350, 150], [-160, 240], [-1000, 1000]], planes=list(PLANES)),
+        SamfImageProcessor(hu_windows=((-1350.0, 150.0), (-160.0, 240.0), (-1000.0, 1000.0))),
+        SamfImageProcessor(do_normalize=False, image_mean=0.1, size={"height": 224, "width": 224}),
+    ]
+    other = [
+        SamfImageProcessor(slices_per_plane=23),
+        SamfImageProcessor(slab="mip"),
+        SamfImageProcessor(size=112),
+        SamfImageProcessor(planes=("coronal", "axial", "sagittal")),
+        SamfImageProcessor(hu_windows=((-1350, 151), (-160, 240), (-1000, 1000))),
+    ]
+    assert {p.settings_hash() for p in same} == {base.settings_hash()}
+    assert len({p.settings_hash() for p in [base, *other]}) == 6
+
+
+ODD_SETTINGS = {
+    "planes": ("sagittal", "axial"),
+    "slices_per_plane": (3, 5),
+    "hu_windows": ((-1000, -500.5), (0, 80)),
+    "slab": "mean",
+    "size": 40,
+    "rescale_factor": 1 / 127.5,
+    "do_normalize": False,
+    "image_mean": (0.25, 0.75),
+}
+
+
+def test_settings_survive_saving(tmp_path):
+    first = SamfImageProcessor(**ODD_SETTINGS)
+    first.save_pretrained(tmp_path)
+    second = SamfImageProcessor.from_pretrained(tmp_path)
+    assert second.to_dict() == first.to_dict() and second.settings_hash() == first.settings_hash()
+    for name, value in ODD_SETTINGS.items():
+        assert getattr(second, name) == value, name
+    changed = SamfImageProcessor.from_pretrained(tmp_path, slab="mip", do_normalize=True)
+    assert changed.slab == "mip" and changed.do_normalize and changed.size == 40
+
+
+def test_auto_class_finds_it_in_this_process(tmp_path):
+    SamfImageProcessor(**ODD_SETTINGS).save_pretrained(tmp_path)
+    assert AutoImageProcessor.from_pretrained(tmp_path).size == 40
+
+
+def test_saved_folder_works_as_remote_code_in_a_fresh_process(tmp_path, landmarks):
+    """Nothing of this package may be imported there: the code in the folder must be enough."""
+    processor = SamfImageProcessor(**ODD_SETTINGS)
+    processor.save_pretrained(tmp_path / "repo")
+    assert {"ct_volume.py", "image_processing_samf.py"} <= {path.name for path in (tmp_path / "repo").iterdir()}
+    np.save(tmp_path / "volume.npy", landmarks)
+    script = (
+        "import sys, numpy as np\n"
+        "from transformers import AutoImageProcessor\n"
+        f"p = AutoImageProcessor.from_pretrained({str(tmp_path / 'repo')!r}, trust_remote_code=True)\n"
+        f"v = np.load({str(tmp_path / 'volume.npy')!r})\n"
+        f"np.save({str(tmp_path / 'pixels.npy')!r}, p(v, return_tensors='np')['pixel_values'])\n"
+        "assert 'samf' not in sys.modules, 'imported from the installed package'\n"
+        f"p.save_pretrained({str(tmp_path / 'again')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=_offline(tmp_path), timeout=120)
+    np.testing.assert_array_equal(np.load(tmp_path / "pixels.npy"), processor(landmarks)["pixel_values"].numpy())
+    assert {path.name for path in (tmp_path / "again").iterdir()} >= {"ct_volume.py", "image_processing_samf.py"}
+
+
+def _offline(home):
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf")}

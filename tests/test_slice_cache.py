@@ -1,0 +1,141 @@
+"""The slice cache gives what `extract` gives, once for each volume and setting."""
+
+import multiprocessing
+import os
+import pickle
+
+import nibabel as nib
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from samf.ct_volume import CTReadError, read_ct
+from samf.data.slice_cache import SliceCache, read_record, write_record
+from samf.image_processing_samf import SamfImageProcessor
+
+
+@pytest.fixture
+def processor() -> SamfImageProcessor:
+    return SamfImageProcessor(slices_per_plane=2, size=16)
+
+
+@pytest.fixture
+def scan(tmp_path):
+    return save_scan(tmp_path / "scan.nii.gz", seed=0)
+
+
+def save_scan(path, seed):
+    hu = np.random.default_rng(seed).integers(-1000, 1000, (8, 9, 10), dtype=np.int16)
+    nib.save(nib.Nifti1Image(hu, np.eye(4)), path)
+    return path
+
+
+def records(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_first_and_later_reads_equal_extract(tmp_path, processor, scan):
+    cache = SliceCache(tmp_path / "cache", processor)
+    expected = processor.extract(read_ct(scan))
+    assert scan not in cache
+    for _ in range(2):
+        record = cache.get(scan)
+        assert set(record) == set(expected)
+        for key, array in expected.items():
+            np.testing.assert_array_equal(record[key], array)
+            assert record[key].dtype == array.dtype
+    assert scan in cache and len(records(tmp_path / "cache")) == 1
+
+
+def test_arrays_are_read_only_maps_of_one_plain_safetensors_file(tmp_path, processor, scan):
+    record = SliceCache(tmp_path / "cache", processor).get(scan)
+    assert isinstance(record["slices"], np.memmap) and not record["slices"].flags.writeable
+    (path,) = records(tmp_path / "cache")
+    np.testing.assert_array_equal(load_file(path)["slices"], record["slices"])
+
+
+def test_processor_takes_a_record_without_copying_it_first(tmp_path, processor, scan):
+    record = SliceCache(tmp_path / "cache", processor).get(scan)
+    from_cache, direct = processor(record), processor(scan)
+    assert set(from_cache) == set(direct)
+    for key in direct:
+        assert (from_cache[key] == direct[key]).all(), key
+
+
+def test_second_read_does_not_open_the_volume(tmp_path, processor, scan, monkeypatch):
+    cache = SliceCache(tmp_path / "cache", processor)
+    cache.get(scan)
+    monkeypatch.setattr("samf.data.slice_cache.read_ct", lambda *_, **__: pytest.fail("the volume was read again"))
+    cache.get(scan)
+    cache.get(os.path.relpath(scan))  # the same file by another name of its path
+
+
+def test_changed_volume_settings_and_rescale_are_other_records(tmp_path, processor, scan):
+    cache = SliceCache(tmp_path / "cache", processor)
+    first = cache.get(scan)["slices"].copy()
+    rescaled = cache.get(scan, rescale=(1, 500))["slices"]
+    mip = SliceCache(tmp_path / "cache", SamfImageProcessor(slices_per_plane=2, size=16, slab="mip")).get(scan)[
+        "slices"
+    ]
+    save_scan(scan, seed=1)
+    changed = cache.get(scan)["slices"]
+    for other in (rescaled, mip, changed):
+        assert not np.array_equal(first, other)
+    assert len(records(tmp_path / "cache")) == 4
+    # Settings that don't change the slices share the record.
+    SliceCache(tmp_path / "cache", SamfImageProcessor(slices_per_plane=2, size=16, do_normalize=False)).get(scan)
+    assert len(records(tmp_path / "cache")) == 4
+
+
+def test_folder_of_slices_is_one_volume(tmp_path, processor, test_data):
+    cache = SliceCache(tmp_path / "cache", processor)
+    folder = test_data / "dicom/cip_ct-64_79sl"
+    np.testing.assert_array_equal(cache.get(folder)["slices"], cache.get(test_data / "ct/cip_ct-64.nrrd")["slices"])
+    assert len(records(tmp_path / "cache")) == 2
+
+
+def test_unreadable_volume_leaves_nothing(tmp_path, processor):
+    (tmp_path / "bad.nii.gz").write_bytes(b"no volume")
+    for name in ("bad.nii.gz", "missing.nii.gz"):
+        with pytest.raises(CTReadError, match=name):
+            SliceCache(tmp_path / "cache", processor).get(tmp_path / name)
+    assert not (tmp_path / "cache").exists() or records(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("damage", ["half", "empty", "header", "garbage"])
+def test_damaged_record_is_made_anew(tmp_path, processor, scan, caplog, damage):
+    cache = SliceCache(tmp_path / "cache", processor)
+    expected = cache.get(scan)["slices"].copy()
+    (path,) = records(tmp_path / "cache")
+    data = path.read_bytes()
+    path.unlink()  # a record may be mapped: never write into it
+    path.write_bytes(
+        {"half": data[: len(data) // 2], "empty": b"", "header": data[:30], "garbage": b"\xff" * 500}[damage]
+    )
+    np.testing.assert_array_equal(cache.get(scan)["slices"], expected)
+    assert "made anew" in caplog.text and path.read_bytes() == data
+
+
+def test_failed_write_leaves_neither_record_nor_temporary_file(tmp_path, monkeypatch):
+    def no_rename(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("samf.data.slice_cache.os.replace", no_rename)
+    with pytest.raises(OSError, match="disk full"):
+        write_record(tmp_path / "cache" / "r.safetensors", {"slices": np.zeros(3, np.uint8)})
+    assert records(tmp_path / "cache") == [] and read_record(tmp_path / "cache" / "r.safetensors") is None
+
+
+def _fill(job):
+    cache, scans = job
+    return [int(cache.get(scan)["slices"].astype(np.int64).sum()) for scan in scans]
+
+
+def test_processes_share_a_cache(tmp_path, processor):
+    scans = [save_scan(tmp_path / f"scan{seed}.nii.gz", seed) for seed in range(6)]
+    cache = pickle.loads(pickle.dumps(SliceCache(tmp_path / "cache", processor)))
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        sums = pool.map(_fill, [(cache, scans), (cache, scans[::-1]), (cache, scans)], chunksize=1)
+    expected = [int(processor.extract(read_ct(scan))["slices"].astype(np.int64).sum()) for scan in scans]
+    assert sums == [expected, expected[::-1], expected]
+    assert len(records(tmp_path / "cache")) == 6

@@ -1,0 +1,168 @@
+"""train.py end to end on a few phantoms: what is trained, what isn't, and that the output folder is whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TEXTS, tiny_config
+from transformers import AutoModelForImageTextToText, AutoProcessor, Phi3Config, Phi3ForCausalLM, ViTConfig, ViTModel
+
+from samf import SamfForConditionalGeneration, SamfImageProcessor, train
+from samf.data.embedding_cache import EmbeddingCache
+from samf.data.phantom import PhantomSettings, write_dataset
+from samf.data.slice_cache import SliceCache
+from samf.data.small_tokenizer import train_small_tokenizer
+
+FINDINGS = ("Cardiomegaly", "Pleural effusion")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Phantoms of 10 mm voxels, and the components of a tiny model."""
+    folder = tmp_path_factory.mktemp("train")
+    write_dataset(
+        folder / "phantoms",
+        train_patients=6,
+        valid_patients=3,
+        settings=PhantomSettings(voxel_mm=10.0),
+        text_questions=12,
+        workers=1,
+        progress=False,
+    )
+    config = tiny_config()
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**config.vision_config.to_dict())).save_pretrained(folder / "encoder")
+    SamfImageProcessor(slices_per_plane=2, size=32).save_pretrained(folder / "encoder")
+    tokenizer = train_small_tokenizer(TEXTS, 400)
+    ids = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    Phi3ForCausalLM(Phi3Config(**{**config.text_config.to_dict(), **ids})).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    return folder
+
+
+def run(work: Path, output: str, **options) -> SamfForConditionalGeneration:
+    settings = {
+        "slice_encoder": work / "encoder",
+        "text_model": work / "text",
+        "data": work / "phantoms",
+        "output_dir": work / output,
+        "num_image_tokens": 4,
+        "volume_dim": 16,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        **options,
+    }
+    if "model" in settings:
+        settings = {key: value for key, value in settings.items() if key not in ("slice_encoder", "text_model")}
+    arguments = []
+    for key, value in settings.items():
+        arguments += [
+            f"--{key}",
+            *([str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]),
+        ]
+    train.main(arguments)
+    return SamfForConditionalGeneration.from_pretrained(work / output)
+
+
+def changed_parts(before: SamfForConditionalGeneration, after: SamfForConditionalGeneration) -> set[str]:
+    new = after.state_dict()
+    changed = {name for name, value in before.state_dict().items() if not torch.equal(value, new[name])}
+    return {part for part, prefixes in train.PARTS.items() if any(name.startswith(prefixes) for name in changed)}
+
+
+def losses(folder: Path) -> dict[str, float]:
+    """The last value of each logged loss."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {key: value for row in history for key, value in row.items() if key.endswith("loss")}
+
+
+def test_stages_train_their_parts_alone_and_end_in_a_whole_repository(work):
+    findings = {"finding_names": FINDINGS, "slice_cache": work / "cache", "cache_embeddings": True}
+    frozen = ["slice_position", "aggregator", "finding_head"]
+    first = run(work, "first", objective="findings", train_parts=frozen, **findings, max_steps=1, learning_rate=0)
+    second = run(
+        work, "second", model=work / "first", objective="findings", train_parts=frozen, slice_cache=work / "cache"
+    )
+    assert changed_parts(first, second) == set(frozen)
+
+    text = {"tasks": ["multiple_choice"], "vqa_files": [work / "phantoms/dataset/vqa/train_text_vqa.json"]}
+    third = run(work, "third", model=work / "second", train_parts=["language_model"], **text)
+    assert changed_parts(second, third) == {"language_model"}
+
+    whole = run(work, "whole", model=work / "third", slice_cache=work / "cache", eval_strategy="steps", eval_steps=2)
+    assert changed_parts(third, whole) == set(train.PARTS)
+    logged = losses(work / "whole")
+    assert logged["train_loss"] > 0
+    assert logged["eval_own_loss"] != logged["eval_shuffled_loss"]
+
+    files = {file.name for file in (work / "whole").iterdir()}
+    assert {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= files
+    assert {"tokenizer.json", "chat_template.jinja"} <= files
+    assert {f"{name}_samf.py" for name in ("configuration", "modeling", "processing", "image_processing")} <= files
+    assert "ct_volume.py" in files
+    assert "not for diagnosis" in (work / "whole" / "README.md").read_text()
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(work / "whole"),
+        AutoProcessor.from_pretrained(work / "whole"),
+    )
+    assert model.config.image_token_id == processor.image_token_id
+    assert model.config.finding_names == list(FINDINGS)
+
+
+def test_cached_embeddings_train_as_pixels_do(work):
+    parts = ["aggregator", "fusion", "language_model"]
+    options = {
+        "train_parts": parts,
+        "slice_cache": work / "cache",
+        "slice_position_scope": "none",
+        "aggregator_dropout": 0.0,
+    }
+    pixels = run(work, "pixels", **options)
+    embeddings = run(work, "embeddings", **options, cache_embeddings=True)
+    other = embeddings.state_dict()
+    for name, value in pixels.state_dict().items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_embeddings_in_the_cache_are_the_encoders_and_follow_its_weights(work, tmp_path):
+    model = SamfForConditionalGeneration.from_component_pretrained(
+        str(work / "encoder"), str(work / "text"), image_token_id=7
+    )
+    processor = SamfImageProcessor.from_pretrained(work / "encoder")
+    path = str(next((work / "phantoms").rglob("*.nii.gz")))
+    slices = SliceCache(tmp_path, processor)
+    cache = EmbeddingCache(tmp_path, slices, model.model)
+    cache.fill([(path, None)], num_workers=0)
+    with torch.no_grad():
+        expected = model.model.encode_slices(processor(path)["pixel_values"]).last_hidden_state[0]
+    torch.testing.assert_close(torch.tensor(cache.get(path)["slice_embeddings"]), expected)
+    with torch.no_grad():
+        model.model.slice_encoder.layernorm.bias += 1
+    moved = EmbeddingCache(tmp_path, slices, model.model)
+    assert moved.record_path(path) != cache.record_path(path)
+    torch.testing.assert_close(torch.tensor(moved.get(path)["slice_embeddings"]), expected + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_parts": ["vision"]}, "train_parts names .'vision'."),
+        ({"objective": "both"}, "objective is 'both'"),
+        ({"cache_embeddings": True, "slice_cache": "cache"}, "leave slice_encoder out of train_parts"),
+        ({"data": "/nowhere"}, "/nowhere: no such folder"),
+        ({"learning_rat": 1}, "did you mean 'learning_rate'"),
+    ],
+)
+def test_what_cannot_work_is_an_error_that_says_what_to_do(work, options, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        run(work, "never", **options)
