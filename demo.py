@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from samf import SamfForConditionalGeneration, SamfProcessor, read_ct, train
 from samf.data.ct_rate import load_records
+from samf.data.embedding_cache import EmbeddingCache
 from samf.data.phantom import DEMO_FINDINGS, PhantomSettings, write_dataset
 from samf.data.prompts import REPORT_QUESTION, record_conversation, record_prompt
 from samf.data.slice_cache import SliceCache
@@ -31,8 +32,11 @@ from samf.evaluation.scoring import markdown_table, read_predictions
 from samf.view import save_slice_picture
 
 REPOSITORY = Path(__file__).resolve().parent
+RECIPES = REPOSITORY / "recipes" / "demo"
 STAGES = ("1_aggregator", "2_language", "3_report")
 MAX_NEW_TOKENS = 200
+NODULE_MM = (20, 30)  # slices lie 25 mm apart
+TEXT_QUESTIONS = 20_000
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,6 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_patients", type=int, default=400)
     parser.add_argument("--valid_patients", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of phantoms, weights and batches")
+    parser.add_argument("--max_steps", type=int, help="train each stage for so many steps: to see that everything runs")
     parser.add_argument("--ct", type=Path, help="CT file or DICOM folder to write a report for at the end")
     return parser.parse_args(argv)
 
@@ -59,7 +64,7 @@ def step(name: str) -> Iterator[None]:
 
 
 def make_language_model(folder: Path, data: Path, seed: int) -> None:
-    """A Phi-3 of 0.9 million random weights, and a tokenizer whose words are those of the phantoms' training texts."""
+    """A Phi-3 of 0.7 million random weights, and a tokenizer whose words are those of the phantoms' training texts."""
     records = load_records(str(data), "train", tasks=("report", "multiple_choice"), finding_names=DEMO_FINDINGS)
     texts = [text for record in records for text in (record_prompt(record), record["answer"])]
     tokenizer = train_small_tokenizer(texts)
@@ -69,8 +74,10 @@ def make_language_model(folder: Path, data: Path, seed: int) -> None:
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=4,
+        tie_word_embeddings=True,
+        initializer_range=0.08,  # about 1/sqrt(width): 0.02 suits the width of a real model, and learns slowly here
         max_position_embeddings=1024,
         original_max_position_embeddings=1024,
         bos_token_id=tokenizer.bos_token_id,
@@ -85,34 +92,38 @@ def make_language_model(folder: Path, data: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def train_stages(output: Path, data: Path, seed: int) -> Path:
+def train_stages(output: Path, data: Path, seed: int, max_steps: int | None) -> Path:
     """Run the three recipes one after the other; returns the folder of the last one's model."""
     previous = None
     for stage in STAGES:
         folder = output / ("model" if stage == STAGES[-1] else stage)
         if not (folder / "trainer_state.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
-            options = {"data": data, "output_dir": folder, "seed": seed}
-            if stage == "2_language":
-                options["vqa_files"] = data / "dataset" / "vqa" / "train_text_vqa.json"
-            else:
-                options["slice_cache"] = output / "cache"
-            if previous is None:
-                options["text_model"] = output / "language_model"
-                options["slice_encoder"] = REPOSITORY / "recipes" / "demo" / "slice_encoder"
-            else:
-                options["model"] = previous
+            options = {"data": data, "output_dir": folder, "seed": seed, **stage_inputs(stage, output, data, previous)}
+            if max_steps is not None:
+                options["max_steps"] = max_steps
             with step(f"train {stage}"):
                 overrides = [f"--{key}={value}" for key, value in options.items()]
-                train.main(["--config", str(REPOSITORY / "recipes" / "demo" / f"{stage}.yaml"), *overrides])
+                train.main(["--config", str(RECIPES / f"{stage}.yaml"), *overrides])
         previous = folder
     return previous
+
+
+def stage_inputs(stage: str, output: Path, data: Path, previous: Path | None) -> dict[str, Path]:
+    """What a stage starts from: the components or the model before it, and its slices or texts."""
+    if previous is None:
+        start = {"slice_encoder": RECIPES / "slice_encoder", "text_model": output / "language_model"}
+    else:
+        start = {"model": previous}
+    if stage == "2_language":
+        return {**start, "vqa_files": data / "dataset" / "vqa" / "train_text_vqa.json"}
+    return {**start, "slice_cache": output / "cache"}
 
 
 def evaluate_twice(model, processor: SamfProcessor, output: Path, data: Path) -> dict[str, dict[str, Any]]:
     """Scores on held-out patients with each patient's own volume ("own") and with another patient's ("shuffled")."""
     records = load_records(str(data), "valid", tasks=("report", "multiple_choice"), finding_names=DEMO_FINDINGS)
-    cache = SliceCache(output / "cache", processor.image_processor)
+    volumes = EmbeddingCache(output / "cache", SliceCache(output / "cache", processor.image_processor), model.model)
     settings = GenerationSettings(batch_size=32, max_new_tokens=MAX_NEW_TOKENS)
     results = {}
     for name, asked in (("own", records), ("shuffled", shuffle_volumes(records))):
@@ -123,7 +134,7 @@ def evaluate_twice(model, processor: SamfProcessor, output: Path, data: Path) ->
             output / f"evaluation_{name}",
             settings,
             finding_names=DEMO_FINDINGS,
-            slice_cache=cache,
+            slice_cache=volumes,
         )
     return results
 
@@ -131,17 +142,14 @@ def evaluate_twice(model, processor: SamfProcessor, output: Path, data: Path) ->
 def results_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """One row a figure: its name, with right volumes, with shuffled ones."""
     own, shuffled = (results[name]["tasks"] for name in ("own", "shuffled"))
-    rows = [
-        [
-            "report: findings, macro-F1",
-            *(f"{tasks['report']['findings']['macro']['f1']:.3f}" for tasks in (own, shuffled)),
-        ],
-        [
-            "multiple choice: accuracy (chance 0.25)",
-            *(f"{tasks['multiple_choice']['accuracy']:.3f}" for tasks in (own, shuffled)),
-        ],
-    ]
-    return rows
+    findings = [tasks["report"]["findings"] for tasks in (own, shuffled)]
+    rows = [["reports: findings, macro-F1", *(found["macro"]["f1"] for found in findings)]]
+    for name in DEMO_FINDINGS:
+        rows.append([f"reports: {name}, F1", *(found["per_finding"][name]["f1"] for found in findings)])
+    choices = [tasks["multiple_choice"]["multiple_choice"] for tasks in (own, shuffled)]
+    rows.append(["multiple choice: accuracy (chance 0.25)", *(choice["accuracy"] for choice in choices)])
+    rows.append(["reports: BLEU-4", *(tasks["report"]["text"]["bleu_4"] for tasks in (own, shuffled))])
+    return [[name, *("n/a" if figure is None else f"{figure:.3f}" for figure in figures)] for name, *figures in rows]
 
 
 def write_report(model, processor: SamfProcessor, ct: Path, picture: Path) -> str:
@@ -167,11 +175,12 @@ def main(argv: list[str] | None = None) -> None:
             data,
             train_patients=args.train_patients,
             valid_patients=args.valid_patients,
-            settings=PhantomSettings(seed=args.seed),
+            settings=PhantomSettings(seed=args.seed, nodule_mm=NODULE_MM),
+            text_questions=TEXT_QUESTIONS,
         )
     if not (output / "language_model" / "config.json").is_file():
         make_language_model(output / "language_model", data, args.seed)
-    folder = train_stages(output, data, args.seed)
+    folder = train_stages(output, data, args.seed, args.max_steps)
     model, processor = SamfForConditionalGeneration.from_pretrained(folder), SamfProcessor.from_pretrained(folder)
     with step("evaluate on held-out patients"):
         results = evaluate_twice(model, processor, output, data)

@@ -9,6 +9,7 @@ code, processor and model card.
 
 import dataclasses
 import logging
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from samf.configuration_samf import SamfConfig
 from samf.data.collator import SamfCollator, VolumeStore
 from samf.data.ct_rate import check_patient_overlap, load_records
 from samf.data.embedding_cache import EmbeddingCache, VolumeKey
+from samf.data.prompts import record_prompt
 from samf.data.slice_cache import SliceCache
 from samf.evaluation.generation import shuffle_volumes
 from samf.image_processing_samf import SamfImageProcessor
@@ -60,6 +62,7 @@ class ModelArguments:
     aggregator_num_heads: int = field(default=8)
     aggregator_ffn_dim: int = field(default=1024)
     aggregator_dropout: float = field(default=0.1)
+    initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of new weights"})
     vision_chunk_size: int | None = field(default=None, metadata={"help": "most slices the encoder reads in one call"})
     slices_per_plane: int | None = field(default=None, metadata={"help": "the image processor's; its default is 24"})
     slab: str | None = field(default=None, metadata={"help": "none, mean or mip over the voxels between two slices"})
@@ -138,10 +141,10 @@ def build_model(args: ModelArguments, processor: SamfProcessor) -> SamfForCondit
     return model
 
 
-def load_datasets(args: DataArguments, model_args: ModelArguments, finding_names: list[str]) -> dict:
+def load_datasets(args: DataArguments, processor: SamfProcessor, finding_names: list[str], with_lengths: bool) -> dict:
     """Trainer's datasets: train, and validation twice, with each patient's own volume and with another's.
 
-    A model that doesn't look at the volume has the same loss on both.
+    A model that doesn't look at the volume has the same loss on both. With text, the validation loss is the text's alone.
     """
     options = {"tasks": args.tasks, "finding_names": finding_names}
     train = load_records(args.data, "train", **options, **({"vqa_files": args.vqa_files} if args.vqa_files else {}))
@@ -149,8 +152,18 @@ def load_datasets(args: DataArguments, model_args: ModelArguments, finding_names
     check_patient_overlap(train, valid)
     if args.objective == "findings":
         train, valid = one_record_a_volume(train), one_record_a_volume(valid)
+    else:
+        valid = valid.remove_columns("finding_labels")
     valid = valid.shuffle(seed=0).select(range(min(len(valid), args.valid_limit or len(valid))))
+    if with_lengths:
+        train, valid = (add_lengths(split, processor) for split in (train, valid))
     return {"train_dataset": train, "eval_dataset": {"own": valid, "shuffled": shuffle_volumes(valid, seed=0)}}
+
+
+def add_lengths(records: datasets.Dataset, processor: SamfProcessor) -> datasets.Dataset:
+    """The records with `length`, the tokens of question and answer, for batches of about equal length."""
+    texts = [f"{record_prompt(record)} {record['answer']}" for record in records]
+    return records.add_column("length", [len(ids) for ids in processor.tokenizer(texts)["input_ids"]])
 
 
 def one_record_a_volume(records: datasets.Dataset) -> datasets.Dataset:
@@ -196,14 +209,23 @@ def save_repository(trainer: Trainer, model_args: ModelArguments, data_args: Dat
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir)
+        shutil.copyfile(Path(__file__).with_name("requirements.txt"), folder / "requirements.txt")
+        sources = {"Slice encoder": model_args.slice_encoder, "Language model": model_args.text_model}
+        if model_args.model is not None:
+            sources = {"Continues": model_args.model}
         facts = {
-            "Slice encoder": model_args.slice_encoder if model_args.model is None else model_args.model,
-            "Language model": model_args.text_model if model_args.model is None else model_args.model,
+            **{name: public_name(source) for name, source in sources.items()},
             "Trained parts": ", ".join(model_args.train_parts),
             "Tasks": ", ".join(data_args.tasks),
             "Steps": trainer.state.global_step,
         }
-        write_model_card(Path(trainer.args.output_dir), trainer.model.config, facts)
+        write_model_card(folder, trainer.model.config, facts)
+
+
+def public_name(source: str) -> str:
+    """A Hub id as it is; of a local folder its name alone, since its path means nothing to others."""
+    return Path(source).resolve().name if Path(source).is_dir() else source
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
 
     processor = build_processor(model_args)
     model = build_model(model_args, processor)
-    data = load_datasets(data_args, model_args, model.config.finding_names)
+    by_length = training.train_sampling_strategy == "group_by_length"
+    data = load_datasets(data_args, processor, model.config.finding_names, with_lengths=by_length)
     volumes = distinct_volumes(data["train_dataset"], data["eval_dataset"]["own"])
     store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes)
     trainer = Trainer(
@@ -232,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     save_repository(trainer, model_args, data_args)
-    if training.eval_strategy == "no":
+    if training.do_eval and training.eval_strategy == "no":
         trainer.evaluate()
 
 

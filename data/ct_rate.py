@@ -30,6 +30,28 @@ logger = logging.getLogger(__name__)
 
 TASKS = ("report", "multiple_choice", "short_answer", "long_answer")
 
+#: The 18 label columns of CT-RATE's multi_abnormality_labels, in its order.
+CT_RATE_LABELS = (
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+)
+
 #: Columns of the reports CSV that `report_sections` names.
 SECTIONS = {
     "findings": "Findings_EN",

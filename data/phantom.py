@@ -16,7 +16,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,8 @@ from isal import igzip
 from tqdm import tqdm
 
 from samf.data import phantom_text as text
+from samf.data.ct_rate import CT_RATE_LABELS
 from samf.data.phantom_findings import (
-    CT_RATE_LABELS,
     DEMO_FINDINGS,
     FINDING_NAMES,
     LOBES,
@@ -37,6 +36,7 @@ from samf.data.phantom_findings import (
     sample_findings,
 )
 from samf.data.phantom_volume import Phantom, make_phantom, render_phantom
+from samf.data.workers import process_pool
 
 __all__ = [
     "DEMO_FINDINGS",
@@ -220,7 +220,7 @@ def write_volumes(
     workers = workers or usable_cores()
     if workers == 1:
         return sum(show(map(work, jobs)))
-    with ProcessPoolExecutor(workers) as pool:
+    with process_pool(workers) as pool:
         return sum(show(pool.map(work, jobs, chunksize=4)))
 
 

@@ -5,28 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: The 18 label columns of CT-RATE's multi_abnormality_labels, in its order.
-CT_RATE_LABELS = (
-    "Medical material",
-    "Arterial wall calcification",
-    "Cardiomegaly",
-    "Pericardial effusion",
-    "Coronary artery wall calcification",
-    "Hiatal hernia",
-    "Lymphadenopathy",
-    "Emphysema",
-    "Atelectasis",
-    "Lung nodule",
-    "Lung opacity",
-    "Pulmonary fibrotic sequela",
-    "Pleural effusion",
-    "Mosaic attenuation pattern",
-    "Peribronchial thickening",
-    "Consolidation",
-    "Bronchiectasis",
-    "Interlobular septal thickening",
-)
-
 #: The seven findings that are large enough for a few coarse slices.
 DEMO_FINDINGS = (
     "Arterial wall calcification",

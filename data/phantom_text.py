@@ -358,19 +358,19 @@ def ask_all(
 def ask_about_text(
     rng: np.random.Generator, names: Sequence[str] = DEMO_FINDINGS, prevalence: float = PREVALENCE
 ) -> tuple[str, Question]:
-    """A question about an invented scan and the few statements of its report that answer it."""
+    """A question about an invented scan and an impression that answers it.
+
+    The impression lists positives only, half of the time no others than the question's own: what a small language model
+    needs to learn to find a finding among the options, before the volume takes the impression's place.
+    """
     while True:
         findings = sample_findings(rng, prevalence)
         if questions := ask_all(rng, findings, names, prevalence):
             question = pick(rng, questions)
             break
-    statements = write_statements(rng, findings)
-    keep_others = pick(rng, (0.0, 0.1, 0.3))
-    needed = {question.about[0]} if question.family in ("present", "side", "lobe") else set(question.about)
-    kept = [
-        entry for entry in ORDER if entry in needed or rng.random() < (0.7 if entry in question.about else keep_others)
-    ]
-    return " ".join(statements[entry] for entry in kept), question
+    lists_all = rng.random() < 0.5
+    kept = {name: finding for name, finding in findings.items() if lists_all or name in question.about}
+    return write_impression(kept), question
 
 
 # ---- free answers --------------------------------------------------------------------------------------------------

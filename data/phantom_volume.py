@@ -165,7 +165,9 @@ class Canvas:
     def paint(self, fraction: np.ndarray, value: float | np.ndarray, box: tuple[slice, ...] = (...,)) -> None:
         """Mix `value` HU into the box of the canvas, by the fraction of each voxel."""
         region = self.hu[box]
-        region += fraction * (np.float32(value) - region)
+        change = np.float32(value) - region
+        change *= fraction
+        region += change
 
     def distance_to_ellipsoid(self, centre, axes, box=(...,), orientation: np.ndarray | None = None) -> np.ndarray:
         """Approximate signed distance to an ellipsoid of half `axes` (3,) mm; `orientation` (3, 3) has them as rows."""

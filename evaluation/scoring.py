@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
-from samf.evaluation.finding_labeller import CT_RATE_LABELS, effusion_sides, label_reports
+from samf.data.ct_rate import CT_RATE_LABELS
+from samf.evaluation.finding_labeller import effusion_sides, label_reports
 from samf.evaluation.multiple_choice import score_multiple_choice
 from samf.evaluation.text_metrics import text_metrics
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
-from samf.evaluation.finding_labeller import CT_RATE_LABELS, label_reports
+from samf.data.ct_rate import CT_RATE_LABELS
+from samf.evaluation.finding_labeller import label_reports
 from samf.evaluation.scoring import (
     PredictionsError,
     read_predictions,
