@@ -91,6 +91,9 @@ class DataArguments:
     vqa_files: list[str] = field(
         default_factory=list, metadata={"help": "question files to read instead of the split's own, for training alone"}
     )
+    repeat: list[str] = field(
+        default_factory=list, metadata={"help": "tasks that training reads several times an epoch, e.g. report=3"}
+    )
     objective: str = field(default="text", metadata={"help": "text, or findings: the findings head's loss alone"})
     slice_cache: str | None = field(default=None, metadata={"help": "folder that keeps prepared slices"})
     cache_embeddings: bool = field(
@@ -102,6 +105,10 @@ class DataArguments:
     def __post_init__(self):
         if self.objective not in ("text", "findings"):
             raise ValueError(f"objective is {self.objective!r}; it must be 'text' or 'findings'.")
+        for item in self.repeat:
+            task, _, times = item.partition("=")
+            if task not in self.tasks or not times.isdigit() or int(times) < 1:
+                raise ValueError(f"repeat has {item!r}; expected one of {self.tasks} and a number, like 'report=3'.")
 
 
 def build_processor(args: ModelArguments) -> SamfProcessor:
@@ -154,6 +161,7 @@ def load_datasets(args: DataArguments, processor: SamfProcessor, finding_names: 
         train, valid = one_record_a_volume(train), one_record_a_volume(valid)
     else:
         valid = valid.remove_columns("finding_labels")
+    train = repeat_tasks(train, args.repeat)
     valid = valid.shuffle(seed=0).select(range(min(len(valid), args.valid_limit or len(valid))))
     if with_lengths:
         train, valid = (add_lengths(split, processor) for split in (train, valid))
@@ -164,6 +172,13 @@ def add_lengths(records: datasets.Dataset, processor: SamfProcessor) -> datasets
     """The records with `length`, the tokens of question and answer, for batches of about equal length."""
     texts = [f"{record_prompt(record)} {record['answer']}" for record in records]
     return records.add_column("length", [len(ids) for ids in processor.tokenizer(texts)["input_ids"]])
+
+
+def repeat_tasks(records: datasets.Dataset, repeat: list[str]) -> datasets.Dataset:
+    """The records with those of some tasks several times: `["report=3"]` has every report three times."""
+    times = {task: int(number) for task, number in (item.split("=") for item in repeat)}
+    rows = [index for index, task in enumerate(records["task"]) for _ in range(times.get(task, 1))]
+    return records.select(rows) if times else records
 
 
 def one_record_a_volume(records: datasets.Dataset) -> datasets.Dataset:
