@@ -35,7 +35,6 @@ REPOSITORY = Path(__file__).resolve().parent
 RECIPES = REPOSITORY / "recipes" / "demo"
 STAGES = ("1_aggregator", "2_language", "3_report")
 MAX_NEW_TOKENS = 200
-NODULE_MM = (20, 30)  # slices lie 25 mm apart
 TEXT_QUESTIONS = 20_000
 
 
@@ -175,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
             data,
             train_patients=args.train_patients,
             valid_patients=args.valid_patients,
-            settings=PhantomSettings(seed=args.seed, nodule_mm=NODULE_MM),
+            settings=PhantomSettings(seed=args.seed),
             text_questions=TEXT_QUESTIONS,
         )
     if not (output / "language_model" / "config.json").is_file():

@@ -605,6 +605,8 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
         encoder = AutoModel.from_pretrained(slice_encoder, dtype=dtype)
         # Phi-3's repository points at modelling code that no longer runs: the library's own class is wanted.
         text = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, trust_remote_code=False)
+        for part in (encoder.config, text.config):
+            part._name_or_path = ""  # would keep this machine's paths in every copy of the saved configuration
         samf_config = SamfConfig(vision_config=encoder.config, text_config=text.config, **config)
         with torch.device("meta"):  # no second copy of billions of weights
             model = cls(samf_config)
