@@ -3,8 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Idle threads sleep instead of spinning: two processes on two cores then don't slow each other down.
-export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test test-slow lint clean
 

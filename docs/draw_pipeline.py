@@ -69,7 +69,7 @@ def draw(arrays: dict, path: Path) -> None:
     axes.axis("off")
     axes.set_title("language model: report", fontsize=11)
     axes.text(
-        0, 0.98, textwrap.fill(arrays["report"], 58), va="top", fontsize=9.5, family="serif", transform=axes.transAxes
+        0, 0.98, textwrap.fill(arrays["report"], 44), va="top", fontsize=9.5, family="serif", transform=axes.transAxes
     )
     figure.suptitle("One phantom CT on its way through a SAMF model trained by `make demo`", fontsize=12)
     figure.savefig(path, dpi=110)
