@@ -196,7 +196,9 @@ def main(argv: list[str] | None = None) -> None:
         picture = output / f"{args.ct.name}.png"
         report = write_report(model, processor, args.ct, picture)
         say(f"\nReport for {args.ct}, by a model that has only ever seen phantoms:\n  {report}\nIts slices: {picture}")
-    say(f"\nThe model: {folder}. Load it with AutoModelForImageTextToText.from_pretrained(…, trust_remote_code=True).")
+    say(
+        f"\nThe model: {folder}. Load it with AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)."
+    )
     say("For research only, not for diagnosis.")
 
 

@@ -49,5 +49,6 @@ def write_model_card(folder: Path, config: SamfConfig, facts: Mapping[str, Any])
     """Write `folder/README.md`; `facts` become the rows of its table."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     temporary = folder / ".README.md.tmp"
-    temporary.write_text(CARD.format(fusion_type=config.fusion_type, facts=rows, question=REPORT_QUESTION))
+    card = CARD.format(fusion_type=config.fusion_type, facts=rows, question=REPORT_QUESTION)
+    temporary.write_text(card, encoding="utf-8")
     os.replace(temporary, folder / "README.md")

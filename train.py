@@ -250,8 +250,8 @@ def main(argv: list[str] | None = None) -> None:
     training.remove_unused_columns = False
     training.prediction_loss_only = True
     findings_only = data_args.objective == "findings"
-    if findings_only:
-        training.label_names = ["finding_labels"]
+    # Trainer would ask each evaluation batch for both, and report no loss where one is missing.
+    training.label_names = ["finding_labels"] if findings_only else ["labels"]
 
     processor = build_processor(model_args)
     model = build_model(model_args, processor)

@@ -52,11 +52,11 @@ def test_a_saved_folder_is_whole(fusion_type, tmp_path):
     with torch.no_grad():
         expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
 
-    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder), str(scan)],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=tmp_path,
         env=environment,
         check=False,
