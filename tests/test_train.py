@@ -82,7 +82,7 @@ def changed_parts(before: SamfForConditionalGeneration, after: SamfForConditiona
 
 def losses(folder: Path) -> dict[str, float]:
     """The last value of each logged loss."""
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     return {key: value for row in history for key, value in row.items() if key.endswith("loss")}
 
 
@@ -108,11 +108,15 @@ def test_stages_train_their_parts_alone_and_end_in_a_whole_repository(work):
     files = {file.name for file in (work / "whole").iterdir()}
     assert {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= files
     assert {"tokenizer.json", "chat_template.jinja", "requirements.txt"} <= files
-    texts = [file.read_text() for file in (work / "whole").iterdir() if file.suffix in (".json", ".md", ".jinja")]
+    texts = [
+        file.read_text(encoding="utf-8")
+        for file in (work / "whole").iterdir()
+        if file.suffix in (".json", ".md", ".jinja")
+    ]
     assert not any(str(work) in text for text in texts)  # nothing of this machine's folders
     assert {f"{name}_samf.py" for name in ("configuration", "modeling", "processing", "image_processing")} <= files
     assert "ct_volume.py" in files
-    assert "not for diagnosis" in (work / "whole" / "README.md").read_text()
+    assert "not for diagnosis" in (work / "whole" / "README.md").read_text(encoding="utf-8")
     model, processor = (
         AutoModelForImageTextToText.from_pretrained(work / "whole"),
         AutoProcessor.from_pretrained(work / "whole"),
