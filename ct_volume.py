@@ -1,57 +1,74 @@
-"""One CT volume from a file or a folder: Hounsfield units, spacing and canonical orientation.
+"""One CT volume from a file, a folder or an address: Hounsfield units, spacing and canonical orientation.
 
-`read_ct` takes NIfTI-1/2 (`.nii`, `.nii.gz`), a folder of DICOM slices or one slice, NRRD and MetaImage (`.mha`,
-`.mhd`). Formats are told apart by their first bytes, never by their suffix. Whatever the file's own axes, the result is
-RAS+: the first index grows from the patient's left to the right, the second from back to front, the third from foot to
-head.
+`read_ct` takes NIfTI-1/2 (`.nii`, `.nii.gz`), NRRD, MetaImage (`.mha`, `.mhd`), `.npy` and `.npz`; DICOM as a folder,
+a list of files, one slice or a multi-frame file; a zip of any of these; and http(s):// or hf:// addresses. Formats are
+told apart by their first bytes, never by their suffix. Whatever the file's own axes, the result is RAS+: the first
+index grows from the patient's left to the right, the second from back to front, the third from foot to head.
+
+Rules of geometry. The sform counts before the qform, the qform before bare voxel sizes. Axes within 10° of the
+patient's, and at right angles within 0.5°, stay as they are, each named after the nearest patient axis. Otherwise
+(oblique reformats, a tilted gantry, sheared affines) the volume is resampled linearly onto the patient's axes.
+
+Rules of intensity. Slope and intercept count once. What is NaN, infinite or below -1500 HU (padding) becomes air, and is
+counted. Then a sample of the voxels is judged by its percentiles and its air: see `judge_intensity`.
 """
 
-import gzip
 import logging
 import math
 import os
-import struct
-import zlib
-from collections import Counter
+import tempfile
 from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from .dicom_volume import dicom_files, looks_like_dicom, read_dicom
+from .volume_files import (
+    AIR_HU,
+    LPS_TO_RAS,
+    MAX_VOXELS,
+    CTReadError,
+    StoredVolume,
+    check_dtype,
+    nifti_header_size,
+    read_metaimage,
+    read_nifti,
+    read_npy,
+    read_npz,
+    read_nrrd,
+    scale_to_hu,
+    squeezed_shape,
+)
+from .volume_sources import is_address, local_copy, shown, unpack_zip
+
 try:
     import nibabel as nib
-    from nibabel.spatialimages import HeaderDataError
 except ImportError:
     nib = None
-    HeaderDataError = ValueError
 
 try:
     import SimpleITK as sitk
 except ImportError:
     sitk = None
 
-try:  # two to three times faster than zlib; not needed
-    from isal import igzip
-    from isal.isal_zlib import IsalError
+try:  # for volumes that must be resampled
+    from scipy.ndimage import affine_transform
 except ImportError:
-    igzip = None
-    IsalError = zlib.error
+    affine_transform = None
 
 logger = logging.getLogger(__name__)
 
-AIR_HU = -1024  # what stands outside a scanner's field of view, and what we put where there is no value
-_GZIP_ERRORS = (EOFError, OSError, zlib.error, IsalError)
-_GZIP_MAX_RATIO = 1032  # deflate cannot compress more tightly, so a header that claims more lies
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_MAX_TILT_DEGREES = 0.5
-_MAX_GAP_DEVIATION = 0.1  # share of the median distance between slices
+__all__ = ["AIR_HU", "CTReadError", "CTVolume", "judge_intensity", "read_ct", "to_ct_volume"]
 
-
-class CTReadError(ValueError):
-    """A file or folder that cannot be read as one CT volume. The message names it, what was found, and the remedy."""
+_DIRECTIONS = ("LR", "PA", "IS")  # of the axes R, A and S: where they come from and where they run to
+_MAX_OBLIQUE_DEGREES = 10.0
+_MAX_SHEAR_DEGREES = 0.5
+_MAX_MENDED_SHEAR_DEGREES = 40.0  # gantries tilt up to 30°
+_PADDING_HU = -1500  # noise and streaks reach down to some -1300; nothing measured lies below this
+_SAMPLE = 1 << 18
+_MIN_JUDGED = 10_000  # voxels: fewer say nothing about the whole
 
 
 @dataclass(frozen=True)
@@ -63,55 +80,90 @@ class CTVolume:
         spacing: voxel size in mm along X, Y, Z.
         affine: float64 (4, 4), voxel index → RAS+ millimetres. For oblique scans its axes are not the patient's.
         source: where it came from.
+        stored_orientation: where the axes of the file's own array run to, such as "LPS"; "RAS" if they are those of `hu`.
+            Of a resampled volume: where they ran to most nearly.
     """
 
     hu: np.ndarray
     spacing: tuple[float, float, float]
     affine: np.ndarray
     source: str
+    stored_orientation: str = "RAS"
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.hu.shape
 
+    @property
+    def stored_axes(self) -> tuple[tuple[int, int], ...]:
+        """For each axis of the file's own array: the axis of `hu` that it is, and 1 or -1, whether it runs that way."""
+        return tuple(
+            (axis, 1 if letter == direction[1] else -1)
+            for letter in self.stored_orientation
+            for axis, direction in enumerate(_DIRECTIONS)
+            if letter in direction
+        )
+
+    def stored_hu(self) -> np.ndarray:
+        """`hu` in the axis order of the file's own array: a view."""
+        axes, signs = zip(*self.stored_axes, strict=True)
+        return self.hu.transpose(axes)[tuple(slice(None, None, sign) for sign in signs)]
+
 
 def read_ct(
-    path: str | os.PathLike, *, rescale: tuple[float, float] | None = None, allow_non_ct: bool = False
+    path: str | os.PathLike | Sequence[str | os.PathLike],
+    *,
+    rescale: Sequence[float] | None = None,
+    spacing: Sequence[float] | None = None,
+    series_uid: str | None = None,
+    allow_non_ct: bool = False,
 ) -> CTVolume:
     """Reads one CT volume.
 
     Args:
-        path: NIfTI, NRRD or MetaImage file, one DICOM slice, or a folder of DICOM slices (its largest CT series).
+        path: a file (NIfTI, NRRD, MetaImage, NumPy, DICOM, or a zip of one of them), a folder with DICOM slices in it or
+            in its sub-folders, a list of DICOM files, or an http(s):// or hf:// address of a file.
         rescale: (slope, intercept) for a file that holds raw stored values under a header that says nothing, as in
-            CT-RATE's first release. Never for values that are HU already.
-        allow_non_ct: take a DICOM series whose modality isn't CT.
+            CT-RATE's first release. Never for values that are HU already: that is noticed and refused. Five numbers are
+            slope, intercept and spacing: what a record of such a volume carries.
+        spacing: voxel size in mm along the stored axes, for a file whose header has no geometry, as in the same
+            release. Its axes are then taken as DICOM's: to the patient's left, back and head.
+        series_uid: which series of a DICOM study to read, by its SeriesInstanceUID. Default: the largest axial CT series.
+        allow_non_ct: take other modalities, and values that are no Hounsfield units.
 
     Returns:
-        CTVolume in RAS+ order, HU in int16 (saturated). NaN and infinite voxels are air (-1024). Oblique scans keep
-        their own axes, each named after the nearest patient axis; nothing is resampled.
+        CTVolume in RAS+ order, HU in int16 (saturated). NaN, infinite and padding voxels are air (-1024).
 
     Raises:
         CTReadError: the path holds no single CT volume; says what was found, what was expected and what to do.
     """
-    path = Path(path)
-    if path.is_dir():
-        return _read_dicom_folder(path, rescale, allow_non_ct)
-    if not path.is_file():
-        raise CTReadError(f"{path}: no such file or folder. Check the path; a relative one starts at {Path.cwd()}.")
-    kind = _sniff(path)
-    if kind == "dicom":
-        return _read_dicom_files(path, [str(path)], rescale, allow_non_ct)
-    if kind in ("nifti", "nifti.gz"):
-        return _read_nifti(path, kind == "nifti.gz", rescale)
-    return _read_itk_file(path, kind, rescale)
+    source = _shown_source(path)
+    if rescale is not None:
+        if len(rescale) not in (2, 5):
+            raise CTReadError(f"{source}: rescale={rescale}; expected (slope, intercept), or those and three sizes.")
+        rescale, spacing = tuple(rescale[:2]), (tuple(rescale[2:]) or spacing)
+    try:
+        stored = _read_stored(path, source, rescale, series_uid, allow_non_ct)
+        return _build(stored, rescale=rescale, spacing=spacing, judge=not allow_non_ct)
+    except CTReadError as error:
+        if source in str(error):
+            raise
+        raise CTReadError(f"{source}: {error}") from error  # the message names a file in a cache or a zip
+    except MemoryError as error:
+        raise CTReadError(f"{source}: not enough memory for this volume. Crop or coarsen it.") from error
+    except OSError as error:
+        raise CTReadError(
+            f"{source}: cannot be read ({error.strerror}). Check the path and its permissions."
+        ) from error
 
 
 def to_ct_volume(image: Any) -> CTVolume:
     """CTVolume from what people hold in memory, or a path.
 
     Args:
-        image: a CTVolume (returned as it is), a path, a nibabel or SimpleITK image, or an array or tensor (X, Y, Z) of
-            HU, taken as RAS+ with voxels of 1 mm.
+        image: a CTVolume (returned as it is), whatever `read_ct` takes, a nibabel or SimpleITK image, or an array or
+            tensor (X, Y, Z) of HU, taken as RAS+ with voxels of 1 mm. Values in memory that are no Hounsfield units are
+            warned of, not refused.
 
     Raises:
         CTReadError: not one 3-D volume.
@@ -122,16 +174,16 @@ def to_ct_volume(image: Any) -> CTVolume:
     if isinstance(image, (str, os.PathLike)):
         return read_ct(image)
     if nib is not None and isinstance(image, nib.spatialimages.SpatialImage):
-        array, slope, intercept = _nibabel_stored(image)
-        affines = [] if image.affine is None else [image.affine]
-        affine = _usable_affine(affines, None, array.shape, "nibabel image")
-        return _build(array, slope, intercept, affine, "nibabel image", None)
+        return _build(_from_nibabel(image))
     if sitk is not None and isinstance(image, sitk.Image):
-        return _from_itk(image, "SimpleITK image", None)
+        return _build(_from_itk(image))
     if hasattr(image, "detach"):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        image = (image.float() if image.dtype.is_floating_point else image).numpy()  # NumPy has no bfloat16
     if isinstance(image, np.ndarray):
-        return _build(image, 1.0, 0.0, np.eye(4), f"array of shape {image.shape}", None)
+        source = f"array of shape {image.shape}"
+        image = image.reshape(squeezed_shape(image.shape, source, leading=True), order="A")
+        return _build(StoredVolume(image, source, [np.eye(4)], own=False))
     raise TypeError(
         f"a volume is a path, a CTVolume, an array (X, Y, Z) in HU, a nibabel or a SimpleITK image; got {type(image)}"
     )
@@ -140,180 +192,149 @@ def to_ct_volume(image: Any) -> CTVolume:
 # ------------------------------------------------------------------------------------------------ telling formats apart
 
 
+def _shown_source(path: Any) -> str:
+    if isinstance(path, (list, tuple)):
+        return f"{path[0]} and {len(path) - 1} more files" if path else "an empty list of files"
+    return shown(path) if is_address(path) else str(path)
+
+
+def _read_stored(
+    path: Any, source: str, rescale: tuple[float, float] | None, series_uid: str | None, allow_non_ct: bool
+) -> StoredVolume:
+    if isinstance(path, (list, tuple)):
+        files = [Path(file) for file in path]
+        missing = next((file for file in files if not file.is_file()), None)
+        if missing is not None or not files:
+            raise CTReadError(f"{missing or source}: no such file. Expected a list of the DICOM files of one series.")
+        return _dicom(source, files, rescale, series_uid, allow_non_ct)
+    path = local_copy(path) if is_address(path) else Path(path)
+    if path.is_dir():
+        return _read_folder(path, source, rescale, series_uid, allow_non_ct)
+    if not path.is_file():
+        raise CTReadError(f"{path}: no such file or folder. Check the path; a relative one starts at {Path.cwd()}.")
+    kind = _sniff(path)
+    if kind == "zip":
+        return _read_zip(path, source, rescale, series_uid, allow_non_ct)
+    if kind == "dicom":
+        return _dicom(source, [path], rescale, series_uid, allow_non_ct)
+    if series_uid is not None:
+        raise CTReadError(f"{source}: series_uid is for DICOM, and this is {kind}. Leave it out.")
+    return replace(_READERS[kind](path), source=source)
+
+
+_READERS = {
+    "NIfTI": lambda path: read_nifti(path, compressed=False),
+    "compressed NIfTI": lambda path: read_nifti(path, compressed=True),
+    "NRRD": read_nrrd,
+    "MetaImage": read_metaimage,
+    "NumPy": read_npy,
+    "npz": read_npz,
+}
+
+
 def _sniff(path: Path) -> str:
-    """nifti | nifti.gz | dicom | NrrdImageIO | MetaImageIO, from the first bytes."""
+    """One of `_READERS`, "dicom" or "zip", from the first bytes."""
     with open(path, "rb") as stream:
-        head = stream.read(352)
+        head = stream.read(512)
     if head[:2] == b"\x1f\x8b":
-        return "nifti.gz"  # what is inside is checked where it is unpacked
-    if _nifti_header_size(head) is not None:
-        return "nifti"
-    if head[128:132] == b"DICM":
+        return "compressed NIfTI"  # what is inside is checked where it is unpacked
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "npz" if path.suffix.lower() == ".npz" or _first_member(head).endswith(b".npy") else "zip"
+    if head.startswith(b"\x93NUMPY"):
+        return "NumPy"
+    if nifti_header_size(head) is not None:
+        return "NIfTI"
+    if looks_like_dicom(head):
         return "dicom"
     if head.startswith(b"NRRD"):
-        return "NrrdImageIO"
+        return "NRRD"
     if b"NDims" in head:
-        return "MetaImageIO"
+        return "MetaImage"
     what = "an empty file" if not head else f"a file that starts with {head[:12]!r}"
     raise CTReadError(
-        f"{path}: found {what}; expected NIfTI, NRRD, MetaImage or DICOM. "
+        f"{path}: found {what}; expected NIfTI, NRRD, MetaImage, NumPy, DICOM or a zip. "
         f"Convert the scan to one of them, e.g. with dcm2niix, or fetch the file anew if it was one."
     )
 
 
-def _nifti_header_size(head: bytes) -> int | None:
-    """348 (NIfTI-1) or 540 (NIfTI-2) as the header's first number in either byte order, else None."""
-    if len(head) < 4:
-        return None
-    return next((n for order in "<>" for n in struct.unpack(f"{order}i", head[:4]) if n in (348, 540)), None)
+def _first_member(head: bytes) -> bytes:
+    length = int.from_bytes(head[26:28], "little")
+    return head[30 : 30 + length]
 
 
-# ---------------------------------------------------------------------------------------------------------------- NIfTI
+def _read_folder(
+    folder: Path, source: str, rescale: tuple[float, float] | None, series_uid: str | None, allow_non_ct: bool
+) -> StoredVolume:
+    files = dicom_files(folder)
+    if files:
+        return _dicom(source, files, rescale, series_uid, allow_non_ct)
+    entries = sorted(folder.iterdir())
+    if not entries:
+        raise CTReadError(f"{source}: an empty folder; expected the DICOM slices of one CT series.")
+    kinds = ["folders" if entry.is_dir() else f"{entry.suffix or 'suffixless'} files" for entry in entries]
+    found = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds), key=kinds.count, reverse=True)[:4])
+    raise CTReadError(
+        f"{source}: a folder without DICOM slices (found {found}); expected the slices of one CT series. "
+        f"Name the folder that holds them, or the volume file itself."
+    )
 
 
-def _read_nifti(path: Path, compressed: bool, rescale: tuple[float, float] | None) -> CTVolume:
-    if nib is None:
-        raise CTReadError(f"{path}: reading NIfTI needs nibabel: pip install nibabel")
-    try:
-        with _open_binary(path, compressed) as stream:
-            header, position = _nifti_header(path, stream)
-            array = _nifti_array(path, stream, header, position, compressed)
-    except _GZIP_ERRORS as error:
-        raise CTReadError(
-            f"{path}: the file ends early or its bytes are damaged ({error}). Fetch or write it anew."
-        ) from error
-    slope, intercept = _nifti_scaling(path, header)
-    affines = [form for form in (_nifti_form(header, "sform"), _nifti_form(header, "qform")) if form is not None]
-    affine = _usable_affine(affines, header, array.shape, str(path))
-    return _build(array, slope, intercept, affine, str(path), rescale)
-
-
-def _open_binary(path: Path, compressed: bool) -> BinaryIO:
-    if not compressed:
-        return open(path, "rb")
-    return igzip.open(path, "rb") if igzip is not None else gzip.open(path, "rb")
-
-
-def _nifti_header(path: Path, stream: BinaryIO) -> tuple[Any, int]:
-    """nibabel's header and how many bytes of the stream it took."""
-    block = stream.read(348)
-    size = _nifti_header_size(block)
-    if size is None or len(block) < 348:
-        raise CTReadError(
-            f"{path}: found {'compressed ' if path.suffix == '.gz' else ''}bytes that start with {block[:12]!r}; "
-            f"expected a NIfTI header. Convert the scan to NIfTI, e.g. with dcm2niix."
-        )
-    block += stream.read(size - 348)
-    magic = block[344:348] if size == 348 else block[4:8]
-    if magic not in (b"n+1\0", b"n+2\0"):
-        pair = magic in (b"ni1\0", b"ni2\0")
-        found = "half of a .hdr/.img pair" if pair else "an Analyze 7.5 header, which has no orientation"
-        raise CTReadError(
-            f"{path}: found {found}; "
-            f"expected NIfTI in one file. Convert it, e.g. nibabel.save(nibabel.load(path), 'scan.nii.gz')."
-        )
-    header_class = nib.Nifti1Header if size == 348 else nib.Nifti2Header
-    try:
-        return header_class(block, check=False), size
-    except (HeaderDataError, ValueError) as error:
-        raise CTReadError(f"{path}: damaged NIfTI header ({error}). Fetch or write it anew.") from error
-
-
-def _nifti_array(path: Path, stream: BinaryIO, header: Any, position: int, compressed: bool) -> np.ndarray:
-    """The stored values (X, Y, Z), a memory map where the file isn't compressed."""
-    shape, dtype = _nifti_layout(path, header)
-    offset = float(header["vox_offset"])
-    offset = position + 4 if offset == 0 else offset
-    expected = math.prod(shape) * dtype.itemsize
-    limit = path.stat().st_size * (_GZIP_MAX_RATIO if compressed else 1)
-    if not (position <= offset and offset + expected <= limit):
-        raise CTReadError(
-            f"{path}: its header tells of {expected} bytes of voxels from byte {offset:.0f} on, shape {shape}; "
-            f"the file holds {path.stat().st_size} bytes. It was cut short: fetch or write it anew."
-        )
-    offset = int(offset)
-    if not compressed:
-        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape, order="F")
-    stream.read(offset - position)
-    buffer = np.empty(expected, dtype=np.uint8)
-    _read_exactly(path, stream, memoryview(buffer))
-    while stream.read(1 << 20):  # gzip's checksum is only compared at the stream's end
-        pass
-    return buffer.view(dtype).reshape(shape, order="F")
-
-
-def _nifti_layout(path: Path, header: Any) -> tuple[tuple[int, int, int], np.dtype]:
-    try:
-        shape, dtype = header.get_data_shape(), header.get_data_dtype()
-    except (HeaderDataError, ValueError, KeyError) as error:
-        raise CTReadError(f"{path}: damaged NIfTI header ({error}). Fetch or write it anew.") from error
-    shape = tuple(int(n) for n in shape)
-    _check_dtype(dtype, str(path))
-    return _volume_shape(shape, str(path)), dtype
-
-
-def _read_exactly(path: Path, stream: BinaryIO, target: memoryview) -> None:
-    done = 0
-    while done < len(target):
-        count = stream.readinto(target[done : done + (1 << 24)])
-        if not count:
+def _read_zip(
+    path: Path, source: str, rescale: tuple[float, float] | None, series_uid: str | None, allow_non_ct: bool
+) -> StoredVolume:
+    """DICOM slices, or the one volume file that there is."""
+    with tempfile.TemporaryDirectory(prefix="samf-") as folder:
+        unpack_zip(path, Path(folder))
+        files = dicom_files(Path(folder))
+        if files:
+            return _dicom(source, files, rescale, series_uid, allow_non_ct)
+        volumes = [file for file in sorted(Path(folder).iterdir()) if _is_volume(file)]
+        if len(volumes) != 1:
             raise CTReadError(
-                f"{path}: ends after {done} of {len(target)} bytes of voxels. It was cut short: fetch or write it anew."
+                f"{source}: a zip with {len(volumes)} volumes; expected DICOM slices or one volume file. "
+                f"Unpack it and name one."
             )
-        done += count
+        stored = replace(_READERS[_sniff(volumes[0])](volumes[0]), source=source)
+        # A map would outlive its file.
+        return stored if stored.own else replace(stored, array=np.array(stored.array, order="K"), own=True)
 
 
-def _nifti_scaling(path: Path, header: Any) -> tuple[float, float]:
-    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 or not math.isfinite(slope):  # the standard's "no scaling"
-        return 1.0, 0.0
-    if not math.isfinite(intercept):
-        raise CTReadError(
-            f"{path}: the header has slope {slope} and intercept {intercept}. Mend the header, "
-            f"e.g. image.header.set_slope_inter(1, 0) in nibabel if the stored values are HU."
-        )
-    return slope, intercept
-
-
-def _nifti_form(header: Any, form: str) -> np.ndarray | None:
-    """The header's sform or qform, None where its code says that it has none."""
-    if header[f"{form}_code"] <= 0:
-        return None
+def _is_volume(file: Path) -> bool:
     try:
-        return header.get_sform() if form == "sform" else header.get_qform()
-    except (HeaderDataError, ValueError, np.linalg.LinAlgError):
-        return np.full((4, 4), np.nan)
+        return _sniff(file) in _READERS
+    except CTReadError:
+        return False
 
 
-def _nibabel_stored(image: Any) -> tuple[np.ndarray, float, float]:
-    """A nibabel image's values before scaling, slope and intercept: get_fdata would make a float64 volume."""
+def _dicom(
+    source: str,
+    files: Sequence[Path],
+    rescale: tuple[float, float] | None,
+    series_uid: str | None,
+    allow_non_ct: bool,
+) -> StoredVolume:
+    if rescale is not None:
+        raise CTReadError(f"{source}: DICOM slices carry their own slope and intercept; leave rescale out.")
+    return read_dicom(source, files, series_uid=series_uid, allow_non_ct=allow_non_ct)
+
+
+# ------------------------------------------------------------------------------------------------------ images in memory
+
+
+def _from_nibabel(image: Any) -> StoredVolume:
+    """The values before scaling, slope and intercept: get_fdata would make a float64 volume."""
+    affines = [] if image.affine is None else [np.asarray(image.affine, dtype=np.float64)]
+    source = "nibabel image"
     proxy = image.dataobj
     if hasattr(proxy, "get_unscaled"):
-        return np.asanyarray(proxy.get_unscaled()), float(proxy.slope), float(proxy.inter)
-    return np.asanyarray(proxy), 1.0, 0.0
+        array, slope, intercept = np.asanyarray(proxy.get_unscaled()), float(proxy.slope), float(proxy.inter)
+        return StoredVolume(array, source, affines, slope=slope, intercept=intercept, own=False)
+    return StoredVolume(np.asanyarray(proxy), source, affines, own=False)
 
 
-# ------------------------------------------------------------------------------------------- NRRD, MetaImage, SimpleITK
-
-
-def _read_itk_file(path: Path, image_io: str, rescale: tuple[float, float] | None) -> CTVolume:
-    _need_itk(path)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.SetImageIO(image_io)
-    try:
-        with _quiet_itk():
-            image = reader.Execute()
-    except RuntimeError as error:
-        raise CTReadError(
-            f"{path}: damaged or incomplete {image_io.removesuffix('ImageIO')} file ({_last_line(error)}). "
-            f"Fetch or write it anew; a header with a separate data file needs that file beside it."
-        ) from error
-    return _from_itk(image, str(path), rescale)
-
-
-def _from_itk(image: Any, source: str, rescale: tuple[float, float] | None) -> CTVolume:
+def _from_itk(image: Any) -> StoredVolume:
     """SimpleITK counts in LPS and its arrays run z, y, x: both are turned round here."""
+    source = "SimpleITK image"
     components = image.GetNumberOfComponentsPerPixel()
     if components > 1:
         raise CTReadError(
@@ -321,14 +342,13 @@ def _from_itk(image: Any, source: str, rescale: tuple[float, float] | None) -> C
             f"expected one HU value. Save a single volume."
         )
     dimension = image.GetDimension()
-    shape = _volume_shape(image.GetSize(), source)
-    array = _itk_array(image).T.reshape(shape, order="F")
+    shape = squeezed_shape(image.GetSize(), source)
     direction = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3]
     affine = np.eye(4)
     affine[:3, :3] = direction * np.array(image.GetSpacing()[:3])
     affine[:3, 3] = image.GetOrigin()[:3]
-    affine = _usable_affine([_LPS_TO_RAS @ affine], None, shape, source)
-    return _build(array, 1.0, 0.0, affine, source, rescale)
+    array = _itk_array(image).T.reshape(shape, order="F")
+    return StoredVolume(array, source, [LPS_TO_RAS @ affine], own=False)
 
 
 def _itk_array(image: Any) -> np.ndarray:
@@ -342,250 +362,53 @@ def _itk_array(image: Any) -> np.ndarray:
     return np.asarray(Owner())
 
 
-@contextmanager
-def _quiet_itk():
-    """Without ITK's warnings on stderr: what matters of them is checked and said here."""
-    before = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        yield
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(before)
-
-
-def _need_itk(path: Path) -> None:
-    if sitk is None:
-        raise CTReadError(f"{path}: reading DICOM, NRRD and MetaImage needs SimpleITK: pip install SimpleITK")
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
-
-
-# ---------------------------------------------------------------------------------------------------------------- DICOM
-
-
-def _read_dicom_folder(folder: Path, rescale: tuple[float, float] | None, allow_non_ct: bool) -> CTVolume:
-    _need_itk(folder)
-    entries = sorted(folder.iterdir())
-    if not entries:
-        raise CTReadError(f"{folder}: an empty folder; expected the DICOM slices of one CT series.")
-    with _quiet_itk():
-        names = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-        series = [sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), name) for name in names]
-    series = [list(files) for files in series if files]
-    if not series:
-        inside = Counter("folders" if entry.is_dir() else f"{entry.suffix or 'suffixless'} files" for entry in entries)
-        found = ", ".join(f"{count} {kind}" for kind, count in inside.most_common(4))
-        raise CTReadError(
-            f"{folder}: a folder without DICOM slices (found {found}); expected the slices of one CT series. "
-            f"Name the folder that holds them, or the volume file itself."
-        )
-    return _read_dicom_files(folder, _choose_series(folder, series, allow_non_ct), rescale, allow_non_ct)
-
-
-def _choose_series(folder: Path, series: list[list[str]], allow_non_ct: bool) -> list[str]:
-    """The files of the largest series that may be read; the others are counted in the log."""
-    reasons = [_unfit(files[0], allow_non_ct) for files in series]
-    fit = [files for files, reason in zip(series, reasons, strict=True) if reason is None]
-    if not fit:
-        found = "; ".join(f"{len(files)} files: {reason}" for files, reason in zip(series, reasons, strict=True))
-        raise CTReadError(f"{folder}: no CT series here ({found}). {_NON_CT_REMEDY}")
-    chosen = max(fit, key=len)
-    if len(series) > 1:
-        logger.info("%s: reads the largest of %d series (%d files)", folder, len(series), len(chosen))
-    return chosen
-
-
-_NON_CT_REMEDY = "Expected one greyscale value a voxel and modality CT; allow_non_ct=True takes other modalities."
-
-
-def _unfit(file: str, allow_non_ct: bool) -> str | None:
-    """Why this DICOM file is no slice of a CT volume, or None. Reads the header only, and no patient data from it."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(file)
-    reader.SetImageIO("GDCMImageIO")
-    try:
-        with _quiet_itk():
-            reader.ReadImageInformation()
-    except RuntimeError as error:
-        return f"not readable as a picture ({_last_line(error)})"
-    modality = _tag(reader, "0008|0060")
-    if reader.GetNumberOfComponents() > 1:
-        return f"colour pictures ({_tag(reader, '0028|0004')})"
-    if modality != "CT" and not allow_non_ct:
-        return f"modality {modality or 'not given'}"
-    if len(reader.GetSize()) > 2 and reader.GetSize()[2] > 1:
-        return f"{reader.GetSize()[2]} frames in one file (convert with dcm2niix)"
-    return None
-
-
-def _tag(reader: Any, key: str) -> str:
-    return reader.GetMetaData(key).strip() if reader.HasMetaDataKey(key) else ""
-
-
-def _read_dicom_files(
-    source: Path, files: Sequence[str], rescale: tuple[float, float] | None, allow_non_ct: bool
-) -> CTVolume:
-    """One series, sorted by position. GDCM applies each slice's own slope and intercept."""
-    _need_itk(source)
-    if rescale is not None:
-        raise CTReadError(f"{source}: DICOM slices carry their own slope and intercept; leave rescale out.")
-    reason = _unfit(files[0], allow_non_ct)
-    if reason is not None:
-        raise CTReadError(f"{source}: {reason}. {_NON_CT_REMEDY}")
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(files)
-    reader.SetImageIO("GDCMImageIO")
-    reader.MetaDataDictionaryArrayUpdateOn()
-    try:
-        with _quiet_itk():
-            image = reader.Execute()
-    except RuntimeError as error:
-        raise CTReadError(
-            f"{source}: the {len(files)} slices of this series do not make one volume ({_last_line(error)}). "
-            f"Put the slices of one series, all of one size, in a folder of their own."
-        ) from error
-    if len(files) > 1:
-        _set_stack_geometry(source, reader, image, len(files))
-    return _from_itk(image, str(source), None)
-
-
-def _set_stack_geometry(source: Path, reader: Any, image: Any, count: int) -> None:
-    """Writes the third axis into `image`, once the slices are known to stand evenly in one straight stack."""
-    try:
-        positions = np.array([_numbers(reader, i, "0020|0032", 3) for i in range(count)])
-        cosines = _numbers(reader, 0, "0020|0037", 6)
-    except (RuntimeError, ValueError) as error:
-        raise CTReadError(
-            f"{source}: slices without a readable position or orientation (tags 0020,0032 and 0020,0037); "
-            f"expected both in every slice. Export the series again."
-        ) from error
-    rows, columns = cosines[:3], cosines[3:]
-    normal = np.cross(rows, columns)
-    steps = np.diff(positions @ normal)
-    _check_steps(source, steps)
-    run = positions[-1] - positions[0]
-    tilt = math.degrees(math.acos(min(1.0, abs(run @ normal) / (np.linalg.norm(run) * np.linalg.norm(normal)))))
-    if tilt > _MAX_TILT_DEGREES:
-        raise CTReadError(
-            f"{source}: tilted gantry: slices are sheared by {tilt:.1f}° against their stacking direction. "
-            f"Resample the series first, e.g. with dcm2niix, which corrects the tilt."
-        )
-    step = float(steps.mean())
-    image.SetSpacing((*image.GetSpacing()[:2], abs(step)))
-    image.SetDirection(np.column_stack([rows, columns, normal * np.sign(step)]).ravel().tolist())
-    image.SetOrigin(positions[0].tolist())
-
-
-def _numbers(reader: Any, slice_index: int, key: str, count: int) -> np.ndarray:
-    numbers = np.array([float(value) for value in reader.GetMetaData(slice_index, key).split("\\")])
-    if numbers.shape != (count,) or not np.isfinite(numbers).all():
-        raise ValueError(f"tag {key} holds {numbers.size} numbers")
-    return numbers
-
-
-def _check_steps(source: Path, steps: np.ndarray) -> None:
-    """Refuses doubled positions and uneven distances. `steps`: mm from each slice to the next along the normal."""
-    median = float(np.median(steps))
-    doubled = np.count_nonzero(np.abs(steps) < 1e-3)
-    if doubled:
-        raise CTReadError(
-            f"{source}: {len(steps) + 1} slices at {len(steps) + 1 - doubled} positions; expected one for each. "
-            f"Split time points or reconstructions into folders of their own."
-        )
-    uneven = np.flatnonzero(np.abs(steps - median) > _MAX_GAP_DEVIATION * abs(median))
-    if uneven.size:
-        raise CTReadError(
-            f"{source}: uneven distances between slices: {steps[uneven[0]]:.2f} mm after slice {uneven[0] + 1}, "
-            f"{median:.2f} mm elsewhere ({uneven.size} such gaps). Slices are missing: export the series again."
-        )
-
-
-# ----------------------------------------------------------------------------------------------- what all formats share
-
-
-def _volume_shape(shape: Sequence[int], source: str) -> tuple[int, int, int]:
-    """`shape` without trailing ones, when it is three-dimensional and not empty."""
-    kept = list(shape)
-    while len(kept) > 3 and kept[-1] == 1:
-        kept.pop()
-    if len(kept) != 3:
-        remedy = (
-            "Save one time point, e.g. nibabel.funcs.four_to_three(image)[0]."
-            if len(kept) > 3
-            else "Save all slices as one volume."
-        )
-        raise CTReadError(
-            f"{source}: {len(kept)}-D image of shape {tuple(shape)}; one CT volume has 3 dimensions. {remedy}"
-        )
-    if min(kept) < 1:
-        raise CTReadError(f"{source}: empty image of shape {tuple(shape)}; expected voxels along every axis.")
-    return tuple(kept)
-
-
-def _check_dtype(dtype: np.dtype, source: str) -> None:
-    if dtype.fields is not None:
-        raise CTReadError(f"{source}: a colour (RGB) image is not CT; expected one HU value a voxel.")
-    if dtype.kind not in "iufb":
-        raise CTReadError(f"{source}: voxels of type {dtype}; expected integer or real HU values. Save the real part.")
-
-
-def _usable_affine(candidates: list[np.ndarray], header: Any, shape: Sequence[int], source: str) -> np.ndarray:
-    """The first affine that maps voxels to a real volume; failing that, one made of the header's voxel sizes.
-
-    The makeshift follows nibabel for headers without a transform: axes run left, front, head, the centre is the origin.
-    """
-    for affine in candidates:
-        affine = np.asarray(affine, dtype=np.float64)
-        if _is_regular(affine):
-            return affine
-    zooms = np.ones(3)
-    if header is not None:
-        found = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
-        zooms = np.where(np.isfinite(found) & (found > 1e-6), found, 1.0)
-    logger.warning(
-        "%s: %s; assumes voxels of %s mm with axes running left, front, head. Check the pictures' sides.",
-        source,
-        "its affine is NaN or singular" if candidates else "its header has no orientation",
-        " x ".join(f"{zoom:g}" for zoom in zooms),
-    )
-    affine = np.diag([-zooms[0], zooms[1], zooms[2], 1.0])
-    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape[:3]) - 1) / 2)
-    return affine
-
-
-def _is_regular(affine: np.ndarray) -> bool:
-    if affine.shape != (4, 4) or not np.isfinite(affine).all():
-        return False
-    norms = np.linalg.norm(affine[:3, :3], axis=0)
-    return bool(norms.min() > 1e-6 and abs(np.linalg.det(affine[:3, :3] / norms)) > 1e-3)
+# --------------------------------------------------------------------------------------------------- one volume of these
 
 
 def _build(
-    stored: np.ndarray,
-    slope: float,
-    intercept: float,
-    affine: np.ndarray,
-    source: str,
-    rescale: tuple[float, float] | None,
+    stored: StoredVolume,
+    *,
+    rescale: tuple[float, float] | None = None,
+    spacing: tuple[float, float, float] | None = None,
+    judge: bool | None = None,
 ) -> CTVolume:
-    """CTVolume from stored values and what the header says of them."""
-    if rescale is not None:
-        if (slope, intercept) != (1.0, 0.0):
-            raise CTReadError(
-                f"{source}: its header holds slope {slope:g} and intercept {intercept:g}, so rescale={rescale} would "
-                f"rescale twice. Leave rescale out."
-            )
-        slope, intercept = (float(value) for value in rescale)
-        if not (math.isfinite(slope) and math.isfinite(intercept) and slope != 0):
-            raise CTReadError(f"{source}: rescale={rescale}; expected two finite numbers, the slope not zero.")
-        logger.info("%s: HU = stored value * %g + %g, as the caller says", source, slope, intercept)
-    _check_dtype(stored.dtype, source)
-    stored = stored.reshape(_volume_shape(stored.shape, source), order="A")
-    hu, affine = _canonical(_to_hu(stored, slope, intercept, source), affine)
-    spacing = tuple(float(norm) for norm in np.linalg.norm(affine[:3, :3], axis=0))
-    return CTVolume(hu=hu, spacing=spacing, affine=affine, source=source)
+    """CTVolume from stored values and what the header says of them.
+
+    `judge`: refuse values that are no HU (True), let them pass (False), or warn of them (None).
+    """
+    source = stored.source
+    check_dtype(stored.array.dtype, source)
+    array = stored.array.reshape(squeezed_shape(stored.array.shape, source), order="A")
+    affine = _affine(stored, array.shape, spacing)
+    oblique, shear = _angles(affine)
+    if shear > _MAX_SHEAR_DEGREES:
+        stored.notes.append(f"tilted gantry or sheared axes: {shear:.1f}° off a right angle")
+    slope, intercept = _scaling(stored, rescale)
+    hu = _to_hu(array, slope, intercept, source)
+    if judge is not False:
+        _check_intensity(stored, array, hu, rescale, refuse=bool(judge))
+    hu = _padding_to_air(hu, source, own=stored.own or hu is not array)
+    orientation = _orientation(affine)
+    if oblique > _MAX_OBLIQUE_DEGREES or shear > _MAX_SHEAR_DEGREES:
+        hu, affine = _resample(hu, affine, source, oblique, shear)
+    hu, affine = _canonical(hu, affine)
+    size = tuple(float(norm) for norm in np.linalg.norm(affine[:3, :3], axis=0))
+    return CTVolume(hu=hu, spacing=size, affine=affine, source=source, stored_orientation=orientation)
+
+
+def _scaling(stored: StoredVolume, rescale: tuple[float, float] | None) -> tuple[float, float]:
+    if rescale is None:
+        return stored.slope, stored.intercept
+    if (stored.slope, stored.intercept) != (1.0, 0.0):
+        raise CTReadError(
+            f"{stored.source}: its header holds slope {stored.slope:g} and intercept {stored.intercept:g}, so "
+            f"rescale={tuple(rescale)} would rescale twice. Leave rescale out."
+        )
+    slope, intercept = (float(value) for value in rescale)
+    if not (math.isfinite(slope) and math.isfinite(intercept) and slope != 0):
+        raise CTReadError(f"{stored.source}: rescale={rescale}; expected two finite numbers, the slope not zero.")
+    logger.info("%s: HU = stored value * %g + %g, as the caller says", stored.source, slope, intercept)
+    return slope, intercept
 
 
 def _to_hu(stored: np.ndarray, slope: float, intercept: float, source: str) -> np.ndarray:
@@ -595,23 +418,237 @@ def _to_hu(stored: np.ndarray, slope: float, intercept: float, source: str) -> n
         return stored
     if plain and stored.dtype.kind in "iub" and np.can_cast(stored.dtype, np.int16):
         return stored.astype(np.int16)
-    limits = np.iinfo(np.int16)
     hu = np.empty_like(stored, dtype=np.int16, subok=False)
-    not_finite = 0
-    # Float64 keeps every 32-bit value exact, and one plane at a time keeps it small.
+    # One plane at a time keeps what stands between small.
     axis = int(np.argmax(np.abs(stored.strides)))
-    for source_plane, target_plane in zip(np.moveaxis(stored, axis, 0), np.moveaxis(hu, axis, 0), strict=True):
-        values = source_plane.astype(np.float64)
-        bad = ~np.isfinite(values) if stored.dtype.kind == "f" else None
-        if not plain:
-            values = values * slope + intercept
-        if bad is not None and bad.any():
-            values[bad] = AIR_HU
-            not_finite += int(bad.sum())
-        target_plane[...] = np.clip(np.rint(values), limits.min, limits.max)
+    planes = zip(np.moveaxis(stored, axis, 0), np.moveaxis(hu, axis, 0), strict=True)
+    not_finite = sum(scale_to_hu(source_plane, slope, intercept, plane) for source_plane, plane in planes)
     if not_finite:
         logger.warning("%s: %d voxels are NaN or infinite; read as air (%d HU)", source, not_finite, AIR_HU)
     return hu
+
+
+# ------------------------------------------------------------------------------------------------------------- intensity
+
+
+def judge_intensity(hu: np.ndarray) -> tuple[str, str]:
+    """Whether values can be a CT's Hounsfield units, by their percentiles and their air.
+
+    Padding (below -1500) is set aside first; then, of a sample of some 260,000 voxels:
+    - the 99th percentile below -300, or 5 % padding of more than three values: rescaled twice, or no CT ("not HU");
+    - at least half a per cent between -1150 and -700: there is air where it belongs ("HU");
+    - else a first percentile above -200, with a dark background of at least 5 % at -50 or above, a median above 600, or
+      a range of less than 4: raw stored values, another modality, a mask or a picture ("not HU");
+    - else a crop without air, which nobody can judge ("no air").
+
+    Args:
+        hu: int16, any shape.
+
+    Returns:
+        "HU", "no air" or "not HU", and what was found, in words. Less than 10,000 voxels, or one value alone, are "no air".
+    """
+    counts = np.bincount(_sample(hu).astype(np.int32) + 32768, minlength=65536)
+    total = counts.sum()
+    if total < _MIN_JUDGED or np.count_nonzero(counts) == 1:
+        return "no air", "too few voxels, or one value alone"
+    far_below = counts[: _PADDING_HU + 32768].copy()
+    padding = far_below.sum() / total
+    spread = padding - np.sort(far_below)[-3:].sum() / total
+    if padding < 0.99:
+        counts[: _PADDING_HU + 32768] = 0
+    below = np.cumsum(counts) / counts.sum()  # share of voxels at each value or below
+    low, first, middle, high, highest = np.searchsorted(below, [0.001, 0.01, 0.5, 0.99, 0.999]) - 32768
+    found = f"1st percentile {first}, median {middle}, 99th {high}"
+    found += f", {100 * padding:.0f} % below {_PADDING_HU}" if padding > 0.001 else ""
+    if high < -300 or spread >= 0.05:
+        return "not HU", f"{found}: too low for air, lungs and soft tissue"
+    if below[-700 + 32768] - below[-1151 + 32768] >= 0.005:
+        return "HU", found
+    if first > -200:
+        background = below[int(low + 0.03 * (highest - low)) + 32768]
+        if high - first < 4 or middle > 600 or (first >= -50 and background >= 0.05):
+            return "not HU", f"{found}: no air near -1000, and a background or tissue where CT has none"
+    return "no air", f"{found}: no air near -1000, a crop perhaps"
+
+
+def _sample(hu: np.ndarray) -> np.ndarray:
+    """Some 260,000 voxels, spread evenly: the step shares no factor with the volume's sides."""
+    flat = hu.ravel(order="K")
+    step = max(1, flat.size // _SAMPLE)
+    while step > 1 and math.gcd(step, math.prod(hu.shape)) > 1:
+        step += 1
+    return np.asarray(flat[::step])
+
+
+def _check_intensity(
+    stored: StoredVolume, array: np.ndarray, hu: np.ndarray, rescale: tuple[float, float] | None, refuse: bool
+) -> None:
+    verdict, found = judge_intensity(hu)
+    source = stored.source
+    if verdict == "HU":
+        logger.info("%s: Hounsfield units (%s)", source, found)
+        return
+    if verdict == "no air":
+        level = logging.WARNING if hu.size >= _MIN_JUDGED else logging.INFO
+        logger.log(level, "%s: %s. Check that its values are Hounsfield units.", source, found)
+        return
+    if not refuse:
+        logger.warning("%s: %s. Its values don't look like Hounsfield units.", source, found)
+        return
+    before = f" Also found: {'; '.join(stored.notes)}." if stored.notes else ""
+    if rescale is not None and judge_intensity(_to_hu(array, 1.0, 0.0, source))[0] == "HU":
+        raise CTReadError(
+            f"{source}: its values are Hounsfield units already (air lies near -1000), and rescale={tuple(rescale)} makes "
+            f"{found}. Leave rescale out: it would rescale twice.{before}"
+        )
+    raise CTReadError(
+        f"{source}: its values are no Hounsfield units: {found}. Expected air near -1000 and soft tissue near 0. "
+        f"{_intensity_remedy(found, rescale)} allow_non_ct=True takes them as they are.{before}"
+    )
+
+
+def _intensity_remedy(found: str, rescale: tuple[float, float] | None) -> str:
+    if rescale is not None:
+        return f"rescale={tuple(rescale)} is not this file's: look its slope and intercept up, or leave rescale out."
+    if "too low" in found:
+        return "If they were rescaled twice, write the file anew from its source."
+    return "If they are raw stored values, pass rescale=(slope, intercept) of the scan's metadata; if not, it is no CT."
+
+
+def _padding_to_air(hu: np.ndarray, source: str, own: bool) -> np.ndarray:
+    lowest = int(hu.min())
+    if lowest >= _PADDING_HU:
+        return hu
+    if not own:
+        hu = hu.copy(order="K")
+    count = 0
+    for plane in np.moveaxis(hu, int(np.argmax(np.abs(hu.strides))), 0):
+        padding = plane < _PADDING_HU
+        count += int(padding.sum())
+        plane[padding] = AIR_HU
+    logger.info("%s: %d voxels below %d HU (down to %d) are padding; read as air", source, count, _PADDING_HU, lowest)
+    return hu
+
+
+# -------------------------------------------------------------------------------------------------------------- geometry
+
+
+def _affine(stored: StoredVolume, shape: Sequence[int], spacing: tuple[float, float, float] | None) -> np.ndarray:
+    """The first affine that maps voxels to a real volume; failing that, one made of voxel sizes.
+
+    The makeshift follows nibabel for headers without a transform: axes run left, front, head, the centre is the origin.
+    """
+    usable = [affine for affine in stored.affines if _is_regular(affine)]
+    if spacing is not None:
+        return _given_affine(stored.source, usable, shape, spacing)
+    if usable:
+        if _is_blank(usable[0]) and min(shape[:2]) >= 400:
+            logger.warning(
+                "%s: voxels of exactly 1 mm, unturned: a blank header? If so, pass spacing= (and rescale=) from the "
+                "scan's metadata.",
+                stored.source,
+            )
+        return usable[0]
+    zooms = np.asarray(stored.zooms, dtype=np.float64)
+    zooms = np.where(np.isfinite(zooms) & (zooms > 1e-6) & (zooms < 1e6), zooms, 1.0)
+    logger.warning(
+        "%s: %s; assumes voxels of %s mm with axes running left, front, head. Check the pictures' sides.",
+        stored.source,
+        "its affine is NaN or singular" if stored.affines else "its header has no orientation",
+        " x ".join(f"{zoom:g}" for zoom in zooms),
+    )
+    return _centred(np.diag([-zooms[0], zooms[1], zooms[2], 1.0]), shape)
+
+
+def _given_affine(
+    source: str, usable: list[np.ndarray], shape: Sequence[int], spacing: tuple[float, float, float]
+) -> np.ndarray:
+    """The caller's voxel sizes on DICOM's axes, where the header says nothing of its own."""
+    sizes = np.array([float(mm) for mm in spacing])
+    if sizes.shape != (3,) or not np.isfinite(sizes).all() or sizes.min() <= 0:
+        raise CTReadError(f"{source}: spacing={spacing}; expected three positive numbers of mm.")
+    if usable and not _is_blank(usable[0]):
+        norms = np.linalg.norm(usable[0][:3, :3], axis=0)
+        if np.abs(norms / sizes - 1).max() > 0.02:
+            raise CTReadError(
+                f"{source}: its header tells of voxels of {norms.round(4).tolist()} mm, spacing of {sizes.tolist()}. "
+                f"Leave spacing out, or look it up anew."
+            )
+        return usable[0]
+    logger.info(
+        "%s: voxels of %s mm, axes to the left, back and head, as the caller says", source, tuple(sizes.tolist())
+    )
+    return _centred(np.diag([-sizes[0], -sizes[1], sizes[2], 1.0]), shape)
+
+
+def _centred(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape[:3]) - 1) / 2)
+    return affine
+
+
+def _is_regular(affine: np.ndarray) -> bool:
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or np.abs(affine).max() > 1e9:
+        return False
+    norms = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(norms.min() > 1e-6 and abs(np.linalg.det(affine[:3, :3] / norms)) > 1e-3)
+
+
+def _is_blank(affine: np.ndarray) -> bool:
+    """Voxels of 1 mm along unturned axes, as libraries write where they know nothing."""
+    return np.array_equal(np.abs(affine[:3, :3]), np.eye(3)) and not np.abs(affine[:3, 3]).any()
+
+
+def _angles(affine: np.ndarray) -> tuple[float, float]:
+    """Degrees between the axes and the patient's, and by which the axes miss right angles among themselves; the largest."""
+    cosines = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    axes, _ = _nearest_axes(affine)
+    nearest = np.abs([cosines[row, column] for row, column in enumerate(axes)])
+    oblique = np.degrees(np.arccos(np.clip(nearest, 0, 1))).max()
+    products = np.abs((cosines.T @ cosines)[np.triu_indices(3, 1)])
+    return float(oblique), float(np.degrees(np.arcsin(np.clip(products, 0, 1))).max())
+
+
+def _resample(
+    hu: np.ndarray, affine: np.ndarray, source: str, oblique: float, shear: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The volume on the patient's axes, linearly, with voxels as large as along the nearest stored axes; air around."""
+    if shear > _MAX_MENDED_SHEAR_DEGREES:
+        raise CTReadError(
+            f"{source}: its axes miss right angles by {shear:.1f}°; expected at most {_MAX_MENDED_SHEAR_DEGREES:g}°. "
+            f"The header is damaged: export or write the scan anew."
+        )
+    if affine_transform is None:
+        raise CTReadError(f"{source}: oblique or tilted ({max(oblique, shear):.1f}°); needs scipy: pip install scipy")
+    axes, _ = _nearest_axes(affine)
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)[axes]
+    corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (np.array(hu.shape) - 1)
+    corners = corners @ affine[:3, :3].T + affine[:3, 3]
+    start = corners.min(axis=0)
+    counts = np.ceil((corners.max(axis=0) - start) / sizes - 1e-3) + 1
+    if counts.prod() > MAX_VOXELS:
+        raise CTReadError(f"{source}: {counts.prod():.3g} voxels once turned upright. Crop or coarsen the scan.")
+    target = np.diag([*sizes, 1.0])
+    target[:3, 3] = start
+    mapping = np.linalg.inv(affine) @ target
+    upright = affine_transform(
+        hu,
+        mapping[:3, :3],
+        mapping[:3, 3],
+        output_shape=tuple(int(n) for n in counts),
+        output=np.int16,
+        order=1,
+        mode="grid-constant",  # "constant" makes air of border voxels that rounding puts outside
+        cval=AIR_HU,
+    )
+    logger.warning(
+        "%s: axes %.1f° off the patient's%s; resampled linearly to %s voxels of %s mm",
+        source,
+        oblique,
+        f", {shear:.1f}° off a right angle (tilted gantry)" if shear > _MAX_SHEAR_DEGREES else "",
+        " x ".join(str(n) for n in upright.shape),
+        " x ".join(f"{mm:g}" for mm in sizes.round(3)),
+    )
+    return upright, target
 
 
 def _canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -626,6 +663,13 @@ def _canonical(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.nd
     array = array.transpose(axes)
     array = array[tuple(slice(None, None, sign) for sign in signs)]
     return array, affine @ transform + 0.0  # + 0.0 turns -0.0 into 0.0
+
+
+def _orientation(affine: np.ndarray) -> str:
+    """Where each axis of the stored array runs to, by the nearest patient axis: three letters."""
+    axes, signs = _nearest_axes(affine)
+    ends = {stored: _DIRECTIONS[axis][sign > 0] for axis, (stored, sign) in enumerate(zip(axes, signs, strict=True))}
+    return "".join(ends[stored] for stored in range(3))
 
 
 def _nearest_axes(affine: np.ndarray) -> tuple[list[int], list[int]]:

@@ -1,0 +1,528 @@
+"""DICOM series: order, geometry, values, what is mended and what is refused.
+
+Most slices show HU that grow linearly through the room (`dicom_series.world_hu`): a voxel read right holds the HU of the
+place where the volume's affine puts it, whatever the slices' order, tilt or gaps.
+"""
+
+import base64
+import logging
+import shutil
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from dicom_series import (
+    AXIAL,
+    COLUMNS,
+    FIRST,
+    ROWS,
+    SPACING,
+    EachSlice,
+    slice_dataset,
+    slice_hu,
+    stack_positions,
+    world_hu,
+    write_enhanced,
+    write_series,
+)
+
+from samf import dicom_pixels, dicom_volume
+from samf.ct_volume import AIR_HU, CTReadError, read_ct
+
+TILT = np.deg2rad(14)
+
+
+def places(volume) -> np.ndarray:
+    """LPS millimetres of every voxel, (X, Y, Z, 3), by the volume's affine."""
+    indices = np.stack(np.meshgrid(*(np.arange(n) for n in volume.shape), indexing="ij"), axis=-1)
+    return (indices @ volume.affine[:3, :3].T + volume.affine[:3, 3]) * (-1, -1, 1)
+
+
+def assert_every_voxel_in_place(volume, tolerance=1.0, inside=None):
+    difference = np.abs(volume.hu - world_hu(places(volume)))
+    inside = np.ones(volume.shape, dtype=bool) if inside is None else inside(places(volume))
+    assert inside.sum() > 0.3 * inside.size
+    assert difference[inside].max() <= tolerance
+
+
+# ----------------------------------------------------------------------------------------------------- order and geometry
+
+
+@pytest.mark.parametrize(
+    ("cosines", "axis"),
+    [
+        (AXIAL, (0, 0, 1)),  # head first, supine
+        (AXIAL, (0, 0, -1)),  # from head to foot
+        ((-1, 0, 0, 0, -1, 0), (0, 0, 1)),  # prone
+        ((-1, 0, 0, 0, 1, 0), (0, 0, -1)),  # feet first
+        ((1, 0, 0, 0, 0, -1), (0, 1, 0)),  # coronal
+        ((0, 1, 0, 0, 0, -1), (-1, 0, 0)),  # sagittal
+        ((0.9962, 0.0872, 0, -0.0872, 0.9962, 0), (0, 0, 1)),  # lying 5° askew: axes are kept
+    ],
+)
+def test_every_position_of_the_patient_is_read_right(tmp_path, cosines, axis):
+    positions = stack_positions(axis=axis)
+    volume = read_ct(write_series(tmp_path / "series", positions, cosines))
+    assert_every_voxel_in_place(volume)
+    assert volume.hu.size == len(positions) * ROWS * COLUMNS
+    assert (np.diag(volume.affine)[:3] > 0).all()
+
+
+def test_slices_are_sorted_by_place_not_by_name_or_number(tmp_path):
+    numbers = [3, 1, 6, 2, 5, 4]
+    names = ["c", "a.dcm", "f.ima", "b", "e.txt", "0001"]
+    volume = read_ct(write_series(tmp_path / "series", names=names, InstanceNumber=EachSlice(numbers)))
+    assert_every_voxel_in_place(volume)
+    np.testing.assert_allclose(volume.spacing, (SPACING[1], SPACING[0], 2.5))
+
+
+def test_tilted_gantry_is_straightened_and_said(tmp_path, caplog):
+    cosines = (1, 0, 0, 0, np.cos(TILT), -np.sin(TILT))
+    volume = read_ct(write_series(tmp_path / "tilted", stack_positions(12), cosines))
+    assert "14.0° off a right angle (tilted gantry)" in caplog.text
+    np.testing.assert_allclose(volume.affine[:3, :3], np.diag(volume.spacing), atol=1e-9)
+
+    def inside(lps):
+        """Well within the sheared stack: what lies outside of it is air."""
+        column = (lps[..., 1] - FIRST[1]) / np.cos(TILT)
+        run = lps[..., 2] - FIRST[2] + column * np.sin(TILT)
+        return (run >= 0) & (run <= 11 * 2.5) & (column >= 0) & (column <= (ROWS - 1) * SPACING[0])
+
+    assert_every_voxel_in_place(volume, 1.5, inside)
+    corner = volume.hu[0, -1, 0]  # back and foot: beyond the first slice's lower edge or before it
+    assert AIR_HU in (corner, volume.hu[0, 0, 0])
+
+
+def test_oblique_reformats_are_turned_upright(tmp_path, caplog):
+    angle = np.deg2rad(25)
+    cosines = (np.cos(angle), np.sin(angle), 0, -np.sin(angle), np.cos(angle), 0)
+    volume = read_ct(write_series(tmp_path / "series", cosines=cosines))
+    assert "25.0° off the patient's" in caplog.text
+
+    def inside(lps):
+        x, y = ((lps - FIRST) @ np.array([cosines[:3], cosines[3:]]).T)[..., :2].transpose(3, 0, 1, 2)
+        return (x >= 0) & (x <= (COLUMNS - 1) * SPACING[1]) & (y >= 0) & (y <= (ROWS - 1) * SPACING[0])
+
+    assert_every_voxel_in_place(volume, 1.5, inside)
+
+
+def test_one_slice_alone(tmp_path):
+    folder = write_series(tmp_path / "one", stack_positions(1), SpacingBetweenSlices=3.0)
+    volume = read_ct(folder / "slice000.dcm")
+    assert volume.shape == (COLUMNS, ROWS, 1) and volume.spacing[2] == 3.0
+    assert_every_voxel_in_place(volume)
+
+
+# ------------------------------------------------------------------------------------------------- gaps, copies, passes
+
+
+def test_missing_slices_are_interpolated_with_a_word_of_how_many_mm(tmp_path, caplog):
+    positions = np.delete(stack_positions(12), [4, 8, 9], axis=0)
+    volume = read_ct(write_series(tmp_path / "gaps", positions))
+    assert volume.shape[2] == 12 and volume.spacing[2] == pytest.approx(2.5)
+    assert_every_voxel_in_place(volume)
+    assert "2.50 to 7.50 mm" in caplog.text and "12.5 of 27.5 mm lie in 2 odd gaps" in caplog.text
+
+
+def test_slices_that_are_there_stay_untouched_beside_a_gap(tmp_path):
+    rng = np.random.default_rng(0)
+    stack = rng.integers(-1000, 1000, (8, ROWS, COLUMNS))
+    kept = [0, 1, 2, 4, 5, 6, 7]
+    volume = read_ct(write_series(tmp_path / "gap", stack_positions(8)[kept], hu=EachSlice(stack[kept])))
+    for k in kept:
+        np.testing.assert_array_equal(volume.hu[::-1, ::-1, k].T, stack[k])
+
+
+@pytest.mark.parametrize(
+    ("places_mm", "gap"),
+    [([0, 1, 2, 3, 9, 10], "6.00 mm after slice 4"), ([0, 5, 10, 25, 30], "15.00 mm after slice 3")],
+)
+def test_wide_gaps_are_refused(tmp_path, places_mm, gap):
+    positions = np.array(FIRST) + np.outer(places_mm, (0, 0, 1))
+    with pytest.raises(CTReadError, match=f"gap: uneven distances.*{gap}.*Slices are missing"):
+        read_ct(write_series(tmp_path / "gap", positions))
+
+
+def test_positions_rounded_to_tenths_are_even(tmp_path, caplog):
+    positions = np.round(stack_positions(9, step=0.625), 1)
+    volume = read_ct(write_series(tmp_path / "rounded", positions))
+    assert volume.shape[2] == 9 and volume.spacing[2] == pytest.approx(0.625, abs=0.02)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_copies_of_slices_are_left_out(tmp_path, caplog):
+    folder = write_series(tmp_path / "twice")
+    shutil.copy(folder / "slice002.dcm", folder / "slice002 (copy).dcm")
+    renamed = pydicom.dcmread(folder / "slice004.dcm")
+    renamed.SOPInstanceUID = "1.2.3.99"  # an anonymiser's
+    renamed.save_as(folder / "again")
+    volume = read_ct(folder)
+    assert volume.shape[2] == 6 and "2 of 8 slices are copies" in caplog.text
+    assert_every_voxel_in_place(volume)
+
+
+@pytest.mark.parametrize("tag", ["AcquisitionNumber", "TemporalPositionIdentifier"])
+def test_two_time_points_are_refused_by_what_tells_them_apart(tmp_path, tag):
+    positions = np.repeat(stack_positions(), 2, axis=0)
+    hu = EachSlice(slice_hu(position) + 5 * (k % 2) for k, position in enumerate(positions))
+    folder = write_series(tmp_path / "passes", positions, hu=hu, **{tag: EachSlice(k % 2 + 1 for k in range(12))})
+    with pytest.raises(CTReadError, match=rf"12 slices at 6 positions.*{tag}: 1 \(6 slices\), 2 \(6 slices\).*list"):
+        read_ct(folder)
+    first = sorted(folder.iterdir())[::2]
+    assert_every_voxel_in_place(read_ct(first))
+    assert_every_voxel_in_place(read_ct([str(path) for path in reversed(first)]))
+
+
+def test_slices_beside_the_line_are_refused(tmp_path):
+    positions = stack_positions()
+    positions[3, 0] += 4
+    with pytest.raises(CTReadError, match="4.0 mm beside one straight line"):
+        read_ct(write_series(tmp_path / "askew", positions))
+
+
+def test_slices_without_a_place_are_refused(tmp_path):
+    with pytest.raises(CTReadError, match="without a readable position"):
+        read_ct(write_series(tmp_path / "nowhere", ImagePositionPatient=None))
+
+
+# --------------------------------------------------------------------------------------------------- series and other files
+
+
+def test_the_largest_axial_ct_series_is_read_and_the_others_are_named(tmp_path, caplog):
+    study = tmp_path / "study"
+    write_series(study / "a" / "thick", stack_positions(4, 5.0), SeriesInstanceUID="1.2.9", SeriesNumber=7)
+    write_series(study / "b", stack_positions(9), SeriesInstanceUID="1.2.8")
+    write_series(study / "cor", stack_positions(20, axis=(0, 1, 0)), (1, 0, 0, 0, 0, -1), SeriesInstanceUID="1.2.7")
+    write_series(study / "mr", stack_positions(30), SeriesInstanceUID="1.2.6", Modality="MR")
+    assert read_ct(study).shape[2] == 9
+    assert "3 series; reads 1.2.8" in caplog.text and "1.2.9: number 7, CT, 4 slices of 18 x 14" in caplog.text
+    thick = read_ct(study, series_uid="1.2.9")
+    assert thick.shape[2] == 4
+    assert_every_voxel_in_place(thick)
+    with pytest.raises(CTReadError, match="no CT series '1.2.6' here; there are 1.2.7: CT, 20 slices"):
+        read_ct(study, series_uid="1.2.6")
+    assert read_ct(study, series_uid="1.2.6", allow_non_ct=True).shape[2] == 30
+
+
+def test_what_is_no_slice_is_left_out(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder = write_series(tmp_path / "study")
+    write_series(folder, stack_positions(2), names=["s1", "s2"], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    capture = slice_dataset(
+        np.zeros((4, 4)), (0, 0, 0), SOPClassUID="1.2.840.10008.5.1.4.1.1.7", ImagePositionPatient=None
+    )
+    capture.save_as(folder / "capture")
+    colour = slice_dataset(np.zeros((4, 4)), (0, 0, 0), SamplesPerPixel=3, PhotometricInterpretation="RGB")
+    colour.PixelData = bytes(48)
+    colour.save_as(folder / "colour.dcm")
+    report = slice_dataset(np.zeros((4, 4)), (0, 0, 0), Modality="SR", SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11")
+    for keyword in ("Rows", "Columns", "PixelData"):
+        delattr(report, keyword)
+    report.save_as(folder / "report.dcm")
+    (folder / "notes.txt").write_text("not DICOM", encoding="utf-8")
+    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    volume = read_ct(folder)
+    assert volume.shape[2] == 6
+    assert_every_voxel_in_place(volume)
+    for words in ("2 scouts", "1 screen captures", r"1 colour pictures (RGB)", "1 reports or other objects"):
+        assert words in caplog.text
+    for name, words in {
+        "capture": "screen captures",
+        "colour.dcm": "colour",
+        "report.dcm": "reports",
+        "s1": "scouts",
+    }.items():
+        with pytest.raises(CTReadError, match=f"{name}: no CT series here .*{words}"):
+            read_ct(folder / name)
+
+
+def test_other_modalities_and_units_need_leave(tmp_path):
+    for name, tags, words in (
+        ("mr", {"Modality": "MR"}, "6 of modality MR"),
+        ("none", {"Modality": None}, "modality not given"),
+        ("density", {"RescaleType": "EDW"}, "6 in unit EDW instead of HU"),
+    ):
+        folder = write_series(tmp_path / name, **tags)
+        with pytest.raises(CTReadError, match=f"{name}: no CT series here .*{words}.*allow_non_ct"):
+            read_ct(folder)
+        assert read_ct(folder, allow_non_ct=True).shape[2] == 6
+
+
+def test_odd_slices_in_a_series_are_left_out_with_a_word(tmp_path, caplog):
+    folder = write_series(tmp_path / "series")
+    write_series(folder, stack_positions(1, axis=(0, 1, 0)), (1, 0, 0, 0, 0, -1), names=["reformat"])
+    assert_every_voxel_in_place(read_ct(folder))
+    assert "1 of 7 slices have another orientation" in caplog.text
+
+
+def test_a_stack_mixed_with_another_is_refused(tmp_path):
+    folder = write_series(tmp_path / "mixed")
+    write_series(folder, stack_positions(4, axis=(0, 1, 0)), (1, 0, 0, 0, 0, -1), names=list("abcd"))
+    with pytest.raises(CTReadError, match="10 slices in 2 orientations, matrices or pixel sizes"):
+        read_ct(folder)
+
+
+def test_radial_slices_are_refused(tmp_path):
+    folder = tmp_path / "radial"
+    for k, angle in enumerate(np.linspace(0, 1, 5)):
+        write_series(folder, stack_positions(1), (np.cos(angle), np.sin(angle), 0, 0, 0, -1), names=[f"{k}"])
+    with pytest.raises(CTReadError, match="5 slices in 5 orientations"):
+        read_ct(folder)
+
+
+# --------------------------------------------------------------------------------------------------------------- values
+
+
+def test_each_slice_has_its_own_slope_and_intercept(tmp_path):
+    slopes, intercepts = [1, 2, 0.5, 1, 4, 0.25], [-1024, 0, -1000, -8192, 100, -1024]
+    volume = read_ct(write_series(tmp_path / "own", slope=EachSlice(slopes), intercept=EachSlice(intercepts)))
+    assert_every_voxel_in_place(volume, 2.6)  # a slope of 4 stores multiples of it
+
+
+@pytest.mark.parametrize(
+    ("tags", "stored"),
+    [
+        ({"PixelPaddingValue": -2000}, -2000),
+        ({"PixelPaddingValue": 63536, "PixelRepresentation": 0}, 63536),
+        ({"PixelPaddingValue": 0, "PixelRepresentation": 0}, 0),
+        ({"PixelPaddingValue": 4500, "PixelPaddingRangeLimit": 32767}, 5000),  # above any tissue
+    ],
+)
+def test_padding_is_air(tmp_path, caplog, tags, stored):
+    caplog.set_level(logging.INFO)
+    folder = write_series(tmp_path / "padded", **tags)
+    for path in folder.iterdir():
+        dataset = pydicom.dcmread(path)
+        pixels = dataset.pixel_array.astype(np.int64)
+        pixels[0, :5] = stored
+        dataset.PixelData = pixels.astype(np.uint16 if stored > 32767 else dataset.pixel_array.dtype).tobytes()
+        dataset.save_as(path)
+    hu = read_ct(folder).hu[::-1, ::-1]
+    assert (hu[:5, 0] == AIR_HU).all() and (hu[5:] > AIR_HU).all()
+    assert "30 voxels hold the padding value" in caplog.text
+
+
+def test_a_padding_value_that_tissue_has_counts_for_nothing(tmp_path):
+    volume = read_ct(write_series(tmp_path / "water", PixelPaddingValue=1024))  # 0 HU
+    assert_every_voxel_in_place(volume)
+
+
+@pytest.mark.parametrize("signed", [0, 1])
+def test_bits_beyond_those_stored_are_ignored(tmp_path, signed):
+    folder = tmp_path / "overlay"
+    folder.mkdir()
+    hu = slice_hu(FIRST)
+    dataset = slice_dataset(
+        hu, FIRST, PixelRepresentation=signed, BitsStored=12, HighBit=11, intercept=-1024 * (1 - signed)
+    )
+    stored = np.frombuffer(dataset.PixelData, dtype=np.uint16) & 0x0FFF
+    dataset.PixelData = (stored | 0xA000).astype(np.uint16).tobytes()
+    dataset.save_as(folder / "slice", enforce_file_format=True)
+    np.testing.assert_array_equal(read_ct(folder).hu[::-1, ::-1, 0].T, hu)
+
+
+# ------------------------------------------------------------------------------------------------------------- encodings
+
+
+def test_enhanced_multi_frame(tmp_path):
+    positions = stack_positions(6)[[3, 0, 5, 1, 4, 2]]
+    volume = read_ct(write_enhanced(tmp_path / "enhanced.dcm", positions, [1, 2, 1, 4, 1, 2]))
+    assert volume.shape == (COLUMNS, ROWS, 6)
+    assert_every_voxel_in_place(volume, 2.6)
+
+
+def test_many_frames_that_lie_nowhere_are_refused(tmp_path):
+    dataset = slice_dataset(np.zeros((4, 4)), (0, 0, 0), NumberOfFrames=3)
+    dataset.PixelData = bytes(96)
+    dataset.save_as(tmp_path / "film.dcm", enforce_file_format=True)
+    with pytest.raises(CTReadError, match="with 3 frames in one file that don't say where they lie"):
+        read_ct(tmp_path / "film.dcm")
+
+
+def save_in(folder, syntax):
+    for path in folder.iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.file_meta.TransferSyntaxUID = syntax
+        if syntax == pydicom.uid.ExplicitVRBigEndian:
+            dataset.PixelData = np.frombuffer(dataset.PixelData, "<i2").astype(">i2").tobytes()
+        pydicom.dcmwrite(path, dataset, enforce_file_format=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "syntax",
+    ["ImplicitVRLittleEndian", "ExplicitVRLittleEndian", "ExplicitVRBigEndian", "DeflatedExplicitVRLittleEndian"],
+)
+def test_plain_transfer_syntaxes(tmp_path, syntax):
+    folder = write_series(tmp_path / syntax)
+    if syntax != "ExplicitVRBigEndian":
+        save_in(folder, getattr(pydicom.uid, syntax))
+    else:
+        for path in folder.iterdir():
+            dataset = pydicom.dcmread(path)
+            data = np.frombuffer(dataset.PixelData, "<i2").astype(">i2").tobytes()
+            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
+            plain = pydicom.Dataset({element.tag: element for element in dataset})
+            plain.file_meta, plain.PixelData = dataset.file_meta, data
+            plain["PixelData"].VR = "OW"
+            pydicom.dcmwrite(path, plain, implicit_vr=False, little_endian=False, enforce_file_format=True)
+    assert_every_voxel_in_place(read_ct(folder))
+
+
+def test_files_without_preamble(tmp_path):
+    folder = write_series(tmp_path / "bare")
+    for path in folder.iterdir():
+        dataset = pydicom.dcmread(path)
+        bare = pydicom.Dataset({element.tag: element for element in dataset})
+        pydicom.dcmwrite(path, bare, implicit_vr=True, little_endian=True)
+        assert path.read_bytes()[128:132] != b"DICM"
+    assert_every_voxel_in_place(read_ct(folder))
+
+
+@pytest.mark.parametrize("signed", [0, 1])
+def test_rle(tmp_path, signed):
+    folder = write_series(tmp_path / "rle", PixelRepresentation=signed)
+    for path in folder.iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.compress(pydicom.uid.RLELossless)
+        dataset.save_as(path)
+    assert_every_voxel_in_place(read_ct(folder))
+
+
+@pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
+@pytest.mark.parametrize("signed", [0, 1])
+def test_jpeg_lossless_and_jpeg_2000(tmp_path, compressor, signed):
+    folder = write_series(tmp_path / "packed", PixelRepresentation=signed)
+    for path in folder.iterdir():
+        pixels = pydicom.dcmread(path)
+        writer = sitk.ImageFileWriter()
+        writer.SetImageIO("GDCMImageIO")
+        writer.UseCompressionOn()
+        writer.SetCompressor(compressor)
+        writer.SetFileName(str(tmp_path / "one.dcm"))
+        writer.Execute(sitk.GetImageFromArray(pixels.pixel_array[None]))
+        packed = pydicom.dcmread(tmp_path / "one.dcm")
+        pixels.file_meta.TransferSyntaxUID = packed.file_meta.TransferSyntaxUID
+        pixels.PixelData = packed.PixelData
+        pixels["PixelData"].is_undefined_length = True
+        pixels.save_as(path)
+    assert_every_voxel_in_place(read_ct(folder))
+
+
+# 16 x 16 pixels, the number at place i being 9 i + 100, packed by CharLS.
+JPEG_LS = (
+    "|JeWc01FHN5C9MX0TBTI+5iXv0RR9100{JF+g&r(wXEkk%rH`+b(K+TQk0~nNS>;ys;a7}h@ehHL`fu)NpUqKl1U_zSWHPIl2uhmwN+JBP>NM"
+    "mRdz(b|5*_Ke?&X~eGt$8bV9%XQ3(HkBpd&HkWc?~|Je"
+)
+
+
+def test_jpeg_ls(tmp_path):
+    dataset = slice_dataset(np.zeros((16, 16)), FIRST, PixelRepresentation=0)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
+    dataset.PixelData = pydicom.encaps.encapsulate([base64.b85decode(JPEG_LS)])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(tmp_path / "slice", enforce_file_format=True)
+    hu = read_ct(tmp_path / "slice").hu[::-1, ::-1, 0].T
+    np.testing.assert_array_equal(hu.ravel(), np.arange(256) * 9 + 100 - 1024)
+
+
+def test_a_packing_that_nobody_unpacks_is_named(tmp_path):
+    dataset = slice_dataset(np.zeros((16, 16)), FIRST)
+    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.201"
+    dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + bytes(100)])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(tmp_path / "slice", enforce_file_format=True)
+    with pytest.raises(CTReadError, match=r"slice: transfer syntax 1\.2\.840\.10008\.1\.2\.4\.201.*gdcmconv"):
+        read_ct(tmp_path / "slice")
+
+
+# ---------------------------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_slice_cut_short_is_never_read_in_part(tmp_path, packed):
+    folder = write_series(tmp_path / "cut", stack_positions(3))
+    if packed:
+        for path in folder.iterdir():
+            dataset = pydicom.dcmread(path)
+            dataset.compress(pydicom.uid.RLELossless)
+            dataset.save_as(path)
+    path = folder / "slice001.dcm"
+    data = path.read_bytes()
+    for share in (*np.linspace(0.32, 0.98, 10), 0.99):
+        path.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(CTReadError, match="slice001.dcm: .*cut short|slice001.dcm: .* damaged"):
+            read_ct(folder)
+
+
+def test_a_damaged_header_is_warned_of(tmp_path, caplog):
+    folder = write_series(tmp_path / "damaged")
+    (folder / "broken").write_bytes(bytes(128) + b"DICM" + b"\x02\x00\x00\x00UL\x04\x00" + b"\xff" * 40)
+    assert_every_voxel_in_place(read_ct(folder))
+    assert "left out 1" in caplog.text
+
+
+def test_compressed_pictures_of_another_size_are_refused(tmp_path):
+    dataset = slice_dataset(np.zeros((16, 20)), FIRST, PixelRepresentation=0)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLSLossless
+    dataset.PixelData = pydicom.encaps.encapsulate([base64.b85decode(JPEG_LS)])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(tmp_path / "slice", enforce_file_format=True)
+    with pytest.raises(CTReadError, match="not one greyscale picture of 20 x 16"):
+        read_ct(tmp_path / "slice")
+
+
+def test_no_patient_name_in_logs_or_errors(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG)
+    read_ct(write_series(tmp_path / "good"))
+    bad = write_series(tmp_path / "gap", stack_positions(6)[[0, 1, 5]])
+    broken = pydicom.dcmread(bad / "slice000.dcm")
+    broken.save_as(bad / "slice000.dcm")
+    data = (bad / "slice000.dcm").read_bytes()
+    (bad / "more").write_bytes(data.replace(b"1\\0\\0\\0\\1\\0", b"SECRET\\0\\0\\1"))
+    with pytest.raises(CTReadError) as error:
+        read_ct(bad)
+    assert "SECRET" not in caplog.text + str(error.value)
+
+
+def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, monkeypatch):
+    folder = write_series(tmp_path / "series", stack_positions(2))
+    packed = write_series(tmp_path / "packed", stack_positions(2))
+    for path in packed.iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.compress(pydicom.uid.RLELossless)
+        dataset.save_as(path)
+    monkeypatch.setattr(
+        dicom_pixels, "_UNPACK_SCRIPT", dicom_pixels._UNPACK_SCRIPT.replace("SimpleITK", "not_installed")
+    )
+    assert_every_voxel_in_place(read_ct(folder))  # native voxels need pydicom alone
+    with pytest.raises(CTReadError, match="slice000.dcm: compressed voxels need SimpleITK: pip install SimpleITK"):
+        read_ct(packed)
+    monkeypatch.setattr(dicom_volume, "pydicom", None)
+    with pytest.raises(CTReadError, match="needs pydicom 3: pip install pydicom"):
+        read_ct(folder)
+
+
+@pytest.mark.parametrize(
+    "fault", ["import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "import time; time.sleep(60)"]
+)
+def test_a_decoder_that_crashes_or_hangs_is_an_error(tmp_path, monkeypatch, fault):
+    folder = write_series(tmp_path / "packed", stack_positions(2))
+    for path in folder.iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.compress(pydicom.uid.RLELossless)
+        dataset.save_as(path)
+    monkeypatch.setattr(dicom_pixels, "_UNPACK_SCRIPT", fault)
+    monkeypatch.setattr(dicom_pixels, "_SECONDS_A_PROCESS", 0.5)
+    monkeypatch.setattr(dicom_pixels, "_SECONDS_A_FRAME", 0.1)
+    with pytest.raises(CTReadError, match="slice000.dcm: its compressed voxels are damaged|takes far too long"):
+        read_ct(folder)
+
+
+def test_rescale_is_never_for_dicom(tmp_path):
+    with pytest.raises(CTReadError, match="leave rescale out"):
+        read_ct(write_series(tmp_path / "good"), rescale=(1, -1024))

@@ -1,0 +1,614 @@
+"""Single-file volumes as they are stored: NIfTI-1/2, NRRD, MetaImage, NumPy.
+
+Each reader gives a `StoredVolume`: values and what the header says of them, nothing applied yet. What a header claims is
+held against the size of its file before memory is taken. `ct_volume` makes Hounsfield units and RAS+ order of it.
+"""
+
+import bz2
+import gzip
+import io
+import logging
+import lzma
+import math
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tokenize import TokenError
+from typing import Any, BinaryIO
+
+import numpy as np
+
+try:
+    import nibabel as nib
+    from nibabel.spatialimages import HeaderDataError
+except ImportError:
+    nib = None
+    HeaderDataError = ValueError
+
+try:  # two to three times faster than zlib; not needed
+    from isal import igzip
+    from isal.isal_zlib import IsalError
+except ImportError:
+    igzip = None
+    IsalError = zlib.error
+
+logger = logging.getLogger(__name__)
+
+AIR_HU = -1024  # what stands outside a scanner's field of view, and what we put where there is no value
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# 3.4 GiB in int16. CT-RATE's largest, 1024 x 1024 x 1617, fits; a header that claims more is damaged or is no CT.
+MAX_VOXELS = 1_850_000_000
+_MAX_UNPACKED = 7 << 29  # bytes, 3.5 GiB: what a compressed file may unpack to
+_DEFLATE_MAX_RATIO = 1032  # deflate cannot compress more tightly, so a header that claims more lies
+_CHUNK = 1 << 24
+_MAX_HEADER_LINES = 2000
+_MAX_VALUE = 400  # characters of a header's line that count
+_MAX_TEXT = 1 << 26  # bytes of a file that holds its voxels as text: Python's own numbers take much memory
+_UNPACK_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, IsalError, zipfile.BadZipFile)
+_HEADER_ERRORS = (ValueError, KeyError, IndexError, TypeError, OverflowError, SyntaxError, TokenError, struct.error)
+_ANEW = "Fetch or write it anew."
+
+
+class CTReadError(ValueError):
+    """A file or folder that cannot be read as one CT volume. The message names it, what was found, and the remedy."""
+
+
+@dataclass
+class StoredVolume:
+    """One volume as it is stored.
+
+    Attributes:
+        array: (X, Y, Z), stored values of any real type. May be a read-only memory map.
+        source: for messages.
+        affines: the header's voxel → RAS+ mm matrices (4, 4), best first. They may be unusable.
+        zooms: voxel sizes in mm along X, Y, Z, for want of a usable affine.
+        slope, intercept: the header's: HU = stored * slope + intercept.
+        own: the array belongs to nobody else and may be changed in place.
+        notes: what was found odd and mended, in words.
+    """
+
+    array: np.ndarray
+    source: str
+    affines: list[np.ndarray] = field(default_factory=list)
+    zooms: Sequence[float] = (1.0, 1.0, 1.0)
+    slope: float = 1.0
+    intercept: float = 0.0
+    own: bool = True
+    notes: list[str] = field(default_factory=list)
+
+
+# ----------------------------------------------------------------------------------------------- what all formats share
+
+
+def squeezed_shape(shape: Sequence[int], source: str, leading: bool = False) -> tuple[int, int, int]:
+    """`shape` without trailing ones (and leading ones too), when it is three-dimensional and not empty."""
+    kept = [int(n) for n in shape]
+    while len(kept) > 3 and kept[-1] == 1:
+        kept.pop()
+    while leading and len(kept) > 3 and kept[0] == 1:
+        kept.pop(0)
+    if len(kept) != 3:
+        remedy = (
+            "Save one time point, e.g. nibabel.funcs.four_to_three(image)[0]."
+            if len(kept) > 3
+            else "Save all slices as one volume."
+        )
+        raise CTReadError(
+            f"{source}: {len(kept)}-D image of shape {tuple(shape)}; one CT volume has 3 dimensions. {remedy}"
+        )
+    if min(kept) < 1:
+        raise CTReadError(f"{source}: empty image of shape {tuple(shape)}; expected voxels along every axis.")
+    if math.prod(kept) > MAX_VOXELS:
+        raise CTReadError(
+            f"{source}: its header tells of {math.prod(kept)} voxels, shape {tuple(shape)}; expected at most "
+            f"{MAX_VOXELS}. If the scan is that large, crop or coarsen it; else fetch it anew."
+        )
+    return tuple(kept)
+
+
+def check_dtype(dtype: np.dtype, source: str) -> None:
+    """Refuses colours, complex numbers and whatever else is no real number."""
+    if dtype.fields is not None:
+        raise CTReadError(f"{source}: a colour (RGB) image is not CT; expected one HU value a voxel.")
+    if dtype.kind not in "iufb":
+        raise CTReadError(f"{source}: voxels of type {dtype}; expected integer or real HU values. Save the real part.")
+
+
+def scale_to_hu(stored: np.ndarray, slope: float, intercept: float, out: np.ndarray) -> int:
+    """Writes stored * slope + intercept into `out` (int16), rounded and saturated.
+
+    Returns the number of voxels that are NaN or infinite: they become air.
+    """
+    limits = np.iinfo(np.int16)
+    values = stored.astype(np.float64)  # keeps every 32-bit value exact
+    bad = ~np.isfinite(values) if stored.dtype.kind == "f" else None
+    if (slope, intercept) != (1.0, 0.0):
+        with np.errstate(over="ignore", invalid="ignore"):
+            values *= slope
+            values += intercept
+    count = 0
+    if bad is not None and bad.any():
+        values[bad] = AIR_HU
+        count = int(bad.sum())
+    out[...] = np.clip(np.rint(values), limits.min, limits.max)
+    return count
+
+
+@contextmanager
+def _damage_named(path: Path, what: str):
+    """Whatever damaged bytes make a reader raise becomes a CTReadError that names the file."""
+    try:
+        yield
+    except CTReadError:
+        raise
+    except (*_UNPACK_ERRORS, *_HEADER_ERRORS, HeaderDataError) as error:
+        if isinstance(error, (FileNotFoundError, PermissionError)):
+            raise CTReadError(f"{path}: cannot be opened ({error}). Check the path and its permissions.") from error
+        raise CTReadError(
+            f"{path}: {what} ends early or its bytes are damaged ({str(error)[:200]}). {_ANEW}"
+        ) from error
+
+
+def _check_claim(path: Path, shape: Sequence[int], dtype: np.dtype, start: float, limit: float) -> int:
+    """Bytes of voxels that a header tells of, when a file of `limit` bytes (once unpacked) can hold them."""
+    expected = math.prod(shape) * dtype.itemsize
+    if not (start >= 0 and start + expected <= limit):
+        raise CTReadError(
+            f"{path}: its header tells of {expected} bytes of voxels from byte {start:.0f} on, shape {tuple(shape)}; "
+            f"the file holds {path.stat().st_size} bytes. It was cut short: fetch or write it anew."
+        )
+    return expected
+
+
+def _unpacked_limit(path: Path, ratio: float) -> float:
+    return min(path.stat().st_size * ratio, _MAX_UNPACKED)
+
+
+def _unpack(path: Path, stream: BinaryIO, expected: int) -> np.ndarray:
+    """The next `expected` bytes of a stream, uint8, and the rest of it read past: checksums stand at the end."""
+    buffer = np.empty(expected, dtype=np.uint8)
+    target, done = memoryview(buffer), 0
+    while done < expected:
+        count = stream.readinto(target[done : done + _CHUNK])
+        if not count:
+            raise CTReadError(
+                f"{path}: ends after {done} of {expected} bytes of voxels. It was cut short: fetch or write it anew."
+            )
+        done += count
+    rest = 0
+    while chunk := stream.read(1 << 20):
+        rest += len(chunk)
+        if rest > _MAX_UNPACKED:
+            raise CTReadError(f"{path}: unpacks to far more than the {expected} bytes of voxels it tells of. {_ANEW}")
+    return buffer
+
+
+def _open_gzip(stream_or_path: Any) -> BinaryIO:
+    if igzip is not None:
+        return igzip.open(stream_or_path, "rb")
+    return gzip.open(stream_or_path, "rb")
+
+
+class _ZlibStream(io.RawIOBase):
+    """What a zlib stream unpacks to, as a file."""
+
+    def __init__(self, stream: BinaryIO):
+        self.stream, self.inflater = stream, zlib.decompressobj()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self.inflater.eof:
+            packed = self.inflater.unconsumed_tail or self.stream.read(1 << 16)
+            if not packed:
+                raise EOFError("the compressed stream has no end")
+            data = self.inflater.decompress(packed, len(target))
+            if data:
+                target[: len(data)] = data
+                return len(data)
+        return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- NIfTI
+
+
+def nifti_header_size(head: bytes) -> int | None:
+    """348 (NIfTI-1) or 540 (NIfTI-2) as the header's first number in either byte order, else None."""
+    if len(head) < 4:
+        return None
+    return next((n for order in "<>" for n in struct.unpack(f"{order}i", head[:4]) if n in (348, 540)), None)
+
+
+def read_nifti(path: Path, compressed: bool) -> StoredVolume:
+    """A `.nii` file is mapped, a compressed one unpacked into memory."""
+    if nib is None:
+        raise CTReadError(f"{path}: reading NIfTI needs nibabel: pip install nibabel")
+    with _damage_named(path, "the file"), _open_gzip(path) if compressed else open(path, "rb") as stream:
+        header, position = _nifti_header(path, stream)
+        array = _nifti_array(path, stream, header, position, compressed)
+    slope, intercept = _nifti_scaling(path, header)
+    affines = _nifti_affines(path, header)
+    with np.errstate(invalid="ignore"):
+        zooms = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    return StoredVolume(array, str(path), affines, zooms, slope, intercept, own=compressed)
+
+
+def _nifti_header(path: Path, stream: BinaryIO) -> tuple[Any, int]:
+    """nibabel's header and how many bytes of the stream it took."""
+    block = stream.read(348)
+    size = nifti_header_size(block)
+    if size is None or len(block) < 348:
+        raise CTReadError(
+            f"{path}: found {'compressed ' if path.suffix == '.gz' else ''}bytes that start with {block[:12]!r}; "
+            f"expected a NIfTI header. Convert the scan to NIfTI, e.g. with dcm2niix."
+        )
+    block += stream.read(size - 348)
+    if len(block) < size:
+        raise CTReadError(f"{path}: ends inside its header. It was cut short: fetch or write it anew.")
+    magic = block[344:348] if size == 348 else block[4:8]
+    if magic not in (b"n+1\0", b"n+2\0"):
+        pair = magic in (b"ni1\0", b"ni2\0")
+        found = "half of a .hdr/.img pair" if pair else "an Analyze 7.5 header, which has no orientation"
+        raise CTReadError(
+            f"{path}: found {found}; "
+            f"expected NIfTI in one file. Convert it, e.g. nibabel.save(nibabel.load(path), 'scan.nii.gz')."
+        )
+    header_class = nib.Nifti1Header if size == 348 else nib.Nifti2Header
+    return header_class(block, check=False), size
+
+
+def _nifti_array(path: Path, stream: BinaryIO, header: Any, position: int, compressed: bool) -> np.ndarray:
+    """The stored values (X, Y, Z), a memory map where the file isn't compressed."""
+    dtype = header.get_data_dtype()
+    check_dtype(dtype, str(path))
+    shape = squeezed_shape(header.get_data_shape(), str(path))
+    offset = float(header["vox_offset"]) or position + 4.0
+    limit = _unpacked_limit(path, _DEFLATE_MAX_RATIO) if compressed else path.stat().st_size
+    if offset < position:
+        raise CTReadError(f"{path}: voxels from byte {offset:.0f} on, inside its own header of {position}. {_ANEW}")
+    expected = _check_claim(path, shape, dtype, offset, limit)
+    offset = int(offset)
+    if not compressed:
+        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape, order="F")
+    skipped = offset - position
+    while skipped > 0 and (part := stream.read(min(skipped, _CHUNK))):
+        skipped -= len(part)
+    return _unpack(path, stream, expected).view(dtype).reshape(shape, order="F")
+
+
+def _nifti_scaling(path: Path, header: Any) -> tuple[float, float]:
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 or not math.isfinite(slope):  # the standard's "no scaling"
+        return 1.0, 0.0
+    if not math.isfinite(intercept):
+        raise CTReadError(
+            f"{path}: the header has slope {slope} and intercept {intercept}. Mend the header, "
+            f"e.g. image.header.set_slope_inter(1, 0) in nibabel if the stored values are HU."
+        )
+    return slope, intercept
+
+
+def _nifti_affines(path: Path, header: Any) -> list[np.ndarray]:
+    """sform, then qform, in millimetres; those whose code says that there is one."""
+    forms = [form for name in ("sform", "qform") if (form := _nifti_form(header, name)) is not None]
+    unit = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7)  # metres, micrometres
+    if unit is not None and forms:
+        norms = np.linalg.norm(forms[0][:3, :3], axis=0)
+        # Many writers leave a wrong unit behind. It counts only where voxels become the size that CT has.
+        if not np.all((norms > 0.05) & (norms < 50)) and np.all((norms * unit > 0.05) & (norms * unit < 50)):
+            forms = [np.diag([unit, unit, unit, 1.0]) @ form for form in forms]
+    if len(forms) == 2 and np.isfinite(forms[0]).all() and np.isfinite(forms[1]).all():
+        largest = np.abs(forms[0][:3, :3]).max()
+        if np.abs(forms[0][:3, :3] - forms[1][:3, :3]).max() > 0.05 * largest:
+            logger.warning("%s: its sform and qform disagree; takes the sform. Check the pictures' sides.", path)
+    return forms
+
+
+def _nifti_form(header: Any, form: str) -> np.ndarray | None:
+    if header[f"{form}_code"] <= 0:
+        return None
+    try:
+        with np.errstate(all="ignore"):
+            return np.asarray(header.get_sform() if form == "sform" else header.get_qform(), dtype=np.float64)
+    except (HeaderDataError, ValueError, np.linalg.LinAlgError):
+        return np.full((4, 4), np.nan)
+
+
+# ----------------------------------------------------------------------------------------------------------------- NRRD
+
+_NRRD_TYPES = {
+    **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
+    **dict.fromkeys(("uchar", "unsigned char", "uint8", "uint8_t"), "u1"),
+    **dict.fromkeys(("short", "short int", "signed short", "signed short int", "int16", "int16_t"), "i2"),
+    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), "u2"),
+    **dict.fromkeys(("int", "signed int", "int32", "int32_t"), "i4"),
+    **dict.fromkeys(("uint", "unsigned int", "uint32", "uint32_t"), "u4"),
+    **dict.fromkeys(("longlong", "long long", "long long int", "signed long long", "int64", "int64_t"), "i8"),
+    **dict.fromkeys(("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"), "u8"),
+    "float": "f4",
+    "double": "f8",
+}
+_NRRD_SPACES = {  # space coordinates → RAS+
+    **dict.fromkeys(("left-posterior-superior", "lps"), (-1.0, -1.0, 1.0)),
+    **dict.fromkeys(("right-anterior-superior", "ras"), (1.0, 1.0, 1.0)),
+    **dict.fromkeys(("left-anterior-superior", "las"), (-1.0, 1.0, 1.0)),
+}
+_NRRD_ENCODINGS = {"gz": "gzip", "bz2": "bzip2", "text": "ascii", "txt": "ascii"}
+
+
+def read_nrrd(path: Path) -> StoredVolume:
+    """NRRD with its data attached or in one file beside it; raw, gzip, bzip2 or ascii."""
+    with _damage_named(path, "the NRRD file"):
+        with open(path, "rb") as stream:
+            fields, start = _nrrd_fields(path, stream), stream.tell()
+        dtype, sizes, encoding = _nrrd_layout(path, fields)
+        axes, affines, zooms = _nrrd_geometry(path, fields, sizes)
+        data_path = path
+        if "data file" in fields:
+            data_path, start = _beside(path, fields["data file"]), 0
+        array = _nrrd_array(data_path, start, fields, dtype, sizes, encoding)
+        shape = squeezed_shape([sizes[axis] for axis in axes], str(path))
+        array = array.reshape(shape, order="F")
+    return StoredVolume(array, str(path), affines, zooms, own=not isinstance(array, np.memmap))
+
+
+def _nrrd_fields(path: Path, stream: BinaryIO) -> dict[str, str]:
+    fields = {}
+    stream.readline(64)  # NRRD000x
+    for _ in range(_MAX_HEADER_LINES):
+        line = stream.readline(1 << 16).decode("latin-1").rstrip("\r\n")
+        if not line:
+            return fields
+        name, separator, value = line.partition(":")
+        if separator and not line.startswith("#") and not value.startswith("="):  # key:=value is free text
+            fields[{"datafile": "data file"}.get(name.strip().lower(), name.strip().lower())] = value.strip()[
+                :_MAX_VALUE
+            ]
+    raise CTReadError(f"{path}: a NRRD header without an end. {_ANEW}")
+
+
+def _nrrd_layout(path: Path, fields: dict[str, str]) -> tuple[np.dtype, list[int], str]:
+    kind = " ".join(fields["type"].lower().split())
+    if kind not in _NRRD_TYPES:
+        raise CTReadError(f"{path}: voxels of type {kind!r}; expected integer or real HU values. Save the scan anew.")
+    sizes = [int(n) for n in fields["sizes"].split()]
+    if len(sizes) != int(fields["dimension"]) or min(sizes) < 1 or len(sizes) > 16:
+        raise CTReadError(f"{path}: dimension {fields['dimension']} against sizes {fields['sizes']!r}. {_ANEW}")
+    dtype = np.dtype({"big": ">", "little": "<"}.get(fields.get("endian", "").lower(), "=") + _NRRD_TYPES[kind])
+    encoding = fields["encoding"].lower()
+    encoding = _NRRD_ENCODINGS.get(encoding, encoding)
+    if encoding not in ("raw", "gzip", "bzip2", "ascii"):
+        raise CTReadError(f"{path}: encoding {encoding!r}; expected raw, gzip, bzip2 or ascii. Save it so.")
+    return dtype, sizes, encoding
+
+
+def _nrrd_geometry(
+    path: Path, fields: dict[str, str], sizes: Sequence[int]
+) -> tuple[list[int], list[np.ndarray], np.ndarray]:
+    """The axes that are space's, the affine, and voxel sizes for want of one."""
+    axes = list(range(len(sizes)))
+    if "space directions" not in fields:
+        zooms = [abs(float(z)) for z in fields.get("spacings", "").split()]
+        squeezed = squeezed_shape(sizes, str(path))  # says what is wrong with a 4-D file
+        return axes, [], np.array((zooms if len(zooms) == len(sizes) else [1.0] * 3)[: len(squeezed)])
+    vectors = [
+        None if part.lower() == "none" else [float(value) for value in part.strip("()").split(",")]
+        for part in re.findall(r"\([^)]*\)|none", fields["space directions"], re.IGNORECASE)
+    ]
+    if len(vectors) != len(sizes):
+        raise ValueError(f"{len(vectors)} space directions for {len(sizes)} axes")
+    axes = [axis for axis, vector in enumerate(vectors) if vector is not None]
+    others = [size for axis, size in enumerate(sizes) if axis not in axes and size > 1]
+    if others:
+        raise CTReadError(
+            f"{path}: found {others[0]} values a voxel (colour, vectors or several volumes in one file); "
+            f"expected one HU value. Save a single volume."
+        )
+    if len(axes) != 3:
+        return axes, [], np.ones(3)
+    space = fields.get("space", "").lower().removesuffix("-time")
+    if space not in _NRRD_SPACES:
+        logger.warning("%s: its space is %r; read as left-posterior-superior. Check the pictures' sides.", path, space)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([vectors[axis] for axis in axes], dtype=np.float64).T
+    if "space origin" in fields:
+        affine[:3, 3] = [float(value) for value in fields["space origin"].strip("() ").split(",")]
+    to_ras = np.diag([*_NRRD_SPACES.get(space, (-1.0, -1.0, 1.0)), 1.0])
+    return axes, [to_ras @ affine], np.linalg.norm(affine[:3, :3], axis=0)
+
+
+def _nrrd_array(
+    path: Path, start: int, fields: dict[str, str], dtype: np.dtype, sizes: Sequence[int], encoding: str
+) -> np.ndarray:
+    lines, skip = (int(fields.get(f"{name} skip", fields.get(f"{name}skip", 0))) for name in ("line", "byte"))
+    expected, size = math.prod(sizes) * dtype.itemsize, path.stat().st_size
+    if math.prod(sizes) > MAX_VOXELS:
+        squeezed_shape(sizes, str(path))
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        for _ in range(min(lines, _MAX_HEADER_LINES)):
+            stream.readline(1 << 16)
+        if encoding == "raw":
+            start = size - expected if skip == -1 else stream.tell() + skip
+            _check_claim(path, sizes, dtype, start, size)
+            return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(math.prod(sizes),))
+        if encoding == "ascii":
+            _check_claim(path, sizes, np.dtype("u1"), stream.tell(), min(size, _MAX_TEXT))  # a byte a number, at least
+            return np.array(stream.read(_MAX_TEXT).split()[: math.prod(sizes)], dtype=np.float64)
+        unpacked = _open_gzip(stream) if encoding == "gzip" else bz2.BZ2File(stream)
+        # bzip2 packs up to some 45,000 times: the limit alone holds there.
+        limit = _unpacked_limit(path, _DEFLATE_MAX_RATIO if encoding == "gzip" else math.inf)
+        _check_claim(path, sizes, dtype, max(skip, 0), limit)
+        unpacked.read(max(min(skip, _CHUNK), 0))
+        return _unpack(path, unpacked, expected).view(dtype)
+
+
+def _beside(path: Path, name: str) -> Path:
+    """The data file that a header names, which must lie beside it or below."""
+    parts = Path(name.replace("\\", "/")).parts
+    if re.search(r"%[0-9]*d", name) or name.split()[:1] == ["LIST"]:
+        raise CTReadError(f"{path}: its data lie in several files ({name!r}); expected one. Save the scan in one file.")
+    if not name or Path(name).is_absolute() or ".." in parts or ":" in name:
+        raise CTReadError(
+            f"{path}: its data file {name!r} lies elsewhere; expected one beside the header. Move it there."
+        )
+    data_path = path.parent.joinpath(*parts)
+    if not data_path.is_file():
+        raise CTReadError(f"{path}: its data file {name!r} is missing beside it. Fetch both files.")
+    return data_path
+
+
+# ------------------------------------------------------------------------------------------------------------ MetaImage
+
+_META_TYPES = {
+    "MET_CHAR": "i1",
+    "MET_UCHAR": "u1",
+    "MET_SHORT": "i2",
+    "MET_USHORT": "u2",
+    "MET_INT": "i4",
+    "MET_UINT": "u4",
+    "MET_LONG": "i4",
+    "MET_ULONG": "u4",
+    "MET_LONG_LONG": "i8",
+    "MET_ULONG_LONG": "u8",
+    "MET_FLOAT": "f4",
+    "MET_DOUBLE": "f8",
+}
+
+
+def read_metaimage(path: Path) -> StoredVolume:
+    """`.mha`, or `.mhd` with one data file beside it; raw or compressed."""
+    with _damage_named(path, "the MetaImage file"):
+        with open(path, "rb") as stream:
+            fields, start = _meta_fields(path, stream), stream.tell()
+        sizes = [int(n) for n in fields["DimSize"].split()]
+        if len(sizes) != int(fields["NDims"]) or not sizes or min(sizes) < 1:
+            raise ValueError(f"NDims {fields['NDims']} against DimSize {fields['DimSize']}")
+        channels = int(fields.get("ElementNumberOfChannels", 1))
+        if channels != 1 or fields["ElementType"].endswith("_ARRAY"):
+            raise CTReadError(
+                f"{path}: found {channels} values a voxel (colour or vectors); "
+                f"expected one HU value. Save a single volume."
+            )
+        shape = squeezed_shape(sizes, str(path))
+        big = _meta_true(fields, "BinaryDataByteOrderMSB") or _meta_true(fields, "ElementByteOrderMSB")
+        dtype = np.dtype("<>"[big] + _META_TYPES[fields["ElementType"]])
+        data_path = path
+        if fields["ElementDataFile"].upper() != "LOCAL":
+            data_path, start = _beside(path, fields["ElementDataFile"]), 0
+        array = _meta_array(data_path, start, fields, dtype, shape)
+        affine, zooms = _meta_affine(fields, len(sizes))
+    own = not isinstance(array, np.memmap)
+    return StoredVolume(array.reshape(shape, order="F"), str(path), [affine], zooms, own=own)
+
+
+def _meta_fields(path: Path, stream: BinaryIO) -> dict[str, str]:
+    fields = {}
+    for _ in range(_MAX_HEADER_LINES):
+        line = stream.readline(1 << 16).decode("latin-1")
+        name, separator, value = line.partition("=")
+        if separator:
+            fields[name.strip()] = value.strip()[:_MAX_VALUE]
+        if name.strip() == "ElementDataFile":
+            return fields
+        if not line:
+            break
+    raise CTReadError(f"{path}: a MetaImage header without ElementDataFile. {_ANEW}")
+
+
+def _meta_true(fields: dict[str, str], name: str) -> bool:
+    return fields.get(name, "False").lower() in ("true", "1", "yes")
+
+
+def _meta_array(path: Path, start: int, fields: dict[str, str], dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
+    if not _meta_true({"BinaryData": "True", **fields}, "BinaryData"):
+        raise CTReadError(f"{path}: voxels written as text; expected binary ones. Save the scan anew.")
+    size, expected = path.stat().st_size, math.prod(shape) * dtype.itemsize
+    skip = int(fields.get("HeaderSize", 0))
+    if not _meta_true(fields, "CompressedData"):
+        start = size - expected if skip == -1 else start + skip
+        _check_claim(path, shape, dtype, start, size)
+        return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(math.prod(shape),))
+    _check_claim(path, shape, dtype, 0, _unpacked_limit(path, _DEFLATE_MAX_RATIO))
+    with open(path, "rb") as stream:
+        stream.seek(start + max(skip, 0))
+        return _unpack(path, _ZlibStream(stream), expected).view(dtype)
+
+
+def _meta_affine(fields: dict[str, str], dimension: int) -> tuple[np.ndarray, np.ndarray]:
+    """LPS header → RAS+ affine. Row i of the matrix is the direction of axis i."""
+
+    def numbers(names: Sequence[str], default: Sequence[float]) -> np.ndarray:
+        text = next((fields[name] for name in names if name in fields), None)
+        values = np.array([float(value) for value in text.split()] if text is not None else default, dtype=np.float64)
+        if values.size != len(default):
+            raise ValueError(f"{names[0]} holds {values.size} numbers")
+        return values
+
+    rows = numbers(("TransformMatrix", "Rotation", "Orientation"), np.eye(dimension).ravel())
+    spacing = np.abs(numbers(("ElementSpacing", "ElementSize"), np.ones(dimension)))[:3]
+    affine = np.eye(4)
+    affine[:3, :3] = rows.reshape(dimension, dimension)[:3, :3].T * spacing
+    affine[:3, 3] = numbers(("Offset", "Position", "Origin"), np.zeros(dimension))[:3]
+    return LPS_TO_RAS @ affine, spacing
+
+
+# ---------------------------------------------------------------------------------------------------------------- NumPy
+
+
+def read_npy(path: Path) -> StoredVolume:
+    """An array (X, Y, Z) in HU, taken as RAS+ with voxels of 1 mm: the format has no place for geometry."""
+    with _damage_named(path, "the NumPy file"), open(path, "rb") as stream:
+        shape, order, dtype = _npy_header(path, stream)
+        squeezed = squeezed_shape(shape, str(path), leading=True)
+        _check_claim(path, shape, dtype, stream.tell(), path.stat().st_size)
+        array = np.memmap(path, dtype=dtype, mode="r", offset=stream.tell(), shape=squeezed, order=order)
+    logger.warning("%s: an array without geometry: taken as RAS+ with voxels of 1 mm.", path)
+    return StoredVolume(array, str(path), [np.eye(4)], own=False)
+
+
+def read_npz(path: Path) -> StoredVolume:
+    """The one array of three dimensions in an `.npz`, with `affine` (4, 4), voxel → RAS+ mm, or `spacing` (3,) in mm."""
+    with _damage_named(path, "the npz file"), zipfile.ZipFile(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        volumes = [name for name, info in members.items() if _npz_dimensions(path, archive, info) >= 3]
+        if len(volumes) != 1:
+            raise CTReadError(
+                f"{path}: {len(volumes)} arrays of three dimensions (keys {', '.join(sorted(members)[:8])}); expected "
+                f"one beside `affine` or `spacing`. Save one volume, e.g. numpy.savez(path, hu=..., affine=...)."
+            )
+        array = _npz_array(path, archive, members[volumes[0]])
+        small = {name: _npz_array(path, archive, members[name]) for name in ("affine", "spacing") if name in members}
+    array = array.reshape(squeezed_shape(array.shape, str(path), leading=True), order="A")
+    if "affine" in small:
+        return StoredVolume(array, str(path), [np.asarray(small["affine"], dtype=np.float64)])
+    if "spacing" in small and small["spacing"].shape == (3,):
+        return StoredVolume(array, str(path), [np.diag([*small["spacing"].astype(np.float64), 1.0])])
+    logger.warning("%s: no `affine` (4, 4) and no `spacing` (3,): taken as RAS+ with voxels of 1 mm.", path)
+    return StoredVolume(array, str(path), [np.eye(4)])
+
+
+def _npy_header(path: Path, stream: BinaryIO) -> tuple[tuple[int, ...], str, np.dtype]:
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
+    shape, fortran, dtype = read(stream)
+    check_dtype(dtype, str(path))
+    return shape, "F" if fortran else "C", dtype
+
+
+def _npz_dimensions(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    with archive.open(info) as stream:
+        return len(_npy_header(path, stream)[0])
+
+
+def _npz_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(info) as stream:
+        shape, order, dtype = _npy_header(path, stream)
+        expected = _check_claim(path, shape, dtype, 0, min(info.file_size, _MAX_UNPACKED))
+        return _unpack(path, stream, expected).view(dtype).reshape(shape, order=order)
