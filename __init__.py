@@ -23,7 +23,10 @@ AutoConfig.register("samf", SamfConfig, exist_ok=True)
 AutoModel.register(SamfConfig, SamfModel, exist_ok=True)
 AutoModelForImageTextToText.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
-AutoImageProcessor.register(SamfConfig, slow_image_processor_class=SamfImageProcessor, exist_ok=True)
+# One class for either backend: it reads volumes, with neither PIL nor torchvision.
+AutoImageProcessor.register(
+    SamfConfig, image_processor_classes={"torchvision": SamfImageProcessor, "pil": SamfImageProcessor}, exist_ok=True
+)
 AutoProcessor.register(SamfConfig, SamfProcessor, exist_ok=True)
 
 # What save_pretrained must copy beside the weights, so that a saved folder is a complete Hub repository.

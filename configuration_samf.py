@@ -3,7 +3,7 @@
 Paper: "From Slices to Volumes: Multi-Scale Fusion of 2D and 3D Features for CT Scan Report Generation", MICCAI 2025.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -61,6 +61,10 @@ class SamfConfig(PretrainedConfig):
             `fusion_dim` to be the language model's width.
         finding_names (`Sequence[str]`, defaults to `()`): labels of the optional findings head on z_3d; empty = no head.
         finding_loss_weight (`float`, defaults to 1.0): factor of the findings' loss beside the language model's.
+        extra_sources (`Mapping[str, int]`, *optional*): further modalities of the fusion by name, each with the width of
+            its vector: `{"prior_volume": 256, "age_sex": 2}` for a prior scan's volume embedding and a patient's data.
+            Each is projected to d_proj and joins the concatenation of eqs. 10 and 12; one that a patient lacks is masked.
+            Kept in the order of their names. With none the model is the paper's.
         vision_chunk_size (`int`, *optional*): the most slices that the slice encoder reads in one call; `None` = all.
         initializer_range (`float`, defaults to 0.02): standard deviation of new weights.
 
@@ -95,6 +99,7 @@ class SamfConfig(PretrainedConfig):
         project_text: bool = True,
         finding_names: Sequence[str] = (),
         finding_loss_weight: float = 1.0,
+        extra_sources: Mapping[str, int] | None = None,
         vision_chunk_size: int | None = None,
         initializer_range: float = 0.02,
         **kwargs: Any,
@@ -120,6 +125,7 @@ class SamfConfig(PretrainedConfig):
         self.project_text = project_text
         self.finding_names = list(finding_names)
         self.finding_loss_weight = finding_loss_weight
+        self.extra_sources = dict(sorted((extra_sources or {}).items()))  # as a saved configuration orders them
         self.vision_chunk_size = vision_chunk_size
         self.initializer_range = initializer_range
         self._check()
@@ -137,6 +143,12 @@ class SamfConfig(PretrainedConfig):
                 f"The aggregator's width is the slice encoder's, {self.vision_config.hidden_size}, which "
                 f"aggregator_num_heads={self.aggregator_num_heads} doesn't divide. Choose a divisor."
             )
+        for name, width in self.extra_sources.items():
+            if not name.isidentifier() or not isinstance(width, int) or width < 1:
+                raise ValueError(
+                    f"SamfConfig.extra_sources has {name!r}: {width!r}; expected a name that is a Python identifier and "
+                    "the width of its vector, a positive whole number."
+                )
         if not self.project_text and self.fusion_dim != self.text_config.hidden_size:
             raise ValueError(
                 f"project_text=False leaves the text embeddings {self.text_config.hidden_size} wide, but fusion_dim is "

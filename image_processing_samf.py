@@ -4,10 +4,15 @@ Every plane is cut evenly over the whole field. A slice becomes a square picture
 side of the field, in millimetres, fills it, pixels are square in millimetres, and air fills the rest. Each HU window is
 one channel. Pictures stand as radiologists see them: axial ones with the front on top, coronal and sagittal ones with
 the head on top; the patient's right on the picture's left; in sagittal ones the patient's front on the left.
+
+The preset "published" is another way, and not a good one: what the paper's published code does, for running the
+checkpoints that were trained on it.
 """
 
+import functools
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +25,14 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 from .ct_volume import AIR_HU, CTVolume, to_ct_volume
+from .hub_samf import PushToHubWithCard
+
+try:
+    from PIL import Image
+except ImportError:
+    Image = None
+
+logger = logging.getLogger(__name__)
 
 PLANES = ("axial", "coronal", "sagittal")  # a plane's place here is its number in slice_planes
 SLABS = ("none", "mean", "mip")
@@ -34,6 +47,15 @@ _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 # Keys of saved files that belong to the library, not to us.
 _SERVICE_KEYS = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
+_WINDOWS = ((-1350, 150), (-160, 240), (-1000, 1000))  # lung, mediastinum, everything
+# What a preset sets where the caller sets nothing.
+PRESETS: dict[str, dict[str, Any]] = {
+    "triplanar": {"planes": PLANES, "hu_windows": _WINDOWS, "do_normalize": True},
+    "paper": {"planes": ("axial",), "hu_windows": _WINDOWS, "do_normalize": True},
+    "published": {"planes": ("axial",), "hu_windows": None, "do_normalize": False},
+}
+_PUBLISHED_REACH = 72  # slices from the middle one to the first and the last that the published code takes
+_PUBLISHED_CHANNELS = 3
 _EXTRACT_SETTINGS = ("planes", "slices_per_plane", "hu_windows", "slab", "size")
 _PIXEL_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 _SLICE_KEYS = ("slice_planes", "slice_positions", "slice_indices", "slice_mm")
@@ -49,7 +71,7 @@ class SamfImagesKwargs(ImagesKwargs, total=False):
     slab: str
 
 
-class SamfImageProcessor(BaseImageProcessor):
+class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
     """Makes model inputs from CT volumes. The result depends on the volume and these settings alone.
 
     Args:
@@ -63,6 +85,16 @@ class SamfImageProcessor(BaseImageProcessor):
         do_rescale, rescale_factor: multiply the pixels 0..255 by the factor.
         do_normalize, image_mean, image_std: then subtract the mean and divide by the deviation of each channel. By
             default ImageNet's for three windows, and the average of ImageNet's for any other number of windows.
+        preset: what `planes`, `hu_windows` and `do_normalize` are where they are left out.
+
+            - "triplanar": three planes.
+            - "paper": the plane of the published model, the axial one, alone; field and windows are as in "triplanar".
+            - "published": what the paper's published code does, for its checkpoints alone. The slices lie along the
+              third axis of the file's own array, whatever that is, evenly from 72 slices below the middle one to 72
+              above it. They stand as stored: rows are the first axis. Whole HU become uint8 by leaving all but their
+              lowest eight bits out (-1000 gives 24), unless `hu_windows` is given. Bicubic scaling brings the shorter
+              side to `size`, and the middle of the longer is kept. Three equal channels, no normalisation. `planes`
+              and `slab` can't be chosen then.
 
     Raises:
         ValueError: a setting that makes no sense; says which.
@@ -74,34 +106,41 @@ class SamfImageProcessor(BaseImageProcessor):
 
     def __init__(
         self,
-        planes: Sequence[str] = PLANES,
+        planes: Sequence[str] | None = None,
         slices_per_plane: int | Sequence[int] = 24,
-        hu_windows: Sequence[Sequence[float]] = ((-1350, 150), (-160, 240), (-1000, 1000)),
+        hu_windows: Sequence[Sequence[float]] | None = None,
         slab: str = "none",
         size: int | Mapping[str, int] = 224,
         do_rescale: bool = True,
         rescale_factor: float = 1 / 255,
-        do_normalize: bool = True,
+        do_normalize: bool | None = None,
         image_mean: float | Sequence[float] | None = None,
         image_std: float | Sequence[float] | None = None,
+        preset: str = "triplanar",
         **kwargs,
     ):
         unknown = [key for key in kwargs if key not in _SERVICE_KEYS and not key.startswith("_")]
         if unknown:
-            known = ", ".join((*_EXTRACT_SETTINGS, *_PIXEL_SETTINGS))
+            known = ", ".join((*_EXTRACT_SETTINGS, *_PIXEL_SETTINGS, "preset"))
             raise TypeError(f"SamfImageProcessor has no setting {', '.join(unknown)}; its settings are {known}")
         super().__init__(**kwargs)
-        self.planes = _checked_planes(planes)
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r}; expected one of {', '.join(PRESETS)}")
+        self.preset = preset
+        defaults = PRESETS[preset]
+        self.planes = _checked_planes(defaults["planes"] if planes is None else planes)
         self.slices_per_plane = _checked_counts(slices_per_plane, len(self.planes))
-        self.hu_windows = _checked_windows(hu_windows)
+        self.hu_windows = _checked_windows(defaults["hu_windows"] if hu_windows is None else hu_windows)
         if slab not in SLABS:
             raise ValueError(f"slab={slab!r}; expected one of {', '.join(SLABS)}")
         self.slab = slab
+        if preset == "published" and (self.planes, slab) != (defaults["planes"], "none"):
+            raise ValueError(f"planes={self.planes} and slab={slab!r} can't be chosen with preset='published'")
         self.size = _checked_size(size)
         self.do_rescale = bool(do_rescale)
         self.rescale_factor = rescale_factor
-        self.do_normalize = bool(do_normalize)
-        channels = len(self.hu_windows)
+        self.do_normalize = bool(defaults["do_normalize"] if do_normalize is None else do_normalize)
+        channels = self.num_channels
         self.image_mean = _checked_channel_values("image_mean", image_mean, _IMAGENET_MEAN, channels)
         self.image_std = _checked_channel_values("image_std", image_std, _IMAGENET_STD, channels)
         if min(self.image_std) <= 0:
@@ -112,10 +151,17 @@ class SamfImageProcessor(BaseImageProcessor):
         """Slices of one volume, all planes together."""
         return sum(self._counts())
 
+    @property
+    def num_channels(self) -> int:
+        """Channels of a picture: one for each HU window; three equal ones without windows (preset "published")."""
+        return _PUBLISHED_CHANNELS if self.hu_windows is None else len(self.hu_windows)
+
     def settings_hash(self) -> str:
         """Name of what `extract` makes of a volume: equal exactly when the settings that change it are equal."""
         settings = {name: getattr(self, name) for name in _EXTRACT_SETTINGS}
         settings["slices_per_plane"] = self._counts()  # 24 and (24, 24, 24) are one setting
+        if self.preset == "published":  # the other presets are defaults of the settings above
+            settings["preset"] = self.preset
         text = json.dumps({"version": EXTRACT_VERSION, **settings}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -133,6 +179,8 @@ class SamfImageProcessor(BaseImageProcessor):
             slice_mm: float32 (S,), RAS coordinate of the slice's centre along the plane's normal.
         """
         volume = to_ct_volume(volume)
+        if self.preset == "published":
+            return self._extract_published(volume)
         parts = [
             self._extract_plane(volume, plane, count) for plane, count in zip(self.planes, self._counts(), strict=True)
         ]
@@ -160,7 +208,7 @@ class SamfImageProcessor(BaseImageProcessor):
         if not stacks:
             raise ValueError("no volume given; expected one or a list of volumes")
         batch, longest = len(stacks), max(len(stack["slices"]) for stack in stacks)
-        channels = len(self.hu_windows)
+        channels = self.num_channels
         data = {
             "pixel_values": np.zeros((batch, longest, channels, self.size, self.size), dtype=np.float32),
             "slice_mask": np.zeros((batch, longest), dtype=bool),
@@ -174,6 +222,11 @@ class SamfImageProcessor(BaseImageProcessor):
                 data[key][row, :count] = stack[key]
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings and the library's keys: what else was set on the object, loading would refuse."""
+        known = {*_EXTRACT_SETTINGS, *_PIXEL_SETTINGS, "preset", *_SERVICE_KEYS}
+        return {key: value for key, value in super().to_dict().items() if key in known}
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Paths stay paths: the library's method would open them as photographs."""
         return image_url_or_urls
@@ -184,13 +237,13 @@ class SamfImageProcessor(BaseImageProcessor):
 
     def _with(self, overrides: Mapping[str, Any]) -> "SamfImageProcessor":
         """A copy with some settings changed. None means no change, as elsewhere in the library."""
-        settings = {name: getattr(self, name) for name in (*_EXTRACT_SETTINGS, *_PIXEL_SETTINGS)}
+        settings = {name: getattr(self, name) for name in (*_EXTRACT_SETTINGS, *_PIXEL_SETTINGS, "preset")}
         return type(self)(**{**settings, **{key: value for key, value in overrides.items() if value is not None}})
 
     def _stack(self, image: Any) -> Mapping[str, np.ndarray]:
         if not isinstance(image, Mapping):
             return self.extract(image)
-        shape = (len(self.hu_windows), self.size, self.size)
+        shape = (self.num_channels, self.size, self.size)
         if "slices" not in image or image["slices"].shape[1:] != shape:
             found = image["slices"].shape if "slices" in image else f"keys {sorted(image)}"
             raise ValueError(f"an extracted volume with {found}; expected `slices` of shape (S, {shape})")
@@ -216,15 +269,32 @@ class SamfImageProcessor(BaseImageProcessor):
         for i, index in enumerate(indices):
             slices[i] = self._reduce(pictures, i, index, count)
         hu = _fit_square(torch.from_numpy(slices), volume.spacing[row_axis], volume.spacing[column_axis], self.size)
-        centres = np.tile((np.array(volume.hu.shape) - 1) / 2, (count, 1))
-        centres[:, normal] = indices
         return {
             "slices": np.stack([_window(hu, low, high) for low, high in self.hu_windows], axis=1),
-            "slice_planes": np.full(count, PLANES.index(plane), dtype=np.int64),
-            "slice_positions": ((np.arange(count) + 0.5) / count).astype(np.float32),
-            "slice_indices": indices.astype(np.int64),
-            "slice_mm": (centres @ volume.affine[normal, :3] + volume.affine[normal, 3]).astype(np.float32),
+            **_slice_places(volume, plane, indices, (np.arange(count) + 0.5) / count),
         }
+
+    def _extract_published(self, volume: CTVolume) -> dict[str, np.ndarray]:
+        """`extract` as the published code does it: see the preset."""
+        _warn_of_published()
+        stored = volume.stored_hu()  # (rows, columns, N), a view
+        depth, middle = stored.shape[2], stored.shape[2] // 2
+        first, last = max(0, middle - _PUBLISHED_REACH), min(depth - 1, middle + _PUBLISHED_REACH)
+        indices = np.linspace(first, last, self.num_slices, dtype=np.int64)
+        slices = np.empty((len(indices), self.num_channels, self.size, self.size), dtype=np.uint8)
+        for i, index in enumerate(indices):
+            hu = stored[:, :, index]
+            if self.hu_windows is None:
+                slices[i] = _bicubic_middle(hu.astype(np.uint8), self.size)  # wraps; all channels are equal
+                continue
+            for channel, (low, high) in enumerate(self.hu_windows):
+                picture = _window(torch.from_numpy(hu.astype(np.float32)), low, high)
+                slices[i, channel] = _bicubic_middle(picture, self.size)
+        # The places are the patient's all the same, so that a slice can be found again.
+        normal, sign = volume.stored_axes[2]
+        plane = next(plane for plane, axes in _PLANE_AXES.items() if axes[0] == normal)
+        indices = indices if sign > 0 else depth - 1 - indices
+        return {"slices": slices, **_slice_places(volume, plane, indices, (indices + 0.5) / depth)}
 
     def _reduce(self, pictures: np.ndarray, i: int, index: int, count: int) -> np.ndarray:
         """Slice i of `count`: the picture at `index`, or the mean or maximum over the slab that is nearest to it."""
@@ -238,6 +308,46 @@ class SamfImageProcessor(BaseImageProcessor):
         if self.slab == "mip":
             return block.max(axis=0).clip(AIR_HU, _MAX_HU)
         return block.clip(AIR_HU, _MAX_HU).mean(axis=0, dtype=np.float32)
+
+
+def _slice_places(volume: CTVolume, plane: str, indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+    """Where slices of one plane lie: `indices` along its normal in the RAS+ array, `positions` in 0..1, both (n,)."""
+    normal = _PLANE_AXES[plane][0]
+    centres = np.tile((np.array(volume.hu.shape) - 1) / 2, (len(indices), 1))
+    centres[:, normal] = indices
+    return {
+        "slice_planes": np.full(len(indices), PLANES.index(plane), dtype=np.int64),
+        "slice_positions": positions.astype(np.float32),
+        "slice_indices": indices.astype(np.int64),
+        "slice_mm": (centres @ volume.affine[normal, :3] + volume.affine[normal, 3]).astype(np.float32),
+    }
+
+
+@functools.cache  # once in a process
+def _warn_of_published() -> None:
+    logger.warning(
+        "preset 'published': HU are cast to uint8, which wraps: -1000 HU becomes 24, -1 becomes 255 and 0 becomes 0, so "
+        "that neighbouring tissues can look as different as air and bone."
+    )
+    logger.warning(
+        "preset 'published': one plane, and of it only the slices within %d of the middle one: what lies further up or "
+        "down isn't seen.",
+        _PUBLISHED_REACH,
+    )
+    logger.warning(
+        "preset 'published': slices lie along the file's third axis and stand as stored, without regard to orientation "
+        "or spacing: the same scan stored otherwise gives other pictures, mirrored or in another plane."
+    )
+
+
+def _bicubic_middle(picture: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (rows, columns) → (size, size): the shorter side is scaled to `size`, of the longer the middle is kept."""
+    if Image is None:
+        raise ImportError("preset='published' scales pictures with Pillow: pip install Pillow")
+    rows, columns = (int(size * side / min(picture.shape)) for side in picture.shape)
+    scaled = Image.fromarray(np.ascontiguousarray(picture)).resize((columns, rows), Image.Resampling.BICUBIC)
+    top, left = round((rows - size) / 2), round((columns - size) / 2)
+    return np.asarray(scaled)[top : top + size, left : left + size]
 
 
 def _fit_square(slices: torch.Tensor, row_mm: float, column_mm: float, size: int) -> torch.Tensor:
@@ -309,7 +419,9 @@ def _checked_counts(counts: int | Sequence[int], planes: int) -> int | tuple[int
     return many
 
 
-def _checked_windows(windows: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:
+def _checked_windows(windows: Sequence[Sequence[float]] | None) -> tuple[tuple[float, float], ...] | None:
+    if windows is None:  # of the preset "published" alone
+        return None
     windows = tuple(tuple(window) for window in windows)
     if not windows:
         raise ValueError("hu_windows is empty; expected (low, high) in HU for each channel")

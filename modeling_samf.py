@@ -4,9 +4,10 @@ Paper: "From Slices to Volumes: Multi-Scale Fusion of 2D and 3D Features for CT 
 Equation numbers in this file are the paper's. Shapes: B volumes (and prompts), S slices, T tokens, d = d_proj.
 """
 
+import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,27 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_samf import SamfConfig
+from .hub_samf import HubModel
+from .model_card import hub_id
+
+logger = logging.get_logger(__name__)
 
 # What generate() needs at the first step alone: the prompt's cache already holds what they gave.
-VOLUME_INPUTS = ("pixel_values", "slice_embeddings", "slice_mask", "slice_planes", "slice_positions", "prompt_mask")
+VOLUME_INPUTS = (
+    "pixel_values",
+    "slice_embeddings",
+    "slice_mask",
+    "slice_planes",
+    "slice_positions",
+    "prompt_mask",
+    "extra_values",
+    "extra_mask",
+)
+RECORDED = ("output_attentions", "output_hidden_states")  # asked of the slice encoder too
 NUM_PLANES = 3  # axial, coronal, sagittal
 DEPTH_FREQUENCIES = 16
 
@@ -133,9 +148,9 @@ class SamfAggregatorAttention(nn.Module):
             projection(hidden_states).view(shape).transpose(1, 2)  # (B, heads, N, head width)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attention: Callable = eager_attention_forward
-        if self.config._attn_implementation != "eager":
-            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         dropout = self.dropout if self.training else 0.0
         output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
         return self.o_proj(output.reshape(hidden_states.shape))
@@ -208,10 +223,16 @@ def attend(
 
     query (B, Q, d), key (B, K, d), mask (B, K) with True = keep. Returns the weighted sums (B, Q, d) and the weights
     (B, Q, K). Where nothing is kept the weights and the sums are zero.
+
+    Scores are float32 even in half precision: unscaled sums over thousands of products overflow float16, and bfloat16
+    would round them by more than the softmax can bear.
     """
-    scores = query @ key.mT * scale  # (B, Q, K)
+    precision = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.to(precision) @ key.to(precision).mT * scale  # (B, Q, K)
     keep = mask[:, None, :]
     weights = scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(dim=-1).masked_fill(~keep, 0)
+    weights = weights.to(key.dtype)
     return weights @ key, weights
 
 
@@ -234,6 +255,9 @@ class SamfFusion(nn.Module):
     Eq. 9 prints F_3d as the value that beta weighs; beta sums to one, so that would only give F_3d back. Figure 2 and
     the published code weigh F_text, and so does this class. The scores are unscaled, as in the paper, unless
     `config.fusion_scale` is `"rsqrt"` (1/sqrt(d)).
+
+    The vector of each of `config.extra_sources`, projected to d, is appended to every concatenation; zeros stand for one
+    that is absent.
     """
 
     def __init__(self, config: SamfConfig):
@@ -244,7 +268,11 @@ class SamfFusion(nn.Module):
         self.project_slices = nn.Linear(config.vision_config.hidden_size, dim)  # W_2d, eq. 3
         self.project_volume = nn.Linear(config.volume_dim, dim)  # W_3d, eq. 4
         self.project_text = nn.Linear(text_dim, dim) if config.project_text else nn.Identity()
-        self.mix = nn.Linear(dim * (4 if config.fusion_type == "ao2d" else 3), text_dim)  # W_fusion, eqs. 10 and 12
+        self.project_extra = nn.ModuleDict(
+            {name: nn.Linear(width, dim) for name, width in config.extra_sources.items()}
+        )
+        parts = (4 if config.fusion_type == "ao2d" else 3) + len(config.extra_sources)
+        self.mix = nn.Linear(dim * parts, text_dim)  # W_fusion, eqs. 10 and 12
 
     def forward(
         self,
@@ -253,16 +281,22 @@ class SamfFusion(nn.Module):
         text: torch.Tensor,
         slice_mask: torch.Tensor,
         text_mask: torch.Tensor,
+        extra_values: torch.Tensor | None = None,
+        extra_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, SamfSliceAttentions]:
         """
-        slices (B, S, slice width), volume (B, volume_dim), text (B, T, text width); masks (B, S), (B, T), True = keep.
+        slices (B, S, slice width), volume (B, volume_dim), text (B, T, text width); masks (B, S), (B, T), True = keep;
+        extra_values (B, sum of the extra sources' widths), extra_mask (B, sources), None = all present.
         Returns image tokens (B, 1, text width), or (B, S, text width) for `slice_tokens`, and the softmax weights.
         """
+        extra = self._project_extra(volume, extra_values, extra_mask)  # sources x (B, 1, d)
         slices = self.project_slices(slices)  # (B, S, d)
         volume = self.project_volume(volume).unsqueeze(1)  # (B, 1, d)
         text = self.project_text(text)  # (B, T, d)
         if self.fusion_type == "slice_tokens":
-            return self._slice_tokens(slices, volume, text, text_mask)
+            slice_text, weights = attend(slices, text, text_mask, self.scale)  # (B, S, d)
+            parts = [volume.expand_as(slices), slices, slice_text, *(part.expand_as(slices) for part in extra)]
+            return self.mix(torch.cat(parts, dim=-1)), SamfSliceAttentions(slice_text=weights)
 
         volume_slices, alpha = attend(volume, slices, slice_mask, self.scale)  # eqs. 5 and 8
         volume_text, beta = attend(volume, text, text_mask, self.scale)  # eqs. 6 and 9
@@ -270,14 +304,31 @@ class SamfFusion(nn.Module):
         if self.fusion_type == "ao2d":
             text_slices, gamma = attend(text, slices, slice_mask, self.scale)  # eq. 7, (B, T, d)
             parts.append(masked_mean(text_slices, text_mask))  # eq. 11
-        return self.mix(torch.cat(parts, dim=-1)), SamfSliceAttentions(alpha=alpha, beta=beta, gamma=gamma)
+        return self.mix(torch.cat(parts + extra, dim=-1)), SamfSliceAttentions(alpha=alpha, beta=beta, gamma=gamma)
 
-    def _slice_tokens(
-        self, slices: torch.Tensor, volume: torch.Tensor, text: torch.Tensor, text_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, SamfSliceAttentions]:
-        slice_text, weights = attend(slices, text, text_mask, self.scale)  # (B, S, d)
-        parts = [volume.expand_as(slices), slices, slice_text]
-        return self.mix(torch.cat(parts, dim=-1)), SamfSliceAttentions(slice_text=weights)
+    def _project_extra(
+        self, volume: torch.Tensor, values: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Each extra source's vector (B, 1, d), zero where the source is absent."""
+        widths = [layer.in_features for layer in self.project_extra.values()]
+        shape = (volume.shape[0], sum(widths))
+        if values is None:
+            values, mask = volume.new_zeros(shape), volume.new_zeros(shape[0], len(widths))
+        if tuple(values.shape) != shape or (mask is not None and tuple(mask.shape) != (shape[0], len(widths))):
+            raise ValueError(
+                f"extra_values has shape {tuple(values.shape)} and extra_mask {None if mask is None else tuple(mask.shape)}"
+                f"; the sources {dict(zip(self.project_extra, widths, strict=True))} of {shape[0]} volumes make them "
+                f"{shape} and {(shape[0], len(widths))}. SamfModel.pack_extra_sources makes both."
+            )
+        extra = []
+        for index, (layer, part) in enumerate(
+            zip(self.project_extra.values(), values.split(widths, dim=1), strict=True)
+        ):
+            absent = torch.zeros_like(part[:, :1], dtype=torch.bool) if mask is None else ~mask[:, index, None].bool()
+            # Filled before and after: a NaN that stands for "unknown" shall not reach the layer's gradient.
+            part = layer(part.masked_fill(absent, 0).to(layer.weight.dtype)).masked_fill(absent, 0)
+            extra.append(part.unsqueeze(1))
+        return extra
 
 
 def fusion_text_mask(
@@ -342,12 +393,12 @@ def place_image_tokens(
     return torch.where(image_mask.unsqueeze(-1), tokens, inputs_embeds)
 
 
-class SamfPreTrainedModel(PreTrainedModel):
+class SamfPreTrainedModel(HubModel, PreTrainedModel):
     config_class = SamfConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SamfAggregatorLayer", "SamfFusion"]
+    _no_split_modules = ["SamfAggregator", "SamfFusion"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -442,6 +493,9 @@ class SamfModel(SamfPreTrainedModel):
             outputs = self.encode_slices(pixel_values, **kwargs)
         else:
             outputs = BaseModelOutputWithPooling(last_hidden_state=slice_embeddings.to(self.aggregator.cls_token.dtype))
+        _check_slice_shapes(
+            outputs.last_hidden_state, slice_mask=slice_mask, slice_planes=slice_planes, slice_positions=slice_positions
+        )
         slices = outputs.last_hidden_state + self._positions(outputs.last_hidden_state, slice_planes, slice_positions)
         outputs.pooler_output = self.aggregator(slices, slice_mask).unsqueeze(1)
         return outputs
@@ -463,6 +517,40 @@ class SamfModel(SamfPreTrainedModel):
             planes = (index // per_plane).expand(slices.shape[0], -1)
             positions = ((index % per_plane + 0.5) / per_plane).expand(slices.shape[0], -1)
         return self.slice_position(planes, positions).to(slices.dtype)
+
+    def pack_extra_sources(self, rows: Sequence[Mapping[str, Any] | None]) -> dict[str, torch.Tensor]:
+        """Named vectors of each volume as `forward` takes them.
+
+        Args:
+            rows: for each volume a mapping from names in `config.extra_sources` to vectors (width,); a name that is
+                missing or None is absent.
+
+        Returns:
+            extra_values (B, sum of widths), zero where absent, and extra_mask (B, sources) bool.
+
+        Raises:
+            ValueError: a name that the configuration doesn't have, a wrong width, or a value that isn't finite.
+        """
+        sources = self.config.extra_sources
+        values = torch.zeros(len(rows), sum(sources.values()))
+        mask = torch.zeros(len(rows), len(sources), dtype=torch.bool)
+        columns = values.split(list(sources.values()), dim=1) if sources else ()
+        for index, row in enumerate(rows):
+            unknown = sorted(set(row or {}) - set(sources))
+            if unknown:
+                raise ValueError(f"Row {index} has extra sources {unknown}; config.extra_sources has {sources}.")
+            for place, (name, width) in enumerate(sources.items()):
+                if (row or {}).get(name) is None:
+                    continue
+                vector = torch.as_tensor(row[name], dtype=torch.float32).detach().cpu().flatten()
+                if len(vector) != width or not vector.isfinite().all():
+                    raise ValueError(
+                        f"Row {index}: {name} is {vector.tolist()[:8]} ({len(vector)} values); expected {width} finite "
+                        "ones. Leave the name out where it isn't known."
+                    )
+                columns[place][index] = vector
+                mask[index, place] = True
+        return {"extra_values": values.to(self.device), "extra_mask": mask.to(self.device)}
 
     def get_placeholder_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """(B, T) bool, True where an image placeholder stands."""
@@ -506,6 +594,8 @@ class SamfModel(SamfPreTrainedModel):
         slice_planes: torch.LongTensor | None = None,
         slice_positions: torch.FloatTensor | None = None,
         prompt_mask: torch.Tensor | None = None,
+        extra_values: torch.FloatTensor | None = None,
+        extra_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         output_slice_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -517,44 +607,45 @@ class SamfModel(SamfPreTrainedModel):
             slice_mask, slice_planes, slice_positions (B, S): see `get_image_features`. A row of slice_mask that is all
                 False is a prompt without a volume.
             prompt_mask (B, T) bool: the fusion's text; see `fusion_text_mask`, which also says what labels do.
+            extra_values (B, sum of widths), extra_mask (B, sources) bool: vectors of `config.extra_sources` in that order,
+                and which are present (see `pack_extra_sources`). They enter with the volume: a row without one has no
+                fused token for them. extra_values alone = all present; neither = all absent.
             output_slice_attentions: return alpha, beta and gamma.
+            output_hidden_states, output_attentions: True = of the language model, and in `image_outputs` of the slice
+                encoder.
 
         Returns:
             The language model's output and the fields of [`SamfModelOutputWithPast`]. With a volume and neither
             input_ids nor inputs_embeds, the language model isn't run: only the volume's fields are filled.
         """
         has_volume = pixel_values is not None or slice_embeddings is not None
-        if (
-            input_ids is not None
-            and inputs_embeds is not None
-            or (input_ids is None and inputs_embeds is None and not has_volume)
-        ):
+        has_text = input_ids is not None or inputs_embeds is not None
+        if (input_ids is not None and inputs_embeds is not None) or not (has_text or has_volume):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds, or a volume alone.")
         image_outputs = slice_attentions = finding_logits = None
         if has_volume:
+            # Not a list of layers: their numbers are the language model's.
+            recorded = {key: kwargs[key] for key in RECORDED if isinstance(kwargs.get(key), bool)}
             image_outputs = self.get_image_features(
-                pixel_values, slice_mask, slice_planes, slice_positions, slice_embeddings, return_dict=True
+                pixel_values, slice_mask, slice_planes, slice_positions, slice_embeddings, return_dict=True, **recorded
             )
             if self.finding_head is not None:
                 finding_logits = self.finding_head(image_outputs.pooler_output[:, 0])
-        if input_ids is None and inputs_embeds is None:
+        if not has_text:
             return SamfModelOutputWithPast(image_outputs=image_outputs, finding_logits=finding_logits)
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if has_volume:
-            slices = image_outputs.last_hidden_state
-            if slice_mask is None:
-                slice_mask = torch.ones(slices.shape[:2], dtype=torch.bool, device=slices.device)
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-            self._check_placeholders(image_mask, slice_mask)
             text_mask = fusion_text_mask(self.config.fusion_text_scope, image_mask, attention_mask, prompt_mask, labels)
+            slices = image_outputs.last_hidden_state
             if self.config.slice_position_scope == "all":
                 slices = slices + self._positions(slices, slice_planes, slice_positions)
-            tokens, slice_attentions = self.fusion(
-                slices, image_outputs.pooler_output[:, 0], inputs_embeds.to(slices.dtype), slice_mask, text_mask
+            volume = image_outputs.pooler_output[:, 0]
+            inputs_embeds, slice_attentions = self._fuse(
+                inputs_embeds, image_mask, text_mask, slices, volume, slice_mask, extra_values, extra_mask
             )
-            inputs_embeds = place_image_tokens(inputs_embeds, image_mask, tokens, slice_mask)
 
         outputs = self.language_model(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
@@ -565,6 +656,36 @@ class SamfModel(SamfPreTrainedModel):
             slice_attentions=slice_attentions if output_slice_attentions else None,
             finding_logits=finding_logits,
         )
+
+    def _fuse(
+        self,
+        inputs_embeds: torch.Tensor,
+        image_mask: torch.Tensor,
+        text_mask: torch.Tensor,
+        slices: torch.Tensor,
+        volume: torch.Tensor,
+        slice_mask: torch.Tensor | None,
+        extra_values: torch.Tensor | None,
+        extra_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, SamfSliceAttentions]:
+        """inputs_embeds (B, T, text width) with the image tokens in place, and the fusion's weights."""
+        if slice_mask is None:
+            slice_mask = torch.ones(slices.shape[:2], dtype=torch.bool, device=slices.device)
+        self._check_placeholders(image_mask, slice_mask)
+        tokens, slice_attentions = self.fusion(
+            slices, volume, inputs_embeds.to(slices.dtype), slice_mask.bool(), text_mask, extra_values, extra_mask
+        )
+        return place_image_tokens(inputs_embeds, image_mask, tokens, slice_mask), slice_attentions
+
+
+def _check_slice_shapes(slices: torch.Tensor, **given: torch.Tensor | None) -> None:
+    """What is said of slices (B, S, D) must be (B, S): broadcasting would show one volume to every prompt."""
+    for name, value in given.items():
+        if value is not None and value.shape != slices.shape[:2]:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; expected (volumes, slices), here {tuple(slices.shape[:2])}, "
+                "with padding where a volume has fewer slices."
+            )
 
 
 def _has_positions(config: SamfConfig) -> bool:
@@ -605,8 +726,9 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
         encoder = AutoModel.from_pretrained(slice_encoder, dtype=dtype)
         # Phi-3's repository points at modelling code that no longer runs: the library's own class is wanted.
         text = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, trust_remote_code=False)
-        for part in (encoder.config, text.config):
-            part._name_or_path = ""  # would keep this machine's paths in every copy of the saved configuration
+        for part, source in ((encoder.config, slice_encoder), (text.config, text_model)):
+            # The card names base models by their Hub ids; a local path would stand in every saved configuration.
+            part._name_or_path = hub_id(str(source)) or ""
         samf_config = SamfConfig(vision_config=encoder.config, text_config=text.config, **config)
         with torch.device("meta"):  # no second copy of billions of weights
             model = cls(samf_config)
@@ -629,11 +751,42 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As in the library, but never past a token in use, and never smaller without a word.
+
+        A tokenizer often has fewer tokens than the language model has rows (Phi-3: 32,011 of 32,064), so the common
+        `resize_token_embeddings(len(tokenizer))` would cut rows off.
+
+        Raises:
+            ValueError: the image placeholder's row would be lost.
+        """
+        rows = self.get_input_embeddings().num_embeddings
+        if new_num_tokens is not None and new_num_tokens < rows:
+            if new_num_tokens <= self.config.image_token_id:
+                raise ValueError(
+                    f"resize_token_embeddings({new_num_tokens}) would cut off the image placeholder's row "
+                    f"{self.config.image_token_id}. The model has {rows} rows: it needs no resize for fewer tokens."
+                )
+            logger.warning(
+                "resize_token_embeddings(%d) cuts %d of %d rows off. A tokenizer with fewer tokens than the model has "
+                "rows needs no resize.",
+                new_num_tokens,
+                rows - new_num_tokens,
+                rows,
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
     def get_decoder(self) -> nn.Module:
         return self.model.language_model
+
+    def pack_extra_sources(self, rows: Sequence[Mapping[str, Any] | None]) -> dict[str, torch.Tensor]:
+        """See [`SamfModel.pack_extra_sources`]."""
+        return self.model.pack_extra_sources(rows)
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See [`SamfModel.get_image_features`]."""
@@ -652,6 +805,8 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
         slice_planes: torch.LongTensor | None = None,
         slice_positions: torch.FloatTensor | None = None,
         prompt_mask: torch.Tensor | None = None,
+        extra_values: torch.FloatTensor | None = None,
+        extra_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         finding_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -679,6 +834,8 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
             slice_planes=slice_planes,
             slice_positions=slice_positions,
             prompt_mask=prompt_mask,
+            extra_values=extra_values,
+            extra_mask=extra_mask,
             labels=labels,
             output_slice_attentions=output_slice_attentions,
             return_dict=True,
@@ -735,13 +892,21 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
             model_kwargs["prompt_mask"] = mask.bool()
         return inputs, name, model_kwargs
 
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, is_first_iteration: bool = False, **kwargs: Any
-    ) -> dict[str, Any]:
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() looks the cache's name up in it
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The library's inputs, without the volume once the cache holds the prompt."""
-        if kwargs.get("use_cache", True) and not is_first_iteration:
-            kwargs = {key: value for key, value in kwargs.items() if key not in VOLUME_INPUTS}
-        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        first = kwargs.get("is_first_iteration", False)
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if kwargs.get("use_cache", True) and not (first and self._reads_volume(inputs)):
+            inputs = {key: value for key, value in inputs.items() if key not in VOLUME_INPUTS}
+        return inputs
+
+    def _reads_volume(self, inputs: dict[str, Any]) -> bool:
+        """Whether a first step has the volume still to read: not so when the cache that it was passed holds it."""
+        cache = inputs.get("cache", inputs.get("past_key_values"))  # the name before transformers 5.24
+        if cache is None or cache.get_seq_length() == 0 or inputs.get("input_ids") is None:
+            return True
+        return bool((inputs["input_ids"] == self.config.image_token_id).any())
 
 
 __all__ = ["SamfForConditionalGeneration", "SamfModel", "SamfPreTrainedModel"]

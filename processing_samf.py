@@ -1,14 +1,24 @@
 """Volume and conversation become model inputs."""
 
+import os
+import re
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BatchFeature
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
+from .configuration_samf import AUTO_MAP
+from .hub_samf import PushToHubWithCard
+
 IMAGE_TOKEN = "<image>"
+# `sanitize_control_tokens=True` sets this character before a token that a user wrote: plain text, no placeholder.
+_PLACEHOLDER = re.compile(f"(?<!\U000f0000){IMAGE_TOKEN}")
 
 # Phi-3's format, walking content lists; the marked part is what training puts its loss on, `<|end|>` included.
 CHAT_TEMPLATE = """\
@@ -48,7 +58,7 @@ class _Opaque:
         self.value = value
 
 
-class SamfProcessor(ProcessorMixin):
+class SamfProcessor(ProcessorMixin, PushToHubWithCard):
     """A [`SamfImageProcessor`] and a tokenizer in one.
 
     Args:
@@ -61,6 +71,7 @@ class SamfProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = SamfProcessorKwargs
+    push_to_hub = PushToHubWithCard.push_to_hub  # the library's class is the first base, as its tools expect
 
     def __init__(
         self,
@@ -76,6 +87,8 @@ class SamfProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.num_image_tokens = num_image_tokens
+        # Saving enters it, and loading would lose it again.
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     @property
@@ -83,12 +96,24 @@ class SamfProcessor(ProcessorMixin):
         """What the image processor knows of each slice and the model doesn't read."""
         return ["slice_indices", "slice_mm"]
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """The library's, and the model's code where the folder holds a model without it.
+
+        Trainer's pushes during training copy the weights and config.json but not the code, and save the processor anew:
+        so the repository loads from the first push on.
+        """
+        files = super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
+        folder, model = Path(save_directory), Path(__file__).with_name("modeling_samf.py")
+        if (folder / "config.json").is_file() and not (folder / model.name).exists() and model.is_file():
+            for code in (model, *map(Path, get_relative_import_files(model))):
+                shutil.copyfile(code, folder / code.name)
+        return files
+
     def __call__(
         self,
         images: Any = None,
         text: str | list[str] | None = None,
-        videos: None = None,
-        audio: None = None,
+        *,
         volumes: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -108,7 +133,7 @@ class SamfProcessor(ProcessorMixin):
         """
         if volumes is not None and images is not None:
             raise ValueError("`volumes` and `images` are two names of one argument; pass one of them.")
-        if videos is not None or audio is not None:
+        if any(kwargs.get(name) is not None for name in ("videos", "audio")):
             raise ValueError("SamfProcessor reads CT volumes and text; it has no videos or audio.")
         return super().__call__(images=images if volumes is None else volumes, text=text, **kwargs)
 
@@ -119,7 +144,7 @@ class SamfProcessor(ProcessorMixin):
         volumes = _flatten(images)
         if text is None or not all(isinstance(prompt, str) for prompt in text):
             return volumes, text, None, None
-        counts = [prompt.count(self.image_token) for prompt in text]
+        counts = [len(_PLACEHOLDER.findall(prompt)) for prompt in text]
         if max(counts, default=0) > 1:
             raise ValueError(
                 f"Prompt {counts.index(max(counts))} holds {max(counts)} {self.image_token} placeholders; a prompt takes "
@@ -155,10 +180,6 @@ class SamfProcessor(ProcessorMixin):
             features = {key: _spread(value, rows, len(images)) for key, value in features.items()}
         return features, replacements
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        count = int(image_inputs["slice_mask"][image_idx].sum())
-        return self.image_token * (self.num_image_tokens or count)
-
     def apply_chat_template(
         self,
         conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
@@ -178,7 +199,9 @@ class SamfProcessor(ProcessorMixin):
         conversation = _wrap_volumes(conversation)
         # A template without generation marks can't tell the answer from the prompt: better no mask than one that leaks.
         marked = "generation" in str(chat_template or self.chat_template).replace("add_generation_prompt", "")
-        want_mask = tokenize and return_dict and marked and not kwargs.get("continue_final_message", False)
+        # The library finds no assistant's tokens with either of these.
+        unmarkable = kwargs.get("continue_final_message") or kwargs.get("sanitize_control_tokens")
+        want_mask = tokenize and return_dict and marked and not unmarkable
         output = super().apply_chat_template(
             conversation,
             chat_template=chat_template,

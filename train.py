@@ -11,12 +11,14 @@ import dataclasses
 import logging
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from huggingface_hub import HfApi
+from transformers import AutoTokenizer, Trainer, TrainerState, TrainingArguments, set_seed
 
 from samf.configuration_samf import SamfConfig
 from samf.data.collator import SamfCollator, VolumeStore
@@ -25,9 +27,11 @@ from samf.data.embedding_cache import EmbeddingCache, VolumeKey
 from samf.data.prompts import record_prompt
 from samf.data.slice_cache import SliceCache
 from samf.evaluation.generation import shuffle_volumes
+from samf.hub_samf import has_own_card
 from samf.image_processing_samf import SamfImageProcessor
-from samf.model_card import write_model_card
+from samf.model_card import README, is_generated, write_model_card
 from samf.modeling_samf import SamfForConditionalGeneration
+from samf.pretraining.aggregator_weights import load_aggregator
 from samf.processing_samf import SamfProcessor
 from samf.recipe import parse_recipe
 
@@ -71,6 +75,7 @@ class ModelArguments:
     )
     finding_names: list[str] = field(default_factory=list, metadata={"help": "labels of the findings head"})
     finding_loss_weight: float = field(default=1.0)
+    aggregator: str | None = field(default=None, metadata={"help": "what warmup_aggregator.py wrote: start from it"})
     dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32 or bfloat16"})
     train_parts: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": f"parts that are trained, of {', '.join(PARTS)}"}
@@ -136,6 +141,8 @@ def build_model(args: ModelArguments, processor: SamfProcessor) -> SamfForCondit
         model = SamfForConditionalGeneration.from_component_pretrained(
             args.slice_encoder, args.text_model, dtype=args.dtype, image_token_id=processor.image_token_id, **config
         )
+    if args.aggregator is not None:
+        load_aggregator(model, args.aggregator)
     rows = model.get_input_embeddings().num_embeddings
     if model.config.image_token_id >= rows:
         raise ValueError(
@@ -219,28 +226,82 @@ def build_volume_store(
     return embeddings
 
 
-def save_repository(trainer: Trainer, model_args: ModelArguments, data_args: DataArguments) -> None:
-    """The output folder as a complete Hub repository: weights, code, processor, model card."""
-    trainer.save_model()
+class SamfTrainer(Trainer):
+    """Trainer whose folders and pushes load as a whole and bear SAMF's model card.
+
+    Trainer itself writes a draft over README.md at the last push, and peft saves an adapter alone.
+
+    Args:
+        card: what `make_card` can't know from the model.
+    """
+
+    def __init__(self, *args: Any, card: Mapping[str, Any] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.card = dict(card or {})
+        if self.args.push_to_hub:
+            self.create_model_card()  # for the pushes during training
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, with config.json and the code beside the adapter of a model that peft has wrapped."""
+        readme = Path(output_dir or self.args.output_dir) / README
+        card = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        push = getattr(self, "push_in_progress", None)
+        if push is not None and (self.args.hub_always_push or readme.parent == Path(self.args.output_dir)):
+            push.wait_until_done()  # or files would change while they are uploaded
+        super().save_model(output_dir, _internal_call=True)
+        if hasattr(self.model, "get_base_model") and self.args.should_save:
+            base = self.model.get_base_model()
+            base.save_config_and_code(readme.parent)
+            readme.write_text(
+                card or str(base.model_card()), encoding="utf-8"
+            )  # peft has written its own, or into ours
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
+        """Write README.md into the output folder. A card that somebody wrote stays, here and on the Hub."""
+        if not self.is_world_process_zero():
+            return
+        folder, revision, token = Path(self.args.output_dir), self.args.hub_revision, self.args.hub_token
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        card = model.model_card(
+            self.hub_model_id,
+            [tags] if isinstance(tags, str) else tags or (),
+            metrics=validation_losses(self.state),
+            **{**self.card, "facts": {**self.card.get("facts", {}), "Steps": self.state.global_step}},
+        )
+        write_model_card(folder, card)
+        written = is_generated((folder / README).read_text(encoding="utf-8"))
+        if written and self.hub_model_id is not None and has_own_card(self.hub_model_id, revision, token):
+            found = HfApi(token=token).hf_hub_download(self.hub_model_id, README, revision=revision)
+            shutil.copyfile(found, folder / README)
+
+
+def validation_losses(state: TrainerState) -> dict[str, float]:
+    """The last validation loss with each patient's own volume and with another's, as far as they were measured."""
+    names = {"eval_own_loss": "loss, own volumes", "eval_shuffled_loss": "loss, other patients' volumes"}
+    found = {names[key]: value for row in state.log_history for key, value in row.items() if key in names}
+    return {name: found[name] for name in names.values() if name in found}
+
+
+def card_settings(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
+    """What the model card tells of a run: arguments of `make_card`."""
+    if model_args.model is not None:
+        sources = {"Continues": model_args.model}
+    else:
+        sources = {"Slice encoder": model_args.slice_encoder, "Language model": model_args.text_model}
+    facts = {**sources, "Trained parts": ", ".join(model_args.train_parts), "Tasks": ", ".join(data_args.tasks)}
+    return {"base_models": list(sources.values()), "facts": facts, "data": data_args.data}
+
+
+def save_repository(trainer: SamfTrainer) -> None:
+    """The output folder as a complete Hub repository: weights, code, processor, model card. Pushes when asked to."""
     trainer.save_state()
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
         shutil.copyfile(Path(__file__).with_name("requirements.txt"), folder / "requirements.txt")
-        sources = {"Slice encoder": model_args.slice_encoder, "Language model": model_args.text_model}
-        if model_args.model is not None:
-            sources = {"Continues": model_args.model}
-        facts = {
-            **{name: public_name(source) for name, source in sources.items()},
-            "Trained parts": ", ".join(model_args.train_parts),
-            "Tasks": ", ".join(data_args.tasks),
-            "Steps": trainer.state.global_step,
-        }
-        write_model_card(folder, trainer.model.config, facts)
-
-
-def public_name(source: str) -> str:
-    """A Hub id as it is; of a local folder its name alone, since its path means nothing to others."""
-    return Path(source).resolve().name if Path(source).is_dir() else source
+    trainer.create_model_card()
+    trainer.save_model()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -259,7 +320,8 @@ def main(argv: list[str] | None = None) -> None:
     data = load_datasets(data_args, processor, model.config.finding_names, with_lengths=by_length)
     volumes = distinct_volumes(data["train_dataset"], data["eval_dataset"]["own"])
     store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes)
-    trainer = Trainer(
+    trainer = SamfTrainer(
+        card=card_settings(model_args, data_args),
         model=model,
         args=training,
         processing_class=processor,
@@ -269,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
         **data,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    save_repository(trainer, model_args, data_args)
+    save_repository(trainer)
     if training.do_eval and training.eval_strategy == "no":
         trainer.evaluate()
 

@@ -1,0 +1,319 @@
+"""A stand-in for the Hub on this machine: the part of its HTTP API that pushing and loading models needs, in memory.
+
+    with HubStandIn() as hub:
+        subprocess.run([sys.executable, "script.py"], env={**os.environ, **hub.environment(tmp_path)})
+        hub.files("someone/model")["config.json"]
+
+A real `huggingface_hub` client talks to it through `HF_ENDPOINT`. Its environment also sets `HF_HUB_DISABLE_XET`: with
+`hf_xet` installed the client would upload by the Xet protocol, which needs a storage server; without it, by Git LFS.
+Every commit keeps all its files, so that old revisions stay readable.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+USER = "someone"
+TOKEN = "hf_" + "s" * 34
+LFS_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
+NO_COMMIT = "0" * 40
+
+
+class HubError(Exception):
+    """An answer that isn't a success: its status, and the code by which the client picks its exception."""
+
+    def __init__(self, status: int, code: str = "", message: str = "", **headers: str):
+        super().__init__(message)
+        self.status = status
+        self.headers = {"X-Error-Code": code, "X-Error-Message": message, **headers}
+
+
+@dataclass
+class Repository:
+    name: str
+    private: bool
+    commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {NO_COMMIT: {}})  # oid → path → content
+    messages: dict[str, str] = field(default_factory=dict)  # oid → message, in order
+    refs: dict[str, str] = field(default_factory=lambda: {"main": NO_COMMIT})  # branches and tags
+
+    def oid(self, revision: str) -> str:
+        oid = self.refs.get(revision, revision)
+        if oid not in self.commits:
+            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return oid
+
+    def commit(self, branch: str, files: dict[str, bytes], message: str) -> str:
+        if branch not in self.refs:
+            raise HubError(404, "RevisionNotFound", f"Invalid rev id: {branch}")
+        oid = hashlib.sha1(f"{self.name} {branch} {len(self.commits)} {message}".encode()).hexdigest()
+        self.commits[oid], self.messages[oid], self.refs[branch] = files, message, oid
+        return oid
+
+
+def is_lfs(path: str) -> bool:
+    return Path(path).suffix in LFS_SUFFIXES
+
+
+def content_oid(path: str, content: bytes) -> str:
+    """What the client compares with its own file: SHA-256 of an LFS file, the Git blob's SHA-1 of another."""
+    if is_lfs(path):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class HubStandIn:
+    """The server; `with` starts and stops it."""
+
+    def __init__(self):
+        self.repositories: dict[str, Repository] = {}
+        self.lfs_objects: dict[str, bytes] = {}
+        self.requests: list[str] = []  # "METHOD path", as they came
+        self.lock = threading.Lock()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.storage_url = (
+            f"http://localhost:{self.server.server_port}"  # another host: only then a redirection leaves the Hub
+        )
+
+    def __enter__(self) -> "HubStandIn":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Variables of a process that shall take this server for the Hub, with its cache under `home`."""
+        options = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
+        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, **options}
+
+    def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
+        repository = self.repositories[name]
+        return repository.commits[repository.oid(revision)]
+
+    def history(self, name: str) -> list[tuple[str, str]]:
+        """(oid, message) of every commit, oldest first."""
+        return list(self.repositories[name].messages.items())
+
+    # --- the API: each method answers one route with JSON ---------------------------------------------------------
+
+    def whoami(self, body: bytes) -> dict[str, Any]:
+        return {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+
+    def validate_yaml(self, body: bytes) -> dict[str, Any]:
+        text = json.loads(body)["content"]
+        match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+        if match is None or not isinstance(yaml.safe_load(match[1]), dict):
+            raise HubError(400, message="README.md has no metadata")
+        return {"errors": [], "warnings": []}
+
+    def create_repo(self, body: bytes) -> dict[str, Any]:
+        wanted = json.loads(body)
+        name = f"{wanted['organization'] or USER}/{wanted['name']}"
+        if name in self.repositories:
+            raise HubError(409, message="You already created this model repo", url=f"{self.url}/{name}")
+        private = wanted.get("visibility") == "private" or wanted.get("private") is True
+        repository = self.repositories[name] = Repository(name, private)
+        repository.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
+        return {"url": f"{self.url}/{name}", "name": name}
+
+    def info(self, repository: Repository, body: bytes, revision: str = "main") -> dict[str, Any]:
+        oid = repository.oid(revision)
+        siblings = [{"rfilename": path} for path in sorted(repository.commits[oid])]
+        return {"id": repository.name, "sha": oid, "private": repository.private, "tags": [], "siblings": siblings}
+
+    def tree(self, repository: Repository, body: bytes, revision: str, folder: str = "") -> list[dict[str, Any]]:
+        """All files under `folder`, at any depth: what `recursive` asks for."""
+        files = self.files(repository.name, revision)
+        found = {path: data for path, data in files.items() if not folder or path.startswith(f"{folder}/")}
+        if folder and not found:
+            raise HubError(404, "EntryNotFound", f"{folder} does not exist on {revision}")
+        entries = []
+        for path, data in found.items():
+            entry = {"type": "file", "path": path, "size": len(data), "oid": content_oid("", data)}
+            if is_lfs(path):
+                entry["lfs"] = {"oid": content_oid(path, data), "size": len(data), "pointerSize": 134}
+            entries.append(entry)
+        return entries
+
+    def list_refs(self, repository: Repository, body: bytes) -> dict[str, Any]:
+        branches = [
+            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in repository.refs.items()
+        ]
+        return {"branches": branches, "tags": [], "converts": []}
+
+    def create_branch(self, repository: Repository, body: bytes, name: str) -> dict[str, Any]:
+        if name in repository.refs:
+            raise HubError(409, message=f"Reference already exists: {name}")
+        repository.refs[name] = repository.oid(json.loads(body or b"{}").get("startingPoint") or "main")
+        return {}
+
+    def create_tag(self, repository: Repository, body: bytes, revision: str) -> dict[str, Any]:
+        repository.refs[json.loads(body)["tag"]] = repository.oid(revision)
+        return {}
+
+    def preupload(self, repository: Repository, body: bytes, revision: str) -> dict[str, Any]:
+        files = self.files(repository.name, revision)
+        answer = []
+        for wanted in json.loads(body)["files"]:
+            path = wanted["path"]
+            mode = {"path": path, "uploadMode": "lfs" if is_lfs(path) else "regular", "shouldIgnore": False}
+            answer.append({**mode, "oid": content_oid(path, files[path]) if path in files else None})
+        return {"files": answer}
+
+    def lfs_batch(self, repository: Repository, body: bytes) -> dict[str, Any]:
+        objects = []
+        for item in json.loads(body)["objects"]:
+            if item["oid"] not in self.lfs_objects:  # without actions the client knows that it need not upload
+                item = {**item, "actions": {"upload": {"href": f"{self.url}/lfs/{item['oid']}"}}}
+            objects.append(item)
+        return {"transfer": "basic", "objects": objects}
+
+    def lfs_upload(self, body: bytes, oid: str) -> dict[str, Any]:
+        if hashlib.sha256(body).hexdigest() != oid:
+            raise HubError(400, message=f"the content sent is not that of {oid}")
+        self.lfs_objects[oid] = body
+        return {}
+
+    def commit(self, repository: Repository, body: bytes, branch: str) -> dict[str, Any]:
+        lines = [json.loads(line) for line in body.splitlines()]
+        files = dict(self.files(repository.name, branch))
+        message = ""
+        for key, value in ((line["key"], line["value"]) for line in lines):
+            path = value.get("path", "")
+            if key == "header":
+                message = value["summary"]
+            elif key == "file":
+                files[path] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                files[path] = self.lfs_objects[value["oid"]]
+            else:  # deletedFile, deletedFolder
+                kept = {name: data for name, data in files.items() if name != path and not name.startswith(f"{path}/")}
+                if len(kept) == len(files):
+                    raise HubError(404, "EntryNotFound", "A file with this name doesn't exist")
+                files = kept
+        oid = repository.commit(branch, files, message)
+        return {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{repository.name}/commit/{oid}"}
+
+
+_NAME = r"(?P<repository>[^/]+/[^/]+)"
+_REVISION = r"(?P<revision>[^/]+)"
+ROUTES: list[tuple[str, str, Callable]] = [
+    ("GET", "/api/whoami-v2", HubStandIn.whoami),
+    ("POST", "/api/validate-yaml", HubStandIn.validate_yaml),
+    ("POST", "/api/repos/create", HubStandIn.create_repo),
+    ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", HubStandIn.lfs_upload),
+    ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", HubStandIn.lfs_batch),
+    ("GET", f"/api/models/{_NAME}", HubStandIn.info),
+    ("GET", f"/api/models/{_NAME}/revision/{_REVISION}", HubStandIn.info),
+    ("GET", f"/api/models/{_NAME}/tree/{_REVISION}", HubStandIn.tree),
+    ("GET", f"/api/models/{_NAME}/tree/{_REVISION}/(?P<folder>.+)", HubStandIn.tree),
+    ("GET", f"/api/models/{_NAME}/refs", HubStandIn.list_refs),
+    ("POST", f"/api/models/{_NAME}/branch/(?P<name>[^/]+)", HubStandIn.create_branch),
+    ("POST", f"/api/models/{_NAME}/tag/{_REVISION}", HubStandIn.create_tag),
+    ("POST", f"/api/models/{_NAME}/preupload/{_REVISION}", HubStandIn.preupload),
+    ("POST", f"/api/models/{_NAME}/commit/(?P<branch>[^/]+)", HubStandIn.commit),
+]
+RESOLVE = re.compile(f"/{_NAME}/resolve/{_REVISION}/(?P<path>.+)")
+STORAGE = re.compile("/storage/(?P<oid>[0-9a-f]{64})")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: HubStandIn
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing on stderr."""
+
+    def _answer(self) -> None:
+        path, body = urlsplit(self.path).path, self._body()
+        with self.hub.lock:
+            self.hub.requests.append(f"{self.command} {path}")
+            try:
+                if match := RESOLVE.fullmatch(path):
+                    self._resolve(**{key: unquote(value) for key, value in match.groupdict().items()})
+                elif match := STORAGE.fullmatch(path):
+                    self._send_range(self.hub.lfs_objects[match["oid"]])
+                else:
+                    self._send(200, json.dumps(self._call(path, body)).encode())
+            except HubError as error:
+                self._send(error.status, json.dumps({"error": str(error), **error.headers}).encode(), error.headers)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _call(self, path: str, body: bytes) -> Any:
+        for method, pattern, call in ROUTES:
+            if method == self.command and (match := re.fullmatch(pattern, path)):
+                arguments = {key: unquote(value) for key, value in match.groupdict().items()}
+                if self.command == "POST" and not self._is_known():
+                    raise HubError(401, message="Invalid username or password.")
+                if "repository" in arguments:
+                    arguments["repository"] = self._repository(arguments["repository"])
+                return call(self.hub, body=body, **arguments)
+        raise HubError(404, message=f"the stand-in has no route {self.command} {path}")
+
+    def _is_known(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _repository(self, name: str) -> Repository:
+        repository = self.hub.repositories.get(name)
+        if repository is None or repository.private and not self._is_known():
+            raise HubError(404 if self._is_known() else 401, "RepoNotFound", f"{name} not found")
+        return repository
+
+    def _resolve(self, repository: str, revision: str, path: str) -> None:
+        """The file itself, or for LFS files a redirection to the storage, as on the Hub."""
+        repo = self._repository(repository)
+        oid = repo.oid(revision)
+        if path not in repo.commits[oid]:
+            raise HubError(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": oid})
+        content = repo.commits[oid][path]
+        etag = content_oid(path, content)
+        headers = {"X-Repo-Commit": oid, "ETag": f'"{etag}"'}
+        if is_lfs(path):
+            linked = {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(len(content))}
+            self._send(302, b"", {**headers, **linked, "Location": f"{self.hub.storage_url}/storage/{etag}"})
+        else:
+            self._send_range(content, headers)
+
+    def _send_range(self, content: bytes, headers: dict[str, str] | None = None) -> None:
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if match is None:
+            self._send(200, content, headers)
+            return
+        start, stop = int(match[1]), min(int(match[2] or len(content)) + 1, len(content))
+        span = f"bytes {start}-{stop - 1}/{len(content)}"
+        self._send(206, content[start:stop], {**(headers or {}), "Content-Range": span})
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
