@@ -68,21 +68,28 @@ def save_slice_picture(
         raise ValueError(f"{len(weights)} weights for {count} slices; expected one for each")
     heading = ", ".join(part for part in (title, _window_name(window, image_processor)) if part)
     picture = io.BytesIO()
-    figure = _draw(extracted, window, weights, heading)
+    figure = _draw(extracted, window, weights, heading, _knows_sides(image_processor))
     figure.savefig(picture, format="png", dpi=110, facecolor=figure.get_facecolor())
     write_whole(Path(path), picture.getvalue())
     return Path(path)
 
 
+def _knows_sides(image_processor: SamfImageProcessor | None) -> bool:
+    """Whether pictures stand in the patient's axes: the published preset takes the array as it is stored."""
+    return image_processor is None or image_processor.preset != "published"
+
+
 def _window_name(window: int, image_processor: SamfImageProcessor | None) -> str:
-    if image_processor is None:
+    if image_processor is None or image_processor.hu_windows is None:
         return f"window {window}"
     low, high = image_processor.hu_windows[window]
     name = next((f"{name} " for name, limits in WINDOWS.items() if limits == (low, high)), "")
     return f"{name}window {low:g} to {high:g} HU"
 
 
-def _draw(extracted: Mapping[str, np.ndarray], window: int, weights: Sequence[float] | None, heading: str) -> Figure:
+def _draw(
+    extracted: Mapping[str, np.ndarray], window: int, weights: Sequence[float] | None, heading: str, letters: bool
+) -> Figure:
     planes = np.asarray(extracted["slice_planes"])
     groups = [np.flatnonzero(planes == number) for number in dict.fromkeys(planes.tolist())]
     columns = min(_MAX_COLUMNS, max(len(group) for group in groups))
@@ -100,6 +107,8 @@ def _draw(extracted: Mapping[str, np.ndarray], window: int, weights: Sequence[fl
         for place, s in enumerate(group):
             axes = figure.add_subplot(grid[row + place // columns, place % columns])
             _draw_slice(axes, extracted, s, window)
+            if letters:
+                _draw_sides(axes, _SIDES[PLANES[int(planes[s])]])
             if weights is not None:
                 _draw_weight(axes, float(weights[s]), strongest)
         row += -(-len(group) // columns)
@@ -112,9 +121,12 @@ def _draw_slice(axes, extracted: Mapping[str, np.ndarray], s: int, window: int) 
     axes.set_title(f"{plane} {extracted['slice_mm'][s]:.0f} mm", color="white", fontsize=8, pad=2)
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+def _draw_sides(axes, sides: str) -> None:
     places = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.97), (0.5, 0.03))
     for letter, (x, y), ha, va in zip(
-        _SIDES[plane], places, ("left", "right", "center", "center"), ("center", "center", "top", "bottom"), strict=True
+        sides, places, ("left", "right", "center", "center"), ("center", "center", "top", "bottom"), strict=True
     ):
         axes.text(
             x, y, letter, transform=axes.transAxes, color="#ffd24d", fontsize=7, ha=ha, va=va, path_effects=[_OUTLINE]

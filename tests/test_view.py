@@ -10,7 +10,7 @@ from PIL import Image
 
 from samf.ct_volume import to_ct_volume
 from samf.image_processing_samf import SamfImageProcessor
-from samf.view import main, save_slice_picture
+from samf.view import _draw, _knows_sides, main, save_slice_picture
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,18 @@ def test_wrong_calls_say_so(tmp_path, volume, processor):
     assert not (tmp_path / "x.png").exists()
 
 
+def letters(processor: SamfImageProcessor, volume) -> list[list[str]]:
+    figure = _draw(processor.extract(volume), 0, None, "", _knows_sides(processor))
+    return [[text.get_text() for text in axes.texts] for axes in figure.axes]
+
+
+def test_letters_say_which_way_the_patient_lies_only_where_it_is_known(volume, processor):
+    """The published preset shows the array as it is stored: any letter would be a guess."""
+    expected = {"axial": list("RLAP"), "coronal": list("RLSI"), "sagittal": list("APSI")}
+    assert letters(processor, volume) == [expected[plane] for plane in processor.planes for _ in range(3)]
+    assert not any(letters(SamfImageProcessor(preset="published"), volume))
+
+
 def test_command_line(tmp_path, volume):
     image = nib.Nifti1Image(volume.hu, np.eye(4))
     image.header["descrip"] = b"SECRET NAME"
@@ -83,7 +95,7 @@ def test_command_line_reports_a_bad_file(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "samf.view", str(tmp_path / "missing.nii.gz"), "--output", str(tmp_path / "x.png")],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
         cwd=tmp_path,
         timeout=120,
