@@ -1,18 +1,23 @@
 """Answer a split with a SAMF model, and score the answers.
 
     python eval.py --model runs/ao2d --data /data/CT-RATE --split valid --output_dir runs/ao2d/eval
+    torchrun --nproc_per_node 8 eval.py …     # or accelerate launch; the same predictions. On CPUs torchrun alone
 
 `--config recipe.yaml` gives the same keys; the command line wins. The output folder gets predictions.jsonl (a run that
-was cut off goes on where it stopped), failures.jsonl, results.json and results.md. `--shuffle_volumes` gives every
-question another patient's volume: what is still right then did not come from the image.
+was cut off goes on where it stopped), failures.jsonl, times.jsonl, results.json and results.md. `--shuffle_volumes` gives
+every question another patient's volume: what is still right then did not come from the image. `--mcq likelihood` takes
+the option that the model finds most likely, `--permute_options true` asks with the options in every rotation as well.
+Tables, figures and a report of what is in the output folder: `python -m samf.evaluation.scoreboard`.
 """
 
+import json
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +25,23 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from samf.data.ct_rate import load_records
 from samf.data.slice_cache import SliceCache
-from samf.evaluation.generation import GenerationSettings, evaluate, shuffle_volumes
-from samf.evaluation.scoring import TASKS, results_table
+from samf.evaluation.generation import (
+    PREDICTIONS,
+    RESULTS,
+    GenerationSettings,
+    evaluate,
+    generate_predictions,
+    shuffle_volumes,
+)
+from samf.evaluation.judge import REPLIES, JudgeError, build_judge, judge_predictions, judge_table
+from samf.evaluation.multiple_choice import position_bias, position_bias_table, rotated_records
+from samf.evaluation.processes import Processes, is_first_process, join_processes, leave_processes, local_rank
+from samf.evaluation.scoring import TASKS, read_predictions, results_table, write_atomic, write_results
 from samf.recipe import parse_recipe
 
 logger = logging.getLogger("samf.eval")
+
+SCORING = ("labeller", "bertscore_model", "bertscore_layers", "radeval", "resamples", "metadata")
 
 
 @dataclass
@@ -37,8 +54,17 @@ class EvalArguments:
     batch_size: int = field(default=8, metadata={"help": "records answered at once"})
     max_new_tokens: int = field(default=512, metadata={"help": "longest answer; answers that reach it are counted"})
     num_beams: int = field(default=1, metadata={"help": "1 = greedy"})
+    do_sample: bool = field(default=False, metadata={"help": "draw the answers' tokens, by the seed"})
+    temperature: float | None = field(default=None, metadata={"help": "of drawn tokens"})
+    top_p: float | None = field(default=None, metadata={"help": "of drawn tokens"})
+    mcq: str = field(
+        default="generate", metadata={"help": "multiple choice: generate an answer, or take the option's likelihood"}
+    )
+    permute_options: bool = field(
+        default=False, metadata={"help": "ask multiple choice in every rotation of the options too: does place matter?"}
+    )
     limit: int | None = field(default=None, metadata={"help": "at most so many records of each task"})
-    seed: int = field(default=0, metadata={"help": "of the shuffled volumes"})
+    seed: int = field(default=0, metadata={"help": "of the shuffled volumes and of drawn tokens"})
     shuffle_volumes: bool = field(default=False, metadata={"help": "give every question another patient's volume"})
     dtype: str = field(
         default="auto", metadata={"help": "of the weights: auto (as saved), float32, bfloat16 or float16"}
@@ -47,8 +73,20 @@ class EvalArguments:
     slice_cache: str | None = field(default=None, metadata={"help": "folder that keeps the volumes' slices"})
     on_error: str = field(default="stop", metadata={"help": "a volume that can't be read: stop, or skip and list it"})
     finding_names: list[str] = field(default_factory=list, metadata={"help": "findings scored; default: CT-RATE's 18"})
+    labeller: str = field(default="rules", metadata={"help": "rules, radbert, or a path of RadBertClassifier.pth"})
     bertscore_model: str | None = field(default=None, metadata={"help": "model for BERTScore F1, e.g. roberta-large"})
     bertscore_layers: int | None = field(default=None, metadata={"help": "its layer, where bert-score knows none"})
+    radeval: list[str] = field(
+        default_factory=list, metadata={"help": "metrics of the library RadEval: radgraph, ratescore, green"}
+    )
+    resamples: int = field(default=1000, metadata={"help": "of the bootstrap; 0: no intervals"})
+    metadata: str | None = field(default=None, metadata={"help": "CT-RATE's metadata CSV, for subgroups"})
+    judge_endpoint: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible server of a judge, e.g. http://localhost:8000/v1"}
+    )
+    judge_model: str | None = field(default=None, metadata={"help": "the judge's name at the endpoint"})
+    judge_ranges: int = field(default=3, metadata={"help": "ranges in the judge's prompt: 3 as in the paper, or 5"})
+    judge_workers: int = field(default=8, metadata={"help": "prompts under way at once"})
 
     def __post_init__(self):
         unknown = sorted(set(self.tasks) - set(TASKS))
@@ -58,15 +96,30 @@ class EvalArguments:
             raise ValueError(f"on_error is {self.on_error!r}; expected 'stop' or 'skip'.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1.")
+        if (self.judge_endpoint is None) != (self.judge_model is None):
+            raise ValueError("judge_endpoint and judge_model go together.")
+        self.settings()
+
+    def settings(self) -> GenerationSettings:
+        """Raises ValueError for what can't be generated with."""
+        names = ("batch_size", "max_new_tokens", "num_beams", "do_sample", "seed", "temperature", "top_p", "mcq")
+        return GenerationSettings(**{name: getattr(self, name) for name in names})
 
 
 def build_model(args: EvalArguments) -> tuple[PreTrainedModel, Any]:
-    """The model on its device, and its processor."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    device = torch.device(args.device or accelerator)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    """The model on this process's device, and its processor."""
+    device = torch.device(args.device or default_device())
+    with Processes().first_one_first():  # the first one copies the model's code to where all import it from
+        model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
+        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     return model.to(device), processor
+
+
+def default_device() -> torch.device:
+    """The accelerator that is this process's, else the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator().type, local_rank())
 
 
 def choose_records(args: EvalArguments) -> Sequence[Any]:
@@ -98,32 +151,74 @@ def describe(args: EvalArguments) -> dict[str, Any]:
 
 
 def run(args: EvalArguments) -> dict[str, Any]:
-    """Answer and score; returns the results that are also in `output_dir`/results.json."""
+    """Answer and score; returns the results that are also in `output_dir`/results.json ({} but in the first process)."""
     records = choose_records(args)
     model, processor = build_model(args)
-    return evaluate(
+    answering = {
+        "settings": args.settings(),
+        "slice_cache": SliceCache(args.slice_cache, processor.image_processor) if args.slice_cache else None,
+        "on_error": args.on_error,
+        "described_by": describe(args),
+    }
+    bias = measure_position_bias(args, model, processor, records, answering) if args.permute_options else None
+    results = evaluate(
         model,
         processor,
         records,
         args.output_dir,
-        GenerationSettings(args.batch_size, args.max_new_tokens, args.num_beams, seed=args.seed),
-        slice_cache=SliceCache(args.slice_cache, processor.image_processor) if args.slice_cache else None,
-        on_error=args.on_error,
-        described_by=describe(args),
+        **answering,
         finding_names=args.finding_names or None,
-        bertscore_model=args.bertscore_model,
-        bertscore_layers=args.bertscore_layers,
+        scoring={name: getattr(args, name) for name in SCORING},
     )
+    if bias is not None and results:
+        results["position_bias"] = bias
+        write_results(results, Path(args.output_dir) / RESULTS)
+    return results
+
+
+def measure_position_bias(
+    args: EvalArguments, model: PreTrainedModel, processor: Any, records: Sequence[Any], answering: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Ask every multiple-choice question in each rotation of its options, in `output_dir`/rotated."""
+    folder = Path(args.output_dir) / "rotated"
+    rotated = rotated_records(records)
+    if not rotated:
+        raise ValueError("permute_options: no record is a multiple-choice question whose options can change places.")
+    generate_predictions(model, processor, rotated, folder, **answering)
+    return position_bias(read_predictions(folder / PREDICTIONS)) if is_first_process() else {}
+
+
+def judge(args: EvalArguments) -> str:
+    """Let the judge score the reports and the multiple choice; returns its means as Markdown."""
+    folder = Path(args.output_dir)
+    rows = [row for row in read_predictions(folder / PREDICTIONS) if row["task"] in ("report", "multiple_choice")]
+    judge = build_judge(endpoint=args.judge_endpoint, model=args.judge_model, workers=args.judge_workers)
+    scores = judge_predictions(rows, judge, ranges=args.judge_ranges, replies=folder / REPLIES)
+    write_atomic(folder / "judge.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    return judge_table(scores)
 
 
 def main(argv: list[str] | None = None) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    join_processes()
+    level = logging.INFO if is_first_process() else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
         (args,) = parse_recipe(EvalArguments, argv)
     except ValueError as error:
         sys.exit(f"eval.py: {error}")
-    sys.stdout.write(results_table(run(args)))
+    results = run(args)
+    if not results:  # another process than the first
+        return
+    sys.stdout.write(results_table(results))
+    if "position_bias" in results:
+        sys.stdout.write(position_bias_table(results["position_bias"]))
+    if args.judge_endpoint:
+        try:
+            sys.stdout.write(judge(args))
+        except JudgeError as error:
+            sys.exit(f"eval.py: {error}")
 
 
 if __name__ == "__main__":
     main()
+    leave_processes()

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 import numpy as np
 
@@ -258,14 +259,23 @@ _SIDES = {
 
 def find_mentions(report: str) -> list[Mention]:
     """Every mention of one of the 18 findings in a report, in the order of its sentences; once a clause and status."""
+    return list(_report_mentions(report))
+
+
+@lru_cache(maxsize=1 << 14)  # a report is asked for its labels, its sides, and again beside each baseline
+def _report_mentions(report: str) -> tuple[Mention, ...]:
+    return tuple(mention for sentence in split_sentences(report) for mention in _sentence_mentions(sentence))
+
+
+@lru_cache(maxsize=1 << 15)  # and reports repeat each other's sentences
+def _sentence_mentions(sentence: str) -> tuple[Mention, ...]:
     mentions = []
-    for sentence in split_sentences(report):
-        for clause in split_clauses(sentence):
-            cues = _Cues(clause)
-            for label, terms in _COMPILED.items():
-                statuses = dict.fromkeys(_statuses(clause, terms, cues))
-                mentions.extend(Mention(label, status, clause) for status in statuses)
-    return mentions
+    for clause in split_clauses(sentence):
+        cues = _Cues(clause)
+        for label, terms in _COMPILED.items():
+            statuses = dict.fromkeys(_statuses(clause, terms, cues))
+            mentions.extend(Mention(label, status, clause) for status in statuses)
+    return tuple(mentions)
 
 
 def _statuses(clause: str, terms: list[tuple[re.Pattern | None, ...]], cues: _Cues) -> Iterator[Status]:
@@ -288,15 +298,21 @@ def label_reports(reports: Sequence[str], *, uncertain_is_positive: bool = True)
     return np.array(rows, dtype=np.int64).reshape(len(rows), len(CT_RATE_LABELS))
 
 
-def effusion_sides(report: str, *, uncertain_is_positive: bool = True) -> frozenset[str]:
-    """Sides ("left", "right") named in the clauses that affirm a pleural effusion; empty without effusion or side.
+def finding_sides(report: str, *, uncertain_is_positive: bool = True) -> frozenset[tuple[str, str]]:
+    """(finding, "left" or "right") for every side named in a clause that affirms the finding.
 
     A clause that places another finding on the other side as well counts for both.
     """
-    clauses = [m.clause for m in _present(report, uncertain_is_positive) if m.label == "Pleural effusion"]
-    return frozenset(side for side, pattern in _SIDES.items() if any(pattern.search(clause) for clause in clauses))
+    present = _present(report, uncertain_is_positive)
+    return frozenset((m.label, side) for m in present for side, words in _SIDES.items() if words.search(m.clause))
+
+
+def effusion_sides(report: str, *, uncertain_is_positive: bool = True) -> frozenset[str]:
+    """Sides ("left", "right") of the pleural effusion that a report affirms; empty without effusion or side."""
+    sides = finding_sides(report, uncertain_is_positive=uncertain_is_positive)
+    return frozenset(side for label, side in sides if label == "Pleural effusion")
 
 
 def _present(report: str, uncertain_is_positive: bool) -> list[Mention]:
     wanted = {Status.AFFIRMED, Status.UNCERTAIN} if uncertain_is_positive else {Status.AFFIRMED}
-    return [mention for mention in find_mentions(report) if mention.status in wanted]
+    return [mention for mention in _report_mentions(report) if mention.status in wanted]

@@ -1,18 +1,22 @@
-"""Answers for a list of records: batched, resumable line by line, and with every failure listed.
+"""Answers for a list of records: batched, resumable line by line, over several processes, and with every failure listed.
 
 `evaluate` makes predictions.jsonl with a model and scores it; eval.py and the demo both call it.
+
+    python eval.py --model runs/ao2d --data /data/CT-RATE --output_dir runs/ao2d/eval
+    torchrun --nproc_per_node 8 eval.py --model runs/ao2d --data /data/CT-RATE --output_dir runs/ao2d/eval
+
+Both write the same file: a batch is made of the same records, and drawn with the same seed, whichever process answers it.
 """
 
 import hashlib
-import json
 import logging
 import os
 import random
 import time
-from collections import OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +26,35 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from samf.ct_volume import read_ct
 from samf.data.collator import SamfCollator
 from samf.data.ct_rate import patient_of
 from samf.data.prompts import record_prompt
-from samf.evaluation.scoring import score_predictions, write_atomic, write_results
+from samf.data.slice_cache import SliceCache
+from samf.evaluation.answer_folder import (
+    FAILURES,
+    PREDICTIONS,
+    TIMES,
+    AnswerFolder,
+    answer_statistics,
+    read_lines,
+)
+from samf.evaluation.option_likelihood import OptionCollator, answer_log_likelihoods, option_texts
+from samf.evaluation.processes import Processes, is_first_process
+from samf.evaluation.scoring import score_predictions, write_results
+from samf.evaluation.volume_readers import EncodedVolumes, ReadAhead, VolumeMemo
 
 logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 Collator = Callable[[Sequence[Record]], Mapping[str, torch.Tensor]]
 
-PREDICTIONS = "predictions.jsonl"
-SETTINGS = "predictions.settings.json"
-FAILURES = "failures.jsonl"
 RESULTS = "results.json"
+MULTIPLE_CHOICE_WAYS = ("generate", "likelihood")
 
 # What a bad file raises while a batch is put together; anything else is a fault of the program and always stops it.
 RECORD_ERRORS = (OSError, ValueError)
 # What goes to the model in its own dtype; positions and masks keep theirs.
 FLOAT_INPUTS = ("pixel_values", "slice_embeddings")
-
-
-class ResumeError(ValueError):
-    """An output folder whose predictions were made with other settings."""
 
 
 # --- shuffled volumes -------------------------------------------------------------------------------------------
@@ -98,51 +107,69 @@ def _patient(record: Record) -> str:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are generated. Greedy unless `do_sample`."""
+    """How answers are made. Greedy unless `do_sample`.
+
+    Attributes:
+        batch_size: records answered at once.
+        max_new_tokens: of one answer; an answer that reaches it without an end token counts as truncated.
+        num_beams: 1 = no beam search.
+        do_sample, temperature, top_p: draw tokens; the last two as in the library, None = the model's own.
+        seed: of the drawing. Each batch has its own, so that a resumed run draws what an unbroken one does.
+        mcq: "generate": multiple choice is answered in words, and the answer is parsed. "likelihood": the answer is the
+            option whose text "(b) …" the model finds most likely.
+    """
 
     batch_size: int = 8
     max_new_tokens: int = 512
     num_beams: int = 1
     do_sample: bool = False
     seed: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    mcq: str = "generate"
 
     def __post_init__(self):
         for name in ("batch_size", "max_new_tokens", "num_beams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.mcq not in MULTIPLE_CHOICE_WAYS:
+            raise ValueError(f"mcq is {self.mcq!r}; expected {' or '.join(MULTIPLE_CHOICE_WAYS)}.")
+        if not self.do_sample and (self.temperature is not None or self.top_p is not None):
+            raise ValueError("temperature and top_p have no meaning without do_sample.")
 
     def generate_arguments(self) -> dict[str, Any]:
-        return {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": self.do_sample}
+        drawing = {"temperature": self.temperature, "top_p": self.top_p}
+        chosen = {name: value for name, value in drawing.items() if value is not None}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "do_sample": self.do_sample,
+            **chosen,
+        }
 
 
 @dataclass
 class GenerationSummary:
-    """What a run did: answers written now and found from before, failures, and seconds spent on generating."""
+    """What a run did, over all its processes.
+
+    Attributes:
+        written, resumed: answers written now, and found from before. seconds: of this session, by the clock.
+        new_tokens: in the answers written now. processes: how many answered.
+        failures: what failures.jsonl holds. tasks: see `answer_statistics`.
+    """
 
     written: int = 0
     resumed: int = 0
     seconds: float = 0.0
     new_tokens: int = 0
+    processes: int = 1
     failures: list[dict[str, Any]] = field(default_factory=list)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-
-class VolumeMemo:
-    """The last few volumes' slices in memory: the questions about one volume follow each other and read it once."""
-
-    def __init__(self, image_processor: Any, capacity: int = 2):
-        self.image_processor = image_processor
-        self.capacity = capacity
-        self._slices: OrderedDict[tuple, Mapping[str, Any]] = OrderedDict()
-
-    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, Any]:
-        """What `image_processor.extract` gives for the volume; `rescale` as for `read_ct`."""
-        key = (path, tuple(rescale or ()))
-        if key not in self._slices:
-            self._slices[key] = self.image_processor.extract(read_ct(path, rescale=rescale))
-        self._slices.move_to_end(key)
-        while len(self._slices) > self.capacity:
-            self._slices.popitem(last=False)
-        return self._slices[key]
+    def as_results(self) -> dict[str, Any]:
+        """For results.json: the failures as their number and their kinds."""
+        kinds = Counter(failure["error"].split(":")[0] for failure in self.failures)
+        return {**asdict(self), "failures": len(self.failures), "failure_kinds": dict(kinds)}
 
 
 def generate_predictions(
@@ -157,62 +184,105 @@ def generate_predictions(
     on_error: str = "stop",
     described_by: Mapping[str, Any] | None = None,
 ) -> GenerationSummary:
-    """Answer every record and append it to `output_dir`/predictions.jsonl; ids that the file holds are skipped.
+    """Answer every record: `output_dir`/predictions.jsonl, in the order of the records; ids that it holds are skipped.
 
-    Batches depend on the records and the batch size alone, never on what is answered already: a run that was cut off
-    and resumed gives the file of an unbroken one.
+    Batches depend on the records and the batch size alone, never on what is answered already or on the number of
+    processes: a run that was cut off and resumed, or shared among several, gives the file of an unbroken one. Every
+    process that torch.distributed knows must call this; each answers its share.
 
     Args:
         model: has `generate`; used on its own device and dtype, in evaluation mode, and left in the mode it came in.
         processor: its `batch_decode` writes the answers out.
-        collator: records → left-padded tensors for `model.generate`; default: `SamfCollator(…, generation=True)`.
+        collator: records → left-padded tensors for `model.generate`; default: `SamfCollator(…, generation=True)` over
+            volumes that are read ahead and encoded once. With settings.mcq="likelihood" it must be left out.
         slice_cache: prepared volumes for the default collator; default: the last few volumes are kept in memory.
         on_error: "stop" raises what a record's volume raised; "skip" logs it, lists it in failures.jsonl and goes on.
             A failed record is never replaced by another, and is tried again when the run is resumed.
         described_by: what else the predictions depend on (model, data, …); the file is tied to it, to the generation
             settings, to the records and to the model's weights.
 
-    Raises ValueError for repeated ids or an unknown `on_error`, ResumeError for a folder with other settings.
+    Raises ValueError for repeated or missing ids or an unknown `on_error`, ResumeError for a folder with other settings.
     """
-    settings = settings or GenerationSettings()
-    described_by = {"weights": _weights_digest(model), **(described_by or {})}
-    answered = _open_output(Path(output_dir), records, settings, described_by)
-    if collator is None:
-        if slice_cache is None:
-            slice_cache = VolumeMemo(processor.image_processor, capacity=settings.batch_size + 1)
-        collator = SamfCollator(processor, generation=True, slice_cache=slice_cache)
-    answerer = _Answerer(model, processor, collator, settings, on_error)
-    summary = GenerationSummary(resumed=sum(record["id"] in answered for record in records))
-    was_training, started = model.training, time.perf_counter()
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error is {on_error!r}; expected 'stop' or 'skip'.")
+    settings, started = settings or GenerationSettings(), time.perf_counter()
+    processes = Processes()
+    folder = AnswerFolder(output_dir, records, processes.rank)
+    # The batch size is no part of it: a run that ran out of memory may be resumed with smaller batches.
+    tied = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
+    with processes.first_one_first():
+        if processes.is_first:
+            folder.prepare({**tied, "weights": _weights_digest(model), **(described_by or {})})
+    answered = folder.answered()
+    volumes = None if collator else _Volumes(model, processor.image_processor, slice_cache, settings.batch_size)
+    collators = _collators(processor, collator, volumes, settings)
+    answerer = _Answerer(model, processor, collators, settings, folder, on_error)
+    was_training = model.training
     model.eval()
     try:
-        _append_answers(answerer, records, answered, Path(output_dir) / PREDICTIONS, summary)
+        _answer_share(answerer, volumes, make_batches(records, settings.batch_size), answered, processes)
     finally:
         model.train(was_training)
-        summary.failures = answerer.failures
-        summary.seconds = time.perf_counter() - started
-        write_atomic(Path(output_dir) / FAILURES, "".join(map(_json_line, answerer.failures)))
-    return summary
+        folder.close()
+        if volumes:
+            volumes.close()
+        if processes.count == 1:
+            folder.merge()
+    if processes.count > 1:
+        processes.wait()
+        with processes.first_one_first():
+            if processes.is_first:
+                folder.merge()
+    return _summarise(folder, answered, time.perf_counter() - started, processes.count)
 
 
-def _append_answers(
-    answerer: "_Answerer", records: Sequence[Record], answered: set[str], path: Path, summary: GenerationSummary
-) -> None:
-    settings = answerer.settings
-    progress = tqdm(total=len(records), initial=summary.resumed, desc="answers", unit="record")
-    with progress, path.open("a", encoding="utf-8") as predictions:
-        for number, batch in enumerate(make_batches(records, settings.batch_size)):
-            missing = {record["id"] for record in batch} - answered
-            if not missing:
-                continue
-            if settings.do_sample:
-                set_seed(settings.seed + number)
-            rows = [row for row in answerer(batch) if row["id"] in missing]
-            predictions.write("".join(map(_json_line, rows)))
-            predictions.flush()
-            summary.written += len(rows)
-            summary.new_tokens += sum(row["tokens"] for row in rows)
-            progress.update(len(missing))
+def _summarise(folder: AnswerFolder, answered: set[str], seconds: float, processes: int) -> GenerationSummary:
+    rows = read_lines(folder.folder / PREDICTIONS)
+    new = [row for row in rows if row["id"] not in answered]
+    return GenerationSummary(
+        written=len(new),
+        resumed=len(rows) - len(new),
+        seconds=seconds,
+        new_tokens=sum(row["tokens"] for row in new),
+        processes=processes,
+        failures=read_lines(folder.folder / FAILURES),
+        tasks=answer_statistics(rows, read_lines(folder.folder / TIMES)),
+    )
+
+
+class _Volumes:
+    """The default source of volumes: read ahead in threads, encoded once each."""
+
+    def __init__(self, model: nn.Module, image_processor: Any, slice_cache: Any, batch_size: int):
+        kept = 2 * batch_size + 1  # this batch's, the next one's, and one that reaches over
+        store = VolumeMemo(image_processor, kept) if slice_cache is None else slice_cache
+        # A store of another kind may use the model, which threads must not.
+        self.ahead = ReadAhead(store) if isinstance(store, VolumeMemo | SliceCache) else None
+        self.encoded = EncodedVolumes(model, image_processor, self.ahead or store, kept)
+
+    def start(self, records: Sequence[Record]) -> None:
+        if self.ahead:
+            self.ahead.start(records)
+
+    def close(self) -> None:
+        if self.ahead:
+            self.ahead.close()
+
+
+def _collators(
+    processor: Any, collator: Collator | None, volumes: _Volumes | None, settings: GenerationSettings
+) -> dict[str, Any]:
+    """For answers in words ("generate"), and for the likelihood of options where that is asked."""
+    if volumes is None:
+        if settings.mcq == "likelihood":
+            raise ValueError("mcq='likelihood' needs training batches of its own; leave out `collator`.")
+        return {"generate": collator}
+    collators = {"generate": SamfCollator(processor, generation=True, slice_cache=volumes.encoded)}
+    if settings.mcq == "likelihood":
+        collators["likelihood"] = OptionCollator(
+            SamfCollator(processor, slice_cache=volumes.encoded), settings.batch_size
+        )
+    return collators
 
 
 def make_batches(records: Sequence[Record], batch_size: int) -> list[list[Record]]:
@@ -228,37 +298,98 @@ def make_batches(records: Sequence[Record], batch_size: int) -> list[list[Record
     return batches
 
 
+def share_batches(batches: Sequence[list[Record]], rank: int, count: int) -> list[int]:
+    """Which batches a process answers: of each task one run of neighbours, so that it reads a volume once.
+
+    Every batch is one process's; the runs differ by at most one batch.
+    """
+    mine = []
+    for _, group in groupby(range(len(batches)), key=lambda number: batches[number][0]["task"]):
+        numbers = list(group)
+        mine += [number for place, number in enumerate(numbers) if place * count // len(numbers) == rank]
+    return mine
+
+
+def _answer_share(
+    answerer: "_Answerer",
+    volumes: _Volumes | None,
+    batches: Sequence[list[Record]],
+    answered: set[str],
+    processes: Processes,
+) -> None:
+    share = share_batches(batches, processes.rank, processes.count)
+    todo = [number for number in share if any(record["id"] not in answered for record in batches[number])]
+    total = sum(len(batches[number]) for number in share)
+    done = total - sum(record["id"] not in answered for number in todo for record in batches[number])
+    before: set[tuple[str, str | None]] = set()
+    with tqdm(total=total, initial=done, desc="answers", unit="record", disable=not processes.is_first) as progress:
+        for number, following in zip_longest(todo, todo[1:]):
+            batch = batches[number]
+            named = {(record["task"], record["volume"]) for record in batch if record["volume"] is not None}
+            if volumes:
+                volumes.start([*batch, *(batches[following] if following is not None else [])])
+            if answerer.settings.do_sample:
+                set_seed(answerer.settings.seed + number)
+            answerer(batch, answered, new_volumes=len(named - before))
+            before = named
+            progress.update(sum(record["id"] not in answered for record in batch))
+
+
 class _Answerer:
-    """One batch of records → rows of predictions.jsonl; collects the records that could not be read."""
+    """One batch of records → lines of the predictions, the failures and the times."""
 
     def __init__(
-        self, model: nn.Module, processor: Any, collator: Collator, settings: GenerationSettings, on_error: str
+        self,
+        model: nn.Module,
+        processor: Any,
+        collators: Mapping[str, Any],
+        settings: GenerationSettings,
+        folder: AnswerFolder,
+        on_error: str,
     ):
-        if on_error not in ("stop", "skip"):
-            raise ValueError(f"on_error is {on_error!r}; expected 'stop' or 'skip'.")
         self.model = model
         self.processor = processor
-        self.collator = collator
+        self.collators = collators
         self.settings = settings
+        self.folder = folder
         self.on_error = on_error
-        self.failures: list[dict[str, Any]] = []
         stops = model.generation_config.eos_token_id
         self.stops = set(stops) if isinstance(stops, list | tuple) else {stops}
 
-    def __call__(self, batch: list[Record]) -> list[dict[str, Any]]:
+    def __call__(self, batch: list[Record], answered: set[str], new_volumes: int) -> None:
+        """Answer a batch whole, and write down what isn't answered; `new_volumes` were not in the batch before."""
+        task, started = batch[0]["task"], time.perf_counter()
+        way = "likelihood" if task == "multiple_choice" and "likelihood" in self.collators else "generate"
+        batch, inputs = self._collate(batch, self.collators[way])
+        if not batch:
+            return
+        read = time.perf_counter()
+        rows = self._choose(batch, inputs) if way == "likelihood" else self._generate(batch, inputs)
+        self.folder.append(PREDICTIONS, [row for row in rows if row["id"] not in answered])
+        time_line = {
+            "task": task,
+            "answers": len(rows),
+            "volumes": new_volumes,
+            "tokens": sum(row["tokens"] for row in rows),
+            "read_seconds": read - started,
+            "generate_seconds": time.perf_counter() - read,
+        }
+        self.folder.append(TIMES, [time_line])
+
+    def _collate(self, batch: list[Record], collator: Callable) -> tuple[list[Record], Any]:
+        """The records that can be read, and the model's inputs for them."""
         try:
-            inputs = self.collator(batch)
+            return batch, collator(batch)
         except RECORD_ERRORS as error:
-            readable = [record for record in batch if self._is_readable(record)]
+            readable = [record for record in batch if self._is_readable(record, collator)]
             if len(readable) == len(batch):
                 raise  # No record fails alone: it is the batch that can't be made.
             logger.debug("Batch taken apart after: %s", error)
-            batch, inputs = readable, self.collator(readable) if readable else {}
-        return self._generate(batch, inputs) if batch else []
+            return readable, collator(readable) if readable else {}
 
-    def _is_readable(self, record: Record) -> bool:
+    def _is_readable(self, record: Record, collator: Callable) -> bool:
         try:
-            self.collator([record])
+            collator([record])
         except RECORD_ERRORS as error:
             if self.on_error == "stop":
                 error.add_note(
@@ -266,59 +397,59 @@ class _Answerer:
                 )
                 raise
             logger.warning("Record %s is skipped: %s", record["id"], error)
-            failure = {name: record[name] for name in ("id", "scan_id", "task", "volume")}
-            self.failures.append({**failure, "error": f"{type(error).__name__}: {error}"})
+            failure = {name: record.get(name) for name in ("id", "scan_id", "task", "volume")}
+            self.folder.append(FAILURES, [{**failure, "error": f"{type(error).__name__}: {error}"}])
             return False
         return True
 
     def _generate(self, batch: list[Record], inputs: Mapping[str, Any]) -> list[dict[str, Any]]:
-        inputs = {name: self._to_model(name, value) for name, value in inputs.items()}
-        with torch.no_grad():
-            sequences = self.model.generate(**inputs, **self.settings.generate_arguments())  # (B, prompt + new)
+        inputs = self._to_model(inputs)
+        try:
+            with torch.no_grad():
+                sequences = self.model.generate(**inputs, **self.settings.generate_arguments())  # (B, prompt + new)
+        except torch.OutOfMemoryError as error:
+            error.add_note(f"With --batch_size below {self.settings.batch_size} the run goes on where it stopped.")
+            raise
         new = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        return [self._row(record, ids, text) for record, ids, text in zip(batch, new, texts, strict=True)]
+        return [self._written_row(record, ids, text) for record, ids, text in zip(batch, new, texts, strict=True)]
 
-    def _to_model(self, name: str, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.to(self.model.device, self.model.dtype if name in FLOAT_INPUTS else None)
+    def _choose(self, batch: list[Record], chunks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """By the likelihood of each option; of equal ones the first."""
+        scored = [pair for chunk in chunks for pair in answer_log_likelihoods(self.model, self._to_model(chunk))]
+        rows, start = [], 0
+        for record in batch:
+            texts = option_texts(record)
+            sums, counts = zip(*scored[start : start + len(texts)], strict=True)
+            start += len(texts)
+            best = sums.index(max(sums))
+            more = {"tokens": counts[best], "truncated": False}
+            likelihoods = {"option_log_likelihoods": [round(x, 4) for x in sums], "option_tokens": list(counts)}
+            rows.append({**_row(record, texts[best]), **more, **likelihoods})
+        return rows
 
-    def _row(self, record: Record, ids: list[int], text: str) -> dict[str, Any]:
+    def _to_model(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        def moved(name: str, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.to(self.model.device, self.model.dtype if name in FLOAT_INPUTS else None)
+
+        return {name: moved(name, value) for name, value in inputs.items()}
+
+    def _written_row(self, record: Record, ids: list[int], text: str) -> dict[str, Any]:
         end = next((position for position, token in enumerate(ids) if token in self.stops), None)
         return {
-            **{name: record.get(name) for name in ("id", "scan_id", "task", "question", "choices")},
-            "reference": record["answer"],
-            "prediction": text.strip(),
+            **_row(record, text.strip()),
             "tokens": len(ids) if end is None else end,
             "truncated": end is None and len(ids) >= self.settings.max_new_tokens,
         }
 
 
-# --- the output folder ------------------------------------------------------------------------------------------
-
-
-def _json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _open_output(
-    folder: Path, records: Sequence[Record], settings: GenerationSettings, described_by: Mapping[str, Any]
-) -> set[str]:
-    """Make the output folder, tie it to its settings, and give the ids that are answered there."""
-    _check_ids(records)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The batch size is no part of it: a run that ran out of memory may be resumed with smaller batches.
-    tied = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
-    tied["records"] = _digest(records)
-    _tie_to_settings(folder, {**tied, **described_by})
-    return _answered_ids(folder / PREDICTIONS)
-
-
-def _digest(records: Sequence[Record]) -> str:
-    """How many records, and a hash of their ids and prompts."""
-    prompts = sorted((record["id"], record_prompt(record)) for record in records)
-    return f"{len(prompts)}, sha256 {hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]}"
+def _row(record: Record, prediction: str) -> dict[str, Any]:
+    """A line of predictions.jsonl; of the volume's path the last part alone, since the rest means nothing to others."""
+    fields = {name: record.get(name) for name in ("id", "scan_id", "task", "question", "choices")}
+    volume = None if record["volume"] is None else Path(record["volume"]).name
+    return {**fields, "reference": record["answer"], "prediction": prediction, "volume": volume}
 
 
 def _weights_digest(model: nn.Module, values: int = 8) -> str:
@@ -332,50 +463,6 @@ def _weights_digest(model: nn.Module, values: int = 8) -> str:
     return f"sha256 {digest.hexdigest()[:16]}"
 
 
-def _check_ids(records: Sequence[Record]) -> None:
-    seen: set[str] = set()
-    for record in records:
-        if record["id"] in seen:
-            raise ValueError(f"The id {record['id']!r} occurs twice; predictions are told apart by their records' ids.")
-        seen.add(record["id"])
-    if not seen:
-        raise ValueError("There are no records to answer; check the data source, the split and the tasks.")
-
-
-def _tie_to_settings(output_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Write what the predictions depend on beside them, or compare it with what is written there."""
-    path = output_dir / SETTINGS
-    settings = json.loads(json.dumps(settings))
-    if not path.is_file():
-        if (output_dir / PREDICTIONS).is_file():
-            raise ResumeError(f"{output_dir / PREDICTIONS} exists without {path.name}; choose another output folder.")
-        write_atomic(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    differing = [
-        f"{key} was {before.get(key)!r} and is now {settings.get(key)!r}"
-        for key in sorted(before.keys() | settings.keys())
-        if before.get(key) != settings.get(key)
-    ]
-    if differing:
-        raise ResumeError(
-            f"{output_dir / PREDICTIONS} was made with other settings: {'; '.join(differing)}. "
-            "Choose another output folder, or delete this one to start anew."
-        )
-
-
-def _answered_ids(path: Path) -> set[str]:
-    """Ids in a predictions file; a last line that a kill cut off is removed from it."""
-    if not path.is_file():
-        return set()
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        logger.warning("%s: the last line is incomplete and is answered anew.", path)
-        os.truncate(path, len(whole))
-    return {json.loads(line)["id"] for line in whole.splitlines()}
-
-
 # --- generate and score -----------------------------------------------------------------------------------------
 
 
@@ -387,27 +474,26 @@ def evaluate(
     settings: GenerationSettings | None = None,
     *,
     finding_names: Sequence[str] | None = None,
-    bertscore_model: str | None = None,
-    bertscore_layers: int | None = None,
+    scoring: Mapping[str, Any] | None = None,
     **generation: Any,
 ) -> dict[str, Any]:
     """Answer the records and score the answers.
 
-    `output_dir` gets predictions.jsonl, failures.jsonl, results.json and results.md. `generation` goes to
-    `generate_predictions`, the named arguments to `score_predictions`. Returns the latter's results with `generation`
-    added: answers written and resumed, failures, seconds and new tokens. Raises what these two raise, and ValueError
-    when every record failed.
+    `output_dir` gets predictions.jsonl, failures.jsonl, times.jsonl, results.json and results.md. `generation` goes to
+    `generate_predictions`, `finding_names` and what `scoring` holds to `score_predictions`. Returns the latter's results
+    with `generation` added: see `GenerationSummary`. Of several processes the first one scores; the others get an empty
+    dict. Raises what these two raise, and ValueError when every record failed.
     """
     summary = generate_predictions(model, processor, records, output_dir, settings, **generation)
+    if not is_first_process():
+        return {}
     if not summary.written + summary.resumed:
         raise ValueError(f"None of {len(records)} records could be read; {Path(output_dir) / FAILURES} lists why.")
     results = score_predictions(
         Path(output_dir) / PREDICTIONS,
         finding_names=finding_names,
-        bertscore_model=bertscore_model,
-        bertscore_layers=bertscore_layers,
-        device=str(model.device),
+        **{"device": str(model.device), **(scoring or {})},
     )
-    results["generation"] = {**asdict(summary), "failures": len(summary.failures)}
+    results["generation"] = summary.as_results()
     write_results(results, Path(output_dir) / RESULTS)
     return results

@@ -1,9 +1,15 @@
 """From predictions.jsonl alone to scores and a table, so that any system's output can be scored in the same way.
 
     python -m samf.evaluation.scoring runs/samf/predictions.jsonl --output runs/samf/results.json
+    python -m samf.evaluation.scoring runs/ao2d/predictions.jsonl --against runs/samf/predictions.jsonl
 
-Each line is one JSON object with `id`, `scan_id`, `task`, `question`, `choices`, `reference` and `prediction`; `tokens`
-and `truncated`, which eval.py adds, are counted where they are present.
+Each line is one JSON object with `id`, `scan_id`, `task`, `question`, `choices`, `reference` and `prediction`; of these
+only `task`, `reference` and `prediction` (and `choices` for multiple choice) must be there. `volume`, `tokens` and
+`truncated`, which eval.py adds, are used where they are present.
+
+What odd lines become: an empty prediction scores 0 and stays in every mean; a repeated id is scored again and counted; a
+line without id or scan_id is scored, and stands for a patient of its own in the intervals; a line whose reference is
+empty can't be scored and is left out, counted among the cohort's exclusions.
 """
 
 import argparse
@@ -13,27 +19,73 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import precision_recall_fscore_support
 
 from samf.data.ct_rate import CT_RATE_LABELS
-from samf.evaluation.finding_labeller import effusion_sides, label_reports
-from samf.evaluation.multiple_choice import score_multiple_choice
-from samf.evaluation.text_metrics import text_metrics
+from samf.evaluation.clinical_metrics import (
+    CRG_REMEDY,
+    PRECISION_RECALL_F1,
+    RADEVAL_METRICS,
+    Labeller,
+    chance_findings,
+    confusion_counts,
+    describe_findings,
+    finding_samples,
+    macro_metrics,
+    make_labeller,
+    radeval_samples,
+    score_findings,
+)
+from samf.evaluation.multiple_choice import parse_choice, reference_choice, score_multiple_choice
+from samf.evaluation.results_table import comparison_table, markdown_table, results_table
+from samf.evaluation.statistics import (
+    LEVEL,
+    RESAMPLES,
+    SampledMetric,
+    bootstrap_intervals,
+    constant_reports,
+    exchanged_reports,
+    nearest_prior_reports,
+    paired_randomisation,
+    patient_keys,
+    ratio,
+    read_subgroups,
+    subgroup_table,
+    template_collapse,
+)
+from samf.evaluation.text_metrics import TEXT_METRICS, describe_text, text_samples
 
 logger = logging.getLogger(__name__)
 
+__all__ = [
+    "FIELDS",
+    "TASKS",
+    "PredictionsError",
+    "compare_predictions",
+    "markdown_table",
+    "read_predictions",
+    "results_table",
+    "score_findings",
+    "score_predictions",
+    "write_atomic",
+    "write_results",
+]
+
 FIELDS = ("id", "scan_id", "task", "question", "choices", "reference", "prediction")
 TASKS = ("report", "multiple_choice", "short_answer", "long_answer")
-TEXT_NAMES = {
-    "bleu_1": "BLEU-1",
-    "bleu_4": "BLEU-4",
-    "meteor": "METEOR",
-    "rouge_l": "ROUGE-L",
-    "bertscore_f1": "BERTScore F1",
+# What eval.py lists beside its predictions.
+FAILURES = "failures.jsonl"
+EMPTY_REFERENCE = "the reference is empty"
+LISTED_IDS = 20
+PERMUTATIONS = 10_000
+# What the table of subgroups holds of each task.
+SUBGROUP_METRICS = {
+    "report": ("text.bleu_4", "text.rouge_l", "findings.macro.f1", "findings.micro.f1", "findings.crg"),
+    "multiple_choice": ("multiple_choice.accuracy", "multiple_choice.f1"),
 }
 
 
@@ -57,6 +109,12 @@ def read_predictions(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _parse_row(line: str, place: str) -> dict[str, Any]:
+    row = _parse_json(line, place)
+    check_row(row, place)
+    return row
+
+
+def _parse_json(line: str, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -65,7 +123,6 @@ def _parse_row(line: str, place: str) -> dict[str, Any]:
         ) from error
     if not isinstance(row, dict):
         raise PredictionsError(f"{place}: a JSON {type(row).__name__}; expected an object with {', '.join(FIELDS)}.")
-    check_row(row, place)
     return row
 
 
@@ -80,41 +137,102 @@ def check_row(row: Mapping[str, Any], place: str) -> None:
         raise PredictionsError(f"{place}: task {row['task']!r} is unknown; expected one of {', '.join(TASKS)}.")
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What `score_predictions` was asked for."""
+
+    finding_names: tuple[str, ...]
+    labeller: Labeller
+    labeller_name: str = "rules"
+    bertscore: Mapping[str, Any] = field(default_factory=dict)
+    radeval: Sequence[str] = ()
+    resamples: int = RESAMPLES
+    seed: int = 0
+    baselines: bool = True
+    metadata: str | os.PathLike | None = None
+
+
 def score_predictions(
     path_or_rows: str | os.PathLike | Iterable[Mapping[str, Any]],
     *,
     finding_names: Sequence[str] | None = None,
+    labeller: str = "rules",
     bertscore_model: str | None = None,
     bertscore_layers: int | None = None,
+    radeval: Sequence[str] = (),
     device: str | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    baselines: bool = True,
+    metadata: str | os.PathLike | None = None,
+    exclusions: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
-    """Scores of every task in a predictions file, or in its rows.
+    """Scores of every task in a predictions file, or in its rows, with 95 % intervals over patients.
 
     Args:
         finding_names: the labels of CT-RATE's 18 that count in the per-finding scores; None = all.
-        bertscore_model, bertscore_layers, device: see `text_metrics.bertscore_f1`.
+        labeller: "rules", "radbert", or a path or Hub id of RadBertClassifier.pth.
+        bertscore_model, bertscore_layers, device: see `text_metrics.bertscore`.
+        radeval: metrics of the library RadEval for reports: radgraph, ratescore, green.
+        resamples, seed: of the bootstrap; 0 resamples: no intervals.
+        baselines: also score what no image was read for, and look for template collapse.
+        metadata: CT-RATE's metadata CSV, for a table of subgroups.
+        exclusions: a failures.jsonl whose records belong to the cohort and have no prediction; default: the one beside
+            the predictions file, if any.
 
-    Returns `counts` (predictions, scans, duplicate_ids), `tasks` (task → count, empty, truncated, `text`, `findings`
-    for reports, `multiple_choice`) and `not_available` (metric → remedy). All of it can be written as JSON.
+    Returns, all of it fit for JSON:
+        counts: predictions, scans, patients, duplicate_ids, missing_ids.
+        cohort: predictions (scored), volumes (None where no row names one), scans, patients, excluded (reason → count and
+            the first ids).
+        tasks: task → count, empty, truncated, `text`, `intervals` ("text.bleu_4" → [low, high]), and for reports
+            `findings`, `radeval`, `baselines`, `collapse`; for multiple choice `multiple_choice` and `baselines`;
+            `subgroups` with metadata.
+        statistics: unit, resamples, level, seed, labeller.
+        not_available: metric → why, and what to do.
+
     Raises PredictionsError for rows that can't be scored, ValueError for an unknown finding.
     """
     names = _check_findings(finding_names)
-    if isinstance(path_or_rows, str | os.PathLike):
-        rows = read_predictions(path_or_rows)
-    else:
-        rows = list(path_or_rows)
-        for position, row in enumerate(rows):
-            check_row(row, f"row {position}")
-        if not rows:
-            raise PredictionsError("There are no predictions to score.")
-    options = {"bertscore_model": bertscore_model, "bertscore_layers": bertscore_layers, "device": device}
+    rows, place = _load_rows(path_or_rows)
+    settings = _Settings(
+        names,
+        make_labeller(labeller, device=device),
+        labeller,
+        {"bertscore_model": bertscore_model, "bertscore_layers": bertscore_layers, "device": device},
+        tuple(radeval),
+        resamples,
+        seed,
+        baselines,
+        metadata,
+    )
+    scorable = [row for row in rows if str(row["reference"]).strip()]
+    if not scorable:
+        raise PredictionsError(f"{place}: all {len(rows)} references are empty; there is nothing to compare with.")
     tasks, not_available = {}, {}
     for task in TASKS:
-        chosen = [row for row in rows if row["task"] == task]
+        chosen = [row for row in scorable if row["task"] == task]
         if chosen:
-            tasks[task] = _score_task(task, chosen, names, options)
-            not_available |= tasks[task]["text"].pop("not_available")
-    return {"counts": _count(rows), "tasks": tasks, "not_available": not_available}
+            tasks[task], lacking = _score_task(task, chosen, settings)
+            not_available |= lacking
+    statistics = {"unit": "patient", "resamples": resamples, "level": LEVEL, "seed": seed, "labeller": labeller}
+    return {
+        "counts": _count(rows),
+        "cohort": _cohort(rows, scorable, _read_exclusions(exclusions, path_or_rows)),
+        "tasks": tasks,
+        "statistics": statistics,
+        "not_available": not_available,
+    }
+
+
+def _load_rows(path_or_rows: str | os.PathLike | Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
+    if isinstance(path_or_rows, str | os.PathLike):
+        return read_predictions(path_or_rows), str(path_or_rows)
+    rows = list(path_or_rows)
+    for position, row in enumerate(rows):
+        check_row(row, f"row {position}")
+    if not rows:
+        raise PredictionsError("There are no predictions to score.")
+    return rows, "the rows"
 
 
 def _check_findings(finding_names: Sequence[str] | None) -> tuple[str, ...]:
@@ -125,144 +243,269 @@ def _check_findings(finding_names: Sequence[str] | None) -> tuple[str, ...]:
     return names
 
 
+# --- cohort -----------------------------------------------------------------------------------------------------
+
+
 def _count(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     ids = Counter(row["id"] for row in rows if row.get("id") is not None)
     duplicates = sum(count - 1 for count in ids.values())
     if duplicates:
         logger.warning("%d predictions repeat the id of an earlier one; all of them are scored.", duplicates)
-    scans = {row["scan_id"] for row in rows if row.get("scan_id") is not None}
-    return {"predictions": len(rows), "scans": len(scans), "duplicate_ids": duplicates}
+    return {
+        "predictions": len(rows),
+        "scans": len({row["scan_id"] for row in rows if row.get("scan_id") is not None}),
+        "patients": len(set(patient_keys(rows))),
+        "duplicate_ids": duplicates,
+        "missing_ids": sum(row.get("id") is None for row in rows),
+    }
+
+
+def _read_exclusions(
+    path: str | os.PathLike | None, predictions: str | os.PathLike | Iterable[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Lines of a failures.jsonl: the one that is named, else the one beside the predictions, else none."""
+    if path is None:
+        if not isinstance(predictions, str | os.PathLike):
+            return []
+        path = Path(predictions).with_name(FAILURES)
+        if not path.is_file():
+            return []
+    path = Path(path)
+    if not path.is_file():
+        raise PredictionsError(f"{path}: no such file; expected the failures.jsonl that eval.py writes.")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [_parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _cohort(
+    rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    answered = {row["id"] for row in rows if row.get("id") is not None}
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if not str(row["reference"]).strip():
+            reasons.setdefault(EMPTY_REFERENCE, []).append(str(row.get("id")))
+    for failure in failures:
+        if failure.get("id") not in answered:
+            reason = str(failure.get("error", "no reason given")).split(":")[0]
+            reasons.setdefault(f"no prediction: {reason}", []).append(str(failure.get("id")))
+    volumes = {row["volume"] for row in scored if row.get("volume")}
+    return {
+        "predictions": len(scored),
+        "volumes": len(volumes) or None,
+        "scans": len({row["scan_id"] for row in scored if row.get("scan_id") is not None}),
+        "patients": len(set(patient_keys(scored))),
+        "excluded": {reason: {"count": len(ids), "ids": ids[:LISTED_IDS]} for reason, ids in reasons.items()},
+    }
+
+
+# --- one task ---------------------------------------------------------------------------------------------------
+
+
+def _texts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    return [str(row["prediction"]) for row in rows], [str(row["reference"]) for row in rows]
+
+
+def _task_samples(task: str, rows: Sequence[Mapping[str, Any]], settings: _Settings) -> dict[str, SampledMetric]:
+    """Every figure of a task by sample: "text.bleu_4", "findings.macro.f1", "multiple_choice.accuracy", …"""
+    predictions, references = _texts(rows)
+    groups = {"text": text_samples(predictions, references, **settings.bertscore)}
+    if task == "report":
+        groups["findings"] = finding_samples(predictions, references, settings.finding_names, settings.labeller)
+        if settings.radeval:
+            groups["radeval"] = radeval_samples(predictions, references, settings.radeval)
+    if task == "multiple_choice":
+        groups["multiple_choice"] = choice_samples(predictions, references, [row["choices"] for row in rows])
+    return {f"{group}.{name}": metric for group, metrics in groups.items() for name, metric in metrics.items()}
+
+
+def _select(samples: Mapping[str, SampledMetric], group: str) -> dict[str, SampledMetric]:
+    return {name.removeprefix(f"{group}."): m for name, m in samples.items() if name.startswith(f"{group}.")}
 
 
 def _score_task(
-    task: str, rows: Sequence[Mapping[str, Any]], finding_names: tuple[str, ...], options: Mapping[str, Any]
-) -> dict[str, Any]:
-    predictions = [str(row["prediction"]) for row in rows]
-    references = [str(row["reference"]) for row in rows]
-    text = text_metrics(predictions, references, **options)
+    task: str, rows: Sequence[Mapping[str, Any]], settings: _Settings
+) -> tuple[dict[str, Any], dict[str, str]]:
+    predictions, references = _texts(rows)
+    patients = patient_keys(rows)
+    samples = _task_samples(task, rows, settings)
+    text = describe_text(predictions, references, _select(samples, "text"))
+    not_available = text["not_available"]
     scores: dict[str, Any] = {
         "count": len(rows),
         "empty": text["empty_predictions"],
         "truncated": sum(bool(row.get("truncated")) for row in rows),
-        "text": {**text["scores"], "not_available": text["not_available"]},
+        "text": text["scores"],
     }
     if task == "report":
-        scores["findings"] = score_findings(predictions, references, finding_names)
+        scores["findings"] = describe_findings(
+            predictions, references, _select(samples, "findings"), settings.finding_names
+        )
+        if scores["findings"]["crg"] is None:
+            not_available = {**not_available, "crg": CRG_REMEDY}
+        if settings.radeval:
+            scores["radeval"] = {name: metric.value() for name, metric in _select(samples, "radeval").items()}
     if task == "multiple_choice":
         scores["multiple_choice"] = score_multiple_choice(predictions, references, [row["choices"] for row in rows])
-    return scores
+    drawing = {"resamples": settings.resamples, "seed": settings.seed}
+    scores["intervals"] = bootstrap_intervals(samples, patients, **drawing) if settings.resamples else {}
+    if settings.baselines:
+        scores |= _score_baselines(task, rows, patients, settings)
+    if settings.metadata is not None and task in SUBGROUP_METRICS:
+        chosen = {name: samples[name] for name in SUBGROUP_METRICS[task]}
+        groups = read_subgroups(settings.metadata, rows)
+        scores["subgroups"] = subgroup_table(chosen, patients, groups, **drawing) if settings.resamples else []
+    return scores, not_available
 
 
-def score_findings(
-    predictions: Sequence[str], references: Sequence[str], finding_names: Sequence[str] = CT_RATE_LABELS
+def choice_samples(
+    predictions: Sequence[str], references: Sequence[str], choices: Sequence[Sequence[str]]
+) -> dict[str, SampledMetric]:
+    """accuracy, precision, recall and f1 of `score_multiple_choice` by question; one without a reference counts nowhere."""
+    places = [
+        (reference_choice(reference, options), parse_choice(prediction, options))
+        for prediction, reference, options in zip(predictions, references, choices, strict=True)
+    ]
+    letters = max(map(len, choices))
+    truth, named = np.zeros((2, len(places), letters), dtype=np.int64)
+    for row, (right, answer) in enumerate(places):
+        if right is not None:
+            truth[row, right] = 1
+            if answer is not None:
+                named[row, answer] = 1
+    hits = np.stack([(truth & named).sum(axis=1), truth.sum(axis=1)], axis=-1).astype(np.float64)
+    return {"accuracy": SampledMetric(hits, ratio), **macro_metrics(confusion_counts(truth, named))}
+
+
+# --- baselines --------------------------------------------------------------------------------------------------
+
+
+def _score_baselines(
+    task: str, rows: Sequence[Mapping[str, Any]], patients: Sequence[str], settings: _Settings
 ) -> dict[str, Any]:
-    """Precision, recall and F1 of the findings that the rule-based labeller reads in reports against their references.
+    if task == "report":
+        predictions, references = _texts(rows)
+        collapse = {"predictions": template_collapse(predictions), "references": template_collapse(references)}
+        return {"baselines": _report_baselines(predictions, references, patients, settings), "collapse": collapse}
+    if task == "multiple_choice":
+        return {"baselines": _choice_baselines(rows)}
+    return {}
 
-    Returns `per_finding` (name → precision, recall, f1, support, predicted), `micro` over all cells, `macro` over the
-    findings that occur in some reference (`macro_findings` of them), and `effusion_side`: among the references that
-    name an effusion's side, how many predictions name the same.
+
+def _report_baselines(
+    predictions: Sequence[str], references: Sequence[str], patients: Sequence[str], settings: _Settings
+) -> dict[str, Any]:
+    """name → `text` and `findings` (macro, micro, crg, sides, sizes) of reports that no image was read for.
+
+    BERTScore, which costs most, is computed for the constant report alone, where it shows how high its floor is.
     """
-    columns = [CT_RATE_LABELS.index(name) for name in finding_names]
-    truth, found = label_reports(references)[:, columns], label_reports(predictions)[:, columns]
-    per_finding = {}
-    for column, name in enumerate(finding_names):
-        per_finding[name] = {
-            **_precision_recall_f1(truth[:, column], found[:, column]),
-            "support": int(truth[:, column].sum()),
-            "predicted": int(found[:, column].sum()),
-        }
-    occurring = [scores for scores in per_finding.values() if scores["support"]]
-    macro = {
-        key: float(np.mean([scores[key] for scores in occurring])) if occurring else None
-        for key in ("precision", "recall", "f1")
+    constant = constant_reports(references, patients)
+    scored = {"constant_report": _score_texts(constant, references, settings, settings.bertscore)}
+    if len(set(patients)) > 1:
+        labels = settings.labeller(references)
+        nearest = nearest_prior_reports(references, labels, patients)
+        scored["nearest_label_prior"] = _score_texts(nearest, references, settings, {})
+        exchanged = exchanged_reports(predictions, patients, settings.seed)
+        scored["shuffled"] = _score_texts(exchanged, references, settings, {})
+    chance = chance_findings(references, settings.finding_names, settings.labeller)
+    scored["chance"] = {"text": dict.fromkeys(TEXT_METRICS), "findings": chance}
+    return scored
+
+
+def _score_texts(
+    texts: Sequence[str], references: Sequence[str], settings: _Settings, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    text = describe_text(texts, references, text_samples(texts, references, **options))["scores"]
+    samples = finding_samples(texts, references, settings.finding_names, settings.labeller)
+    groups = ("macro", "micro", "sides", "sizes")
+    findings: dict[str, Any] = {
+        group: {name: samples[f"{group}.{name}"].value() for name in PRECISION_RECALL_F1} for group in groups
     }
+    return {"text": text, "findings": {**findings, "crg": samples["crg"].value()}}
+
+
+def _choice_baselines(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Accuracy and macro figures of always naming the letter that is most often right; and of guessing."""
+    _, references = _texts(rows)
+    choices = [row["choices"] for row in rows]
+    letters = Counter(
+        right
+        for reference, options in zip(references, choices, strict=True)
+        if (right := reference_choice(reference, options)) is not None
+    )
+    if not letters:
+        return {}
+    letter = "abcdefghijklmnopqrstuvwxyz"[letters.most_common(1)[0][0]]
+    scores = score_multiple_choice([f"({letter})"] * len(rows), references, choices)
+    constant = {name: scores[name] for name in ("accuracy", *PRECISION_RECALL_F1)}
+    return {"most_frequent_letter": {"letter": letter, **constant}, "chance": {"accuracy": scores["chance"]}}
+
+
+# --- two systems ------------------------------------------------------------------------------------------------
+
+
+def compare_predictions(
+    first: str | os.PathLike | Iterable[Mapping[str, Any]],
+    second: str | os.PathLike | Iterable[Mapping[str, Any]],
+    *,
+    finding_names: Sequence[str] | None = None,
+    labeller: str = "rules",
+    bertscore_model: str | None = None,
+    bertscore_layers: int | None = None,
+    device: str | None = None,
+    permutations: int = PERMUTATIONS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Whether two systems differ on the records that both have answered: paired randomisation over patients.
+
+    Records are matched by task and id; of a repeated id the first counts. Returns `matched`, `only_first`, `only_second`
+    (counts), and `tasks`: task → name → first, second, difference (second - first), interval, p_value. The p-values are of
+    single figures; with many of them some are small by chance.
+    Raises PredictionsError when no record is in both, or one has another reference in the second.
+    """
+    settings = _Settings(
+        _check_findings(finding_names),
+        make_labeller(labeller, device=device),
+        labeller,
+        {"bertscore_model": bertscore_model, "bertscore_layers": bertscore_layers, "device": device},
+    )
+    sides = [_by_id(_load_rows(rows)[0]) for rows in (first, second)]
+    common = [key for key in sides[0] if key in sides[1] and str(sides[0][key]["reference"]).strip()]
+    if not common:
+        raise PredictionsError("No record is in both prediction files; they are matched by task and id.")
+    _check_references(common, *sides)
+    tasks = {}
+    for task in TASKS:
+        keys = [key for key in common if key[0] == task]
+        if keys:
+            a, b = ([side[key] for key in keys] for side in sides)
+            samples = [_task_samples(task, rows, settings) for rows in (a, b)]
+            tasks[task] = paired_randomisation(*samples, patient_keys(a), resamples=permutations, seed=seed)
     return {
-        "per_finding": per_finding,
-        "micro": _precision_recall_f1(truth.ravel(), found.ravel()),
-        "macro": macro,
-        "macro_findings": len(occurring),
-        "effusion_side": _score_sides(predictions, references),
+        "matched": len(common),
+        "only_first": len(sides[0].keys() - sides[1].keys()),
+        "only_second": len(sides[1].keys() - sides[0].keys()),
+        "permutations": permutations,
+        "tasks": tasks,
     }
 
 
-def _precision_recall_f1(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
-    values = precision_recall_fscore_support(truth, found, average="binary", zero_division=0)[:3]
-    return dict(zip(("precision", "recall", "f1"), map(float, values), strict=True))
+def _by_id(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, Any], Mapping[str, Any]]:
+    found: dict[tuple[str, Any], Mapping[str, Any]] = {}
+    for row in rows:
+        if row.get("id") is not None:
+            found.setdefault((row["task"], row["id"]), row)
+    return found
 
 
-def _score_sides(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    pairs = [
-        (sides, effusion_sides(text))
-        for text, ref in zip(predictions, references, strict=True)
-        if (sides := effusion_sides(ref))
-    ]
-    right = sum(expected == named for expected, named in pairs)
-    return {"count": len(pairs), "accuracy": right / len(pairs) if pairs else None}
-
-
-# --- tables -----------------------------------------------------------------------------------------------------
-
-
-def results_table(results: Mapping[str, Any]) -> str:
-    """The results as Markdown: text metrics by task, multiple choice, findings, and what is not available."""
-    tasks = results["tasks"]
-    blocks = [_text_table(tasks)]
-    if "multiple_choice" in tasks:
-        blocks.append(_choice_table(tasks["multiple_choice"]["multiple_choice"]))
-    if "report" in tasks:
-        blocks.append(_finding_table(tasks["report"]["findings"]))
-    notes = _generation_notes(results.get("generation"))
-    notes += [f"- {TEXT_NAMES.get(name, name)}: not available. {why}" for name, why in results["not_available"].items()]
-    return "\n\n".join(block for block in [*blocks, "\n".join(notes)] if block) + "\n"
-
-
-def _generation_notes(summary: Mapping[str, Any] | None) -> list[str]:
-    if not summary:
-        return []
-    failures = f", {summary['failures']} failed (failures.jsonl lists them)" if summary["failures"] else ""
-    return [
-        f"- {summary['written']} answers in {summary['seconds']:.0f} s, {summary['resumed']} from before{failures}."
-    ]
-
-
-def _text_table(tasks: Mapping[str, Any]) -> str:
-    header = ["task", "answers", "empty", "truncated", *TEXT_NAMES.values()]
-    rows = [
-        [task, s["count"], s["empty"], s["truncated"], *(_figure(s["text"][name]) for name in TEXT_NAMES)]
-        for task, s in tasks.items()
-    ]
-    return markdown_table(header, rows)
-
-
-def _choice_table(scores: Mapping[str, Any]) -> str:
-    header = ["multiple choice", "accuracy", "precision", "recall", "F1", "chance", "unparsed"]
-    values = [_figure(scores[key]) for key in ("accuracy", "precision", "recall", "f1", "chance")]
-    return markdown_table(header, [[f"{scores['count']} questions", *values, scores["unparsed"]]])
-
-
-def _finding_table(findings: Mapping[str, Any]) -> str:
-    def row(name: str, scores: Mapping[str, Any]) -> list[Any]:
-        figures = [_figure(scores[key]) for key in ("precision", "recall", "f1")]
-        return [name, *figures, scores.get("support", ""), scores.get("predicted", "")]
-
-    rows = [row(name, scores) for name, scores in findings["per_finding"].items()]
-    rows.append(row(f"**macro** ({findings['macro_findings']} findings)", findings["macro"]))
-    rows.append(row("**micro**", findings["micro"]))
-    table = markdown_table(["finding in reports", "precision", "recall", "F1", "in references", "in predictions"], rows)
-    sides = findings["effusion_side"]
-    if not sides["count"]:
-        return table
-    return f"{table}\n\nSide of effusion right in {_figure(sides['accuracy'])} of {sides['count']} reports with one."
-
-
-def markdown_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; the first column left-aligned, the others right-aligned."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def _figure(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3f}"
+def _check_references(
+    keys: Sequence[tuple[str, Any]], first: Mapping[Any, Mapping[str, Any]], second: Mapping[Any, Mapping[str, Any]]
+) -> None:
+    for key in keys:
+        if str(first[key]["reference"]).strip() != str(second[key]["reference"]).strip():
+            raise PredictionsError(
+                f"{key[0]} {key[1]!r} has another reference in the second file; the two are not of the same data."
+            )
 
 
 # --- files and command line -------------------------------------------------------------------------------------
@@ -279,27 +522,53 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
 
 def write_results(results: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Write results as JSON to `path` and as a Markdown table beside it (same name, .md)."""
+    _write(results, results_table(results), path)
+
+
+def _write(results: Mapping[str, Any], table: str, path: str | os.PathLike) -> None:
     write_atomic(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(Path(path).with_suffix(".md"), results_table(results))
+    write_atomic(Path(path).with_suffix(".md"), table)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Score a predictions.jsonl.")
     parser.add_argument("predictions", help="the file to score")
     parser.add_argument("--output", help="results as JSON, with a Markdown table beside it")
     parser.add_argument("--finding_names", nargs="+", metavar="NAME", help="findings that count; default: CT-RATE's 18")
-    parser.add_argument("--bertscore_model", help="Hub id or folder of the model for BERTScore F1")
+    parser.add_argument("--labeller", default="rules", help="rules, radbert, or a path of RadBertClassifier.pth")
+    parser.add_argument("--bertscore_model", help="Hub id or folder of the model for BERTScore")
     parser.add_argument("--bertscore_layers", type=int, help="layer of it that is compared, where bert-score has none")
-    parser.add_argument("--device", help="for BERTScore, e.g. cuda")
-    options = vars(parser.parse_args(argv))
-    predictions, output = options.pop("predictions"), options.pop("output")
+    parser.add_argument("--device", help="for BERTScore and RadBERT, e.g. cuda")
+    parser.add_argument(
+        "--radeval", nargs="+", default=(), choices=RADEVAL_METRICS, help="metrics of the library RadEval"
+    )
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0: no intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and the shuffled baseline")
+    parser.add_argument("--no_baselines", dest="baselines", action="store_false", help="leave the baselines out")
+    parser.add_argument(
+        "--metadata", help="CT-RATE's metadata CSV: a table of subgroups by sex, age, scanner and kernel"
+    )
+    parser.add_argument("--exclusions", help="failures.jsonl of the run; default: the one beside the predictions")
+    parser.add_argument("--against", metavar="FILE", help="another system's predictions: test the differences instead")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = vars(_parser().parse_args(argv))
+    predictions, output, against = (options.pop(name) for name in ("predictions", "output", "against"))
     try:
-        results = score_predictions(predictions, **options)
-    except ValueError as error:
+        if against:
+            shared = ("finding_names", "labeller", "bertscore_model", "bertscore_layers", "device", "seed")
+            results = compare_predictions(against, predictions, **{name: options[name] for name in shared})
+            table = comparison_table(results, (against, predictions))
+        else:
+            results = score_predictions(predictions, **options)
+            table = results_table(results)
+    except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"scoring: {error}")
     if output:
-        write_results(results, output)
-    sys.stdout.write(results_table(results))
+        _write(results, table, output)
+    sys.stdout.write(table)
 
 
 if __name__ == "__main__":

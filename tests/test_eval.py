@@ -1,31 +1,43 @@
 """Generation, resuming, shuffled volumes, recipes and eval.py itself."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import datasets
 import nibabel
 import numpy as np
 import pytest
 import torch
-from tiny import model_for, tiny_processor
+from tiny import IMAGE_TOKENS, model_for, tiny_processor
 from torch import nn
 from transformers import TrainingArguments
 
 from samf import eval as eval_script
-from samf.data.ct_rate import FEATURES, patient_of
+from samf.data.collator import SamfCollator
+from samf.data.ct_rate import FEATURES, load_records, patient_of
 from samf.data.prompts import record_prompt
+from samf.evaluation import generation
+from samf.evaluation.answer_folder import AnswerFolder, ResumeError
 from samf.evaluation.generation import (
     GenerationSettings,
-    ResumeError,
-    VolumeMemo,
     evaluate,
     generate_predictions,
     make_batches,
+    share_batches,
     shuffle_volumes,
 )
+from samf.evaluation.option_likelihood import OptionCollator, answer_log_likelihoods, option_rows
 from samf.evaluation.scoring import read_predictions
+from samf.evaluation.volume_readers import EncodedVolumes, ReadAhead, VolumeMemo
 from samf.recipe import RecipeError, parse_recipe
 
 EOS, PAD = 3, 0
@@ -245,6 +257,9 @@ def test_bad_arguments(records, tmp_path):
         run(tmp_path, [records[0], records[0]])
     with pytest.raises(ValueError, match="no records"):
         run(tmp_path, [])
+    for missing in (None, ""):
+        with pytest.raises(ValueError, match="Record 1 has no id"):
+            run(tmp_path, [records[0], {**records[1], "id": missing}])
     with pytest.raises(ValueError, match="'stop' or 'skip'"):
         run(tmp_path, records, on_error="ignore")
     with pytest.raises(ValueError, match="batch_size is 0"):
@@ -508,10 +523,344 @@ def test_volume_memo_reads_a_volume_once(ct_folder):
     memo = VolumeMemo(processor, capacity=2)
     first = memo.get(str(paths[0]))
     assert memo.get(str(paths[0])) is first
-    memo.get(str(paths[1]))
+    second = memo.get(str(paths[1]))
     memo.get(str(paths[0]))
     memo.get(str(paths[2]))
     assert memo.get(str(paths[0])) is first, "the one used last stays"
-    assert len(memo._slices) == 2
+    assert memo.get(str(paths[1])) is not second, "the one used longest ago went"
     raw = memo.get(str(paths[0]), rescale=(1.0, -8192.0))
     assert not all(np.array_equal(raw[name], first[name]) for name in raw)
+
+
+def test_each_process_takes_an_accelerator_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert eval_script.default_device() == torch.device("cuda:3")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert eval_script.default_device() == torch.device("cpu")
+
+
+def test_read_ahead_gives_what_the_store_gives_and_raises_for_whom_it_fails(ct_folder):
+    class Counting:
+        def __init__(self):
+            self.asked = []
+
+        def get(self, path, *, rescale=None):
+            self.asked.append(path)
+            if "broken" in path:
+                raise ValueError(f"{path}: truncated")
+            return {"path": path, "rescale": rescale}
+
+    store = Counting()
+    ahead = ReadAhead(store)
+    records = [{"volume": name, "rescale": [1.0, -2.0]} for name in ("a", "b", "a", "broken")] + [{"volume": None}]
+    ahead.start(records)
+    assert ahead.get("b", rescale=[1.0, -2.0]) == {"path": "b", "rescale": [1.0, -2.0]}
+    with pytest.raises(ValueError, match="broken: truncated"):
+        ahead.get("broken", rescale=[1.0, -2.0])
+    assert ahead.get("a", rescale=[1.0, -2.0])["path"] == "a" and ahead.get("c") == {"path": "c", "rescale": None}
+    ahead.close()
+    assert sorted(store.asked) == ["a", "b", "broken", "c"], "each once"
+
+
+def test_a_volume_is_encoded_once_and_by_itself(ct_folder):
+    """What the model makes of pixels in a batch of three it makes of the embeddings too."""
+    processor = tiny_processor()
+    model = model_for(processor)
+    store = VolumeMemo(processor.image_processor, capacity=3)
+    encoded = EncodedVolumes(model, processor.image_processor, store, capacity=3)
+    paths = [str(path) for path in sorted(ct_folder.rglob("*.nii.gz"))]
+    batch = processor.image_processor([store.get(path) for path in paths], return_tensors="pt")
+    with torch.no_grad():
+        expected = model.get_image_features(**batch, return_dict=True).last_hidden_state.numpy()
+    for path, embeddings in zip(paths, expected, strict=True):
+        found = encoded.get(path)
+        np.testing.assert_allclose(found["slice_embeddings"], embeddings, rtol=1e-4, atol=1e-5)
+        assert encoded.get(path) is found
+
+
+# ---- the likelihood of options ---------------------------------------------------------------------------------------
+
+
+def choice_records(ct_folder) -> list[dict]:
+    options = {"tasks": ["multiple_choice"], "on_missing": "error"}
+    return list(load_records(str(ct_folder / "mcq.csv"), "valid", **options))
+
+
+@pytest.mark.parametrize("num_image_tokens", [IMAGE_TOKENS, None])
+def test_likelihoods_are_those_of_the_training_loss(ct_folder, num_image_tokens):
+    """Of every option alone: loss times tokens, with pixels instead of embeddings and without padding."""
+    processor = tiny_processor(num_image_tokens)
+    model = model_for(processor)
+    records = choice_records(ct_folder)[:2]
+    store = VolumeMemo(processor.image_processor, capacity=3)
+    encoded = EncodedVolumes(model, processor.image_processor, store, capacity=3)
+    chunks = OptionCollator(SamfCollator(processor, slice_cache=encoded), rows=3)(records)
+    found = [pair for chunk in chunks for pair in answer_log_likelihoods(model, chunk)]
+    assert [len(chunk["input_ids"]) for chunk in chunks] == [3, 3, 2]
+    alone = SamfCollator(processor, slice_cache=store)
+    for row, (log_likelihood, tokens) in zip(option_rows(records), found, strict=True):
+        batch = alone([row])
+        with torch.no_grad():
+            loss = model(**batch).loss.item()
+        assert tokens == int((batch["labels"] != -100).sum())
+        assert log_likelihood == pytest.approx(-loss * tokens, rel=1e-4)
+
+
+def test_the_fused_vector_is_the_prompts_whatever_the_option(ct_folder):
+    """With the answer's tokens changed, no logit up to the first changed one moves."""
+    processor = tiny_processor()
+    model = model_for(processor)
+    rows = option_rows(choice_records(ct_folder)[:1])
+    store = VolumeMemo(processor.image_processor, capacity=3)
+    batch = SamfCollator(processor, slice_cache=store)([rows[0], {**rows[0], "answer": "(a) xyz xyz"}])
+    start = int((batch["labels"][0] != -100).nonzero()[0])
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :start]
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="no prompt_mask"):
+        answer_log_likelihoods(model, {"input_ids": batch["input_ids"], "labels": labels})
+
+
+def test_options_that_are_no_choice():
+    with pytest.raises(ValueError, match="has 1 choices"):
+        option_rows([{"id": "x", "choices": ["a"]}])
+    with pytest.raises(ValueError, match="has 0 choices"):
+        option_rows([{"id": "x", "choices": None}])
+
+
+def test_eval_script_by_likelihood_and_with_rotated_options(saved_model, ct_folder, tmp_path, capsys):
+    more = ("--mcq", "likelihood", "--permute_options", "true")
+    eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "likelihood", *more))
+    out = capsys.readouterr().out
+    assert "6 questions in every rotation" in out and "Letters named" in out
+    rows = read_predictions(tmp_path / "likelihood" / "predictions.jsonl")
+    for row in rows:
+        best = max(range(4), key=row["option_log_likelihoods"].__getitem__)
+        assert row["prediction"] == f"({'abcd'[best]}) {row['choices'][best]}" and len(row["option_tokens"]) == 4
+    results = json.loads((tmp_path / "likelihood" / "results.json").read_text())
+    assert results["tasks"]["multiple_choice"]["multiple_choice"]["unparsed"] == 0
+    assert results["position_bias"]["questions"] == 6 and results["generation"]["written"] == 6
+    assert len(read_predictions(tmp_path / "likelihood" / "rotated" / "predictions.jsonl")) == 24
+    with pytest.raises(ResumeError, match="mcq was 'likelihood' and is now 'generate'"):
+        eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "likelihood"))
+
+
+def test_eval_script_in_bfloat16(saved_model, ct_folder, tmp_path):
+    more = ("--dtype", "bfloat16", "--mcq", "likelihood", "--limit", "3")
+    eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "half", *more))
+    eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "full", *more[2:]))
+    half, full = (
+        np.array([row["option_log_likelihoods"] for row in read_predictions(tmp_path / name / "predictions.jsonl")])
+        for name in ("half", "full")
+    )
+    assert not np.array_equal(half, full)
+    np.testing.assert_allclose(half, full, rtol=0.05)
+
+
+def test_eval_script_with_a_judge(saved_model, ct_folder, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    class StandIn:
+        identity, workers = {"model": "judge-1"}, 2
+
+        def __call__(self, messages):
+            asked.append(messages)
+            return "Score: 0.5"
+
+    monkeypatch.setattr(eval_script, "build_judge", lambda **options: StandIn())
+    more = ("--judge_endpoint", "http://localhost:1", "--judge_model", "judge-1", "--limit", "2")
+    # An answer of an untrained model may be empty: then the judge isn't asked.
+    eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "judged", *more))
+    scores = json.loads((tmp_path / "judged" / "judge.json").read_text())
+    assert {score["status"] for score in scores["scores"]} <= {"scored", "empty"} and len(scores["scores"]) == 2
+    assert "Judge, multiple_choice" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="go together"):
+        eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "other", "--judge_model", "judge-1"))
+
+
+# ---- several processes, and kills ------------------------------------------------------------------------------------
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("batch_size", [1, 3, 40])
+def test_every_batch_is_one_processs(records, count, batch_size):
+    batches = make_batches(records, batch_size)
+    shares = [share_batches(batches, rank, count) for rank in range(count)]
+    assert sorted(number for share in shares for number in share) == list(range(len(batches)))
+    for task in {record["task"] for record in records}:
+        sizes = [sum(batches[number][0]["task"] == task for number in share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_shares_of_several_processes_make_the_file_of_one(records, tmp_path, monkeypatch, count):
+    """One rank after the other, the first one last, as it merges; with a failure in one of them, and uneven shares."""
+    records[4]["volume"] = "/ct/valid_9_broken.nii.gz"
+    run(tmp_path / "one", records, on_error="skip")
+
+    class Rank:
+        def __init__(self):
+            self.rank, self.count, self.is_first = rank, count, rank == 0
+
+        def wait(self):
+            pass
+
+        first_one_first = contextlib.nullcontext
+
+    monkeypatch.setattr(generation, "Processes", Rank)
+    folder = AnswerFolder(tmp_path / "several", records)
+    for rank in [*range(1, count), 0]:
+        if rank == 1:
+            folder.prepare(settings_of(tmp_path / "one"))
+        elif rank == 0:
+            monkeypatch.setattr(AnswerFolder, "prepare", lambda self, settings: None)
+        summary = run(tmp_path / "several", records, on_error="skip")
+    for name in ("predictions.jsonl", "failures.jsonl", "predictions.settings.json"):
+        assert (tmp_path / "several" / name).read_bytes() == (tmp_path / "one" / name).read_bytes(), name
+    assert summary.written == 13 and summary.processes == count and len(summary.failures) == 1
+    assert sum(t["answers"] for t in summary.tasks.values()) == 13
+    assert not list((tmp_path / "several").glob("*.part*"))
+
+
+def settings_of(folder) -> dict:
+    settings = json.loads((folder / "predictions.settings.json").read_text())
+    del settings["records"]
+    return settings
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "val', b'{"id": "\xe4', b"\x00\x00\x00"])
+def test_parts_of_a_killed_run_are_merged_without_what_is_torn(records, tmp_path, torn):
+    run(tmp_path / "whole", records)
+    whole = (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    run(tmp_path / "cut", records)
+    (tmp_path / "cut" / "predictions.jsonl").unlink()
+    (tmp_path / "cut" / "predictions.part0.jsonl").write_bytes(b"".join(lines[:3]) + torn)
+    (tmp_path / "cut" / "predictions.part3.jsonl").write_bytes(b"".join(lines[9:12]) + lines[2])
+    summary = run(tmp_path / "cut", records)
+    assert (tmp_path / "cut" / "predictions.jsonl").read_bytes() == whole
+    assert summary.resumed == 6 and summary.written == 8
+
+
+def test_drawn_answers_are_those_of_the_seed(ct_folder):
+    """Three times the same, whatever was drawn before; another seed draws others."""
+    processor = tiny_processor()
+    model = model_for(processor)
+    records = choice_records(ct_folder)
+
+    def answers(folder, seed):
+        settings = GenerationSettings(batch_size=4, max_new_tokens=6, do_sample=True, temperature=1.5, seed=seed)
+        generate_predictions(model, processor, records, folder, settings)
+        return (folder / "predictions.jsonl").read_bytes()
+
+    with tempfile.TemporaryDirectory() as folder:
+        first = answers(Path(folder) / "a", 1)
+        torch.rand(5)
+        assert answers(Path(folder) / "b", 1) == first != answers(Path(folder) / "c", 2)
+        kept = first.splitlines(keepends=True)[:2]
+        (Path(folder) / "a" / "predictions.jsonl").write_bytes(b"".join(kept))
+        assert answers(Path(folder) / "a", 1) == first, "resumed after two answers"
+
+
+def test_what_a_run_took_is_reported(records, tmp_path):
+    summary = run(tmp_path, records)
+    tasks = summary.tasks
+    assert tasks["report"]["answers"] == 3 and tasks["multiple_choice"]["tokens"] == 11 * 12
+    assert tasks["report"]["seconds_per_volume"] > 0 and tasks["report"]["tokens_mean"] == 12
+    lines = [json.loads(line) for line in (tmp_path / "times.jsonl").read_text().splitlines()]
+    assert sum(line["answers"] for line in lines) == 14 and sum(line["volumes"] for line in lines) == 6
+    again = run(tmp_path, records)
+    assert again.written == 0 and again.tasks == tasks, "what was measured is kept when a run is resumed"
+
+
+def torchrun(count: int, *command: str, **options) -> subprocess.CompletedProcess | subprocess.Popen:
+    """`command` under torchrun with gloo, one thread a process; `start=True` doesn't wait for it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    if options.pop("start", False):
+        return subprocess.Popen(launcher, env=environment, start_new_session=True, **options)
+    return subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=200, **options)
+
+
+@pytest.mark.slow
+def test_two_processes_under_torchrun_give_the_file_of_one(saved_model, ct_folder, tmp_path):
+    argv = eval_argv(saved_model, ct_folder, tmp_path / "two", "--batch_size", "1", "--mcq", "likelihood")
+    done = torchrun(2, str(REPOSITORY / "eval.py"), *argv)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("6 questions") == 1, "the first process alone reports"
+    with one_thread():
+        argv[argv.index("--output_dir") + 1] = str(tmp_path / "one")
+        eval_script.main(argv)
+    one, two = (tmp_path / name for name in ("one", "two"))
+    assert (two / "predictions.jsonl").read_bytes() == (one / "predictions.jsonl").read_bytes()
+    assert json.loads((two / "results.json").read_text())["generation"]["processes"] == 2
+    assert not list(two.glob("*.part*"))
+
+
+@contextlib.contextmanager
+def one_thread():
+    """As torchrun's processes have it: the same sums in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+SLOW_RUN = """
+import sys, time
+import torch
+from test_eval import ByteCollator, ByteProcessor, EchoModel, GenerationSettings, generate_predictions, many_records
+from samf.evaluation.processes import join_processes, leave_processes
+
+class Slow(EchoModel):
+    def generate(self, **inputs):
+        time.sleep(float(sys.argv[2]))
+        return super().generate(**inputs)
+
+join_processes()
+settings = GenerationSettings(batch_size=2, max_new_tokens=20)
+summary = generate_predictions(Slow(), ByteProcessor(), many_records(), sys.argv[1], settings, collator=ByteCollator())
+leave_processes()
+"""
+
+
+def many_records() -> list[dict]:
+    volumes = [f"/ct/valid_{patient}_a_1.nii.gz" for patient in range(1, 14)]
+    return [make_record(n, volumes[n * 5 % 13]) for n in range(45)]
+
+
+def test_two_processes_killed_on_the_way_and_resumed_by_one(tmp_path):
+    """SIGKILL to both while they write; what one process then makes of the rest is the file of an unbroken run."""
+    script, folder = tmp_path / "slow_run.py", tmp_path / "killed"
+    script.write_text(SLOW_RUN, encoding="utf-8")
+    with (tmp_path / "log").open("w") as log:
+        running = torchrun(2, str(script), str(folder), "0.1", start=True, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + 200
+            while sum(path.stat().st_size > 0 for path in folder.glob("predictions.part*.jsonl")) < 2:
+                assert running.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+                time.sleep(0.02)
+        finally:
+            os.killpg(running.pid, signal.SIGKILL)
+            kill_ranks(script)
+        running.wait()
+    parts = sum(path.read_bytes().count(b"\n") for path in folder.glob("predictions.part*.jsonl"))
+    assert 2 <= parts < 45 and not (folder / "predictions.jsonl").exists()
+    settings = GenerationSettings(batch_size=2, max_new_tokens=20)
+    summary = run(folder, many_records(), settings)
+    run(tmp_path / "whole", many_records(), settings)
+    assert (folder / "predictions.jsonl").read_bytes() == (tmp_path / "whole" / "predictions.jsonl").read_bytes()
+    assert summary.resumed == parts and summary.written == 45 - parts
+
+
+def kill_ranks(script: Path) -> None:
+    """torchrun starts its ranks in sessions of their own: find those that run `script` and wait for their end."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(script).encode() in (folder / "cmdline").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)

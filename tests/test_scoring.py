@@ -9,8 +9,12 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from samf.data.ct_rate import CT_RATE_LABELS
 from samf.evaluation.finding_labeller import label_reports
+from samf.evaluation.multiple_choice import score_multiple_choice
+from samf.evaluation.results_table import comparison_table
 from samf.evaluation.scoring import (
     PredictionsError,
+    choice_samples,
+    compare_predictions,
     read_predictions,
     results_table,
     score_findings,
@@ -88,7 +92,7 @@ def test_no_finding_in_any_reference():
 
 def test_score_predictions(rows, tmp_path):
     results = score_predictions(write(tmp_path / "predictions.jsonl", rows))
-    assert results["counts"] == {"predictions": 8, "scans": 8, "duplicate_ids": 0}
+    assert results["counts"] == {"predictions": 8, "scans": 8, "patients": 8, "duplicate_ids": 0, "missing_ids": 0}
     assert list(results["tasks"]) == ["report", "multiple_choice", "short_answer"]
     choice = results["tasks"]["multiple_choice"]
     assert choice["multiple_choice"]["accuracy"] == 0.5 and choice["multiple_choice"]["unparsed"] == 1
@@ -101,22 +105,217 @@ def test_score_predictions(rows, tmp_path):
 
 
 def test_table_names_every_score_and_remedy(rows):
-    results = score_predictions(rows)
-    table = results_table(results)
+    table = results_table(score_predictions(rows))
     for text in (
         "| report | 3 | 0 | 0 |",
-        "BLEU-4",
-        "4 questions | 0.500",
-        "0.250 | 1 |",
-        "Cardiomegaly | 0.000",
+        "| mean BLEU-4 |",
+        "| counts pooled |",
+        "| mean of samples | yes |",
+        "| 4 questions | 0.500 (",
+        "| always (a) | 0.500 |",
+        "| chance | 0.250 |",
+        "| Cardiomegaly | 0.000",
         "**macro** (4",
+        "constant: the most frequent report",
+        "another patient's answer",
+        "Cohort: 8 answers, 8 scans, 8 patients.",
+        "95% intervals, bootstrap over patients, 1000 draws",
+        "BERTScore P, BERTScore R, BERTScore F1: not available",
     ):
         assert text in table
-    assert "BERTScore F1: not available" in table
-    widths = {
-        block.count("|") // len(block.splitlines()) for block in table.split("\n\n") if block.startswith("| task")
+    for block in table.split("\n\n"):
+        lines = [line for line in block.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) <= 1
+
+
+def test_every_figure_has_its_interval(rows):
+    tasks = score_predictions(rows, resamples=200)["tasks"]
+    for task, scores in tasks.items():
+        assert set(scores["intervals"]) >= {f"text.{name}" for name, v in scores["text"].items() if v is not None}
+        for name, bounds in scores["intervals"].items():
+            assert bounds is None or bounds[0] <= bounds[1], (task, name)
+    for name in ("macro.f1", "micro.recall", "crg", "per_finding.Emphysema.f1", "sides.f1", "sizes.precision"):
+        assert f"findings.{name}" in tasks["report"]["intervals"]
+    low, high = tasks["multiple_choice"]["intervals"]["multiple_choice.accuracy"]
+    assert low <= tasks["multiple_choice"]["multiple_choice"]["accuracy"] <= high
+    assert tasks["short_answer"]["intervals"]["text.rouge_l"] is None  # one patient
+
+
+def test_choice_figures_by_question_are_those_of_all(rows):
+    """Also where some question has no reference: it counts nowhere."""
+    asked = [r for r in rows if r["task"] == "multiple_choice"] + [row(15, "multiple_choice", "?", "(a)", CHOICES)]
+    texts = ([r[name] for r in asked] for name in ("prediction", "reference", "choices"))
+    predictions, references, choices = texts
+    samples = choice_samples(predictions, references, choices)
+    expected = score_multiple_choice(predictions, references, choices)
+    assert expected["without_reference"] == 1
+    for name, metric in samples.items():
+        assert metric.value() == pytest.approx(expected[name])
+
+
+def test_baselines(rows):
+    tasks = score_predictions(rows)["tasks"]
+    assert set(tasks["report"]["baselines"]) == {"constant_report", "nearest_label_prior", "shuffled", "chance"}
+    assert tasks["report"]["collapse"]["predictions"]["distinct_ratio"] == 1
+    letters = tasks["multiple_choice"]["baselines"]
+    assert letters["most_frequent_letter"]["letter"] == "a" and letters["most_frequent_letter"]["accuracy"] == 0.5
+    assert letters["chance"]["accuracy"] == 0.25
+    without = score_predictions(rows, baselines=False)["tasks"]["report"]
+    assert "baselines" not in without and "collapse" not in without
+
+
+def test_a_constant_report_scores_as_its_own_baseline():
+    """A system that answers with the commonest report has the constant's figures, and shuffling costs it nothing."""
+    normal = "Heart size is normal. No nodule was detected in both lungs."
+    references = [normal] * 6 + [text for text, _ in REPORTS]
+    rows = [row(k, "report", reference, normal) for k, reference in enumerate(references)]
+    report = score_predictions(rows)["tasks"]["report"]
+    for name in ("constant_report", "shuffled"):
+        assert report["baselines"][name]["text"] == pytest.approx(report["text"])
+        assert report["baselines"][name]["findings"]["crg"] == report["findings"]["crg"]
+    assert report["findings"]["crg"] == pytest.approx(1 / 3)
+    assert report["collapse"]["predictions"]["distinct_ratio"] == pytest.approx(1 / 9)
+
+
+def test_crg_without_findings_is_not_available():
+    results = score_predictions([row(0, "report", "Normal.", "Normal.")])
+    assert results["tasks"]["report"]["findings"]["crg"] is None
+    assert "undefined" in results["not_available"]["crg"]
+
+
+# --- cohort and odd lines -----------------------------------------------------------------------------------------
+
+
+def test_cohort_states_exclusions_and_why(rows, tmp_path):
+    """A failure beside the predictions is an exclusion, one that was answered in the end is not; an empty reference is."""
+    path = write(tmp_path / "predictions.jsonl", [*rows, row(30, "report", " ", "Normal.", volume="v.nii.gz")])
+    failures = [{"id": "r99", "error": "CTReadError: v.nii.gz: 4-D NIfTI"}, {"id": "r0", "error": "OSError: gone"}]
+    (tmp_path / "failures.jsonl").write_text("".join(json.dumps(f) + "\n" for f in failures), encoding="utf-8")
+    results = score_predictions(path)
+    assert results["cohort"] == {
+        "predictions": 8,
+        "volumes": None,
+        "scans": 8,
+        "patients": 8,
+        "excluded": {
+            "the reference is empty": {"count": 1, "ids": ["r30"]},
+            "no prediction: CTReadError": {"count": 1, "ids": ["r99"]},
+        },
     }
-    assert widths == {10}
+    assert results["counts"]["predictions"] == 9
+    assert "Left out: 1 (no prediction: CTReadError), e.g. r99." in results_table(results)
+    with pytest.raises(PredictionsError, match="nowhere.jsonl: no such file"):
+        score_predictions(path, exclusions=tmp_path / "nowhere.jsonl")
+
+
+def test_only_empty_references_are_an_error():
+    with pytest.raises(PredictionsError, match="all 1 references are empty"):
+        score_predictions([row(0, "report", "", "Normal.")])
+
+
+def test_rows_without_ids_are_scored_and_counted():
+    rows = [{"task": "report", "reference": text, "prediction": text} for text, _ in REPORTS]
+    results = score_predictions(rows)
+    assert results["counts"]["missing_ids"] == 3 and results["counts"]["patients"] == 3
+    assert results["tasks"]["report"]["text"]["rouge_l"] == 1
+    assert "3 answers have no id" in results_table(results)
+
+
+def test_reconstructions_of_one_patient_are_drawn_together():
+    """Twenty copies of the same answers for the same patients make no interval narrower."""
+    pairs = [
+        *REPORTS,
+        ("Consolidation is seen.", "Normal."),
+        ("Hiatal hernia.", "Hiatal hernia."),
+        ("Normal.", "Nodule."),
+    ]
+    once = [row(k, "report", reference, text) for k, (reference, text) in enumerate(pairs)]
+    many = [{**r, "id": f"{r['id']}_{copy}"} for r in once for copy in range(20)]
+    intervals = [score_predictions(rows)["tasks"]["report"]["intervals"] for rows in (once, many)]
+    for name in ("text.mean_bleu_1", "text.rouge_l", "findings.micro.f1", "findings.crg"):
+        assert intervals[0][name] == pytest.approx(intervals[1][name])
+
+
+ODD = {
+    "empty": "",
+    "newline": "\n",
+    "10,000 words": " ".join(["nodule"] * 10_000),
+    "not Latin": "肺に結節なし",
+    "marks": "{} \\ \" 'x' |",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_predictions_have_stated_scores(name):
+    """Alone, and beside a perfect one: empty, blank and non-Latin texts score 0 and stay in the mean."""
+    reference = "No nodule was detected."
+    rows = [row(0, "report", reference, ODD[name]), row(1, "report", "Emphysema is seen.", "Emphysema is seen.")]
+    alone = score_predictions(rows[:1])["tasks"]["report"]
+    assert all(value is None or 0 <= value <= 1 for value in alone["text"].values())
+    both = score_predictions(rows)
+    report = both["tasks"]["report"]
+    assert report["empty"] == (name in ("empty", "newline"))
+    if name != "10,000 words":
+        assert report["text"]["rouge_l"] == 0.5 and report["text"]["mean_bleu_1"] == pytest.approx(0.5)
+        assert report["findings"]["micro"]["f1"] == 1
+    else:
+        assert report["text"]["rouge_1"] == pytest.approx((2 / 10_004 + 1) / 2)
+        assert report["findings"]["per_finding"]["Lung nodule"]["predicted"] == 1
+        assert report["collapse"]["predictions"]["loop"]["words"] == 9_999
+    json.dumps(both)
+    results_table(both)
+
+
+# --- two systems --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_systems():
+    """Forty patients; the second system reads the findings, the first always writes the same."""
+    findings = ["Emphysema is observed.", "Consolidation is seen.", "Heart size is normal.", "Hiatal hernia is seen."]
+    references = [f"{findings[k % 4]} Trachea is open." for k in range(40)]
+    first = [
+        row(k, "report", reference, "Heart size is normal. Trachea is open.") for k, reference in enumerate(references)
+    ]
+    return first, [{**r, "prediction": r["reference"]} for r in first]
+
+
+def test_comparison_of_two_systems(two_systems):
+    first, second = two_systems
+    result = compare_predictions([*first[1:], row(90, "report", "a", "b")], second[::-1], permutations=500)
+    assert (result["matched"], result["only_first"], result["only_second"]) == (39, 1, 1)
+    report = result["tasks"]["report"]
+    assert report["text.rouge_l"]["second"] == 1 and report["text.rouge_l"]["difference"] > 0
+    assert report["findings.macro.f1"]["p_value"] == pytest.approx(1 / 501)
+    assert report["findings.macro.f1"]["interval"][0] > 0
+    alone = score_predictions(first[1:])["tasks"]["report"]
+    assert report["text.bleu_4"]["first"] == alone["text"]["bleu_4"]
+    table = comparison_table(result, ("constant", "reader"))
+    assert "| report | constant | reader | difference | p |" in table and "39 records are in both" in table
+
+
+def test_comparison_errors(two_systems):
+    first, second = two_systems
+    with pytest.raises(PredictionsError, match="No record is in both"):
+        compare_predictions(first[:5], second[5:])
+    with pytest.raises(PredictionsError, match="'r3' has another reference"):
+        compare_predictions(first, [{**r, "reference": "x"} if r["id"] == "r3" else r for r in second])
+
+
+def test_subgroups_of_a_file(two_systems, tmp_path):
+    metadata = tmp_path / "metadata.csv"
+    lines = [f"valid_{k}_a_1.nii.gz,{'MF'[k % 2]},0{20 + k}Y" for k in range(40)]
+    metadata.write_text("\n".join(["VolumeName,PatientSex,PatientAge", *lines]), encoding="utf-8")
+    results = score_predictions(two_systems[0], metadata=metadata, resamples=100)
+    table = results["tasks"]["report"]["subgroups"]
+    assert {(r["by"], r["group"]): r["count"] for r in table if r["by"] == "sex"} == {
+        ("sex", "M"): 20,
+        ("sex", "F"): 20,
+    }
+    women = score_predictions(two_systems[0][1::2])["tasks"]["report"]
+    found = next(r for r in table if r["group"] == "F")
+    assert found["text.rouge_l"]["value"] == pytest.approx(women["text"]["rouge_l"])
+    assert "| sex: F | 20 | 20 |" in results_table(results)
 
 
 def test_write_results_leaves_no_partial_file(rows, tmp_path):
@@ -130,12 +329,6 @@ def test_write_results_leaves_no_partial_file(rows, tmp_path):
 def test_duplicate_ids_are_counted(rows, caplog):
     results = score_predictions([*rows, rows[0]])
     assert results["counts"]["duplicate_ids"] == 1 and "repeat the id" in caplog.text
-
-
-@pytest.mark.parametrize("prediction", ["", "\n", " ".join(["nodule"] * 10_000), "肺に結節なし", "{} \\ \" 'x'"])
-def test_odd_predictions_have_scores(prediction):
-    results = score_predictions([row(0, "report", "No nodule was detected.", prediction)])
-    assert all(value is None or 0 <= value <= 1 for value in results["tasks"]["report"]["text"].values())
 
 
 @pytest.mark.parametrize(
@@ -171,7 +364,7 @@ def test_missing_file_no_rows_and_unknown_findings(tmp_path, rows):
 def test_rows_of_another_system_need_only_three_fields():
     results = score_predictions([{"task": "report", "reference": "Emphysema.", "prediction": "Emphysema."}])
     assert results["tasks"]["report"]["findings"]["macro"]["f1"] == 1
-    assert results["counts"] == {"predictions": 1, "scans": 0, "duplicate_ids": 0}
+    assert results["counts"] == {"predictions": 1, "scans": 0, "patients": 1, "duplicate_ids": 0, "missing_ids": 1}
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -184,6 +377,16 @@ def test_command_line(rows, tmp_path, monkeypatch, capsys):
     results = json.loads(output.read_text())
     assert list(results["tasks"]["report"]["findings"]["per_finding"]) == ["Emphysema", "Lung nodule"]
     assert capsys.readouterr().out == (tmp_path / "results.md").read_text()
+
+
+def test_command_line_against_another_file(two_systems, tmp_path, capsys):
+    from samf.evaluation.scoring import main
+
+    paths = [write(tmp_path / f"{name}.jsonl", rows) for name, rows in zip("ab", two_systems, strict=True)]
+    main([str(paths[1]), "--against", str(paths[0]), "--output", str(tmp_path / "difference.json")])
+    saved = json.loads((tmp_path / "difference.json").read_text(encoding="utf-8"))
+    assert saved["tasks"]["report"]["text.rouge_l"]["second"] == 1
+    assert f"| report | {paths[0]} | {paths[1]} |" in capsys.readouterr().out
 
 
 def test_command_line_of_a_bad_file(tmp_path, capsys):

@@ -1,9 +1,13 @@
 """Text metrics against their reference libraries, and against hand-made counts."""
 
+import csv
 import math
+import random
 import zipfile
+from collections import Counter
 
 import nltk
+import numpy as np
 import pytest
 import sacrebleu
 from nltk.corpus import wordnet
@@ -47,7 +51,141 @@ def with_wordnet(test_data, tmp_path_factory):
     nltk.data.path[:] = before
 
 
-@pytest.mark.parametrize("order", [1, 2, 4])
+@pytest.fixture(scope="module")
+def real_pairs(test_data):
+    """40 real reports against the next one each; among the predictions are an empty one and odd ones."""
+    with (test_data / "reports" / "CT-CLIP_text_classifier_val.csv").open(encoding="utf-8", newline="") as lines:
+        reports = [row["report_text"] for row in csv.DictReader(lines)][:41]
+    predictions, references = reports[1:], reports[:-1]
+    odd = ["", "\n \n", "胸水なし。", references[3], " ".join(["nodule"] * 1500), "Heart &amp; lungs; 4.5mm-\nnodule."]
+    return odd + predictions[len(odd) :], references
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_bleu_of_real_reports_equals_sacrebleu(real_pairs, order):
+    predictions, references = real_pairs
+    bleu = sacrebleu.metrics.BLEU(max_ngram_order=order, smooth_method="none")
+    expected = bleu.corpus_score(predictions, [references]).score / 100
+    samples = metrics.text_samples(predictions, references)
+    assert samples[f"bleu_{order}"].value() == pytest.approx(expected, abs=1e-9)
+    alone = [bleu.corpus_score([p], [[r]]).score / 100 for p, r in zip(predictions, references, strict=True)]
+    np.testing.assert_allclose(samples[f"mean_bleu_{order}"].samples[:, 0], alone, atol=1e-9)
+    np.testing.assert_allclose(samples[f"bleu_{order}"].of_samples(), alone, atol=1e-9)
+
+
+def test_rouge_of_real_reports_equals_rouge_score(real_pairs):
+    predictions, references = real_pairs
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    pairs = list(zip(predictions, references, strict=True))
+    # The library takes a second for 1,500 words, so the longest goes without.
+    pairs = [pair for pair in pairs if len(pair[0]) < 5000]
+    expected = [scorer.score(reference, prediction) for prediction, reference in pairs]
+    found = metrics.rouge(*zip(*pairs, strict=True))
+    for ours, theirs in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
+        np.testing.assert_allclose(found[ours], [score[theirs].fmeasure for score in expected], atol=1e-9)
+
+
+def test_meteor_of_real_reports_equals_nltk(real_pairs, with_wordnet):
+    predictions, references = real_pairs
+    expected = [
+        single_meteor_score(nltk.wordpunct_tokenize(r), nltk.wordpunct_tokenize(p))
+        for p, r in zip(predictions, references, strict=True)
+    ]
+    np.testing.assert_allclose(metrics.meteor(predictions, references), expected, atol=1e-9)
+
+
+def test_cider_of_real_reports_equals_pycocoevalcap(real_pairs):
+    cider = pytest.importorskip("pycocoevalcap.cider.cider")
+    predictions, references = ([" ".join(metrics.cider_tokens(text)) for text in texts] for texts in real_pairs)
+    expected = cider.Cider().compute_score(
+        {k: [text] for k, text in enumerate(references)}, {k: [text] for k, text in enumerate(predictions)}
+    )
+    np.testing.assert_allclose(metrics.cider(*real_pairs), expected[1], atol=1e-9)
+    assert metrics.text_samples(*real_pairs)["cider"].value() == pytest.approx(expected[0], abs=1e-9)
+
+
+def cider_by_loops(predictions, references) -> list[float]:
+    """CIDEr as its authors define it, with clipping and the length's Gaussian, word for word."""
+
+    def ngrams(text, n):
+        words = metrics.cider_tokens(text)
+        return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+    def weighed(text, n):
+        owners = {ngram: sum(ngram in ngrams(other, n) for other in references) for ngram in ngrams(text, n)}
+        return {g: k * math.log(len(references) / max(1, owners[g])) for g, k in ngrams(text, n).items()}
+
+    scores = []
+    for prediction, reference in zip(predictions, references, strict=True):
+        total = 0.0
+        for n in (1, 2, 3, 4):
+            a, b = weighed(prediction, n), weighed(reference, n)
+            norm = math.sqrt(sum(v * v for v in a.values())) * math.sqrt(sum(v * v for v in b.values()))
+            if norm:
+                total += sum(min(v, b.get(g, 0)) * b.get(g, 0) for g, v in a.items()) / norm
+        lengths = [max(0, len(metrics.cider_tokens(text)) - 1) for text in (prediction, reference)]
+        scores.append(10 * total / 4 * math.exp(-((lengths[0] - lengths[1]) ** 2) / 72))
+    return scores
+
+
+def test_cider_equals_loops():
+    references = [*REFERENCES, "No nodule. No effusion.", "Heart size is normal."]
+    predictions = [*PREDICTIONS, "", "Heart size is normal."]
+    assert metrics.cider(predictions, references) == pytest.approx(cider_by_loops(predictions, references), abs=1e-12)
+
+
+def test_cider_of_identical_texts_is_ten_and_needs_two():
+    assert metrics.cider(REFERENCES, REFERENCES) == pytest.approx([10, 10, 10])
+    assert metrics.cider(REFERENCES[:1], REFERENCES[:1]) is None
+    result = metrics.text_metrics(REFERENCES[:1], REFERENCES[:1])
+    assert result["scores"]["cider"] is None and "at least two" in result["not_available"]["cider"]
+
+
+def naive_lcs(a, b) -> int:
+    table = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
+    for i, x in enumerate(a, 1):
+        for j, y in enumerate(b, 1):
+            table[i, j] = table[i - 1, j - 1] + 1 if x == y else max(table[i - 1, j], table[i, j - 1])
+    return int(table[-1, -1])
+
+
+def test_longest_common_subsequence_equals_the_table():
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = (rng.choices("abcde", k=rng.randint(0, 25)) for _ in range(2))
+        assert metrics.longest_common_subsequence(a, b) == naive_lcs(a, b)
+
+
+def test_meteor_of_random_words_equals_nltk(with_wordnet):
+    """Words with common stems and synonyms, often repeated: many ways to match, of which nltk's is one."""
+    words = [
+        "car",
+        "auto",
+        "autos",
+        "automobile",
+        "car",
+        "cars",
+        "driven",
+        "driving",
+        "drive",
+        "big",
+        "large",
+        "larger",
+        "lung",
+        "lungs",
+        "the",
+        "see",
+        "seen",
+        "look",
+    ]
+    rng = random.Random(1)
+    for _ in range(200):
+        a, b = (rng.choices(words, k=rng.randint(1, 15)) for _ in range(2))
+        expected = single_meteor_score(a, b)
+        assert metrics.meteor([" ".join(b)], [" ".join(a)])[0] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_bleu_equals_sacrebleu(order):
     expected = sacrebleu.metrics.BLEU(max_ngram_order=order, smooth_method="none").corpus_score(
         PREDICTIONS, [REFERENCES]
@@ -70,18 +208,21 @@ def test_bleu_4_by_hand():
 
 def test_bleu_pools_counts_over_the_corpus():
     """BLEU-1 of two pairs is 5 matches of 6 words, not the mean of 1/2 and 4/4."""
-    assert metrics.corpus_bleu(["a x", "c d e f"], ["a b", "c d e f"], 1) == pytest.approx(5 / 6)
+    predictions, references = ["a x", "c d e f"], ["a b", "c d e f"]
+    assert metrics.corpus_bleu(predictions, references, 1) == pytest.approx(5 / 6)
+    assert metrics.text_metrics(predictions, references)["scores"]["mean_bleu_1"] == pytest.approx((1 / 2 + 1) / 2)
 
 
 def test_rouge_l_equals_rouge_score():
     scorer = RougeScorer(["rougeL"])
     expected = [scorer.score(r, p)["rougeL"].fmeasure for p, r in zip(PREDICTIONS, REFERENCES, strict=True)]
-    assert metrics.rouge_l(PREDICTIONS, REFERENCES) == expected
+    assert metrics.rouge(PREDICTIONS, REFERENCES)["rouge_l"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_rouge_l_by_hand():
-    """Longest common subsequence "a c d": precision 3/3, recall 3/4, F 6/7."""
-    assert metrics.rouge_l(["a c d"], ["a b c d"]) == pytest.approx([6 / 7])
+def test_rouge_by_hand():
+    """Longest common subsequence "a c d": precision 3/3, recall 3/4, F 6/7. Pairs of words: "c d" of 2 and of 3."""
+    scores = metrics.rouge(["a c d"], ["a b c d"])
+    assert scores == {"rouge_1": pytest.approx([6 / 7]), "rouge_2": pytest.approx([2 / 5]), "rouge_l": [6 / 7]}
 
 
 def test_meteor_equals_nltk(with_wordnet):
@@ -89,7 +230,7 @@ def test_meteor_equals_nltk(with_wordnet):
         single_meteor_score(nltk.wordpunct_tokenize(r), nltk.wordpunct_tokenize(p))
         for p, r in zip(PREDICTIONS, REFERENCES, strict=True)
     ]
-    assert metrics.meteor(PREDICTIONS, REFERENCES) == expected
+    assert metrics.meteor(PREDICTIONS, REFERENCES) == pytest.approx(expected, abs=1e-12)
     assert metrics.text_metrics(PREDICTIONS, REFERENCES)["scores"]["meteor"] == pytest.approx(sum(expected) / 3)
 
 
@@ -136,20 +277,21 @@ def test_meteor_of_empty_texts_is_zero(with_wordnet):
     "predictions, references, message", [([], [], "no predictions"), (["a"], [], "1 predictions for 0")]
 )
 def test_wrong_numbers_are_an_error(predictions, references, message):
-    for function in (metrics.text_metrics, metrics.rouge_l, metrics.meteor):
+    for function in (metrics.text_metrics, metrics.rouge, metrics.meteor, metrics.cider):
         with pytest.raises(ValueError, match=message):
             function(predictions, references)
 
 
 def test_bertscore_unless_named_is_not_available():
     result = metrics.text_metrics(PREDICTIONS, REFERENCES)
-    assert result["scores"]["bertscore_f1"] is None
-    assert "bertscore_model" in result["not_available"]["bertscore_f1"]
+    for name in metrics.BERTSCORE_NAMES:
+        assert result["scores"][name] is None
+        assert "bertscore_model" in result["not_available"][name]
 
 
 def test_bertscore_of_an_unknown_model_asks_for_its_layer():
     with pytest.raises(ValueError, match="bertscore_layers"):
-        metrics.bertscore_f1(PREDICTIONS, REFERENCES, "no/such-model")
+        metrics.bertscore(PREDICTIONS, REFERENCES, "no/such-model")
 
 
 @pytest.fixture(scope="module")
@@ -177,18 +319,28 @@ def tiny_bert(tmp_path_factory):
 
 
 def test_bertscore_by_model(tiny_bert):
-    """1 for a text against itself, 0 for an empty one, the same alone as among others."""
+    """1 for a text against itself, 0 for an empty one, the same alone as among others; F1 of precision and recall."""
     texts = [REFERENCES[0], PREDICTIONS[1], "", REFERENCES[2]]
-    scores = metrics.bertscore_f1(texts, [*REFERENCES, ""], tiny_bert, num_layers=2, device="cpu")
-    assert scores[0] == pytest.approx(1, abs=1e-5)
-    assert 0 < scores[1] < 1
-    assert scores[2:] == [0, 0]
-    alone = metrics.bertscore_f1([PREDICTIONS[1]], [REFERENCES[1]], tiny_bert, num_layers=2, device="cpu")
-    assert alone[0] == pytest.approx(scores[1], abs=1e-5)
+    scores = metrics.bertscore(texts, [*REFERENCES, ""], tiny_bert, num_layers=2, device="cpu")
+    precision, recall, f1 = (scores[name] for name in metrics.BERTSCORE_NAMES)
+    assert f1[0] == pytest.approx(1, abs=1e-5)
+    assert 0 < f1[1] < 1 and f1[1] == pytest.approx(2 * precision[1] * recall[1] / (precision[1] + recall[1]), abs=1e-5)
+    assert all(values[2:] == [0, 0] for values in (precision, recall, f1))
+    alone = metrics.bertscore([PREDICTIONS[1]], [REFERENCES[1]], tiny_bert, num_layers=2, device="cpu")
+    assert alone["bertscore_f1"][0] == pytest.approx(f1[1], abs=1e-5)
+
+
+def test_bertscore_equals_its_library(tiny_bert):
+    bert_score = pytest.importorskip("bert_score")
+    scorer = bert_score.BERTScorer(model_type=tiny_bert, num_layers=2, device="cpu")
+    scorer._tokenizer.model_max_length = 512
+    expected = scorer.score(PREDICTIONS, REFERENCES)
+    found = metrics.bertscore(PREDICTIONS, REFERENCES, tiny_bert, num_layers=2, device="cpu")
+    for name, values in zip(metrics.BERTSCORE_NAMES, expected, strict=True):
+        np.testing.assert_allclose(found[name], values.tolist(), atol=1e-9)
 
 
 def test_bertscore_of_a_very_long_prediction(tiny_bert):
-    scores = metrics.bertscore_f1(
-        [" ".join(["nodule"] * 10_000)], [REFERENCES[1]], tiny_bert, num_layers=2, device="cpu"
-    )
-    assert 0 < scores[0] < 1
+    long = " ".join(["nodule"] * 10_000)
+    scores = metrics.bertscore([long], [REFERENCES[1]], tiny_bert, num_layers=2, device="cpu")
+    assert 0 < scores["bertscore_f1"][0] < 1

@@ -1,0 +1,68 @@
+"""Multiple choice without parsing: the option that the model itself finds most likely.
+
+Each option is written as the answer that training has, "(b) text of option b" and the end token, behind the same prompt.
+The prompt's mask goes to the model explicitly, so that the fused vector is the prompt's and the same for all options.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from samf.data.collator import IGNORED
+from samf.data.prompts import LETTERS
+
+Record = Mapping[str, Any]
+Collator = Callable[[Sequence[Record]], Mapping[str, torch.Tensor]]
+
+
+def option_texts(record: Record) -> list[str]:
+    """The answers among which a record asks to choose. Raises ValueError for fewer than two options."""
+    choices = record.get("choices") or []
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(
+            f"Record {record.get('id')!r} has {len(choices)} choices; the likelihood of options needs 2 to {len(LETTERS)}."
+        )
+    return [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+
+
+def option_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Each record once an option, with that option as its answer."""
+    return [{**record, "answer": text, "finding_labels": []} for record in records for text in option_texts(record)]
+
+
+class OptionCollator:
+    """Records → batches of at most `rows` option rows, in the order of `option_rows`.
+
+    Args:
+        collator: makes training batches: right-padded, with `labels` on the answer, and `prompt_mask`.
+        rows: as many as fit the model at once.
+    """
+
+    def __init__(self, collator: Collator, rows: int):
+        self.collator = collator
+        self.rows = rows
+
+    def __call__(self, records: Sequence[Record]) -> list[Mapping[str, torch.Tensor]]:
+        rows = option_rows(records)
+        return [self.collator(rows[start : start + self.rows]) for start in range(0, len(rows), self.rows)]
+
+
+@torch.no_grad()
+def answer_log_likelihoods(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> list[tuple[float, int]]:
+    """log p(answer | volume, prompt) of each row of a training batch, and how many tokens the answer has.
+
+    `batch` holds `input_ids`, `labels` (B, T) and `prompt_mask`, without which the fusion would read the answer.
+    """
+    if batch.get("prompt_mask") is None:
+        raise ValueError("The batch has no prompt_mask; without it the image tokens would depend on the answer.")
+    labels = batch["labels"]
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "finding_labels")}
+    columns = (labels != IGNORED).any(dim=0).nonzero()[:, 0]  # (A,), where an answer of the batch has a token
+    logits = model(**inputs, logits_to_keep=columns - 1, use_cache=False).logits  # (B, A, vocabulary)
+    tokens = labels[:, columns]  # (B, A)
+    counted = tokens != IGNORED
+    log_probs = logits.float().log_softmax(dim=-1).gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1)  # (B, A)
+    sums = (log_probs * counted).sum(dim=1)
+    return list(zip(sums.tolist(), counted.sum(dim=1).tolist(), strict=True))

@@ -1,0 +1,69 @@
+"""Several processes under `torchrun` or `accelerate launch` that share one output folder.
+
+They never exchange tensors: a rank takes its share of the batches, writes its own files, and waits for the others. So
+gloo is enough on any device, and the waiting may take as long as the slowest rank does.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+# A rank that is done waits for the others: hours, where the usual limits are 10 (nccl) or 30 (gloo) minutes.
+PATIENCE = timedelta(days=30)
+
+
+class Processes:
+    """This process among its fellows; alone where there are none.
+
+    Attributes:
+        rank: 0 … count - 1. count: how many there are.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.count, self._group = 0, 1, None
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank, self.count = dist.get_rank(), dist.get_world_size()
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self._group is not None:
+            dist.barrier(self._group)
+
+    @contextmanager
+    def first_one_first(self) -> Iterator[None]:
+        """Rank 0 runs the block, then all others do: for what fills a folder that all of them read."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
+
+def is_first_process() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def join_processes() -> None:
+    """Join the processes that a launcher started; does nothing without one, or when they are joined already."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=PATIENCE)
+
+
+def leave_processes() -> None:
+    """End what `join_processes` began."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """This process's number on its machine: which accelerator is its own."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

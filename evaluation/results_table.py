@@ -1,0 +1,251 @@
+"""Results as Markdown: what `scoring.score_predictions` and `scoring.compare_predictions` return, for people."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+TEXT_NAMES = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "mean_bleu_1": "mean BLEU-1",
+    "mean_bleu_2": "mean BLEU-2",
+    "mean_bleu_3": "mean BLEU-3",
+    "mean_bleu_4": "mean BLEU-4",
+    "meteor": "METEOR",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr (0 to 10)",
+    "bertscore_p": "BERTScore P",
+    "bertscore_r": "BERTScore R",
+    "bertscore_f1": "BERTScore F1",
+    "crg": "CRG",
+}
+# How a figure of samples becomes one of the corpus, and what the published SAMF code computes (one pair at a time).
+_POOLED, _MEAN = "counts pooled", "mean of samples"
+_AS_PUBLISHED = ("mean_bleu_1", "mean_bleu_2", "mean_bleu_3", "mean_bleu_4", "rouge_1", "rouge_2", "rouge_l")
+_ALMOST_AS_PUBLISHED = {"meteor": "words split differently", "bertscore_f1": "with roberta-large"}
+BASELINE_NAMES = {
+    "constant_report": "constant: the most frequent report",
+    "nearest_label_prior": "nearest label prior: the most typical report",
+    "shuffled": "shuffled: another patient's answer",
+    "chance": "chance: labels guessed by their frequency",
+}
+_BASELINE_COLUMNS = ("text.bleu_1", "text.bleu_4", "text.meteor", "text.rouge_l", "text.cider", "text.bertscore_f1")
+_FINDING_COLUMNS = ("macro.f1", "micro.f1", "crg", "sides.f1", "sizes.f1")
+LONGEST_QUOTE = 12
+
+
+def results_table(results: Mapping[str, Any]) -> str:
+    """The results as Markdown: text metrics by task, multiple choice, findings, baselines, cohort, what is missing."""
+    tasks = results["tasks"]
+    blocks = [_task_table(tasks), _text_table(tasks)]
+    if "multiple_choice" in tasks:
+        blocks.append(_choice_table(tasks["multiple_choice"]))
+    if "report" in tasks:
+        blocks += [_finding_table(tasks["report"]), _baseline_table(tasks["report"])]
+    blocks += [_subgroup_table(task, scores) for task, scores in tasks.items()]
+    notes = [*_cohort_notes(results), *_collapse_notes(tasks), *_generation_notes(results.get("generation"))]
+    notes += _missing_notes(results["not_available"])
+    return "\n\n".join(block for block in [*blocks, "\n".join(notes)] if block) + "\n"
+
+
+def markdown_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; the first column left-aligned, the others right-aligned."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def figure(value: float | None, interval: Sequence[float] | None = None) -> str:
+    """ "0.412 (0.398 to 0.427)"; "n/a" for None."""
+    if value is None:
+        return "n/a"
+    return f"{value:.3f}" if interval is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
+def _task_table(tasks: Mapping[str, Any]) -> str:
+    rows = [[task, s["count"], s["empty"], s["truncated"]] for task, s in tasks.items()]
+    return markdown_table(["task", "answers", "empty", "truncated"], rows)
+
+
+def _text_table(tasks: Mapping[str, Any]) -> str:
+    def cell(scores: Mapping[str, Any], name: str) -> str:
+        return figure(scores["text"][name], scores["intervals"].get(f"text.{name}"))
+
+    def published(name: str) -> str:
+        return "yes" if name in _AS_PUBLISHED else _ALMOST_AS_PUBLISHED.get(name, "")
+
+    names = [name for name in TEXT_NAMES if any(scores["text"].get(name) is not None for scores in tasks.values())]
+    rows = [
+        [
+            TEXT_NAMES[name],
+            *(cell(scores, name) for scores in tasks.values()),
+            _POOLED if name.startswith("bleu") else _MEAN,
+            published(name),
+        ]
+        for name in names
+    ]
+    return markdown_table(["text", *tasks, "over the corpus", "as the published code"], rows)
+
+
+def _choice_table(scores: Mapping[str, Any]) -> str:
+    choice, intervals = scores["multiple_choice"], scores["intervals"]
+    names = ("accuracy", "precision", "recall", "f1")
+    cells = [figure(choice[name], intervals.get(f"multiple_choice.{name}")) for name in names]
+    header = ["multiple choice", "accuracy", "precision", "recall", "F1", "unparsed"]
+    rows = [[f"{choice['count']} questions", *cells, choice["unparsed"]]]
+    baselines = scores.get("baselines") or {}
+    if constant := baselines.get("most_frequent_letter"):
+        rows.append([f"always ({constant['letter']})", *(figure(constant[name]) for name in names), ""])
+    rows.append(["chance", figure(choice["chance"]), "", "", "", ""])
+    return markdown_table(header, rows)
+
+
+def _finding_table(report: Mapping[str, Any]) -> str:
+    findings, intervals = report["findings"], report["intervals"]
+
+    def row(name: str, scores: Mapping[str, Any], key: str) -> list[Any]:
+        figures = [figure(scores["precision"]), figure(scores["recall"])]
+        figures.append(figure(scores["f1"], intervals.get(f"findings.{key}.f1")))
+        return [name, *figures, scores.get("support", ""), scores.get("predicted", "")]
+
+    rows = [row(name, scores, f"per_finding.{name}") for name, scores in findings["per_finding"].items()]
+    rows.append(row(f"**macro** ({findings['macro_findings']} findings)", findings["macro"], "macro"))
+    rows.append(row("**micro**", findings["micro"], "micro"))
+    rows.append(row("sides of findings", findings["sides"], "sides"))
+    rows.append(row("sizes in mm", findings["sizes"], "sizes"))
+    table = markdown_table(["finding in reports", "precision", "recall", "F1", "in references", "in predictions"], rows)
+    notes = [f"CRG {figure(findings['crg'], intervals.get('findings.crg'))}; all-negative answers have 0.333."]
+    if findings["effusion_side"]["count"]:
+        side = findings["effusion_side"]
+        notes.append(f"Side of effusion right in {figure(side['accuracy'])} of {side['count']} reports with one.")
+    for name, value in report.get("radeval", {}).items():
+        notes.append(f"{name} {figure(value, intervals.get(f'radeval.{name}'))}.")
+    return f"{table}\n\n{' '.join(notes)}"
+
+
+def _look_up(scores: Mapping[str, Any], path: str) -> float | None:
+    found: Any = scores
+    for part in path.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _baseline_table(report: Mapping[str, Any]) -> str:
+    if not report.get("baselines"):
+        return ""
+    columns = [name for name in _BASELINE_COLUMNS if _look_up(report, name) is not None]
+    columns += [f"findings.{name}" for name in _FINDING_COLUMNS]
+    systems = {"**this system**": report, **{BASELINE_NAMES[name]: s for name, s in report["baselines"].items()}}
+    rows = [[name, *(figure(_look_up(scores, column)) for column in columns)] for name, scores in systems.items()]
+    header = [_column_name(column) for column in columns]
+    return markdown_table(["reports beside baselines that read no image", *header], rows)
+
+
+def _column_name(path: str) -> str:
+    group, _, name = path.partition(".")
+    if group == "text":
+        return TEXT_NAMES[name]
+    return {"crg": "CRG", "macro.f1": "macro-F1", "micro.f1": "micro-F1"}.get(name, f"{name.partition('.')[0]} F1")
+
+
+def _subgroup_table(task: str, scores: Mapping[str, Any]) -> str:
+    table = scores.get("subgroups")
+    if not table:
+        return ""
+    names = [name for name in table[0] if name not in ("by", "group", "count", "patients")]
+    rows = [
+        [f"{row['by']}: {row['group']}", row["count"], row["patients"], *(figure(**row[name]) for name in names)]
+        for row in table
+    ]
+    header = [_column_name(n) if n.partition(".")[0] in ("text", "findings") else n.partition(".")[2] for n in names]
+    return markdown_table([task, "answers", "patients", *header], rows)
+
+
+def _cohort_notes(results: Mapping[str, Any]) -> list[str]:
+    cohort, counts = results["cohort"], results["counts"]
+    volumes = f"{cohort['volumes']} volumes, " if cohort["volumes"] else ""
+    notes = [
+        f"- Cohort: {cohort['predictions']} answers, {volumes}{cohort['scans']} scans, {cohort['patients']} patients."
+    ]
+    for reason, excluded in cohort["excluded"].items():
+        notes.append(f"- Left out: {excluded['count']} ({reason}), e.g. {', '.join(excluded['ids'][:3])}.")
+    if counts["duplicate_ids"]:
+        notes.append(f"- {counts['duplicate_ids']} answers repeat an id; all of them are scored.")
+    if counts["missing_ids"]:
+        notes.append(f"- {counts['missing_ids']} answers have no id.")
+    drawn = results["statistics"]
+    if drawn["resamples"]:
+        notes.append(
+            f"- In brackets: {drawn['level']:.0%} intervals, bootstrap over patients, {drawn['resamples']} draws."
+        )
+    return notes
+
+
+def _missing_notes(not_available: Mapping[str, str]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for name, why in not_available.items():
+        names.setdefault(why, []).append(TEXT_NAMES.get(name, name))
+    return [f"- {', '.join(group)}: not available. {why}" for why, group in names.items()]
+
+
+def _collapse_notes(tasks: Mapping[str, Any]) -> list[str]:
+    collapse = tasks.get("report", {}).get("collapse")
+    if not collapse:
+        return []
+    ours, theirs = collapse["predictions"], collapse["references"]
+    notes = [
+        f"- Different reports: {figure(ours['distinct_ratio'])} of all (references {figure(theirs['distinct_ratio'])}); "
+        f"the commonest is {figure(ours['most_frequent'])} of all ({figure(theirs['most_frequent'])})."
+    ]
+    for name, meaning in (("template", "in half of the reports"), ("loop", "twice in one report")):
+        run = ours[name]
+        notes.append(
+            f"- Longest run of words {meaning}: {run['words']} (references {theirs[name]['words']}){_quote(run['text'])}."
+        )
+    return notes
+
+
+def _quote(text: str) -> str:
+    words = text.split()
+    if not words:
+        return ""
+    return f': "{" ".join(words[:LONGEST_QUOTE])}{" …" if len(words) > LONGEST_QUOTE else ""}"'
+
+
+def _generation_notes(summary: Mapping[str, Any] | None) -> list[str]:
+    if not summary:
+        return []
+    failures = f", {summary['failures']} failed (failures.jsonl lists them)" if summary["failures"] else ""
+    return [
+        f"- {summary['written']} answers in {summary['seconds']:.0f} s, {summary['resumed']} from before{failures}."
+    ]
+
+
+def comparison_table(comparison: Mapping[str, Any], names: Sequence[Any] = ("first", "second")) -> str:
+    """What `compare_predictions` returns, as Markdown: both figures, difference with interval, and p-value."""
+    blocks = []
+    for task, metrics in comparison["tasks"].items():
+        rows = [
+            [_metric_name(name), figure(m["first"]), figure(m["second"]), _signed(m), f"{m['p_value']:.4f}"]
+            for name, m in metrics.items()
+            if m["p_value"] is not None and "per_finding" not in name
+        ]
+        blocks.append(markdown_table([task, *names, "difference", "p"], rows))
+    unmatched = f"{comparison['only_first']} only in the first, {comparison['only_second']} only in the second"
+    note = (
+        f"{comparison['matched']} records are in both ({unmatched}). p: paired randomisation over patients, two-sided."
+    )
+    return "\n\n".join([*blocks, note]) + "\n"
+
+
+def _metric_name(path: str) -> str:
+    name = path.partition(".")[2]
+    return TEXT_NAMES.get(name, name.replace(".", " "))
+
+
+def _signed(metric: Mapping[str, Any]) -> str:
+    interval = metric["interval"]
+    bounds = "" if interval is None else f" ({interval[0]:+.3f} to {interval[1]:+.3f})"
+    return f"{metric['difference']:+.3f}{bounds}"

@@ -1,0 +1,508 @@
+"""Everything about an evaluation in one folder, by one command.
+
+    python -m samf.evaluation.scoreboard runs/ao2d/eval/predictions.jsonl --output runs/ao2d/eval/scoreboard \\
+        --against runs/samf/eval/predictions.jsonl --names Ao2D SAMF --data /data/CT-RATE
+
+writes there
+- `results.json`, `results.md`: all scores with intervals; `against.json`, `against.md`: those of the other system,
+- `scoreboard.md`: the figures beside the paper's tables 1, 2 and 3; with `--against` the differences with their tests, and
+  both systems' reports on the same cases, with what agrees with the reference and what contradicts it,
+- `report.html`: the same, with plots, and the worst and best cases with pictures of their slices (`--data`); one file,
+  nothing in it is loaded from elsewhere,
+- `model_index.yaml`: the scores as the Hub's model cards have them.
+
+Scores of a judge are taken from a `judge.json` beside each predictions file, what generation took from its `results.json`.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from samf.ct_volume import read_ct
+from samf.data.ct_rate import load_records
+from samf.evaluation import html_report
+from samf.evaluation.answer_folder import answer_statistics
+from samf.evaluation.clinical_metrics import RADEVAL_METRICS
+from samf.evaluation.judge import judge_table
+from samf.evaluation.multiple_choice import position_bias_table
+from samf.evaluation.paper_tables import COLUMNS, PAPER_TABLES, SOURCE, PaperTable
+from samf.evaluation.results_table import BASELINE_NAMES, comparison_table, figure, markdown_table, results_table
+from samf.evaluation.scoring import (
+    PERMUTATIONS,
+    RESAMPLES,
+    compare_predictions,
+    read_predictions,
+    score_predictions,
+    write_atomic,
+    write_results,
+)
+from samf.evaluation.side_by_side import choose_reports, common_rows, compare_choices, side_by_side
+from samf.image_processing_samf import SamfImageProcessor
+from samf.view import WINDOWS, save_slice_picture
+
+logger = logging.getLogger(__name__)
+
+CASES = 5
+PICTURE_SLICES = 4  # of each plane
+
+
+@dataclass(frozen=True)
+class System:
+    """A system that is evaluated: its name, its predictions, their scores, and its judge's scores if there are any."""
+
+    name: str
+    rows: Sequence[Mapping[str, Any]]
+    results: Mapping[str, Any]
+    judge: Mapping[str, Any] | None = None
+
+
+def load_system(name: str, path: str | os.PathLike, judge: str | os.PathLike | None = None, **scoring: Any) -> System:
+    """Read and score a predictions file.
+
+    `judge`: a judge.json; default: the one beside the file, if any. Of the results.json beside the file `generation` and
+    `position_bias` are taken over; `answers` holds token counts and times by task.
+    Raises what `score_predictions` raises, and ValueError for a file that isn't JSON.
+    """
+    path = Path(path)
+    rows = read_predictions(path)
+    results = score_predictions(path, **scoring)
+    before = _read_json(path.with_name("results.json")) or {}
+    results |= {name: before[name] for name in ("generation", "position_bias") if name in before}
+    results["answers"] = before.get("generation", {}).get("tasks") or answer_statistics(rows)
+    beside = path.with_name("judge.json")
+    scores = _read_json(Path(judge) if judge else beside)
+    if judge and scores is None:
+        raise FileNotFoundError(f"{judge}: no such file; expected the judge.json that samf.evaluation.judge writes.")
+    return System(name, rows, results, scores)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); make it again, or move it away.") from error
+
+
+# --- beside the paper ---------------------------------------------------------------------------------------------
+
+# In the published code BLEU is a mean over samples; ours with pooled counts stands in a row of its own.
+_AS_PUBLISHED = {"bleu_1": "mean_bleu_1", "bleu_4": "mean_bleu_4"}
+
+
+def paper_table(table: PaperTable, systems: Sequence[System]) -> str:
+    """A table of the paper with our rows below it, as Markdown."""
+    rows = [_paper_row(row.name, row.values, row.suspect, table.columns) for row in table.rows]
+    for system in systems:
+        scores = system.results["tasks"].get(table.task)
+        if scores:
+            rows += _our_rows(system, scores, table)
+    rows += _baseline_rows(systems[:1], table)
+    header = [f"Table {table.number}: {table.title}", *(COLUMNS[column] for column in table.columns)]
+    notes = [f"- {note}" for note in table.notes]
+    return markdown_table(header, rows) + ("\n\n" + "\n".join(notes) if notes else "")
+
+
+def _paper_row(name: str, values: Mapping[str, float], suspect: Sequence[str], columns: Sequence[str]) -> list[str]:
+    cells = [f"{values[c]:.3f}{' (?)' if c in suspect else ''}" if c in values else "" for c in columns]
+    return [f"{name} (paper{', suspect' if suspect else ''})", *cells]
+
+
+def _our_rows(system: System, scores: Mapping[str, Any], table: PaperTable) -> list[list[str]]:
+    rows = [
+        _row(f"**{system.name}**", scores, table, scores["intervals"]),
+        _row(
+            f"{system.name}, BLEU with pooled counts", {"text": scores["text"]}, table, scores["intervals"], pooled=True
+        ),
+    ]
+    judged = _judged(system, table.task)
+    if "judge" in table.columns and judged.get("mean") is not None:
+        rows[0][1 + table.columns.index("judge")] = figure(judged["mean"], judged["interval"])
+    return rows
+
+
+def _baseline_rows(systems: Sequence[System], table: PaperTable) -> list[list[str]]:
+    """What reads no image, scored on the first system's records."""
+    rows = []
+    for system in systems:
+        baselines = system.results["tasks"].get(table.task, {}).get("baselines") or {}
+        for name in ("constant_report", "nearest_label_prior", "shuffled"):
+            if name in baselines:
+                rows.append(_row(BASELINE_NAMES[name], baselines[name], table))
+        if "most_frequent_letter" in baselines:
+            letter = baselines["most_frequent_letter"]
+            rows.append(_row(f"constant: always ({letter['letter']})", {"multiple_choice": letter}, table))
+    return rows
+
+
+def _row(
+    name: str,
+    scores: Mapping[str, Any],
+    table: PaperTable,
+    intervals: Mapping[str, Any] | None = None,
+    *,
+    pooled: bool = False,
+) -> list[str]:
+    cells = []
+    for column in table.columns:
+        path = _path(column, pooled)
+        value = _look_up(scores, path)
+        cells.append("" if value is None else figure(value, (intervals or {}).get(path)))
+    return [name, *cells]
+
+
+def _path(column: str, pooled: bool) -> str:
+    if column in ("accuracy", "precision", "recall", "f1"):
+        return f"multiple_choice.{column}"
+    return f"text.{column if pooled else _AS_PUBLISHED.get(column, column)}"
+
+
+def _look_up(scores: Mapping[str, Any], path: str) -> float | None:
+    found: Any = scores
+    for part in path.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _judged(system: System, task: str) -> Mapping[str, Any]:
+    return (system.judge or {}).get("tasks", {}).get(task) or {}
+
+
+def paper_comparison(systems: Sequence[System]) -> str:
+    """Tables 1 to 3 with our rows, as Markdown, and what to heed when reading them."""
+    names = ", ".join(sorted({str(system.judge["judge"]["model"]) for system in systems if system.judge}))
+    notes = [
+        f"- The paper's figures: {SOURCE}. It gives no intervals; ours are 95 %, over patients.",
+        "- BLEU in our first row is the mean over samples, as the published code computes it, with our tokenisation.",
+        "- The constant report and the shuffled answers read no image: what they score is what a metric gives for nothing.",
+        f"- Llama score: the paper's judge was a 70-billion-parameter Llama with CT-CHAT's prompt; "
+        f"{f'ours is {names} with our prompt' if names else 'no judge.json was found'}.",
+    ]
+    return "\n\n".join([*(paper_table(table, systems) for table in PAPER_TABLES), "\n".join(notes)])
+
+
+# --- generation ---------------------------------------------------------------------------------------------------
+
+
+def generation_table(answers: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> str:
+    """What answering took, by task (`answer_statistics`), and what failed where `generation` of results.json tells."""
+    header = ["generation", "answers", "empty", "truncated", "tokens (mean)", "tokens (most)", "s a volume", "tokens/s"]
+    figures = ("tokens_mean", "tokens_longest", "seconds_per_volume", "tokens_per_second")
+    rows = [
+        [task, taken["answers"], taken["empty"], taken["truncated"], *(_plain(taken[name]) for name in figures)]
+        for task, taken in answers.items()
+    ]
+    kinds = (generation or {}).get("failure_kinds") or {}
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    note = f"\n\n- Failed, and in no figure: {listed}; failures.jsonl lists them." if listed else ""
+    return markdown_table(header, rows) + note
+
+
+def _plain(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3g}"
+
+
+# --- model index --------------------------------------------------------------------------------------------------
+
+# Figure → the Hub's name of the metric, and what it is called in the card.
+_INDEX = {
+    "report": {
+        "text.bleu_1": ("bleu", "BLEU-1"),
+        "text.bleu_4": ("bleu", "BLEU-4"),
+        "text.meteor": ("meteor", "METEOR"),
+        "text.rouge_l": ("rouge", "ROUGE-L"),
+        "text.cider": ("cider", "CIDEr"),
+        "text.bertscore_f1": ("bertscore", "BERTScore F1"),
+        "findings.macro.f1": ("f1", "Findings, macro-F1"),
+        "findings.micro.f1": ("f1", "Findings, micro-F1"),
+        "findings.crg": ("crg", "CRG"),
+    },
+    "multiple_choice": {
+        "multiple_choice.accuracy": ("accuracy", "Accuracy"),
+        "multiple_choice.precision": ("precision", "Precision (macro)"),
+        "multiple_choice.recall": ("recall", "Recall (macro)"),
+        "multiple_choice.f1": ("f1", "F1 (macro)"),
+    },
+}
+_TASK_NAMES = {"report": "Chest CT report generation", "multiple_choice": "Chest CT multiple-choice question answering"}
+
+
+def model_index(
+    system: System, *, dataset: str = "ibrahimhamamci/CT-RATE", dataset_name: str = "CT-RATE", split: str = "valid"
+) -> list[dict[str, Any]]:
+    """The `model-index` of a model card: every figure that is there, with its interval."""
+    entries = []
+    for task, names in _INDEX.items():
+        scores = system.results["tasks"].get(task)
+        if not scores:
+            continue
+        metrics = []
+        for path, (kind, name) in names.items():
+            value, interval = _look_up(scores, path), scores["intervals"].get(path)
+            if value is None:
+                continue
+            metric = {"type": kind, "name": name, "value": round(value, 4)}
+            if interval:
+                metric["args"] = {"interval_95": [round(bound, 4) for bound in interval], "over": "patients"}
+            metrics.append(metric)
+        judged = _judged(system, task)
+        if judged.get("mean") is not None:
+            name = f"Judge, of {judged['highest']:g} ({system.judge['judge']['model']})"
+            metrics.append({"type": "llm_judge", "name": name, "value": round(judged["mean"], 4)})
+        entries.append(
+            {
+                "task": {"type": "image-text-to-text", "name": _TASK_NAMES[task]},
+                "dataset": {"type": dataset, "name": dataset_name, "split": split},
+                "metrics": metrics,
+            }
+        )
+    return [{"name": system.name, "results": entries}]
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def draw_slices(
+    rows: Iterable[Mapping[str, Any]], records: Iterable[Mapping[str, Any]], folder: Path
+) -> dict[Any, Any]:
+    """A picture of the slices of each row's volume: id → its path, or the reason why there is none.
+
+    `records` are those of the data set, which know where the volumes lie; rows and records are matched by id.
+    """
+    wanted = {row.get("id") for row in rows}
+    volumes = {record["id"]: record for record in records if record["id"] in wanted and record["volume"] is not None}
+    processor = SamfImageProcessor(
+        slices_per_plane=PICTURE_SLICES, hu_windows=(WINDOWS["lung"],), image_mean=0.5, image_std=0.5
+    )
+    drawn: dict[Any, Any] = {}
+    for number, row_id in enumerate(wanted):
+        record = volumes.get(row_id)
+        if record is None:
+            drawn[row_id] = "No volume of this id is in the data."
+            continue
+        try:
+            volume = read_ct(record["volume"], rescale=record.get("rescale"))
+            path = folder / f"slices_{number}.png"
+            drawn[row_id] = save_slice_picture(volume, path, image_processor=processor)
+        except (OSError, ValueError) as error:
+            logger.warning("%s: no picture of its slices: %s", row_id, error)
+            drawn[row_id] = f"The volume can't be shown: {type(error).__name__}."
+    return drawn
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+def scoreboard_markdown(systems: Sequence[System], comparison: Mapping[str, Any] | None = None) -> str:
+    """Everything but pictures, as Markdown."""
+    blocks = ["# Scoreboard", "For research only, not for diagnosis.", "## Beside the paper", paper_comparison(systems)]
+    for system in systems:
+        blocks += [f"## {system.name}", results_table(system.results).strip()]
+        blocks += _extra_blocks(system)
+    if comparison is not None:
+        names = [system.name for system in systems]
+        blocks += [f"## {names[1]} to {names[0]}", comparison_table(comparison, names[::-1]).strip()]
+        blocks += _case_blocks(systems)
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _extra_blocks(system: System) -> list[str]:
+    """What `results_table` doesn't hold."""
+    blocks = [generation_table(system.results["answers"], system.results.get("generation"))]
+    if system.results.get("position_bias"):
+        blocks.append(position_bias_table(system.results["position_bias"]).strip())
+    if system.judge:
+        blocks.append(judge_table(system.judge).strip())
+    return blocks
+
+
+def _case_blocks(systems: Sequence[System]) -> list[str]:
+    first, second = systems
+    cases, choices = _cases(systems)
+    blocks = []
+    if cases:
+        text = "✓ agrees with the reference, ✗ contradicts it, ? isn't in it; statements about the 18 findings alone."
+        blocks += ["### The same reports", text, side_by_side(cases, (first.name, second.name))]
+    if choices["questions"]:
+        blocks += ["### The same questions", choice_comparison(choices, (first.name, second.name))]
+    return blocks
+
+
+def _cases(systems: Sequence[System]) -> tuple[list[Any], dict[str, Any]]:
+    first, second = (system.rows for system in systems)
+    return choose_reports(first, second, CASES), compare_choices(first, second, CASES)
+
+
+def choice_comparison(choices: Mapping[str, Any], names: Sequence[str]) -> str:
+    """What `compare_choices` returns, as Markdown tables."""
+    header = [f"{choices['questions']} questions", "both right", f"{names[0]} alone", f"{names[1]} alone", "neither"]
+    table = markdown_table(header, [["", *(choices[n] for n in ("both", "only_first", "only_second", "neither"))]])
+    rows = [[case.id, case.question, case.reference, case.first, case.second] for case in choices["cases"]]
+    rows = [[" ".join(str(cell).split()) for cell in row] for row in rows]
+    return f"{table}\n\n{markdown_table(['id', 'question', 'right', *names], rows)}" if rows else table
+
+
+def html_sections(
+    systems: Sequence[System], comparison: Mapping[str, Any] | None, pictures: Mapping[Any, Any]
+) -> list[tuple[str, str]]:
+    """Headings and HTML of the report."""
+    results = {system.name: system.results for system in systems}
+    rows = {system.name: system.rows for system in systems}
+    plots = [html_report.interval_plot(results, task) for task in ("report", "multiple_choice")]
+    plots += [html_report.finding_bars(results), html_report.length_histogram(rows)]
+    sections = [("Figures", "".join(html_report.picture(plot, "figures of the evaluation") for plot in plots if plot))]
+    sections.append(("Beside the paper", html_report.markdown_to_html(paper_comparison(systems))))
+    for system in systems:
+        blocks = [results_table(system.results).strip(), *_extra_blocks(system)]
+        text = html_report.markdown_to_html("\n\n".join(block for block in blocks if block))
+        calibration = html_report.judge_calibration(system.rows, system.judge) if system.judge else None
+        plot = html_report.picture(calibration, "calibration of the judge") if calibration else ""
+        sections.append((system.name, text + plot))
+    if comparison is not None:
+        sections += _comparison_sections(systems, comparison)
+    sections.append((f"Worst and best cases of {systems[0].name}", _extreme_cases(systems[0], pictures)))
+    return sections
+
+
+def _comparison_sections(systems: Sequence[System], comparison: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = [system.name for system in systems]
+    cases, choices = _cases(systems)
+    table = html_report.markdown_to_html(comparison_table(comparison, names[::-1]))
+    sections = [(f"{names[1]} to {names[0]}", table)]
+    if cases:
+        sections.append(("The same reports", html_report.legend() + html_report.cases_html(cases, names)))
+    if choices["questions"]:
+        text = html_report.markdown_to_html(choice_comparison(choices, names))
+        sections.append(("The same questions", text))
+    return sections
+
+
+def _extreme_cases(system: System, pictures: Mapping[Any, Any]) -> str:
+    blocks = []
+    for kind, cases in html_report.extreme_reports(system.rows).items():
+        if cases:
+            blocks.append(f"<h3>{kind.capitalize()}</h3>")
+        for row, score in cases:
+            shown = pictures.get(row.get("id"))
+            path, why = (shown, "") if isinstance(shown, Path) else (None, shown or "")
+            blocks.append(html_report.case_html(row, score, path, why))
+    return html_report.legend() + "".join(blocks) if blocks else ""
+
+
+def write_scoreboard(
+    output: str | os.PathLike,
+    systems: Sequence[System],
+    *,
+    comparison: Mapping[str, Any] | None = None,
+    records: Iterable[Mapping[str, Any]] | None = None,
+    dataset: Mapping[str, str] | None = None,
+) -> None:
+    """Write all files of the scoreboard.
+
+    Args:
+        systems: one or two; the first is the one that the model index and the cases are about.
+        comparison: what `compare_predictions` gave for the second and the first system.
+        records: of the data set, for pictures of slices. dataset: keywords of `model_index`.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    for system, name in zip(systems, ("results.json", "against.json"), strict=False):
+        write_results(system.results, output / name)
+    if comparison is not None:
+        write_atomic(output / "comparison.json", json.dumps(comparison, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(output / "scoreboard.md", scoreboard_markdown(systems, comparison))
+    index = yaml.safe_dump(
+        {"model-index": model_index(systems[0], **(dataset or {}))}, sort_keys=False, allow_unicode=True
+    )
+    write_atomic(output / "model_index.yaml", index)
+    pictures: dict[Any, Any] = {}
+    if records is not None:
+        extreme = [row for cases in html_report.extreme_reports(systems[0].rows).values() for row, _ in cases]
+        pictures = draw_slices(extreme, records, output / "pictures")
+    title = " and ".join(system.name for system in systems)
+    write_atomic(output / "report.html", html_report.page(title, html_sections(systems, comparison, pictures)))
+
+
+# --- command line -------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Scores, tables beside the paper's, plots and cases of a predictions.jsonl, in one folder."
+    )
+    parser.add_argument("predictions", type=Path, help="predictions.jsonl of the system")
+    parser.add_argument("--output", type=Path, help="folder to write; default: scoreboard beside the predictions")
+    parser.add_argument("--against", type=Path, help="another system's predictions of the same records")
+    parser.add_argument("--names", nargs="+", default=["this system", "other system"], help="one name a system")
+    parser.add_argument("--judge", type=Path, help="judge.json; default: the one beside the predictions")
+    parser.add_argument("--against_judge", type=Path, help="the other system's judge.json")
+    parser.add_argument("--data", help="the data set, as for eval.py, for pictures of slices")
+    parser.add_argument("--split", default="valid", help="train or valid")
+    parser.add_argument("--dataset", default="ibrahimhamamci/CT-RATE", help="Hub id for the model index")
+    parser.add_argument("--dataset_name", default="CT-RATE", help="name for the model index")
+    scoring = parser.add_argument_group("scoring, as in samf.evaluation.scoring")
+    scoring.add_argument("--finding_names", nargs="+", metavar="NAME", help="findings that count; default: all 18")
+    scoring.add_argument("--labeller", default="rules", help="rules, radbert, or a path of RadBertClassifier.pth")
+    scoring.add_argument("--bertscore_model", help="Hub id or folder of the model for BERTScore")
+    scoring.add_argument("--bertscore_layers", type=int, help="its layer, where bert-score has none on record")
+    scoring.add_argument("--radeval", nargs="+", default=(), choices=RADEVAL_METRICS, help="metrics of RadEval")
+    scoring.add_argument("--device", help="for BERTScore and RadBERT, e.g. cuda")
+    scoring.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0: no intervals")
+    scoring.add_argument("--permutations", type=int, default=PERMUTATIONS, help="of the test of two systems")
+    scoring.add_argument("--metadata", help="CT-RATE's metadata CSV, for subgroups")
+    return parser
+
+
+_SCORING = (
+    "finding_names",
+    "labeller",
+    "bertscore_model",
+    "bertscore_layers",
+    "radeval",
+    "device",
+    "resamples",
+    "metadata",
+)
+_COMPARING = ("finding_names", "labeller", "bertscore_model", "bertscore_layers", "device")
+
+
+def build_systems(args: argparse.Namespace) -> tuple[list[System], dict[str, Any] | None]:
+    """The systems that are named, scored, and with `--against` what the tests say."""
+    options = {name: getattr(args, name) for name in _SCORING}
+    names = [*args.names, "other system"]
+    systems = [load_system(names[0], args.predictions, args.judge, **options)]
+    if args.against is None:
+        return systems, None
+    systems.append(load_system(names[1], args.against, args.against_judge, **options))
+    if not any(common_rows(systems[0].rows, systems[1].rows, task) for task in systems[0].results["tasks"]):
+        raise ValueError(f"{args.against} answers none of the records of {args.predictions}; rows are matched by id.")
+    compared = {**{name: options[name] for name in _COMPARING}, "permutations": args.permutations}
+    return systems, compare_predictions(args.against, args.predictions, **compared)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    output = args.output or args.predictions.with_name("scoreboard")
+    try:
+        systems, comparison = build_systems(args)
+        # A volume that is missing becomes a case without a picture.
+        records = load_records(args.data, args.split, on_missing="keep") if args.data else None
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"scoreboard: {error}")
+    dataset = {"dataset": args.dataset, "dataset_name": args.dataset_name, "split": args.split}
+    write_scoreboard(output, systems, comparison=comparison, records=records, dataset=dataset)
+    sys.stdout.write(f"{paper_comparison(systems)}\n\n{output / 'report.html'}\n")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    main()

@@ -1,0 +1,59 @@
+"""Scripts in processes of their own, alone or several under torchrun, for tests of what one process can't show."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def command(script: str, processes: int, options: dict) -> list[str]:
+    """`python script`, or torchrun on this machine, with `--key=value` for each option."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    flags = [
+        part
+        for key, value in options.items()
+        for part in ([f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"])
+    ]
+    return [sys.executable, *launcher, str(REPOSITORY / script), *flags]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run_script(script: str, processes: int, options: dict) -> None:
+    """Run to the end; a failure shows the script's last lines."""
+    done = subprocess.run(
+        command(script, processes, options), env=environment(), capture_output=True, text=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def kill_script(script: str, processes: int, options: dict, when: Path, timeout: float = 240.0) -> None:
+    """Start a script and kill -9 it with all its processes as soon as the path `when` is there."""
+    process = subprocess.Popen(
+        command(script, processes, options),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    started = time.monotonic()
+    try:
+        while not when.exists() and process.poll() is None and time.monotonic() - started < timeout:
+            time.sleep(0.02)
+        assert when.exists() and process.poll() is None, f"{when} didn't come before the script's end"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def logged(folder: Path, name: str = "loss") -> list[float]:
+    """What a finished run logged under `name`, in the order of its steps."""
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    return [row[name] for row in state["log_history"] if name in row]
