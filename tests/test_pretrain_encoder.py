@@ -1,13 +1,16 @@
-"""The slice encoder's labels lie where the finding lies, and its folder is what train.py takes."""
+"""The slice encoder's labels lie where the finding lies; both objectives end in a folder that train.py takes."""
+
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from launch import kill_script, logged, run_script
 from transformers import AutoModel
 
 from samf import SamfImageProcessor, pretrain_encoder
 from samf.data.labelled_slices import slice_labels
-from samf.data.phantom import Finding, make_phantom
+from samf.data.phantom import Finding, make_phantom, write_nifti
 
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 
@@ -40,12 +43,101 @@ def test_a_normal_chest_has_no_labels():
     assert not slice_labels(make_phantom(np.random.default_rng(0), findings=[]), processor, ["Consolidation"]).any()
 
 
-def test_a_run_ends_in_an_encoder_folder(tmp_path):
+def test_a_run_on_labels_ends_in_an_encoder_folder(tmp_path):
     sizes = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
     options = sizes | {"slices_per_plane": 2, "train_patients": 4, "valid_patients": 4, "max_steps": 2}
     options |= {"output_dir": tmp_path, "report_to": "none", "save_strategy": "no", "use_cpu": True}
+    options["objective"] = "labels"
     pretrain_encoder.main([f"--{key}={value}" for key, value in options.items()])
     encoder, processor = AutoModel.from_pretrained(tmp_path), SamfImageProcessor.from_pretrained(tmp_path)
     assert (encoder.config.hidden_size, processor.size, processor.slices_per_plane) == (16, 32, 2)
     pixel_values = torch.zeros(1, len(processor.hu_windows), 32, 32)
     assert encoder.float()(pixel_values).last_hidden_state.shape == (1, 5, 16)
+
+
+# ---- DINO, from the command line -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cts(tmp_path_factory):
+    """Six small scans, of which two are held out."""
+    folder = tmp_path_factory.mktemp("cts")
+    for patient in range(6):
+        phantom = make_phantom(np.random.default_rng(patient), voxel_mm=20.0)
+        write_nifti(phantom, folder / f"train_{patient + 1}_a_1.nii.gz")
+    return folder
+
+
+def dino_options(cts, folder, **options) -> dict:
+    """Four scans of 24 slices: six steps of 16 an epoch."""
+    return {
+        "data": cts,
+        "slice_cache": cts.parent / f"{cts.name}_cache",
+        "output_dir": folder,
+        "valid_share": 0.34,
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "slices_per_plane": 8,
+        "local_crops": 2,
+        "local_crop_size": 16,
+        "head_dim": 32,
+        "head_hidden_dim": 16,
+        "head_bottleneck_dim": 8,
+        "attention_slices": 0,
+        "max_steps": 20,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.04,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **options,
+    }
+
+
+def test_a_dino_run_ends_in_an_encoder_folder_that_another_run_goes_on_from(tmp_path, cts):
+    options = dino_options(cts, tmp_path / "first", max_steps=1, save_strategy="no")
+    pretrain_encoder.main([f"--{key}={value}" for key, value in options.items()])
+    (accuracy,) = logged(tmp_path / "first", "eval_knn_accuracy")
+    assert 0 <= accuracy <= 1
+    first = AutoModel.from_pretrained(tmp_path / "first")
+    assert first.config.hidden_size == 16
+    options = dino_options(cts, tmp_path / "second", max_steps=1, save_strategy="no", learning_rate=0.0)
+    options |= {"encoder": tmp_path / "first", "image_size": 224, "hidden_size": 768}  # the folder's own sizes count
+    pretrain_encoder.main([f"--{key}={value}" for key, value in options.items()])
+    second = AutoModel.from_pretrained(tmp_path / "second")
+    torch.testing.assert_close(second.embeddings.cls_token, first.embeddings.cls_token)
+    assert SamfImageProcessor.from_pretrained(tmp_path / "second").size == 32
+    assert str(tmp_path) not in (tmp_path / "second" / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_at_equal_batch(tmp_path, cts):
+    run_script("pretrain_encoder.py", 1, dino_options(cts, tmp_path / "one", save_strategy="no"))
+    both = dino_options(cts, tmp_path / "two", save_strategy="no", per_device_train_batch_size=8)
+    run_script("pretrain_encoder.py", 2, both)
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert len(one) == 20
+    np.testing.assert_allclose(one, two, atol=1e-4)
+    (first,), (second,) = (logged(tmp_path / name, "eval_knn_accuracy") for name in ("one", "two"))
+    assert first == second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, cts, processes):
+    """Killed after the checkpoint of step 8, which lies in the middle of the second epoch of six steps."""
+    sizes = {"per_device_train_batch_size": 16 // processes}
+    run_script("pretrain_encoder.py", processes, dino_options(cts, tmp_path / "unbroken", **sizes))
+    options = dino_options(cts, tmp_path / "killed", **sizes)
+    kill_script("pretrain_encoder.py", processes, options, tmp_path / "killed" / "checkpoint-8" / "trainer_state.json")
+    for late in (tmp_path / "killed").glob("checkpoint-1?"):
+        shutil.rmtree(late)  # a fast machine wrote it before the kill
+    run_script("pretrain_encoder.py", processes, options | {"resume_from_checkpoint": "last"})
+    assert logged(tmp_path / "killed") == logged(tmp_path / "unbroken")
