@@ -1,0 +1,245 @@
+"""What the lines of `benchmark.py model` share: sizes, random models and their inputs.
+
+Weights are random: speed and memory don't depend on their values.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.generation.streamers import BaseStreamer
+
+from samf.benchmarks.measuring import Stopwatch, free_memory
+from samf.configuration_samf import SamfConfig
+from samf.modeling_samf import SamfForConditionalGeneration
+
+SAVED_DTYPE = torch.bfloat16  # as language models are published
+FILL_PERIOD = 1_000_003  # a prime: no two rows of a weight are equal
+TINY_VISION = {
+    "model_type": "vit",
+    "image_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+TINY_TEXT = {
+    "model_type": "phi3",
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+TINY_OPTIONS = {"image_token_id": 120, "num_image_tokens": 4, "volume_dim": 16}
+
+
+class LineSkipped(RuntimeError):
+    """A stage that can't run here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes of the lines' inputs."""
+
+    slices: int
+    matmuls: tuple[int, ...]
+    fusion_batch: int
+    fusion_slices: int
+    fusion_text: int
+    prompt: int
+    new_tokens: int
+    saved_volumes: int
+    shard_size: str
+    lora_batch: int
+    lora_prompt: int
+    lora_answer: int
+
+
+TINY = Sizes(
+    slices=3,
+    matmuls=(64, 128),
+    fusion_batch=2,
+    fusion_slices=6,
+    fusion_text=5,
+    prompt=8,
+    new_tokens=3,
+    saved_volumes=3,
+    shard_size="50KB",
+    lora_batch=2,
+    lora_prompt=8,
+    lora_answer=4,
+)
+FULL = Sizes(
+    slices=24,
+    matmuls=(1024, 2048, 4096),
+    fusion_batch=4,
+    fusion_slices=72,
+    fusion_text=64,
+    prompt=64,
+    new_tokens=16,
+    saved_volumes=3,
+    shard_size="2GB",
+    lora_batch=1,
+    lora_prompt=32,
+    lora_answer=32,
+)
+SIZES = {"full": FULL, "tiny": TINY}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a stage runs.
+
+    Args:
+        folder: shared by the stages of one line.
+    """
+
+    size: str
+    device: torch.device
+    dtype: torch.dtype
+    budget: float
+    folder: Path
+
+    @property
+    def sizes(self) -> Sizes:
+        return SIZES[self.size]
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        return Stopwatch(self.device, self.budget)
+
+    @property
+    def where(self) -> dict[str, Any]:
+        return {"device": self.device, "dtype": self.dtype}
+
+    def limit(self, at_least: float, on: tuple[str, ...] = ("cpu", "cuda")) -> float | None:
+        """A limit that holds at full size on these devices; None elsewhere."""
+        return at_least if self.size == "full" and self.device.type in on else None
+
+    def require_memory(self, bytes_per_weight: float) -> None:
+        """Stop before the system would kill this process, or others.
+
+        Raises:
+            LineSkipped: the model's weights don't fit in the memory that is free.
+        """
+        with torch.device("meta"):
+            weights = SamfForConditionalGeneration(self.config()).num_parameters()
+        needed, free = weights * bytes_per_weight / 1e9, free_memory(self.device) / 1e9
+        if needed > free:
+            raise LineSkipped(
+                f"the weights need {needed:.1f} GB, {free:.1f} GB are free; bfloat16 takes half of float32"
+            )
+
+    def config(self, **options: Any) -> SamfConfig:
+        if self.size == "full":
+            return SamfConfig(**options)
+        return SamfConfig(**{"vision_config": TINY_VISION, "text_config": TINY_TEXT, **TINY_OPTIONS, **options})
+
+
+def random_model(
+    model_class: type[PreTrainedModel], config: SamfConfig, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model of cheap random weights: the library's initialisation of four billion takes minutes."""
+    with torch.device(device), init.no_init_weights():
+        model = model_class._from_config(config, dtype=dtype)
+    fill(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def fill(model: nn.Module, std: float = 0.02) -> None:
+    """Norms to one, biases to zero, every other weight to repeats of one block of normal values."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(FILL_PERIOD, generator=generator) * std
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(float(name.endswith("weight")))
+            continue
+        values = block.to(parameter.device, parameter.dtype)
+        flat = parameter.view(-1)
+        whole = len(flat) // FILL_PERIOD
+        flat[: whole * FILL_PERIOD].view(whole, FILL_PERIOD).copy_(values)
+        flat[whole * FILL_PERIOD :].copy_(values[: len(flat) - whole * FILL_PERIOD])
+
+
+def checksums(model: nn.Module) -> dict[str, int]:
+    """An exact sum over the bits of each weight as it would be saved."""
+    sums = {}
+    for name, parameter in model.named_parameters():
+        chunks = parameter.detach().reshape(-1).split(2**22)
+        sums[name] = sum(int(chunk.to(SAVED_DTYPE).view(torch.int16).sum(dtype=torch.int64)) for chunk in chunks)
+    return sums
+
+
+def slice_stack(settings: Settings, rows: int, slices: int) -> torch.Tensor:
+    """pixel_values (rows, slices, C, H, W)."""
+    vision = settings.config().vision_config
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(rows, slices, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
+    return pixels.to(**settings.where)
+
+
+def conversation_batch(settings: Settings, rows: int, prompt: int) -> dict[str, torch.Tensor]:
+    """Left-padded prompts of different lengths, each with a volume of a different number of slices."""
+    config, slices = settings.config(), settings.sizes.slices
+    generator = torch.Generator().manual_seed(2)
+    text = torch.randint(3, config.image_token_id, (rows, prompt), generator=generator)
+    images = torch.full((rows, config.num_image_tokens), config.image_token_id)
+    input_ids = torch.cat([images, text], dim=1)  # (rows, image tokens + prompt)
+    attention_mask, slice_mask = torch.ones_like(input_ids), torch.ones(rows, slices, dtype=torch.bool)
+    for row in range(rows):
+        padding = row * prompt // (2 * rows)
+        input_ids[row] = input_ids[row].roll(padding)  # the text's end comes first, and is padding now
+        input_ids[row, :padding] = config.text_config.pad_token_id
+        attention_mask[row, :padding] = 0
+        slice_mask[row, slices - row * slices // (2 * rows) :] = False
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask, "slice_mask": slice_mask}
+    batch = {name: tensor.to(settings.device) for name, tensor in batch.items()}
+    return batch | {"pixel_values": slice_stack(settings, rows, slices)}
+
+
+class TokenClock(BaseStreamer):
+    """When generate() has the prompt, and then each new token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing more comes."""
+
+    @property
+    def prefill(self) -> float:
+        """Seconds from the prompt to the first token."""
+        return self.times[1] - self.times[0]
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds of each further token."""
+        return [later - earlier for earlier, later in zip(self.times[1:], self.times[2:], strict=False)]
+
+
+def generate(
+    model: PreTrainedModel, batch: dict[str, torch.Tensor], new_tokens: int
+) -> tuple[torch.Tensor, TokenClock]:
+    """Greedy, exactly `new_tokens` a row: (rows, new_tokens) and their times."""
+    clock = TokenClock()
+    tokens = model.generate(
+        **batch,
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        pad_token_id=model.config.text_config.pad_token_id,
+        streamer=clock,
+    )
+    return tokens[:, batch["input_ids"].shape[1] :], clock

@@ -1,0 +1,320 @@
+"""benchmark.py: statistics, limits, what the lines compare, and the JSON; no timing is judged."""
+
+import importlib.util
+import json
+import statistics
+import subprocess
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from samf import SamfForConditionalGeneration, SamfModel, benchmark
+from samf.benchmarks import memory_lines, speed_lines, workloads
+from samf.benchmarks.measuring import FEWEST_ROUNDS, MOST_ROUNDS, Figure, Stopwatch, ratios, summarise
+
+CPU = torch.device("cpu")
+
+
+def settings(folder=None, size="tiny", device=CPU, dtype=torch.float32):
+    return workloads.Settings(size, device, dtype, budget=0.01, folder=folder)
+
+
+class Clock:
+    """A clock that only work moves."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.order = []
+
+    def task(self, name, seconds):
+        def run():
+            self.now += seconds
+            self.order.append(name)
+
+        return run
+
+    def __call__(self):
+        return self.now
+
+
+def test_summary_holds_median_quartiles_and_extremes():
+    values = [7.0, 1.0, 3.0, 5.0, 100.0]
+    found = summarise(values)
+    assert found["median"] == statistics.median(values) == 5
+    assert (found["first_quartile"], found["third_quartile"]) == (3, 7)  # of 1 3 5 7 100
+    assert (found["minimum"], found["maximum"], found["repeats"]) == (1, 100, 5)
+    assert summarise([2.0]) == dict.fromkeys(found, 2.0) | {"repeats": 1}
+
+
+@pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
+def test_summary_refuses_what_is_no_measurement(values):
+    with pytest.raises(ValueError, match="finite values"):
+        summarise(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "at_least", "passed"),
+    [([7.9, 8.0, 9.0], 8.0, True), ([7.0, 7.9, 90.0], 8.0, False), ([1.0], None, None)],
+)
+def test_the_median_decides_about_a_limit(values, at_least, passed):
+    summary = Figure("ratio", "x", values, at_least).summary()
+    assert summary["passed"] is passed
+    assert summary["at_least"] == at_least
+
+
+def test_limits_hold_at_full_size_where_they_are_stated():
+    gpu = torch.device("cuda")
+    assert settings(size="full").limit(8) == 8
+    assert settings(size="full").limit(8, on=("cuda",)) is None
+    assert settings(size="full", device=gpu).limit(8, on=("cuda",)) == 8
+    assert settings(size="tiny", device=gpu).limit(8) is None
+
+
+def test_tasks_take_turns_and_each_round_turns_the_order():
+    clock = Clock()
+    watch = Stopwatch(CPU, budget=20.0, clock=clock)
+    times = watch.in_turns({"a": clock.task("a", 2.0), "b": clock.task("b", 3.0)}, "turns")
+    assert times == {"a": [2.0] * 4, "b": [3.0] * 4}  # 4 rounds of 5 s fit 20 s
+    assert "".join(clock.order) == "ab" + "abbaabba"  # a warm-up first
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0.0, FEWEST_ROUNDS), (1e9, MOST_ROUNDS)])
+def test_rounds_have_bounds(budget, rounds):
+    clock = Clock()
+    assert len(Stopwatch(CPU, budget, clock).in_turns({"a": clock.task("a", 2.0)}, "bounds")["a"]) == rounds
+
+
+def test_a_quick_task_is_called_until_the_clock_can_tell():
+    clock = Clock()
+    times = Stopwatch(CPU, 0.0, clock).in_turns({"a": clock.task("a", 0.01)}, "quick")
+    assert times["a"] == pytest.approx([0.01] * FEWEST_ROUNDS)
+    assert len(clock.order) == 2 + 5 * FEWEST_ROUNDS  # two to warm up; five fill a sample of 0.05 s
+
+
+def test_ratios_go_round_by_round():
+    assert ratios([8.0, 30.0], [4.0, 10.0]) == [2.0, 3.0]
+
+
+def test_vit_flops_are_those_that_torch_counts():
+    given = settings()
+    config = given.config()
+    config.vision_config._attn_implementation = "eager"  # the counter knows matrix products
+    model = workloads.random_model(SamfModel, config, CPU, torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.encode_slices(workloads.slice_stack(given, 2, 3))
+    assert speed_lines.vit_flops(config.vision_config, 6) == counter.get_total_flops()
+
+
+def test_vit_b16_at_224_pixels_takes_its_known_operations():
+    """17.5 thousand million multiplications and additions, two operations each."""
+    flops = speed_lines.vit_flops(settings(size="full").config().vision_config, 1)
+    assert flops == pytest.approx(2 * 17.56e9, rel=0.01)
+
+
+def test_equal_rows_give_the_fused_vector():
+    torch.manual_seed(0)
+    config = settings().config(fusion_type="ao2d")
+    fusion = workloads.random_model(SamfModel, config, CPU, torch.float32).fusion
+    workloads.fill(fusion, std=0.3)
+    dim = config.text_config.hidden_size
+    given = (
+        torch.randn(2, 6, config.vision_config.hidden_size),
+        torch.randn(2, config.volume_dim),
+        torch.randn(2, 5, dim),
+        torch.tensor([[True] * 6, [True] * 4 + [False] * 2]),
+        torch.tensor([[True] * 5, [False] * 2 + [True] * 3]),
+    )
+    with torch.no_grad():
+        fused, rows = fusion(*given)[0], speed_lines.repeated_fusion(fusion, *given, repeats=7)
+    assert rows.shape == (2, 7, dim)
+    torch.testing.assert_close(rows, fused.expand_as(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_random_weights_are_whole_and_the_same_each_time():
+    models = [
+        workloads.random_model(SamfForConditionalGeneration, settings().config(), CPU, torch.bfloat16) for _ in range(2)
+    ]
+    for name, weight in models[0].named_parameters():
+        assert weight.dtype == torch.bfloat16 and weight.isfinite().all(), name
+        assert weight.ndim == 1 or 0.01 < weight.float().std() < 0.03, name
+    assert not models[0].training
+    sums = [workloads.checksums(model) for model in models]
+    assert sums[0] == sums[1]
+    with torch.no_grad():
+        models[1].lm_head.weight[3, 4] += 0.5
+    assert [name for name, value in workloads.checksums(models[1]).items() if value != sums[0][name]] == [
+        "lm_head.weight"
+    ]
+
+
+def test_a_batch_is_left_padded_and_its_volumes_differ():
+    given = settings()
+    batch, config = workloads.conversation_batch(given, rows=3, prompt=8), given.config()
+    padding = batch["attention_mask"] == 0
+    assert padding.sum(1).tolist() == [0, 1, 2]
+    assert (padding.int().diff(dim=1) <= 0).all()  # once a token is kept, so is every later one
+    assert ((batch["input_ids"] == config.image_token_id).sum(1) == config.num_image_tokens).all()
+    assert (batch["input_ids"][padding] == config.text_config.pad_token_id).all()
+    assert batch["slice_mask"].sum(1).tolist() == [3, 3, 2]
+
+
+def test_parameters_are_counted_part_by_part():
+    figures = {figure.name: figure.values[0] for figure in speed_lines.count_parameters(settings())}
+    model = SamfForConditionalGeneration(settings().config())
+    assert figures.pop("whole model") == pytest.approx(model.num_parameters() / 1e6)
+    assert sum(figures.values()) == pytest.approx(model.num_parameters() / 1e6)
+    assert set(figures) == {"slice encoder", "positions", "aggregator", "fusion", "language model", "head"}
+
+
+@pytest.mark.parametrize("line", [line for line in benchmark.LINES if line != "parameters"])
+def test_every_line_runs(line, tmp_path):
+    """Each stage in turn, in this process; what it asserts itself (equal weights, answers, results) holds."""
+    for stage in benchmark.LINES[line]:
+        if stage.startswith("8bit") and importlib.util.find_spec("torchao") is None:
+            continue
+        args = benchmark.parse_args(
+            ["model", "--size=tiny", "--budget=0.01", f"--stage={line}/{stage}", f"--folder={tmp_path}"]
+        )
+        result = benchmark.run_stage(args)
+        assert all(figure["passed"] is None for figure in result["figures"])  # no limit at this size
+        assert result["figures"][-1]["name"] == "peak resident memory"
+        json.dumps(result)
+
+
+def test_eight_bits_without_torchao_are_skipped_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    args = benchmark.parse_args(["model", "--size=tiny", "--stage=save/8bit_reload", f"--folder={tmp_path}"])
+    assert "pip install torchao" in benchmark.run_stage(args)["skipped"]
+
+
+def test_reload_notices_a_weight_that_changed(tmp_path):
+    memory_lines.save_model(settings(tmp_path))
+    sums = json.loads((tmp_path / "checksums.json").read_text(encoding="utf-8"))
+    sums["lm_head.weight"] += 1
+    (tmp_path / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
+    with pytest.raises(RuntimeError, match="lm_head.weight"):
+        memory_lines.reload_model(settings(tmp_path))
+
+
+def test_quantised_weights_must_be_the_language_models_alone():
+    model = workloads.random_model(SamfForConditionalGeneration, settings().config(), CPU, torch.float32)
+    with pytest.raises(RuntimeError, match=r"model\.language_model\.layers\.0.* is not quantised"):
+        memory_lines.quantised_weights(model)
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """run_model on children that don't run: one has figures, one fails, one is skipped."""
+    outcomes = {
+        "parameters/parameters": {"figures": [Figure("head", "million", [98.5], note="counted").summary()]},
+        "fusion/fusion": {"figures": [Figure("equal rows / once", "x", [7.0, 9.0, 9.5], 8.0).summary()]},
+        "save/save": {"figures": [], "error": "save failed (exit status 1)"},
+        "save/8bit": {"figures": [], "skipped": "needs torchao"},
+    }
+
+    def run(lines):
+        monkeypatch.setattr(
+            benchmark, "run_child", lambda args, stage, folder: {"seconds": 1.0, **outcomes.get(stage, {"figures": []})}
+        )
+        return benchmark.run_model(benchmark.parse_args(["model", "--size=tiny", f"--lines={lines}"]))
+
+    return run
+
+
+def test_json_states_machine_versions_and_figures(results, tmp_path):
+    found = results("parameters,fusion")
+    benchmark.write_json(tmp_path / "out.json", found)
+    read = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert read == found and read["passed"] is True
+    assert (read["command"], read["size"], read["device"], read["dtype"]) == ("model", "tiny", "cpu", "float32")
+    assert {"cpu", "cores", "threads", "memory_gb", "system"} <= read["machine"].keys()
+    assert read["versions"]["torch"]
+    assert {"python", "torch", "transformers"} <= read["versions"].keys()
+    assert [(stage["line"], stage["stage"]) for stage in read["stages"]] == [
+        ("parameters", "parameters"),
+        ("fusion", "fusion"),
+    ]
+    assert read["stages"][1]["figures"][0] == {
+        "name": "equal rows / once",
+        "unit": "x",
+        "median": 9.0,
+        "first_quartile": 8.0,
+        "third_quartile": 9.25,
+        "minimum": 7.0,
+        "maximum": 9.5,
+        "repeats": 3,
+        "at_least": 8.0,
+        "passed": True,
+        "note": "",
+    }
+
+
+def test_a_failed_stage_fails_the_whole_and_a_skipped_one_does_not(results):
+    found = results("save")
+    assert found["passed"] is False
+    lines = benchmark.table(found).splitlines()
+    assert "FAILED" in lines[2] and "exit status 1" in lines[2]
+    assert any("skipped" in line and "needs torchao" in line for line in lines)
+
+
+def test_table_shows_verdict_spread_and_limit(results):
+    lines = benchmark.table(results("parameters,fusion")).splitlines()
+    cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
+    assert cells == ["fusion", "equal rows / once", "9 x", "8 to 9.25", "3", ">= 8", "pass", ""]
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert "torch" in lines[-1] and "threads" in lines[-1]
+
+
+def test_a_missed_limit_shows_and_sets_the_exit_status(monkeypatch, capsys):
+    missed = {"seconds": 1.0, "figures": [Figure("ratio", "x", [2.0], 8.0).summary()]}
+    monkeypatch.setattr(benchmark, "run_child", lambda args, stage, folder: missed)
+    assert benchmark.main(["model", "--lines=fusion"]) == 1
+    assert "MISSED" in capsys.readouterr().out
+
+
+def test_a_stage_runs_in_a_process_of_its_own(tmp_path):
+    output = tmp_path / "figures.json"
+    assert benchmark.main(["model", "--size=tiny", "--lines=parameters", "--threads=1", f"--json={output}"]) == 0
+    (stage,) = json.loads(output.read_text(encoding="utf-8"))["stages"]
+    assert stage["seconds"] > 0 and stage["machine"]["threads"] == 1
+    assert {figure["name"] for figure in stage["figures"]} >= {"whole model", "peak resident memory"}
+
+
+@pytest.mark.parametrize(("status", "reason"), [(1, "failed"), (-9, "want of memory")])
+def test_a_child_that_dies_is_reported(status, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, status))
+    result = benchmark.run_child(benchmark.parse_args(["model", "--size=tiny"]), "save/save", tmp_path)
+    assert result["figures"] == []
+    assert reason in result["error"] and f"exit status {status}" in result["error"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("--lines=vit,speed", "speed"), ("--lines=", "lines are"), ("--size=huge", "huge"), ("--device=cuda", "no GPU")],
+)
+def test_arguments_that_cannot_be_used_say_so(argument, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        benchmark.parse_args(["model", argument])
+    assert message in capsys.readouterr().err
+
+
+def test_device_chooses_the_dtype(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for arguments, device, dtype in (
+        ([], "cpu", torch.float32),
+        (["--device=cuda"], "cuda", torch.bfloat16),
+        (["--device=cuda:1", "--dtype=float16"], "cuda:1", torch.float16),
+    ):
+        args = benchmark.parse_args(["model", *arguments])
+        assert (args.device, args.dtype) == (torch.device(device), dtype)
+
+
+def test_weights_that_do_not_fit_are_not_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(workloads, "free_memory", lambda device: 1e5)
+    args = benchmark.parse_args(["model", "--size=tiny", "--stage=decode/decode", f"--folder={tmp_path}"])
+    assert "GB are free" in benchmark.run_stage(args)["skipped"]
+    assert benchmark.run_stage(benchmark.parse_args(["model", "--size=tiny", "--stage=parameters/parameters"]))[
+        "figures"
+    ]
