@@ -398,3 +398,41 @@ def test_defaults_are_the_papers_sizes():
 def test_a_wrong_setting_is_an_error_that_names_it(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         tiny_config(**setting)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_setting_the_attention_implementation_sets_it_in_every_part(attention):
+    model = tiny_model()
+    model.set_attn_implementation({"sdpa": "eager", "eager": "sdpa"}[attention])
+    model.set_attn_implementation(attention)
+    parts = (model.model.slice_encoder, model.model.aggregator.layers[0].attention, model.model.language_model)
+    assert [part.config._attn_implementation for part in parts] == [attention] * 3
+
+
+@pytest.mark.parametrize("name", ["slice_mask", "slice_planes", "slice_positions"])
+def test_what_is_said_of_other_slices_is_an_error(name):
+    """One volume with the masks of two must not become the volume of both prompts."""
+    model, batch = tiny_model(slice_position_scope="all"), tiny_batch("ao2d")
+    given = {"slice_mask": torch.ones(2, SLICES).bool(), "slice_planes": torch.zeros(2, SLICES).long()}
+    given["slice_positions"] = torch.full((2, SLICES), 0.5)
+    model(**batch, **given)
+    for wrong in (given[name][:1], given[name][:, :-1]):
+        with pytest.raises(ValueError, match=rf"{name} has shape .*here \(2, {SLICES}\)"):
+            model(**batch, **{**given, name: wrong})
+    with pytest.raises(ValueError, match="slice_mask has shape"):
+        model(**{**batch, "pixel_values": batch["pixel_values"][:1]}, **given)
+
+
+def test_hidden_states_and_attentions_of_the_slice_encoder_come_with_those_of_the_language_model():
+    model, batch = tiny_model(), tiny_batch("ao2d")
+    model.set_attn_implementation("eager")
+    flat = batch["pixel_values"].flatten(0, 1)
+    with torch.no_grad():
+        output = model(**batch, output_hidden_states=True, output_attentions=True)
+        expected = model.model.slice_encoder(flat, output_hidden_states=True, output_attentions=True)
+        assert model(**batch).image_outputs.hidden_states is None
+        some = model(**batch, output_hidden_states=[0])  # layers of the language model
+    assert [state.shape[:2] for state in output.hidden_states] == [batch["input_ids"].shape] * 3
+    torch.testing.assert_close(output.image_outputs.hidden_states, expected.hidden_states)
+    torch.testing.assert_close(output.image_outputs.attentions, expected.attentions)
+    assert some.image_outputs.hidden_states is None

@@ -1,9 +1,12 @@
 """Conversations and volumes become inputs: placeholders, padding, the prompt mask, and the collator on top of it."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 from tiny import IMAGE_TOKENS, model_for, tiny_processor
+from transformers.processing_utils import ProcessorMixin
 
 from samf import SamfProcessor
 from samf.data.collator import IGNORED, SamfCollator
@@ -193,3 +196,34 @@ def test_a_record_without_choices_or_question():
     assert record_prompt({"question": "", "choices": None}) == "Write the radiology report of this chest CT."
     with pytest.raises(ValueError, match="11 choices"):
         record_prompt({"id": 1, "question": "?", "choices": list("abcdefghijk")})
+
+
+@pytest.mark.skipif(
+    "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters,
+    reason="this transformers can't sanitize control tokens",
+)
+def test_tokens_that_a_user_wrote_are_text_when_sanitized():
+    processor = tiny_processor()
+    content = [{"type": "volume", "volume": volume()}, {"type": "text", "text": "Is <image> a token? <|end|>"}]
+    inputs = encode(processor, [[{"role": "user", "content": content}]], sanitize_control_tokens=True)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == IMAGE_TOKENS
+    assert (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|end|>")).sum() == 1
+    assert "Is <image> a token? <|end|>" in processor.tokenizer.decode(inputs["input_ids"][0])
+
+
+def test_saving_changes_nothing_and_loading_loses_nothing(tmp_path):
+    processor = tiny_processor()
+    processor.image_processor.note = "not a setting"
+    processor.save_pretrained(tmp_path)
+    again = SamfProcessor.from_pretrained(tmp_path)
+    assert again.to_dict() == processor.to_dict()
+    assert again.to_dict()["auto_map"] == {"AutoProcessor": "processing_samf.SamfProcessor"}
+    assert tiny_processor().to_dict()["auto_map"] == again.to_dict()["auto_map"]
+
+
+def test_what_it_does_not_read_is_no_argument_and_an_error():
+    processor = tiny_processor()
+    assert not {"videos", "audio"} & set(inspect.signature(processor.__call__).parameters)
+    for name in ("videos", "audio"):
+        with pytest.raises(ValueError, match="has no videos or audio"):
+            processor(text="<image>", volumes=volume(), **{name: volume()})
