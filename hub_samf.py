@@ -22,6 +22,9 @@ from .model_card import README, hub_id, is_generated, make_card, write_model_car
 
 logger = logging.get_logger(__name__)
 
+# What quantisation leaves whole: every part but the language model, and its head.
+WHOLE_PARTS = ("slice_encoder", "slice_position", "aggregator", "fusion", "finding_head", "lm_head")
+
 WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
 
 
@@ -107,6 +110,19 @@ class PushToHubWithCard:
         )
 
 
+def language_model_alone(quantization_config: Any) -> Any:
+    """A copy of a TorchAoConfig, BitsAndBytesConfig or the like that skips all parts but the language model.
+
+    One that names what it skips, or that isn't known to be able to, comes back as it is.
+    """
+    for name in ("modules_to_not_convert", "llm_int8_skip_modules"):  # bitsandbytes has the other name
+        if getattr(quantization_config, name, "unknown") is None:
+            quantization_config = copy.copy(quantization_config)
+            setattr(quantization_config, name, [f"{prefix}{part}" for part in WHOLE_PARTS for prefix in ("", "model.")])
+            break
+    return quantization_config
+
+
 class HubModel(PushToHubWithCard):
     """Of the models: what they save is a whole repository, an adapter's folder included."""
 
@@ -172,7 +188,12 @@ class HubModel(PushToHubWithCard):
 
         The library takes a folder with both config.json and adapter_config.json for a base model that has its weights
         beside its adapter.
+
+        A `quantization_config` that doesn't name the modules to leave whole quantises the language model alone: it has
+        nearly all of the weights, and the small parts before it lose more than they save.
         """
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = language_model_alone(kwargs["quantization_config"])
         base = adapter_base(pretrained_model_name_or_path)
         if base is not None:
             adapter = {"_adapter_model_path": str(pretrained_model_name_or_path)}

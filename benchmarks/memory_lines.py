@@ -25,7 +25,6 @@ from samf.modeling_samf import SamfForConditionalGeneration
 LORA_TARGETS = r".*language_model.*\.(qkv_proj|o_proj|gate_up_proj|down_proj)"
 TRAINED_PARTS = ("slice_encoder", "slice_position", "aggregator", "fusion")
 BYTES_IN_8_BITS = 1.5  # a weight, the parts that stay whole shared out
-NOT_QUANTISED = (*TRAINED_PARTS, "finding_head", "lm_head")
 
 
 def save_model(settings: Settings) -> list[Figure]:
@@ -133,12 +132,11 @@ def _require_torchao() -> None:
 
 
 def eight_bit_config() -> TorchAoConfig:
-    """8-bit weights of the language model's linear layers; all else stays as it is."""
+    """8-bit weights; from_pretrained leaves all but the language model as it is."""
     _require_torchao()
     from torchao.quantization import Int8WeightOnlyConfig  # optional library
 
-    kept = [f"{prefix}{part}" for part in NOT_QUANTISED for prefix in ("", "model.")]
-    return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=kept)
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def quantised_weights(model: PreTrainedModel) -> int:

@@ -1,12 +1,15 @@
 """One model, whatever computes it: attention implementation, compiler, precision, devices, quantised weights."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import FUSION_TYPES, SLICES, image_tokens, tiny_batch, tiny_model
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from samf import SamfForConditionalGeneration
+from samf.hub_samf import language_model_alone
 
 ATTENTIONS = (
     "eager",
@@ -132,3 +135,35 @@ def test_weights_left_on_disk_give_the_same_tokens(fusion_type, tmp_path):
     batch |= model.pack_extra_sources([{"age": [0.5]}, None])
     greedy = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     assert torch.equal(offloaded.generate(**batch, **greedy), model.generate(**batch, **greedy))
+
+
+@pytest.mark.parametrize("skip", ["modules_to_not_convert", "llm_int8_skip_modules"])
+def test_quantisation_is_the_language_models_alone_unless_it_names_what_it_skips(skip):
+    """Every linear layer outside the language model is skipped by the library's own rule, and none within it."""
+    given = SimpleNamespace(**{skip: None})
+    patterns = getattr(language_model_alone(given), skip)
+    assert getattr(given, skip) is None
+    for model in (tiny_model(finding_names=["a"], extra_sources={"age": 1}), tiny_model().model):
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                assert should_convert_module(name, patterns) == ("language_model." in name), name
+    named = SimpleNamespace(**{skip: ["lm_head"]})
+    assert language_model_alone(named) is named
+
+
+def test_an_8_bit_language_model_answers_as_the_whole_one(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="8-bit weights on the CPU: pip install torchao")
+    from transformers import TorchAoConfig
+
+    model = tiny_model(text={"hidden_size": 64, "intermediate_size": 128})
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    small = SamfForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config)
+    linear = {name: module for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, module in linear.items():
+        quantised = type(module.weight).__module__.startswith("torchao")
+        assert quantised == name.startswith("model.language_model."), name
+    batch = tiny_batch("ao2d")
+    with torch.no_grad():
+        expected, actual = model(**batch).logits, small(**batch).logits
+    assert 0 < (actual - expected).norm() < 0.05 * expected.norm()
