@@ -43,6 +43,7 @@ VOLUME_INPUTS = (
     "extra_mask",
 )
 RECORDED = ("output_attentions", "output_hidden_states")  # asked of the slice encoder too
+MANY_ROWS, LARGE_WEIGHT = 16, 1 << 20
 NUM_PLANES = 3  # axial, coronal, sagittal
 DEPTH_FREQUENCIES = 16
 
@@ -242,6 +243,21 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
+class FewRowsLinear(nn.Linear):
+    """A linear layer that mostly gets one row a volume.
+
+    Its time is then that of reading the weight once, and on a CPU the product with the rows as columns reads a weight
+    that no cache holds more than twice as fast as the library's own form.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, -2)  # (N, in)
+        if x.device.type != "cpu" or rows.shape[0] > MANY_ROWS or self.weight.numel() < LARGE_WEIGHT:
+            return super().forward(x)
+        output = (self.weight @ rows.mT).mT + self.bias  # (N, out)
+        return output.reshape(*x.shape[:-1], -1)
+
+
 class SamfFusion(nn.Module):
     """Slices, volume and prompt become the image tokens (paper, section 2.2).
 
@@ -272,7 +288,7 @@ class SamfFusion(nn.Module):
             {name: nn.Linear(width, dim) for name, width in config.extra_sources.items()}
         )
         parts = (4 if config.fusion_type == "ao2d" else 3) + len(config.extra_sources)
-        self.mix = nn.Linear(dim * parts, text_dim)  # W_fusion, eqs. 10 and 12
+        self.mix = FewRowsLinear(dim * parts, text_dim)  # W_fusion, eqs. 10 and 12
 
     def forward(
         self,

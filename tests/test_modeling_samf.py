@@ -7,7 +7,7 @@ from tiny import FUSION_TYPES, IMAGE_ID, SLICES, image_tokens, tiny_batch, tiny_
 from transformers import AutoModel, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, ViTConfig, ViTModel
 
 from samf import SamfConfig, SamfForConditionalGeneration
-from samf.modeling_samf import SamfFusion, finding_loss, fusion_text_mask, place_image_tokens
+from samf.modeling_samf import FewRowsLinear, SamfFusion, finding_loss, fusion_text_mask, place_image_tokens
 
 
 def softmax(scores: list[float]) -> np.ndarray:
@@ -436,3 +436,18 @@ def test_hidden_states_and_attentions_of_the_slice_encoder_come_with_those_of_th
     torch.testing.assert_close(output.image_outputs.hidden_states, expected.hidden_states)
     torch.testing.assert_close(output.image_outputs.attentions, expected.attentions)
     assert some.image_outputs.hidden_states is None
+
+
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_a_layer_for_few_rows_is_a_linear_layer(rows):
+    layer, x = FewRowsLinear(1536, 1024), torch.randn(rows, 1, 1536, requires_grad=True)
+    output = layer(x)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    inputs = (x, layer.weight, layer.bias)
+    for actual, wanted in zip(
+        torch.autograd.grad(output.square().sum(), inputs),
+        torch.autograd.grad(expected.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
