@@ -2,11 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -41,7 +42,6 @@ def kill_script(script: str, processes: int, options: dict, when: Path, timeout:
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     started = time.monotonic()
     try:
@@ -49,7 +49,9 @@ def kill_script(script: str, processes: int, options: dict, when: Path, timeout:
             time.sleep(0.02)
         assert when.exists() and process.poll() is None, f"{when} didn't come before the script's end"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        parent = psutil.Process(process.pid)
+        for child in (*parent.children(recursive=True), parent):  # torchrun's workers have process groups of their own
+            child.kill()
         process.wait()
 
 
