@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # The oldest transformers that requirements.txt allows, in an environment of its own.
-OLDEST := $(shell sed -n 's/^transformers>=//p' requirements.txt)
+OLDEST := $(shell sed -n 's/^transformers>=\([0-9.]*\).*/\1/p' requirements.txt)
 OLDEST_VENV := .venv-oldest
 OLDEST_READY := $(OLDEST_VENV)/.ready
 MODEL_TESTS := $(addprefix tests/test_,modeling_samf.py generation.py backends.py extra_sources.py adapters.py \

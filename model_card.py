@@ -36,7 +36,7 @@ A model of the paper *From Slices to Volumes: Multi-Scale Fusion of 2D and 3D Fe
 ## Use
 
 ```bash
-pip install "transformers>=5.16" torch torchvision nibabel SimpleITK{requirements}
+pip install "transformers>=5.18" torch torchvision nibabel SimpleITK pydicom{requirements}
 ```
 
 ```python
