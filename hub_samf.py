@@ -204,7 +204,7 @@ class HubModel(PushToHubWithCard):
     def load_adapter(
         self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """The library's. The parts that were trained in full beside the adapter, which older releases of transformers leave out, too."""
+        """The library's, and the parts trained in full beside the adapter, which older transformers leave out."""
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         if any(".modules_to_save." in key for key in info.missing_keys):
             try:
