@@ -1,11 +1,14 @@
 """One model, whatever computes it: attention implementation, compiler, precision, devices, quantised weights."""
 
+import functools
 import inspect
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import FUSION_TYPES, SLICES, image_tokens, tiny_batch, tiny_model
+from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from samf import SamfForConditionalGeneration
@@ -60,12 +63,22 @@ def test_causality_and_sight_hold_in_each_attention_implementation(attention, fu
     assert (black - white)[:, image_tokens(fusion_type) :].abs().max() > 1e-3
 
 
-def test_the_slice_encoder_and_a_decoding_step_compile_without_graph_breaks():
-    """fullgraph=True raises at the first break."""
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=[pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, to compile")],
+        ),
+    ],
+)
+def test_the_slice_encoder_and_a_decoding_step_compile_without_graph_breaks(backend):
+    """fullgraph=True raises at the first break; compiled = eager."""
     model, batch = tiny_model(), tiny_batch("ao2d", answer=0)
     batch.pop("labels")
     flat = batch["pixel_values"].flatten(0, 1)
-    encoder = torch.compile(model.model.slice_encoder, fullgraph=True, backend="aot_eager")
+    encoder = torch.compile(model.model.slice_encoder, fullgraph=True, backend=backend)
     with torch.no_grad():
         expected = model.model.slice_encoder(pixel_values=flat).last_hidden_state
         torch.testing.assert_close(encoder(pixel_values=flat).last_hidden_state, expected, rtol=0, atol=1e-5)
@@ -74,7 +87,7 @@ def test_the_slice_encoder_and_a_decoding_step_compile_without_graph_breaks():
     expected = model.generate(**batch, **greedy)
     steps = []
     forward = model.forward
-    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(forward, fullgraph=True, backend=backend)
 
     def step(*args, **kwargs):
         if kwargs.get("pixel_values") is not None:  # the prefill checks the prompts by their values: not one graph
@@ -151,19 +164,33 @@ def test_quantisation_is_the_language_models_alone_unless_it_names_what_it_skips
     assert language_model_alone(named) is named
 
 
-def test_an_8_bit_language_model_answers_as_the_whole_one(tmp_path):
-    quantization = pytest.importorskip("torchao.quantization", reason="8-bit weights on the CPU: pip install torchao")
-    from transformers import TorchAoConfig
+def eight_bits():
+    quantization = pytest.importorskip("torchao.quantization", reason="8-bit weights: pip install torchao")
+    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
 
-    model = tiny_model(text={"hidden_size": 64, "intermediate_size": 128})
-    model.save_pretrained(tmp_path)
-    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    small = SamfForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config)
+
+def four_bits():
+    pytest.importorskip("bitsandbytes", reason="4-bit weights: pip install bitsandbytes")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def is_quantised(layer):
+    return any(type(part).__module__.startswith(("torchao", "bitsandbytes")) for part in (layer, layer.weight))
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+@pytest.mark.parametrize(("config", "error"), [(eight_bits, 0.05), (four_bits, 0.35)])
+def test_a_quantised_language_model_answers_about_as_the_whole_one(config, error, fusion_type, tmp_path):
+    """Every linear layer of the language model is quantised, none elsewhere; saved and reloaded it is the same."""
+    model = tiny_model(fusion_type=fusion_type, text={"hidden_size": 64, "intermediate_size": 128})
+    model.save_pretrained(tmp_path / "whole")
+    load = functools.partial(SamfForConditionalGeneration.from_pretrained, device_map="cpu")
+    small = load(tmp_path / "whole", quantization_config=config()).eval()
     linear = {name: module for name, module in small.named_modules() if isinstance(module, torch.nn.Linear)}
-    for name, module in linear.items():
-        quantised = type(module.weight).__module__.startswith("torchao")
-        assert quantised == name.startswith("model.language_model."), name
-    batch = tiny_batch("ao2d")
+    assert all(is_quantised(module) == name.startswith("model.language_model.") for name, module in linear.items())
+    small.save_pretrained(tmp_path / "small")
+    batch = tiny_batch(fusion_type)
     with torch.no_grad():
         expected, actual = model(**batch).logits, small(**batch).logits
-    assert 0 < (actual - expected).norm() < 0.05 * expected.norm()
+        assert 0 < (actual - expected).norm() < error * expected.norm()
+        assert torch.equal(load(tmp_path / "small").eval()(**batch).logits, actual)
