@@ -161,8 +161,8 @@ def train_lora(settings: Settings) -> list[Figure]:
     from peft import LoraConfig, get_peft_model  # imports much that the other lines don't need
 
     sizes = settings.sizes
-    settings.require_memory(SAVED_DTYPE.itemsize)
-    model = random_model(SamfForConditionalGeneration, settings.config(), settings.device, SAVED_DTYPE)
+    settings.require_memory(settings.dtype.itemsize)
+    model = random_model(SamfForConditionalGeneration, settings.config(), settings.device, settings.dtype)
     lora = LoraConfig(
         r=16, lora_alpha=32, lora_dropout=0.05, target_modules=LORA_TARGETS, modules_to_save=list(TRAINED_PARTS)
     )
@@ -171,7 +171,7 @@ def train_lora(settings: Settings) -> list[Figure]:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=5e-5)
     batch = conversation_batch(settings, sizes.lora_batch, sizes.lora_prompt + sizes.lora_answer)
-    batch["pixel_values"] = batch["pixel_values"].to(SAVED_DTYPE)
+    batch["pixel_values"] = batch["pixel_values"].to(settings.dtype)
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][:, : -sizes.lora_answer] = -100
     losses, passes, updates = [], [], []
@@ -187,10 +187,7 @@ def train_lora(settings: Settings) -> list[Figure]:
         optimizer.zero_grad()
     if not all(map(math.isfinite, losses)):
         raise RuntimeError(f"The losses are {losses}.")
-    note = (
-        f"{sizes.lora_batch} x {batch['input_ids'].shape[1]} tokens, {sizes.slices} slices a volume, bfloat16 weights, "
-        "gradient checkpointing"
-    )
+    note = f"{sizes.lora_batch} x {batch['input_ids'].shape[1]} tokens, {sizes.slices} slices a volume, gradient checkpointing"
     whole = [seconds + update for seconds, update in zip(passes, updates, strict=True)]
     return [
         Figure("trained weights", "million", [sum(weight.numel() for weight in trained) / 1e6], note="LoRA and parts"),
