@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from samf.data.ct_rate import load_records
@@ -34,9 +35,15 @@ from samf.evaluation.generation import (
     shuffle_volumes,
 )
 from samf.evaluation.judge import REPLIES, JudgeError, build_judge, judge_predictions, judge_table
-from samf.evaluation.multiple_choice import position_bias, position_bias_table, rotated_records
-from samf.evaluation.processes import Processes, is_first_process, join_processes, leave_processes, local_rank
-from samf.evaluation.scoring import TASKS, read_predictions, results_table, write_atomic, write_results
+from samf.evaluation.multiple_choice import not_rotated, position_bias, rotated_records
+from samf.evaluation.processes import (
+    Processes,
+    default_device,
+    is_first_process,
+    join_processes,
+    leave_processes,
+)
+from samf.evaluation.scoring import RECORD_COUNTS, TASKS, read_predictions, results_table, write_atomic, write_results
 from samf.recipe import parse_recipe
 
 logger = logging.getLogger("samf.eval")
@@ -115,20 +122,17 @@ def build_model(args: EvalArguments) -> tuple[PreTrainedModel, Any]:
     return model.to(device), processor
 
 
-def default_device() -> torch.device:
-    """The accelerator that is this process's, else the CPU."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.device(torch.accelerator.current_accelerator().type, local_rank())
-
-
 def choose_records(args: EvalArguments) -> Sequence[Any]:
     """The split's records: at most `limit` of each task, with the volumes shuffled when that is asked."""
     # With --on_error skip a missing file becomes a listed failure like any other that can't be read.
     on_missing = "keep" if args.on_error == "skip" else "error"
-    records = load_records(args.data, args.split, tasks=args.tasks, on_missing=on_missing)
+    counts = Path(args.output_dir) / RECORD_COUNTS if is_first_process() else None
+    records = load_records(args.data, args.split, tasks=args.tasks, on_missing=on_missing, counts_file=counts)
     if args.limit is not None:
-        records = first_of_each_task(records, args.limit)
+        chosen = first_of_each_task(records, args.limit)
+        if counts:
+            count_as_left_out(counts, f"beyond the first {args.limit} of the task", len(records) - len(chosen))
+        records = chosen
     logger.info("%d records: %s", len(records), dict(Counter(record["task"] for record in records)))
     return shuffle_volumes(records, args.seed) if args.shuffle_volumes else records
 
@@ -141,6 +145,13 @@ def first_of_each_task(records: Sequence[Any], limit: int) -> list[Any]:
         if taken[record["task"]] <= limit:
             chosen.append(record)
     return chosen
+
+
+def count_as_left_out(path: Path, reason: str, count: int) -> None:
+    """Add a reason to the loader's counts, so that the cohort's statement has it."""
+    counts = json.loads(path.read_text(encoding="utf-8"))
+    counts["left_out"] += [{"reason": reason, "count": count}] if count else []
+    write_atomic(path, json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
 
 
 def describe(args: EvalArguments) -> dict[str, Any]:
@@ -185,7 +196,10 @@ def measure_position_bias(
     if not rotated:
         raise ValueError("permute_options: no record is a multiple-choice question whose options can change places.")
     generate_predictions(model, processor, rotated, folder, **answering)
-    return position_bias(read_predictions(folder / PREDICTIONS)) if is_first_process() else {}
+    if not is_first_process():
+        return {}
+    bias = position_bias(read_predictions(folder / PREDICTIONS), resamples=args.resamples)
+    return {**bias, "left_out": not_rotated(records)}
 
 
 def judge(args: EvalArguments) -> str:
@@ -206,17 +220,21 @@ def main(argv: list[str] | None = None) -> None:
         (args,) = parse_recipe(EvalArguments, argv)
     except ValueError as error:
         sys.exit(f"eval.py: {error}")
-    results = run(args)
-    if not results:  # another process than the first
-        return
-    sys.stdout.write(results_table(results))
-    if "position_bias" in results:
-        sys.stdout.write(position_bias_table(results["position_bias"]))
-    if args.judge_endpoint:
-        try:
-            sys.stdout.write(judge(args))
-        except JudgeError as error:
-            sys.exit(f"eval.py: {error}")
+    with logging_redirect_tqdm():  # log lines and the progress bar don't tear each other
+        results = run(args)
+        if not results:  # another process than the first
+            return
+        sys.stdout.write(results_table(results))
+        if args.judge_endpoint:
+            try:
+                sys.stdout.write(judge(args))
+            except JudgeError as error:
+                sys.exit(f"eval.py: {error}")
+    folder = Path(args.output_dir)
+    sys.stdout.write(
+        f"\nWritten to {folder}: {PREDICTIONS}, {RESULTS}, {Path(RESULTS).with_suffix('.md')}. Next:\n"
+        f"python -m samf.evaluation.scoreboard {folder / PREDICTIONS} --data {args.data} --split {args.split}\n"
+    )
 
 
 if __name__ == "__main__":

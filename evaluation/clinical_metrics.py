@@ -22,12 +22,14 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from samf.data.ct_rate import CT_RATE_LABELS
 from samf.evaluation.finding_labeller import effusion_sides, finding_sides, label_reports
-from samf.evaluation.statistics import SampledMetric, divide
+from samf.evaluation.statistics import SampledMetric, divide, ratio
 
 logger = logging.getLogger(__name__)
 
 Labeller = Callable[[Sequence[str]], np.ndarray]
 PRECISION_RECALL_F1 = ("precision", "recall", "f1")
+MICRO_REMEDY = "F1 is undefined where no report, predicted or true, holds a finding."
+MACRO_REMEDY = "A macro mean is over the findings that occur in the references: here none does."
 CRG_REMEDY = (
     "CRG divides by the positive cells of the references and needs negative ones too: it is undefined where the "
     "references hold no finding at all, or every finding everywhere."
@@ -43,10 +45,13 @@ def confusion_counts(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
 
 
 def precision_recall_f1(counts: np.ndarray) -> np.ndarray:
-    """(…, 3) counts → (…, 3) figures; 0 where a denominator is 0, as scikit-learn's zero_division=0."""
+    """(…, 3) counts → (…, 3) figures; NaN where a denominator is 0, as scikit-learn's zero_division=nan.
+
+    So a draw of patients without a finding says nothing about it, rather than that it is always missed.
+    """
     hits, false, missed = counts[..., 0], counts[..., 1], counts[..., 2]
     figures = [(hits, hits + false), (hits, hits + missed), (2 * hits, 2 * hits + false + missed)]
-    return np.stack([divide(*figure, otherwise=0.0) for figure in figures], axis=-1)
+    return np.stack([divide(*figure) for figure in figures], axis=-1)
 
 
 def _one_figure(sums: np.ndarray, which: int) -> np.ndarray:
@@ -54,10 +59,10 @@ def _one_figure(sums: np.ndarray, which: int) -> np.ndarray:
 
 
 def _macro(sums: np.ndarray, which: int) -> np.ndarray:
-    """Mean over the labels that occur in the references; sums (…, 3 L)."""
+    """Mean over the labels that occur in the references; sums (…, 3 L). One that is never found has a precision of 0."""
     counts = sums.reshape(*sums.shape[:-1], -1, 3)
     occurs = (counts[..., 0] + counts[..., 2]) > 0
-    total = np.where(occurs, precision_recall_f1(counts)[..., which], 0.0).sum(axis=-1)
+    total = np.where(occurs, np.nan_to_num(precision_recall_f1(counts)[..., which]), 0.0).sum(axis=-1)
     return divide(total, occurs.sum(axis=-1))
 
 
@@ -127,6 +132,12 @@ def size_counts(predictions: Sequence[str], references: Sequence[str]) -> np.nda
     return _paired_counts(read_sizes, predictions, references)
 
 
+def effusion_side_counts(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    """(N, 2): whether the prediction names the same sides of a pleural effusion; whether the reference names any."""
+    sides = [(effusion_sides(ref), effusion_sides(text)) for text, ref in zip(predictions, references, strict=True)]
+    return np.array([[bool(ref) and ref == named, bool(ref)] for ref, named in sides], dtype=np.float64).reshape(-1, 2)
+
+
 def _paired_counts(read: Callable[[str], Counter], predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     pairs = zip(predictions, references, strict=True)
     counts = [_multiset_counts(read(prediction), read(reference)) for prediction, reference in pairs]
@@ -144,6 +155,8 @@ def finding_samples(
 ) -> dict[str, SampledMetric]:
     """Every clinical figure by sample: "macro.f1", "micro.f1", "crg", "per_finding.Emphysema.f1", "sides.f1", …
 
+    "effusion_side.accuracy" is over the references that name a side of a pleural effusion.
+
     `labeller` gives the labels (N, 18) of N reports. Sides and sizes are always read by rule.
     """
     columns = [CT_RATE_LABELS.index(name) for name in finding_names]
@@ -154,14 +167,12 @@ def finding_samples(
     groups["sides"] = micro_metrics(side_counts(predictions, references))
     groups["sizes"] = micro_metrics(size_counts(predictions, references))
     samples = {f"{group}.{name}": metric for group, metrics in groups.items() for name, metric in metrics.items()}
-    return samples | {"crg": crg_metric(truth, found)}
+    sides = SampledMetric(effusion_side_counts(predictions, references), ratio)
+    return samples | {"crg": crg_metric(truth, found), "effusion_side.accuracy": sides}
 
 
 def describe_findings(
-    predictions: Sequence[str],
-    references: Sequence[str],
-    samples: dict[str, SampledMetric],
-    finding_names: Sequence[str] = CT_RATE_LABELS,
+    samples: dict[str, SampledMetric], finding_names: Sequence[str] = CT_RATE_LABELS
 ) -> dict[str, Any]:
     """The figures of `finding_samples` as `score_findings` returns them."""
     per_finding = {}
@@ -176,7 +187,8 @@ def describe_findings(
     for group in ("sides", "sizes"):
         hits, _, missed = samples[f"{group}.f1"].samples.sum(axis=0)
         scores[group] = {**_group(samples, group), "support": int(hits + missed)}
-    scores["effusion_side"] = _score_effusion_sides(predictions, references)
+    side = samples["effusion_side.accuracy"]
+    scores["effusion_side"] = {"count": int(side.samples[:, 1].sum()), "accuracy": side.value()}
     return scores
 
 
@@ -195,20 +207,10 @@ def score_findings(
     Returns `per_finding` (name → precision, recall, f1, support, predicted), `micro` over all cells, `macro` over the
     findings that occur in some reference (`macro_findings` of them), `crg` (None where it is undefined), `sides` (pairs of
     finding and side) and `sizes` (lengths in mm), each with precision, recall, f1 and support, and `effusion_side`: among
-    the references that name an effusion's side, how many predictions name the same.
+    the references that name an effusion's side, how many predictions name the same. A figure whose denominator is 0 is
+    None; only in the macro means an undefined precision counts as 0.
     """
-    samples = finding_samples(predictions, references, finding_names, labeller)
-    return describe_findings(predictions, references, samples, finding_names)
-
-
-def _score_effusion_sides(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
-    pairs = [
-        (sides, effusion_sides(text))
-        for text, ref in zip(predictions, references, strict=True)
-        if (sides := effusion_sides(ref))
-    ]
-    right = sum(expected == named for expected, named in pairs)
-    return {"count": len(pairs), "accuracy": right / len(pairs) if pairs else None}
+    return describe_findings(finding_samples(predictions, references, finding_names, labeller), finding_names)
 
 
 def chance_findings(references: Sequence[str], finding_names: Sequence[str], labeller: Labeller) -> dict[str, Any]:

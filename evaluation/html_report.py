@@ -26,7 +26,7 @@ section { margin: 2rem 0; } pre { white-space: pre-wrap; }
 """
 _LEGEND = (
     f'<p class="note"><span class="{AGREES}">agrees with the reference</span> '
-    f'<span class="{CONTRADICTS}">contradicts it</span> '
+    f'<span class="{CONTRADICTS}">contradicts it, or its side</span> '
     f'<span class="{UNSUPPORTED}">is not in it</span>. Statements about the 18 findings alone, read by the rule-based '
     "labeller, which errs too.</p>"
 )
@@ -158,7 +158,8 @@ def _figures(scores: Mapping[str, Any] | None, task: str) -> dict[str, tuple[flo
         value = scores["findings"][group] if not name else scores["findings"][group][name]
         found[label] = (value, intervals.get(f"findings.{path}"))
     for name in _CHOICES if "multiple_choice" in scores else ():
-        found[name] = (scores["multiple_choice"][name], intervals.get(f"multiple_choice.{name}"))
+        label = "F1" if name == "f1" else name
+        found[label] = (scores["multiple_choice"][name], intervals.get(f"multiple_choice.{name}"))
     return {label: (value, interval) for label, (value, interval) in found.items() if value is not None}
 
 

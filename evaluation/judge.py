@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from samf.data.prompts import LETTERS
 from samf.evaluation.answer_folder import json_line, read_lines
 from samf.evaluation.scoring import read_predictions, write_atomic
-from samf.evaluation.statistics import SampledMetric, bootstrap_intervals, patient_keys
+from samf.evaluation.statistics import SampledMetric, bootstrap_intervals, paired_randomisation, patient_keys
 
 logger = logging.getLogger(__name__)
 
@@ -468,6 +468,36 @@ def _task_scores(rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judgeme
     }
 
 
+def compare_judged(
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    permutations: int = 10_000,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Whether a judge finds two systems different: what `judge_predictions` returned for each, on rows that it scored in both.
+
+    `rows` of either predictions file tell the patients. Returns task → {"judge.judge_score": first, second, difference,
+    interval, p_value}, as `paired_randomisation`; nothing where the judge, its prompt or its ranges were not the same.
+    """
+    if any(first[name] != second[name] for name in ("judge", "prompt_version", "ranges")):
+        logger.warning("The two systems were judged differently; their judge's scores are not compared.")
+        return {}
+    patients = {(row["task"], row.get("id")): key for row, key in zip(rows, patient_keys(rows), strict=True)}
+    scores = [
+        {(s["task"], s["id"]): s["score"] for s in judged["scores"] if s["score"] is not None and s["id"] is not None}
+        for judged in (first, second)
+    ]
+    common = [key for key in scores[0] if key in scores[1] and key in patients]
+    compared = {}
+    for task in dict.fromkeys(task for task, _ in common):
+        keys = [key for key in common if key[0] == task]
+        pair = [{"judge.judge_score": SampledMetric.mean([side[key] for key in keys])} for side in scores]
+        compared[task] = paired_randomisation(*pair, [patients[k] for k in keys], resamples=permutations, seed=seed)
+    return compared
+
+
 def build_judge(
     *, endpoint: str | None = None, model: str | None = None, local: str | None = None, workers: int = 8, **options: Any
 ) -> Judge:
@@ -488,7 +518,7 @@ def judge_table(results: Mapping[str, Any]) -> str:
         if scores["mean"] is None:
             mean = "no score"
         else:
-            between = f" [{scores['interval'][0]:.2f}, {scores['interval'][1]:.2f}]" if scores["interval"] else ""
+            between = f" ({scores['interval'][0]:.2f} to {scores['interval'][1]:.2f})" if scores["interval"] else ""
             mean = f"{scores['mean']:.3f}{between} of {scores['highest']:g}"
         counts = ", ".join(f"{scores[status]} {status.replace('_', ' ')}" for status in STATUSES if scores[status])
         lines.append(f"- Judge, {task}: {mean} ({counts})")
@@ -522,7 +552,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, JudgeError) as error:
         sys.exit(f"judge: {error}")
     write_atomic(output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    sys.stdout.write(judge_table(results))
+    sys.stdout.write(f"{judge_table(results)}\nWritten to {output}\n")
 
 
 def _choose(rows: Sequence[Mapping[str, Any]], tasks: Sequence[str], limit: int | None) -> list[Mapping[str, Any]]:

@@ -7,10 +7,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
 from samf.data.ct_rate import settle_answer
 from samf.data.prompts import LETTERS
+from samf.evaluation.statistics import RESAMPLES, SampledMetric, bootstrap_intervals, patient_keys, ratio
 
 logger = logging.getLogger(__name__)
 
@@ -172,18 +174,14 @@ def rotated_records(records: Iterable[Record]) -> list[dict[str, Any]]:
     """Every multiple-choice record once for each place that its options can be rotated to.
 
     The first, "<id>@0", is the record as it is; in "<id>@s" option k stands at place k + s, modulo their number. So each
-    option stands once at each letter. Left out are records whose answer is none of the options, or whose options speak
-    of places ("all of the above", "both (a) and (b)").
+    option stands once at each letter. Other tasks' records are passed over, and so are those that `not_rotated` counts.
     """
     rotated = []
     for record in records:
-        choices = list(record.get("choices") or [])
-        if record["task"] != "multiple_choice" or len(choices) < 2 or any(map(_BOUND.search, choices)):
+        if record["task"] != "multiple_choice" or _why_not_rotated(record):
             continue
-        answer = settle_answer(record["answer"], choices)
-        if answer is None:
-            continue
-        right = LETTERS.index(answer[1])
+        choices = list(record["choices"])
+        right = LETTERS.index(settle_answer(record["answer"], choices)[1])
         for shift in range(len(choices)):
             moved = choices[-shift:] + choices[:-shift] if shift else choices
             place = (right + shift) % len(choices)
@@ -192,7 +190,22 @@ def rotated_records(records: Iterable[Record]) -> list[dict[str, Any]]:
     return rotated
 
 
-def position_bias(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def not_rotated(records: Iterable[Record]) -> dict[str, int]:
+    """How many multiple-choice records `rotated_records` leaves out, by reason."""
+    reasons = (_why_not_rotated(record) for record in records if record["task"] == "multiple_choice")
+    return dict(Counter(reason for reason in reasons if reason))
+
+
+def _why_not_rotated(record: Record) -> str | None:
+    choices = list(record.get("choices") or [])
+    if len(choices) < 2:
+        return "fewer than two options"
+    if any(map(_BOUND.search, choices)):
+        return "options that speak of others' places"
+    return "the answer is none of the options" if settle_answer(record["answer"], choices) is None else None
+
+
+def position_bias(rows: Iterable[Mapping[str, Any]], *, resamples: int = RESAMPLES) -> dict[str, Any]:
     """How far answers depend on the place of the options, from the predictions for `rotated_records`.
 
     A model that goes by content names the same option in every rotation, each letter equally often, and is right
@@ -201,7 +214,8 @@ def position_bias(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     Returns: questions (with all rotations), incomplete (questions that lack some, not counted), accuracy over all
     rotations, accuracy_lowest and accuracy_highest of the rotations, consistency (share of questions with one and the
     same option named in all rotations), named_by_letter (share of the parsed answers), accuracy_by_letter (of the right
-    option's place), unparsed. Figures are None without questions.
+    option's place), unparsed, and intervals (of accuracy and consistency, over patients; none for 0 `resamples`). Figures
+    are None without questions.
     """
     questions: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
@@ -209,41 +223,55 @@ def position_bias(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         if match and row["task"] == "multiple_choice":
             questions[match["question"]][int(match["shift"])] = row
     complete = [
-        [_judged(by_shift[shift]) for shift in sorted(by_shift)]
+        [by_shift[shift] for shift in sorted(by_shift)]
         for by_shift in questions.values()
         if set(by_shift) == set(range(len(by_shift[min(by_shift)]["choices"])))
     ]
+    counts = {"questions": len(complete), "incomplete": len(questions) - len(complete)}
     if not complete:
         names = ("accuracy", "accuracy_lowest", "accuracy_highest", "consistency")
-        empty = {**dict.fromkeys(names), "named_by_letter": {}, "accuracy_by_letter": {}, "unparsed": 0}
-        return {"questions": 0, "incomplete": len(questions), **empty}
-    answers = [answer for question in complete for answer in question]
+        nothing = {"named_by_letter": {}, "accuracy_by_letter": {}, "unparsed": 0, "intervals": {}}
+        return {**counts, **dict.fromkeys(names), **nothing}
+    judged = [[_judged(row) for row in question] for question in complete]
+    patients = patient_keys([question[0] for question in complete])
+    return {**counts, **_bias_figures(judged, patients, resamples)}
+
+
+_Judged = tuple[int | None, int | None, str | None]
+
+
+def _bias_figures(questions: Sequence[Sequence[_Judged]], patients: Sequence[str], resamples: int) -> dict[str, Any]:
+    answers = [answer for question in questions for answer in question]
     by_shift = defaultdict(list)
-    for question in complete:
+    for question in questions:
         for shift, (named, right, _) in enumerate(question):
             by_shift[shift].append(named == right)
     per_rotation = [sum(hits) / len(hits) for hits in by_shift.values()]
+    hits = [[sum(named == right for named, right, _ in question), len(question)] for question in questions]
+    metrics = {
+        "accuracy": SampledMetric(np.array(hits, dtype=np.float64), ratio),
+        "consistency": SampledMetric.mean([float(_is_consistent(question)) for question in questions]),
+    }
     return {
-        "questions": len(complete),
-        "incomplete": len(questions) - len(complete),
-        "accuracy": sum(named == right for named, right, _ in answers) / len(answers),
+        "accuracy": metrics["accuracy"].value(),
         "accuracy_lowest": min(per_rotation),
         "accuracy_highest": max(per_rotation),
-        "consistency": sum(_is_consistent(question) for question in complete) / len(complete),
+        "consistency": metrics["consistency"].value(),
         "named_by_letter": _shares(named for named, _, _ in answers),
         "accuracy_by_letter": _accuracy_by_letter(answers),
         "unparsed": sum(named is None for named, _, _ in answers),
+        "intervals": bootstrap_intervals(metrics, patients, resamples=resamples),
     }
 
 
-def _judged(row: Mapping[str, Any]) -> tuple[int | None, int | None, str | None]:
+def _judged(row: Mapping[str, Any]) -> _Judged:
     """The place that is named, the right one, and the text of the option that is named."""
     choices = row["choices"]
     named = parse_choice(str(row["prediction"]), choices)
     return named, parse_choice(str(row["reference"]), choices), None if named is None else choices[named]
 
 
-def _is_consistent(question: Sequence[tuple[int | None, int | None, str | None]]) -> bool:
+def _is_consistent(question: Sequence[_Judged]) -> bool:
     texts = {text for _, _, text in question}
     return len(texts) == 1 and None not in texts
 
@@ -253,23 +281,9 @@ def _shares(named: Iterable[int | None]) -> dict[str, float]:
     return {LETTERS[place]: counts[place] / counts.total() for place in sorted(counts)}
 
 
-def _accuracy_by_letter(answers: Sequence[tuple[int | None, int | None, str | None]]) -> dict[str, float]:
+def _accuracy_by_letter(answers: Sequence[_Judged]) -> dict[str, float]:
     hits = defaultdict(list)
     for named, right, _ in answers:
         if right is not None:
             hits[right].append(named == right)
     return {LETTERS[place]: sum(hits[place]) / len(hits[place]) for place in sorted(hits)}
-
-
-def position_bias_table(bias: Mapping[str, Any]) -> str:
-    """What `position_bias` found, as Markdown lines."""
-    if not bias["questions"]:
-        return "- Places of the options: no question was answered in all rotations.\n"
-    named = ", ".join(f"{letter} {share:.2f}" for letter, share in bias["named_by_letter"].items())
-    right = ", ".join(f"{letter} {share:.2f}" for letter, share in bias["accuracy_by_letter"].items())
-    return (
-        f"- Places of the options: {bias['questions']} questions in every rotation, accuracy {bias['accuracy']:.3f} "
-        f"(from {bias['accuracy_lowest']:.3f} to {bias['accuracy_highest']:.3f} by rotation), the same option in all "
-        f"rotations for {bias['consistency']:.3f} of them.\n"
-        f"- Letters named: {named or 'none'}. Accuracy by the right option's letter: {right}.\n"
-    )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 # A rank that is done waits for the others: hours, where the usual limits are 10 (nccl) or 30 (gloo) minutes.
@@ -67,3 +68,10 @@ def leave_processes() -> None:
 def local_rank() -> int:
     """This process's number on its machine: which accelerator is its own."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def default_device() -> torch.device:
+    """The accelerator that is this process's, else the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator().type, local_rank())

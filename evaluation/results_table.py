@@ -21,6 +21,9 @@ TEXT_NAMES = {
     "bertscore_r": "BERTScore R",
     "bertscore_f1": "BERTScore F1",
     "crg": "CRG",
+    "macro": "macro means of findings",
+    "micro": "micro-F1 of findings",
+    "judge_score": "judge's score",
 }
 # How a figure of samples becomes one of the corpus, and what the published SAMF code computes (one pair at a time).
 _POOLED, _MEAN = "counts pooled", "mean of samples"
@@ -28,6 +31,7 @@ _AS_PUBLISHED = ("mean_bleu_1", "mean_bleu_2", "mean_bleu_3", "mean_bleu_4", "ro
 _ALMOST_AS_PUBLISHED = {"meteor": "words split differently", "bertscore_f1": "with roberta-large"}
 BASELINE_NAMES = {
     "constant_report": "constant: the most frequent report",
+    "constant_answer": "constant: the most frequent answer",
     "nearest_label_prior": "nearest label prior: the most typical report",
     "shuffled": "shuffled: another patient's answer",
     "chance": "chance: labels guessed by their frequency",
@@ -43,9 +47,14 @@ def results_table(results: Mapping[str, Any]) -> str:
     blocks = [_task_table(tasks), _text_table(tasks)]
     if "multiple_choice" in tasks:
         blocks.append(_choice_table(tasks["multiple_choice"]))
+    if results.get("position_bias"):
+        blocks.append(position_bias_table(results["position_bias"]).strip())
     if "report" in tasks:
-        blocks += [_finding_table(tasks["report"]), _baseline_table(tasks["report"])]
+        blocks.append(_finding_table(tasks["report"]))
+    blocks += [_baseline_table(task, scores) for task, scores in tasks.items() if task != "multiple_choice"]
     blocks += [_subgroup_table(task, scores) for task, scores in tasks.items()]
+    if answers := results.get("answers") or (results.get("generation") or {}).get("tasks"):
+        blocks.append(generation_table(answers))
     notes = [*_cohort_notes(results), *_collapse_notes(tasks), *_generation_notes(results.get("generation"))]
     notes += _missing_notes(results["not_available"])
     return "\n\n".join(block for block in [*blocks, "\n".join(notes)] if block) + "\n"
@@ -62,6 +71,22 @@ def figure(value: float | None, interval: Sequence[float] | None = None) -> str:
     if value is None:
         return "n/a"
     return f"{value:.3f}" if interval is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
+def generation_table(answers: Mapping[str, Any]) -> str:
+    """What answering took, by task: see `answer_folder.answer_statistics`."""
+    header = ["generation", "tokens", "tokens (mean)", "tokens (most)", "s a volume", "of it reading", "tokens/s"]
+    names = ("tokens", "tokens_mean", "tokens_longest", "seconds_per_volume", "read_seconds_per_volume")
+    return markdown_table(
+        header,
+        [[task, *(_short(taken.get(n)) for n in (*names, "tokens_per_second"))] for task, taken in answers.items()],
+    )
+
+
+def _short(value: float | None) -> str:
+    if value is None:
+        return "n/a"
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
 def _task_table(tasks: Mapping[str, Any]) -> str:
@@ -97,7 +122,8 @@ def _choice_table(scores: Mapping[str, Any]) -> str:
     rows = [[f"{choice['count']} questions", *cells, choice["unparsed"]]]
     baselines = scores.get("baselines") or {}
     if constant := baselines.get("most_frequent_letter"):
-        rows.append([f"always ({constant['letter']})", *(figure(constant[name]) for name in names), ""])
+        drawn = constant.get("intervals", {})
+        rows.append([f"always ({constant['letter']})", *(figure(constant[n], drawn.get(n)) for n in names), ""])
     rows.append(["chance", figure(choice["chance"]), "", "", "", ""])
     return markdown_table(header, rows)
 
@@ -106,8 +132,7 @@ def _finding_table(report: Mapping[str, Any]) -> str:
     findings, intervals = report["findings"], report["intervals"]
 
     def row(name: str, scores: Mapping[str, Any], key: str) -> list[Any]:
-        figures = [figure(scores["precision"]), figure(scores["recall"])]
-        figures.append(figure(scores["f1"], intervals.get(f"findings.{key}.f1")))
+        figures = [figure(scores[f], intervals.get(f"findings.{key}.{f}")) for f in ("precision", "recall", "f1")]
         return [name, *figures, scores.get("support", ""), scores.get("predicted", "")]
 
     rows = [row(name, scores, f"per_finding.{name}") for name, scores in findings["per_finding"].items()]
@@ -119,7 +144,8 @@ def _finding_table(report: Mapping[str, Any]) -> str:
     notes = [f"CRG {figure(findings['crg'], intervals.get('findings.crg'))}; all-negative answers have 0.333."]
     if findings["effusion_side"]["count"]:
         side = findings["effusion_side"]
-        notes.append(f"Side of effusion right in {figure(side['accuracy'])} of {side['count']} reports with one.")
+        share = figure(side["accuracy"], intervals.get("findings.effusion_side.accuracy"))
+        notes.append(f"Side of effusion right in {share} of {side['count']} reports with one.")
     for name, value in report.get("radeval", {}).items():
         notes.append(f"{name} {figure(value, intervals.get(f'radeval.{name}'))}.")
     return f"{table}\n\n{' '.join(notes)}"
@@ -132,21 +158,26 @@ def _look_up(scores: Mapping[str, Any], path: str) -> float | None:
     return found
 
 
-def _baseline_table(report: Mapping[str, Any]) -> str:
-    if not report.get("baselines"):
+def _baseline_table(task: str, scores: Mapping[str, Any]) -> str:
+    if not scores.get("baselines"):
         return ""
-    columns = [name for name in _BASELINE_COLUMNS if _look_up(report, name) is not None]
-    columns += [f"findings.{name}" for name in _FINDING_COLUMNS]
-    systems = {"**this system**": report, **{BASELINE_NAMES[name]: s for name, s in report["baselines"].items()}}
-    rows = [[name, *(figure(_look_up(scores, column)) for column in columns)] for name, scores in systems.items()]
+    columns = [name for name in _BASELINE_COLUMNS if _look_up(scores, name) is not None]
+    columns += [f"findings.{name}" for name in _FINDING_COLUMNS] if "findings" in scores else []
+    systems = {"**this system**": scores, **{BASELINE_NAMES[name]: s for name, s in scores["baselines"].items()}}
+    rows = [
+        [name, *(figure(_look_up(system, c), (system.get("intervals") or {}).get(c)) for c in columns)]
+        for name, system in systems.items()
+    ]
     header = [_column_name(column) for column in columns]
-    return markdown_table(["reports beside baselines that read no image", *header], rows)
+    return markdown_table([f"{task} beside baselines that read no image", *header], rows)
 
 
 def _column_name(path: str) -> str:
     group, _, name = path.partition(".")
     if group == "text":
         return TEXT_NAMES[name]
+    if group == "multiple_choice":
+        return {"f1": "F1"}.get(name, name)
     return {"crg": "CRG", "macro.f1": "macro-F1", "micro.f1": "micro-F1"}.get(name, f"{name.partition('.')[0]} F1")
 
 
@@ -159,8 +190,7 @@ def _subgroup_table(task: str, scores: Mapping[str, Any]) -> str:
         [f"{row['by']}: {row['group']}", row["count"], row["patients"], *(figure(**row[name]) for name in names)]
         for row in table
     ]
-    header = [_column_name(n) if n.partition(".")[0] in ("text", "findings") else n.partition(".")[2] for n in names]
-    return markdown_table([task, "answers", "patients", *header], rows)
+    return markdown_table([task, "answers", "patients", *map(_column_name, names)], rows)
 
 
 def _cohort_notes(results: Mapping[str, Any]) -> list[str]:
@@ -170,7 +200,8 @@ def _cohort_notes(results: Mapping[str, Any]) -> list[str]:
         f"- Cohort: {cohort['predictions']} answers, {volumes}{cohort['scans']} scans, {cohort['patients']} patients."
     ]
     for reason, excluded in cohort["excluded"].items():
-        notes.append(f"- Left out: {excluded['count']} ({reason}), e.g. {', '.join(excluded['ids'][:3])}.")
+        examples = f", e.g. {', '.join(excluded['ids'][:3])}" if excluded["ids"] else ""
+        notes.append(f"- Left out: {excluded['count']} ({reason}){examples}.")
     if counts["duplicate_ids"]:
         notes.append(f"- {counts['duplicate_ids']} answers repeat an id; all of them are scored.")
     if counts["missing_ids"]:
@@ -217,10 +248,39 @@ def _quote(text: str) -> str:
 def _generation_notes(summary: Mapping[str, Any] | None) -> list[str]:
     if not summary:
         return []
-    failures = f", {summary['failures']} failed (failures.jsonl lists them)" if summary["failures"] else ""
-    return [
-        f"- {summary['written']} answers in {summary['seconds']:.0f} s, {summary['resumed']} from before{failures}."
-    ]
+    processes = f" with {summary['processes']} processes" if summary.get("processes", 1) > 1 else ""
+    before = f"; {summary['resumed']} more were there from before" if summary["resumed"] else ""
+    notes = [f"- {summary['written']} answers made in {summary['seconds']:.0f} s{processes}{before}."]
+    if summary["failures"]:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in summary.get("failure_kinds", {}).items())
+        notes.append(
+            f"- {summary['failures']} records failed and are in no figure ({kinds}); failures.jsonl lists them."
+        )
+    return notes
+
+
+def position_bias_table(bias: Mapping[str, Any]) -> str:
+    """What `multiple_choice.position_bias` found, as Markdown lines, with `left_out` of `not_rotated` where it is there."""
+    lines = []
+    if not bias["questions"]:
+        lines.append("- Places of the options: no question was answered in all rotations.")
+    else:
+        intervals = bias.get("intervals", {})
+        named = ", ".join(f"{letter} {share:.2f}" for letter, share in bias["named_by_letter"].items())
+        right = ", ".join(f"{letter} {share:.2f}" for letter, share in bias["accuracy_by_letter"].items())
+        lines += [
+            f"- Places of the options: {bias['questions']} questions in every rotation, accuracy "
+            f"{figure(bias['accuracy'], intervals.get('accuracy'))}, from {bias['accuracy_lowest']:.3f} to "
+            f"{bias['accuracy_highest']:.3f} by rotation; the same option in all rotations for "
+            f"{figure(bias['consistency'], intervals.get('consistency'))} of the questions.",
+            f"- Letters named: {named or 'none'}. Accuracy by the right option's letter: {right}. "
+            f"{bias['unparsed']} answers named no option.",
+        ]
+    left_out = [f"{count} ({reason})" for reason, count in bias.get("left_out", {}).items()]
+    left_out += [f"{bias['incomplete']} (not answered in all rotations)"] if bias["incomplete"] else []
+    if left_out:
+        lines.append(f"- Questions not in these figures: {', '.join(left_out)}.")
+    return "\n".join(lines) + "\n"
 
 
 def comparison_table(comparison: Mapping[str, Any], names: Sequence[Any] = ("first", "second")) -> str:

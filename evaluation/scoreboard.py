@@ -9,7 +9,7 @@ writes there
   both systems' reports on the same cases, with what agrees with the reference and what contradicts it,
 - `report.html`: the same, with plots, and the worst and best cases with pictures of their slices (`--data`); one file,
   nothing in it is loaded from elsewhere,
-- `model_index.yaml`: the scores as the Hub's model cards have them.
+- `model_index.yaml`: the scores as the Hub's model cards have them; `--card README.md` puts them into a card.
 
 Scores of a judge are taken from a `judge.json` beside each predictions file, what generation took from its `results.json`.
 """
@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import metadata_load, metadata_save
 
 from samf.ct_volume import read_ct
 from samf.data.ct_rate import load_records
 from samf.evaluation import html_report
 from samf.evaluation.answer_folder import answer_statistics
 from samf.evaluation.clinical_metrics import RADEVAL_METRICS
-from samf.evaluation.judge import judge_table
-from samf.evaluation.multiple_choice import position_bias_table
+from samf.evaluation.judge import compare_judged, judge_table
 from samf.evaluation.paper_tables import COLUMNS, PAPER_TABLES, SOURCE, PaperTable
 from samf.evaluation.results_table import BASELINE_NAMES, comparison_table, figure, markdown_table, results_table
 from samf.evaluation.scoring import (
@@ -137,10 +137,11 @@ def _baseline_rows(systems: Sequence[System], table: PaperTable) -> list[list[st
         baselines = system.results["tasks"].get(table.task, {}).get("baselines") or {}
         for name in ("constant_report", "nearest_label_prior", "shuffled"):
             if name in baselines:
-                rows.append(_row(BASELINE_NAMES[name], baselines[name], table))
+                rows.append(_row(BASELINE_NAMES[name], baselines[name], table, baselines[name].get("intervals")))
         if "most_frequent_letter" in baselines:
             letter = baselines["most_frequent_letter"]
-            rows.append(_row(f"constant: always ({letter['letter']})", {"multiple_choice": letter}, table))
+            intervals = {f"multiple_choice.{name}": drawn for name, drawn in letter.get("intervals", {}).items()}
+            rows.append(_row(f"constant: always ({letter['letter']})", {"multiple_choice": letter}, table, intervals))
     return rows
 
 
@@ -154,6 +155,9 @@ def _row(
 ) -> list[str]:
     cells = []
     for column in table.columns:
+        if pooled and column not in _AS_PUBLISHED:
+            cells.append("")  # the row above has it
+            continue
         path = _path(column, pooled)
         value = _look_up(scores, path)
         cells.append("" if value is None else figure(value, (intervals or {}).get(path)))
@@ -190,27 +194,6 @@ def paper_comparison(systems: Sequence[System]) -> str:
     return "\n\n".join([*(paper_table(table, systems) for table in PAPER_TABLES), "\n".join(notes)])
 
 
-# --- generation ---------------------------------------------------------------------------------------------------
-
-
-def generation_table(answers: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> str:
-    """What answering took, by task (`answer_statistics`), and what failed where `generation` of results.json tells."""
-    header = ["generation", "answers", "empty", "truncated", "tokens (mean)", "tokens (most)", "s a volume", "tokens/s"]
-    figures = ("tokens_mean", "tokens_longest", "seconds_per_volume", "tokens_per_second")
-    rows = [
-        [task, taken["answers"], taken["empty"], taken["truncated"], *(_plain(taken[name]) for name in figures)]
-        for task, taken in answers.items()
-    ]
-    kinds = (generation or {}).get("failure_kinds") or {}
-    listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    note = f"\n\n- Failed, and in no figure: {listed}; failures.jsonl lists them." if listed else ""
-    return markdown_table(header, rows) + note
-
-
-def _plain(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.3g}"
-
-
 # --- model index --------------------------------------------------------------------------------------------------
 
 # Figure → the Hub's name of the metric, and what it is called in the card.
@@ -233,13 +216,14 @@ _INDEX = {
         "multiple_choice.f1": ("f1", "F1 (macro)"),
     },
 }
+UNNAMED = "unnamed"  # the data set, unless --dataset names it
 _TASK_NAMES = {"report": "Chest CT report generation", "multiple_choice": "Chest CT multiple-choice question answering"}
 
 
 def model_index(
-    system: System, *, dataset: str = "ibrahimhamamci/CT-RATE", dataset_name: str = "CT-RATE", split: str = "valid"
+    system: System, *, dataset: str = UNNAMED, dataset_name: str = UNNAMED, split: str = "valid"
 ) -> list[dict[str, Any]]:
-    """The `model-index` of a model card: every figure that is there, with its interval."""
+    """The `model-index` of a model card: every figure that is there, with its interval. `dataset` is its Hub id."""
     entries = []
     for task, names in _INDEX.items():
         scores = system.results["tasks"].get(task)
@@ -247,17 +231,13 @@ def model_index(
             continue
         metrics = []
         for path, (kind, name) in names.items():
-            value, interval = _look_up(scores, path), scores["intervals"].get(path)
-            if value is None:
-                continue
-            metric = {"type": kind, "name": name, "value": round(value, 4)}
-            if interval:
-                metric["args"] = {"interval_95": [round(bound, 4) for bound in interval], "over": "patients"}
-            metrics.append(metric)
+            value = _look_up(scores, path)
+            if value is not None:
+                metrics.append(_index_entry(kind, name, value, scores["intervals"].get(path)))
         judged = _judged(system, task)
         if judged.get("mean") is not None:
             name = f"Judge, of {judged['highest']:g} ({system.judge['judge']['model']})"
-            metrics.append({"type": "llm_judge", "name": name, "value": round(judged["mean"], 4)})
+            metrics.append(_index_entry("llm_judge", name, judged["mean"], judged["interval"]))
         entries.append(
             {
                 "task": {"type": "image-text-to-text", "name": _TASK_NAMES[task]},
@@ -266,6 +246,47 @@ def model_index(
             }
         )
     return [{"name": system.name, "results": entries}]
+
+
+def _index_entry(kind: str, name: str, value: float, interval: Sequence[float] | None) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": kind, "name": name, "value": round(value, 4)}
+    if interval:
+        entry["args"] = {"interval_95": [round(bound, 4) for bound in interval], "over": "patients"}
+    return entry
+
+
+def write_to_card(card: str | os.PathLike, index: Sequence[Mapping[str, Any]]) -> None:
+    """Put a `model_index` into the metadata of a model card (README.md), beside what is there.
+
+    Results of the same task on the same part of the same data set are replaced; the card's text and its model's name stay.
+    A card without a name gets its folder's.
+    Raises FileNotFoundError without a card, ValueError where its metadata can't be read.
+    """
+    card = Path(card)
+    if not card.is_file():
+        raise FileNotFoundError(
+            f"{card}: no such file; expected a model card, which saving a model writes (README.md)."
+        )
+    try:
+        metadata = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{card}: its metadata can't be read ({error}); repair the block between the --- lines."
+        ) from error
+    (new,) = index
+    before = (metadata.get("model-index") or [{"name": card.resolve().parent.name, "results": []}])[0]
+    kept = [result for result in before["results"] if not any(_same_test(result, other) for other in new["results"])]
+    metadata["model-index"] = [{"name": before["name"], "results": [*kept, *new["results"]]}]
+    partial = card.with_name(f".{card.name}.partial")
+    partial.write_bytes(card.read_bytes())
+    metadata_save(partial, metadata)
+    os.replace(partial, card)
+
+
+def _same_test(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether two results are of the same task and the same part of a data set."""
+    places = (("task", "name"), ("dataset", "type"), ("dataset", "split"))
+    return all(first.get(group, {}).get(name) == second.get(group, {}).get(name) for group, name in places)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -306,8 +327,7 @@ def scoreboard_markdown(systems: Sequence[System], comparison: Mapping[str, Any]
     """Everything but pictures, as Markdown."""
     blocks = ["# Scoreboard", "For research only, not for diagnosis.", "## Beside the paper", paper_comparison(systems)]
     for system in systems:
-        blocks += [f"## {system.name}", results_table(system.results).strip()]
-        blocks += _extra_blocks(system)
+        blocks += [f"## {system.name}", _system_text(system)]
     if comparison is not None:
         names = [system.name for system in systems]
         blocks += [f"## {names[1]} to {names[0]}", comparison_table(comparison, names[::-1]).strip()]
@@ -315,14 +335,10 @@ def scoreboard_markdown(systems: Sequence[System], comparison: Mapping[str, Any]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _extra_blocks(system: System) -> list[str]:
-    """What `results_table` doesn't hold."""
-    blocks = [generation_table(system.results["answers"], system.results.get("generation"))]
-    if system.results.get("position_bias"):
-        blocks.append(position_bias_table(system.results["position_bias"]).strip())
-    if system.judge:
-        blocks.append(judge_table(system.judge).strip())
-    return blocks
+def _system_text(system: System) -> str:
+    """All figures of a system, its judge's too, as Markdown."""
+    judged = judge_table(system.judge) if system.judge else ""
+    return f"{results_table(system.results)}\n{judged}".strip()
 
 
 def _case_blocks(systems: Sequence[System]) -> list[str]:
@@ -330,7 +346,7 @@ def _case_blocks(systems: Sequence[System]) -> list[str]:
     cases, choices = _cases(systems)
     blocks = []
     if cases:
-        text = "✓ agrees with the reference, ✗ contradicts it, ? isn't in it; statements about the 18 findings alone."
+        text = "✓ agrees with the reference, ✗ contradicts it or its side, ? isn't in it; of the 18 findings alone."
         blocks += ["### The same reports", text, side_by_side(cases, (first.name, second.name))]
     if choices["questions"]:
         blocks += ["### The same questions", choice_comparison(choices, (first.name, second.name))]
@@ -362,8 +378,7 @@ def html_sections(
     sections = [("Figures", "".join(html_report.picture(plot, "figures of the evaluation") for plot in plots if plot))]
     sections.append(("Beside the paper", html_report.markdown_to_html(paper_comparison(systems))))
     for system in systems:
-        blocks = [results_table(system.results).strip(), *_extra_blocks(system)]
-        text = html_report.markdown_to_html("\n\n".join(block for block in blocks if block))
+        text = html_report.markdown_to_html(_system_text(system))
         calibration = html_report.judge_calibration(system.rows, system.judge) if system.judge else None
         plot = html_report.picture(calibration, "calibration of the judge") if calibration else ""
         sections.append((system.name, text + plot))
@@ -447,8 +462,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--against_judge", type=Path, help="the other system's judge.json")
     parser.add_argument("--data", help="the data set, as for eval.py, for pictures of slices")
     parser.add_argument("--split", default="valid", help="train or valid")
-    parser.add_argument("--dataset", default="ibrahimhamamci/CT-RATE", help="Hub id for the model index")
-    parser.add_argument("--dataset_name", default="CT-RATE", help="name for the model index")
+    parser.add_argument("--card", type=Path, help="model card (README.md) whose metadata gets the scores")
+    parser.add_argument("--dataset", help="what the records are of, for the model index, e.g. ibrahimhamamci/CT-RATE")
+    parser.add_argument("--dataset_name", help="its name in the model index; default: the end of --dataset")
     scoring = parser.add_argument_group("scoring, as in samf.evaluation.scoring")
     scoring.add_argument("--finding_names", nargs="+", metavar="NAME", help="findings that count; default: all 18")
     scoring.add_argument("--labeller", default="rules", help="rules, radbert, or a path of RadBertClassifier.pth")
@@ -472,7 +488,7 @@ _SCORING = (
     "resamples",
     "metadata",
 )
-_COMPARING = ("finding_names", "labeller", "bertscore_model", "bertscore_layers", "device")
+_COMPARING = ("finding_names", "labeller", "bertscore_model", "bertscore_layers", "radeval", "device")
 
 
 def build_systems(args: argparse.Namespace) -> tuple[list[System], dict[str, Any] | None]:
@@ -486,11 +502,22 @@ def build_systems(args: argparse.Namespace) -> tuple[list[System], dict[str, Any
     if not any(common_rows(systems[0].rows, systems[1].rows, task) for task in systems[0].results["tasks"]):
         raise ValueError(f"{args.against} answers none of the records of {args.predictions}; rows are matched by id.")
     compared = {**{name: options[name] for name in _COMPARING}, "permutations": args.permutations}
-    return systems, compare_predictions(args.against, args.predictions, **compared)
+    comparison = compare_predictions(args.against, args.predictions, **compared)
+    ours, other = (system.judge for system in systems)
+    if ours and other:
+        judged = compare_judged(other, ours, systems[0].rows, permutations=args.permutations)
+        for task, tested in judged.items():
+            comparison["tasks"].setdefault(task, {}).update(tested)
+    return systems, comparison
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.card and not args.dataset:
+        parser.error("--card needs --dataset: a card must say what the figures were measured on")
+    if args.card and not args.card.is_file():
+        parser.error(f"--card {args.card}: no such file; expected a model card (README.md)")
     output = args.output or args.predictions.with_name("scoreboard")
     try:
         systems, comparison = build_systems(args)
@@ -498,8 +525,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = load_records(args.data, args.split, on_missing="keep") if args.data else None
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"scoreboard: {error}")
-    dataset = {"dataset": args.dataset, "dataset_name": args.dataset_name, "split": args.split}
+    named = args.dataset or UNNAMED
+    dataset = {"dataset": named, "dataset_name": args.dataset_name or named.split("/")[-1], "split": args.split}
     write_scoreboard(output, systems, comparison=comparison, records=records, dataset=dataset)
+    if args.card:
+        try:
+            write_to_card(args.card, model_index(systems[0], **dataset))
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(f"scoreboard: {error}")
     sys.stdout.write(f"{paper_comparison(systems)}\n\n{output / 'report.html'}\n")
 
 

@@ -28,6 +28,8 @@ import numpy as np
 from samf.data.ct_rate import CT_RATE_LABELS
 from samf.evaluation.clinical_metrics import (
     CRG_REMEDY,
+    MACRO_REMEDY,
+    MICRO_REMEDY,
     PRECISION_RECALL_F1,
     RADEVAL_METRICS,
     Labeller,
@@ -79,6 +81,8 @@ FIELDS = ("id", "scan_id", "task", "question", "choices", "reference", "predicti
 TASKS = ("report", "multiple_choice", "short_answer", "long_answer")
 # What eval.py lists beside its predictions.
 FAILURES = "failures.jsonl"
+# What the data's loader counts: records that were not asked for at all, by reason.
+RECORD_COUNTS = "records.json"
 EMPTY_REFERENCE = "the reference is empty"
 LISTED_IDS = 20
 PERMUTATIONS = 10_000
@@ -183,10 +187,9 @@ def score_predictions(
     Returns, all of it fit for JSON:
         counts: predictions, scans, patients, duplicate_ids, missing_ids.
         cohort: predictions (scored), volumes (None where no row names one), scans, patients, excluded (reason → count and
-            the first ids).
+            the first ids): empty references, failures, and what the records.json beside the file says was left out.
         tasks: task → count, empty, truncated, `text`, `intervals` ("text.bleu_4" → [low, high]), and for reports
-            `findings`, `radeval`, `baselines`, `collapse`; for multiple choice `multiple_choice` and `baselines`;
-            `subgroups` with metadata.
+            `findings`, `radeval`, `collapse`; for multiple choice `multiple_choice`; `baselines`; with metadata `subgroups`.
         statistics: unit, resamples, level, seed, labeller.
         not_available: metric → why, and what to do.
 
@@ -217,7 +220,7 @@ def score_predictions(
     statistics = {"unit": "patient", "resamples": resamples, "level": LEVEL, "seed": seed, "labeller": labeller}
     return {
         "counts": _count(rows),
-        "cohort": _cohort(rows, scorable, _read_exclusions(exclusions, path_or_rows)),
+        "cohort": _cohort(rows, scorable, _read_exclusions(exclusions, path_or_rows), _read_left_out(path_or_rows)),
         "tasks": tasks,
         "statistics": statistics,
         "not_available": not_available,
@@ -277,8 +280,22 @@ def _read_exclusions(
     return [_parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
 
 
+def _read_left_out(predictions: str | os.PathLike | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What the records.json beside a predictions file lists as left out: reason, count and the first of each."""
+    path = Path(predictions).with_name(RECORD_COUNTS) if isinstance(predictions, str | os.PathLike) else None
+    if path is None or not path.is_file():
+        return []
+    left_out = _parse_json(path.read_text(encoding="utf-8"), str(path)).get("left_out")
+    if not isinstance(left_out, list) or not all(isinstance(entry, dict) and "reason" in entry for entry in left_out):
+        raise PredictionsError(f"{path}: no list `left_out` of reasons and counts; remove it, or run eval.py again.")
+    return left_out
+
+
 def _cohort(
-    rows: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]],
+    scored: Sequence[Mapping[str, Any]],
+    failures: Sequence[Mapping[str, Any]],
+    left_out: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     answered = {row["id"] for row in rows if row.get("id") is not None}
     reasons: dict[str, list[str]] = {}
@@ -290,12 +307,16 @@ def _cohort(
             reason = str(failure.get("error", "no reason given")).split(":")[0]
             reasons.setdefault(f"no prediction: {reason}", []).append(str(failure.get("id")))
     volumes = {row["volume"] for row in scored if row.get("volume")}
+    excluded = {reason: {"count": len(ids), "ids": ids[:LISTED_IDS]} for reason, ids in reasons.items()}
+    for entry in left_out:
+        first = [str(entry["first"])] if entry.get("first") else []
+        excluded[f"not asked: {entry['reason']}"] = {"count": entry.get("count", 0), "ids": first}
     return {
         "predictions": len(scored),
         "volumes": len(volumes) or None,
         "scans": len({row["scan_id"] for row in scored if row.get("scan_id") is not None}),
         "patients": len(set(patient_keys(scored))),
-        "excluded": {reason: {"count": len(ids), "ids": ids[:LISTED_IDS]} for reason, ids in reasons.items()},
+        "excluded": excluded,
     }
 
 
@@ -338,23 +359,25 @@ def _score_task(
         "text": text["scores"],
     }
     if task == "report":
-        scores["findings"] = describe_findings(
-            predictions, references, _select(samples, "findings"), settings.finding_names
-        )
+        scores["findings"] = describe_findings(_select(samples, "findings"), settings.finding_names)
         if scores["findings"]["crg"] is None:
             not_available = {**not_available, "crg": CRG_REMEDY}
+        if not scores["findings"]["macro_findings"]:
+            not_available = {**not_available, "macro": MACRO_REMEDY}
+        if scores["findings"]["micro"]["f1"] is None:
+            not_available = {**not_available, "micro": MICRO_REMEDY}
         if settings.radeval:
             scores["radeval"] = {name: metric.value() for name, metric in _select(samples, "radeval").items()}
     if task == "multiple_choice":
         scores["multiple_choice"] = score_multiple_choice(predictions, references, [row["choices"] for row in rows])
-    drawing = {"resamples": settings.resamples, "seed": settings.seed}
-    scores["intervals"] = bootstrap_intervals(samples, patients, **drawing) if settings.resamples else {}
+    scores["intervals"] = _intervals(samples, patients, settings)
     if settings.baselines:
         scores |= _score_baselines(task, rows, patients, settings)
     if settings.metadata is not None and task in SUBGROUP_METRICS:
         chosen = {name: samples[name] for name in SUBGROUP_METRICS[task]}
         groups = read_subgroups(settings.metadata, rows)
-        scores["subgroups"] = subgroup_table(chosen, patients, groups, **drawing) if settings.resamples else []
+        drawing = {"resamples": settings.resamples, "seed": settings.seed}
+        scores["subgroups"] = subgroup_table(chosen, patients, groups, **drawing)
     return scores, not_available
 
 
@@ -388,43 +411,73 @@ def _score_baselines(
         collapse = {"predictions": template_collapse(predictions), "references": template_collapse(references)}
         return {"baselines": _report_baselines(predictions, references, patients, settings), "collapse": collapse}
     if task == "multiple_choice":
-        return {"baselines": _choice_baselines(rows)}
-    return {}
+        return {"baselines": _choice_baselines(rows, patients, settings)}
+    _, references = _texts(rows)
+    constant = constant_reports(references, patients)
+    return {"baselines": {"constant_answer": _score_texts(constant, references, patients, settings)}}
 
 
 def _report_baselines(
     predictions: Sequence[str], references: Sequence[str], patients: Sequence[str], settings: _Settings
 ) -> dict[str, Any]:
-    """name → `text` and `findings` (macro, micro, crg, sides, sizes) of reports that no image was read for.
+    """name → `text`, `findings` (macro, micro, crg, sides, sizes) and `intervals` of reports that no image was read for.
 
-    BERTScore, which costs most, is computed for the constant report alone, where it shows how high its floor is.
+    BERTScore, which costs most, is computed for the constant report alone, where it shows how high its floor is. Chance
+    is an expectation and has no interval.
     """
     constant = constant_reports(references, patients)
-    scored = {"constant_report": _score_texts(constant, references, settings, settings.bertscore)}
+    scored = {"constant_report": _score_reports(constant, references, patients, settings, settings.bertscore)}
     if len(set(patients)) > 1:
         labels = settings.labeller(references)
         nearest = nearest_prior_reports(references, labels, patients)
-        scored["nearest_label_prior"] = _score_texts(nearest, references, settings, {})
+        scored["nearest_label_prior"] = _score_reports(nearest, references, patients, settings)
         exchanged = exchanged_reports(predictions, patients, settings.seed)
-        scored["shuffled"] = _score_texts(exchanged, references, settings, {})
+        scored["shuffled"] = _score_reports(exchanged, references, patients, settings)
     chance = chance_findings(references, settings.finding_names, settings.labeller)
     scored["chance"] = {"text": dict.fromkeys(TEXT_METRICS), "findings": chance}
     return scored
 
 
 def _score_texts(
-    texts: Sequence[str], references: Sequence[str], settings: _Settings, options: Mapping[str, Any]
+    texts: Sequence[str],
+    references: Sequence[str],
+    patients: Sequence[str],
+    settings: _Settings,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    text = describe_text(texts, references, text_samples(texts, references, **options))["scores"]
-    samples = finding_samples(texts, references, settings.finding_names, settings.labeller)
+    samples = {f"text.{name}": metric for name, metric in text_samples(texts, references, **(options or {})).items()}
+    text = describe_text(texts, references, _select(samples, "text"))["scores"]
+    return {"text": text, "intervals": _intervals(samples, patients, settings)}
+
+
+def _score_reports(
+    texts: Sequence[str],
+    references: Sequence[str],
+    patients: Sequence[str],
+    settings: _Settings,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    scores = _score_texts(texts, references, patients, settings, options)
+    found = finding_samples(texts, references, settings.finding_names, settings.labeller)
     groups = ("macro", "micro", "sides", "sizes")
     findings: dict[str, Any] = {
-        group: {name: samples[f"{group}.{name}"].value() for name in PRECISION_RECALL_F1} for group in groups
+        group: {name: found[f"{group}.{name}"].value() for name in PRECISION_RECALL_F1} for group in groups
     }
-    return {"text": text, "findings": {**findings, "crg": samples["crg"].value()}}
+    findings["crg"] = found["crg"].value()
+    shown = {f"findings.{name}": metric for name, metric in found.items() if name.partition(".")[0] in findings}
+    intervals = scores["intervals"] | _intervals(shown, patients, settings)
+    return {"text": scores["text"], "findings": findings, "intervals": intervals}
 
 
-def _choice_baselines(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _intervals(
+    samples: Mapping[str, SampledMetric], patients: Sequence[str], settings: _Settings
+) -> dict[str, list[float] | None]:
+    return bootstrap_intervals(samples, patients, resamples=settings.resamples, seed=settings.seed)
+
+
+def _choice_baselines(
+    rows: Sequence[Mapping[str, Any]], patients: Sequence[str], settings: _Settings
+) -> dict[str, Any]:
     """Accuracy and macro figures of always naming the letter that is most often right; and of guessing."""
     _, references = _texts(rows)
     choices = [row["choices"] for row in rows]
@@ -436,9 +489,14 @@ def _choice_baselines(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not letters:
         return {}
     letter = "abcdefghijklmnopqrstuvwxyz"[letters.most_common(1)[0][0]]
-    scores = score_multiple_choice([f"({letter})"] * len(rows), references, choices)
-    constant = {name: scores[name] for name in ("accuracy", *PRECISION_RECALL_F1)}
-    return {"most_frequent_letter": {"letter": letter, **constant}, "chance": {"accuracy": scores["chance"]}}
+    constant = [f"({letter})"] * len(rows)
+    scores = score_multiple_choice(constant, references, choices)
+    figures = {name: scores[name] for name in ("accuracy", *PRECISION_RECALL_F1)}
+    intervals = _intervals(choice_samples(constant, references, choices), patients, settings)
+    return {
+        "most_frequent_letter": {"letter": letter, **figures, "intervals": intervals},
+        "chance": {"accuracy": scores["chance"]},
+    }
 
 
 # --- two systems ------------------------------------------------------------------------------------------------
@@ -452,6 +510,7 @@ def compare_predictions(
     labeller: str = "rules",
     bertscore_model: str | None = None,
     bertscore_layers: int | None = None,
+    radeval: Sequence[str] = (),
     device: str | None = None,
     permutations: int = PERMUTATIONS,
     seed: int = 0,
@@ -468,6 +527,7 @@ def compare_predictions(
         make_labeller(labeller, device=device),
         labeller,
         {"bertscore_model": bertscore_model, "bertscore_layers": bertscore_layers, "device": device},
+        tuple(radeval),
     )
     sides = [_by_id(_load_rows(rows)[0]) for rows in (first, second)]
     common = [key for key in sides[0] if key in sides[1] and str(sides[0][key]["reference"]).strip()]
@@ -550,16 +610,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--exclusions", help="failures.jsonl of the run; default: the one beside the predictions")
     parser.add_argument("--against", metavar="FILE", help="another system's predictions: test the differences instead")
+    parser.add_argument("--permutations", type=int, default=PERMUTATIONS, help="of the test of two systems")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = vars(_parser().parse_args(argv))
+    parser = _parser()
+    options = vars(parser.parse_args(argv))
     predictions, output, against = (options.pop(name) for name in ("predictions", "output", "against"))
+    permutations = options.pop("permutations")
+    if against and (options["metadata"] or options["exclusions"]):
+        parser.error("--metadata and --exclusions have no meaning with --against")
     try:
         if against:
-            shared = ("finding_names", "labeller", "bertscore_model", "bertscore_layers", "device", "seed")
-            results = compare_predictions(against, predictions, **{name: options[name] for name in shared})
+            shared = ("finding_names", "labeller", "bertscore_model", "bertscore_layers", "radeval", "device", "seed")
+            chosen = {name: options[name] for name in shared}
+            results = compare_predictions(against, predictions, permutations=permutations, **chosen)
             table = comparison_table(results, (against, predictions))
         else:
             results = score_predictions(predictions, **options)

@@ -4,14 +4,14 @@ The rule-based labeller reads the statements about the 18 findings of CT-RATE; w
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from samf.evaluation.clinical_metrics import finding_samples
-from samf.evaluation.finding_labeller import Status, find_mentions
+from samf.evaluation.finding_labeller import Mention, Status, find_mentions, finding_sides
 from samf.evaluation.multiple_choice import parse_choice, reference_choice
 from samf.evaluation.text_metrics import bleu_samples, combine_bleu
 
@@ -46,13 +46,15 @@ def mark_report(report: str, reference: str) -> Marked:
     """Mark the statements of a report by what the reference says of the same finding.
 
     A statement agrees where both call a finding present, or both absent; it contradicts where one calls it present and
-    the other absent; it is unsupported where it calls present what the reference doesn't mention. A clause with several
-    findings takes the worst of its verdicts.
+    the other absent, or puts it on the other side; it is unsupported where it calls present what the reference doesn't
+    mention. A clause with several findings takes the worst of its verdicts.
     """
-    said = _says(reference)
+    said, sides = _says(reference), finding_sides(reference)
     verdicts: dict[str, set[str]] = {}
     for mention in find_mentions(report):
         verdict = _verdict(mention.status is not Status.NEGATED, said.get(mention.label))
+        if verdict == AGREES and _other_side(mention, sides):
+            verdict = CONTRADICTS
         if verdict:
             verdicts.setdefault(mention.clause, set()).add(verdict)
     worst = {
@@ -66,6 +68,13 @@ def _verdict(present: bool, in_reference: bool | None) -> str | None:
     if in_reference is None:
         return UNSUPPORTED if present else None
     return AGREES if present == in_reference else CONTRADICTS
+
+
+def _other_side(mention: Mention, sides: Collection[tuple[str, str]]) -> bool:
+    """Whether a statement names a side for its finding, and the reference's (finding, side) pairs only the other one."""
+    named = {side for label, side in finding_sides(mention.clause) if label == mention.label}
+    expected = {side for label, side in sides if label == mention.label}
+    return bool(named and expected) and not named & expected
 
 
 def _cut(report: str, verdicts: Mapping[str, str]) -> tuple[Span, ...]:

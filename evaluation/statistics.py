@@ -144,10 +144,10 @@ def bootstrap_intervals(
 ) -> dict[str, list[float] | None]:
     """Percentile intervals [low, high] of each figure over draws of patients; None where there is none.
 
-    None: a single patient, or a figure that is undefined in more than half of the draws. With fewer than about 30
+    None: a single patient, no draws, or a figure that is undefined in more than half of them. With fewer than about 30
     patients percentile intervals are too narrow.
     """
-    if len(set(patients)) < 2:
+    if len(set(patients)) < 2 or not resamples:
         return dict.fromkeys(metrics)
     drawn = bootstrap_values(metrics, patients, resamples=resamples, seed=seed)
     return {name: _interval(values, level) for name, values in drawn.items()}
@@ -193,7 +193,8 @@ def paired_randomisation(
         for name in names:
             moved = swapped @ (b[name] - a[name])
             difference = _difference(first[name], a[name].sum(0) + moved, b[name].sum(0) - moved)
-            exceeding[name] += int(np.sum(np.abs(difference) >= np.abs(observed[name]) - _TIE))
+            # Not "greater": a permutation whose difference is undefined counts against a difference too.
+            exceeding[name] += int(np.sum(~(np.abs(difference) < np.abs(observed[name]) - _TIE)))
     intervals = _difference_intervals(first, a, b, count, seed)
     return {
         name: {
@@ -397,6 +398,7 @@ def _repeated(runs: _Runs, n: int) -> int | None:
 SUBGROUP_COLUMNS = ("sex", "age", "scanner", "kernel")
 AGE_BANDS = ((0, 40, "under 40"), (40, 60, "40 to 59"), (60, 75, "60 to 74"), (75, 200, "75 and over"))
 UNKNOWN = "unknown"
+SMALL_GROUPS = "small groups together"
 _VOLUME = re.compile(r"((?:train|valid)_\d+_[a-z]+)(?:_(\d+))?(?![\da-z])")
 
 
@@ -463,12 +465,14 @@ def subgroup_table(
     """The figures and their intervals in every subgroup of at least `smallest` samples, largest first.
 
     `groups` as `read_subgroups` gives them. Rows hold `by`, `group`, `count`, `patients`, and name → {value, interval}.
-    Smaller groups are put together as "other".
+    Smaller groups are put together as SMALL_GROUPS; a column that has no other is left out.
     """
     table = []
     for column, values in groups.items():
         sizes = Counter(values)
-        names = np.array([value if sizes[value] >= smallest else "other" for value in values], dtype=object)
+        names = np.array([value if sizes[value] >= smallest else SMALL_GROUPS for value in values], dtype=object)
+        if set(names) == {SMALL_GROUPS}:
+            continue
         for name, count in Counter(names.tolist()).most_common():
             index = np.flatnonzero(names == name)
             chosen = [patients[k] for k in index]

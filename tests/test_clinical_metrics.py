@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, RobertaConfig
 from samf.data.ct_rate import CT_RATE_LABELS
 from samf.evaluation import clinical_metrics as clinical
 from samf.evaluation.finding_labeller import label_reports
+from samf.evaluation.statistics import bootstrap_intervals, bootstrap_values
 
 # --- F1 ---------------------------------------------------------------------------------------------------------
 
@@ -43,10 +44,22 @@ def test_figures_equal_scikit_learn(seed):
             truth.astype(int), found.astype(int), labels=labels, average=average, zero_division=0
         )
         assert [metric.value() for metric in metrics.values()] == pytest.approx(expected[:3], abs=1e-9)
-    expected = precision_recall_fscore_support(truth.astype(int), found.astype(int), average=None, zero_division=0)
+    expected = precision_recall_fscore_support(truth.astype(int), found.astype(int), average=None, zero_division=np.nan)
     for label in range(7):
         one = [metric.value() for metric in clinical.micro_metrics(counts[:, label]).values()]
-        assert one == pytest.approx([figures[label] for figures in expected[:3]], abs=1e-9)
+        defined = [None if np.isnan(figures[label]) else pytest.approx(figures[label]) for figures in expected[:3]]
+        assert one == defined
+    assert one[1] is None  # the recall of what never occurs
+
+
+def test_a_draw_without_a_finding_does_not_count_as_one_that_missed_it():
+    """One of 20 patients has it and it is found: in every draw that holds the patient F1 is 1, in the others undefined."""
+    truth = np.zeros((20, 1), dtype=int)
+    truth[3] = 1
+    metrics = clinical.micro_metrics(clinical.confusion_counts(truth, truth))
+    values = bootstrap_values(metrics, range(20), resamples=200)["f1"]
+    assert 0 < np.isnan(values).sum() < 200 and set(values[~np.isnan(values)]) == {1.0}
+    assert bootstrap_intervals(metrics, range(20), resamples=200)["f1"] == [1.0, 1.0]
 
 
 # --- CRG --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 
+import numpy as np
 import pytest
 from tiny import TEXTS
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -18,6 +19,7 @@ from samf.evaluation.judge import (
     ReplyError,
     build_judge,
     build_messages,
+    compare_judged,
     judge_predictions,
     judge_rows,
     judge_table,
@@ -358,6 +360,20 @@ def test_the_mean_has_an_interval_over_patients(serve):
     assert low < scores["mean"] < high
     one = judge_predictions([{**row, "scan_id": "valid_1_a"} for row in rows[:3]], endpoint(server))["tasks"]["report"]
     assert one["interval"] is None
+
+
+def test_judged_systems_are_compared_over_patients(serve):
+    """The second system's texts are one score longer each; a row that has no score in one of them counts in neither."""
+    server = serve(lambda number, body: f"Score: {body['messages'][1]['content'].count('x')}")
+    first = [report(n, "x" * (n % 5 + 1)) for n in range(30)]
+    second = [{**row, "prediction": row["prediction"] + "x"} for row in first]
+    judged = [judge_predictions(rows, endpoint(server)) for rows in (first, second)]
+    judged[1]["scores"][0]["score"] = None
+    tested = compare_judged(*judged, first, permutations=200)["report"]["judge.judge_score"]
+    kept = [score["score"] for score in judged[0]["scores"][1:]]
+    assert tested["first"] == pytest.approx(np.mean(kept)) and tested["difference"] == pytest.approx(1)
+    assert tested["interval"] == pytest.approx([1, 1]) and tested["p_value"] == 1 / 201
+    assert compare_judged(judged[0], {**judged[1], "ranges": 5}, first) == {}
 
 
 # ---- a local model ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,14 @@
 
 import pytest
 
-from samf.evaluation.multiple_choice import parse_choice, position_bias, rotated_records, score_multiple_choice
+from samf.evaluation.multiple_choice import (
+    not_rotated,
+    parse_choice,
+    position_bias,
+    rotated_records,
+    score_multiple_choice,
+)
+from samf.evaluation.results_table import position_bias_table
 
 CHOICES = ["A few millimetric nodules", "Normal aeration", "Pleural effusion on the left", "Not visible"]
 
@@ -183,7 +190,10 @@ def test_records_that_cannot_be_rotated_are_left_out():
     bound = ["Emphysema", "Effusion", "Both (a) and (b)", "None of the above"]
     other = {**question(3, 0), "task": "report", "choices": None, "answer": "Normal."}
     senseless = {**question(4, 0), "answer": "something else"}
-    assert rotated_records([question(1, 0, bound), other, senseless]) == []
+    records = [question(1, 0, bound), other, senseless, question(5, 0, ["Emphysema"]), question(6, 1)]
+    assert {r["id"].partition("@")[0] for r in rotated_records(records)} == {"q6"}
+    reasons = not_rotated(records)
+    assert list(reasons.values()) == [1, 1, 1] and "options that speak of others' places" in reasons
 
 
 def test_a_model_that_goes_by_content_has_no_bias():
@@ -211,3 +221,22 @@ def test_unparsed_and_incomplete_questions():
     bias = position_bias(rows[1:])  # question 0 lacks a rotation
     assert bias["questions"] == 2 and bias["incomplete"] == 1 and bias["unparsed"] == 8 and bias["consistency"] == 0
     assert position_bias([])["questions"] == 0 and position_bias(rows[:2])["accuracy"] is None
+    assert "no question was answered" in position_bias_table(position_bias([]))
+    table = position_bias_table({**bias, "left_out": {"the answer is none of the options": 3}})
+    assert "not in these figures: 3 (the answer is none of the options), 1 (not answered in all rotations)" in table
+    assert "8 answers named no option" in table
+
+
+def test_bias_has_intervals_over_patients():
+    """Two patients with ten questions each, one right in all rotations and one in none: draws give 0, 1/2 or 1."""
+    records = rotated_records([question(n, right=1) for n in range(20)])
+    rows = answered(records, lambda choices: choices.index("Normal aeration"))
+    for row in rows:
+        patient = int(row["id"].partition("@")[0][1:]) % 2
+        row["scan_id"] = f"valid_{patient}_a"
+        row["prediction"] = row["prediction"] if patient else "no idea"
+    bias = position_bias(rows)
+    assert bias["accuracy"] == bias["consistency"] == 0.5
+    assert bias["intervals"] == {"accuracy": [0.0, 1.0], "consistency": [0.0, 1.0]}
+    assert "accuracy 0.500 (0.000 to 1.000)" in position_bias_table(bias)
+    assert position_bias(rows, resamples=0)["intervals"] == {"accuracy": None, "consistency": None}

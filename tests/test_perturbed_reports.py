@@ -8,20 +8,24 @@ import csv
 
 import numpy as np
 import pytest
-from perturbed_reports import PERTURBATIONS, change_sizes, flip_negations, swap_sides
 
+from samf.data.ct_rate import CT_RATE_LABELS
 from samf.data.phantom_findings import sample_findings
 from samf.data.phantom_text import join_report, write_statements
-from samf.evaluation.clinical_metrics import finding_samples
-from samf.evaluation.text_metrics import text_samples
+from samf.evaluation import meta_evaluation
+from samf.evaluation.meta_evaluation import (
+    EXCHANGED,
+    PERTURBATIONS,
+    UNCHANGED,
+    change_sizes,
+    flip_negations,
+    perturbation_figures,
+    swap_sides,
+)
+from samf.evaluation.scoring import read_predictions
 
 WORDS = ("bleu_1", "rouge_1", "rouge_l")
 LABELS = ("macro.f1", "micro.f1", "crg")
-
-
-def figures(predictions, references) -> dict[str, float]:
-    samples = {**text_samples(predictions, references), **finding_samples(predictions, references)}
-    return {name: metric.value() for name, metric in samples.items() if "per_finding" not in name}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +43,7 @@ def real_reports(test_data) -> list[str]:
 @pytest.fixture(params=["phantom_reports", "real_reports"])
 def table(request) -> dict[str, dict[str, float]]:
     """Perturbation → metric → figure."""
-    reports = request.getfixturevalue(request.param)
-    changed = {name: [change(report) for report in reports] for name, change in PERTURBATIONS.items()}
-    return {name: figures(texts, reports) for name, texts in {"none": reports, **changed}.items()}
+    return perturbation_figures(request.getfixturevalue(request.param))
 
 
 def test_perturbations():
@@ -52,12 +54,11 @@ def test_perturbations():
 
 
 def test_which_metrics_notice(table):
-    perfect = table["none"]
+    perfect = table[UNCHANGED]
     assert all(perfect[name] == pytest.approx(1) for name in (*WORDS, *LABELS, "sides.f1", "sizes.f1"))
-    for name, row in table.items():
-        if name != "none":
-            # What a metric of words loses to an error that turns the report's meaning: less than a tenth.
-            assert all(0.9 < row[metric] < 1 for metric in WORDS), name
+    for name in PERTURBATIONS:
+        # What a metric of words loses to an error that turns the report's meaning: less than a tenth.
+        assert all(0.9 < table[name][metric] < 1 for metric in WORDS), name
     flipped, swapped, resized = (table[name] for name in PERTURBATIONS)
     assert all(flipped[name] < 0.8 for name in LABELS)
     assert all(swapped[name] == resized[name] == pytest.approx(1) for name in LABELS)
@@ -65,7 +66,40 @@ def test_which_metrics_notice(table):
     assert resized["sizes.f1"] < 0.2 and flipped["sizes.f1"] == swapped["sizes.f1"] == pytest.approx(1)
 
 
-def test_a_flipped_report_scores_higher_in_words_than_another_patients(table, request, phantom_reports):
+def test_a_flipped_report_scores_higher_in_words_than_another_patients(table):
     """Why metrics of words can't rank reports by safety: all findings wrong beats an honest report in other words."""
-    exchanged = figures(phantom_reports[1:] + phantom_reports[:1], phantom_reports)
-    assert all(table["negations flipped"][name] > exchanged[name] for name in WORDS)
+    assert all(table["negations flipped"][name] > table[EXCHANGED][name] for name in WORDS)
+
+
+def write_reports(path, reports, labels=None) -> str:
+    with path.open("w", encoding="utf-8", newline="") as lines:
+        writer = csv.writer(lines)
+        writer.writerow(["report_text", *(CT_RATE_LABELS if labels is not None else ())])
+        writer.writerows([report, *(labels[k] if labels is not None else ())] for k, report in enumerate(reports))
+    return str(path)
+
+
+def test_commands_print_the_tables(tmp_path, phantom_reports, capsys):
+    reports = write_reports(tmp_path / "reports.csv", phantom_reports)
+    meta_evaluation.main(["perturbations", reports])
+    printed = capsys.readouterr().out
+    assert "| sizes tripled |" in printed and "| unchanged | 1.000 |" in printed
+    output = tmp_path / "mixed.jsonl"
+    meta_evaluation.main(["predictions", reports, "--count", "30", "--output", str(output)])
+    assert "30 predictions of" in capsys.readouterr().out
+    rows = read_predictions(output)
+    assert len({row["id"] for row in rows}) == 30 and 10 <= len({row["scan_id"] for row in rows}) <= 30
+    assert all(row["reference"] != row["prediction"] for row in rows)
+    with pytest.raises(SystemExit, match="lacks the columns Medical material"):
+        meta_evaluation.main(["labeller", reports])
+    with pytest.raises(SystemExit, match="no such file"):
+        meta_evaluation.main(["perturbations", str(tmp_path / "nowhere.csv")])
+
+
+def test_the_labellers_table_by_hand(tmp_path, capsys):
+    """Emphysema: of four reports it is in two; the labeller finds one of them, and one that isn't labelled."""
+    texts = ["Emphysema is seen.", "Emphysema is seen.", "No nodule.", "No nodule."]
+    labels = np.zeros((4, 18), dtype=int)
+    labels[[0, 2], CT_RATE_LABELS.index("Emphysema")] = 1
+    meta_evaluation.main(["labeller", write_reports(tmp_path / "labelled.csv", texts, labels), "--from", "2"])
+    assert "| Emphysema | 2 | 0.500 | 0.500 | 0.500 | 1 | 0.000 |" in capsys.readouterr().out

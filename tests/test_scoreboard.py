@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
@@ -127,7 +127,7 @@ def test_our_figures_stand_in_the_papers_columns(good):
     accuracy = system.results["tasks"]["multiple_choice"]["multiple_choice"]["accuracy"]
     assert accuracy == pytest.approx(4 / 6) and choice[5].startswith(f"{accuracy:.3f}")
     always = cells(scoreboard.paper_table(TABLE_2, [system]), "constant: always (b)")
-    assert always[5] == "1.000" and always[1] == ""
+    assert always[5] == "1.000 (1.000 to 1.000)" and always[1] == pooled[3] == ""
 
 
 def test_the_judges_mean_stands_under_llama_score(good):
@@ -160,6 +160,21 @@ def test_statements_by_hand():
     assert verdicts(report, reference)[0][1] == "No emphysema was detected"
     assert mark_report(report, reference).missed == ("Lung nodule",)
     assert [v for v, _ in verdicts("There is no cardiomegaly.", reference)] == [], "nobody said anything of it"
+
+
+@pytest.mark.parametrize(
+    "report, verdict",
+    [
+        ("Consolidation is seen in the left lung.", CONTRADICTS),
+        ("Consolidation is seen in the right lung.", AGREES),
+        ("Consolidation is seen in both lungs.", AGREES),
+        ("Consolidation is seen.", AGREES),
+        ("Emphysema is seen in the left lung.", AGREES),  # the reference names no side
+    ],
+)
+def test_a_finding_on_the_other_side_is_a_contradiction(report, verdict):
+    marked = mark_report(report, "There is consolidation in the right lower lobe. Emphysema is observed.")
+    assert [span.verdict for span in marked.spans if span.verdict] == [verdict]
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
@@ -313,6 +328,7 @@ def add_judge(path, rows) -> None:
 
 def test_one_command_writes_everything(good, bad, data, tmp_path, capsys):
     add_judge(good, read_predictions(good))
+    add_judge(bad, read_predictions(bad))
     generation = {"written": 12, "resumed": 0, "seconds": 3.0, "failures": 1, "failure_kinds": {"CTReadError": 1}}
     timing = {"answers": 6, "empty": 0, "truncated": 0, "tokens": 60, "tokens_mean": 10.0, "tokens_longest": 12}
     timing |= {"seconds_per_volume": 2.5, "seconds_per_answer": 2.5, "tokens_per_second": 30.0}
@@ -332,7 +348,8 @@ def test_one_command_writes_everything(good, bad, data, tmp_path, capsys):
     assert results["generation"] == before["generation"] and results["tasks"]["report"]["count"] == 6
 
     markdown = (output / "scoreboard.md").read_text(encoding="utf-8")
-    for part in ("Table 1", "Table 2", "Table 3", "B to A <1>", "The same reports", "✗", "2.5", "1 CTReadError"):
+    parts = ("Table 1", "Table 2", "Table 3", "B to A <1>", "The same reports", "✗", "2.5", "1 CTReadError")
+    for part in (*parts, "| judge's score |"):
         assert part in markdown, part
     assert cells(markdown, "6 questions | both")[1:] == ["both right", "A <1> alone", "B alone", "neither"]
 
@@ -344,12 +361,13 @@ def test_one_command_writes_everything(good, bad, data, tmp_path, capsys):
         (tmp_path / "image.png").write_bytes(png)
         sizes.append(Image.open(tmp_path / "image.png").size)
     pictures = len(list((output / "pictures").iterdir()))
-    assert pictures == 3 and len(sizes) == 5 + pictures and min(min(size) for size in sizes) > 100
+    assert pictures == 3 and len(sizes) == 6 + pictures and min(min(size) for size in sizes) > 100
     assert "can't be shown" in "".join(page.text) and "No volume of this id" in "".join(page.text)
 
 
 def test_the_model_index_is_what_the_hub_reads(good, tmp_path):
-    scoreboard.main([str(good), "--output", str(tmp_path / "board"), "--names", "samf", "--resamples", "50"])
+    argv = [str(good), "--output", str(tmp_path / "board"), "--names", "samf", "--resamples", "50"]
+    scoreboard.main([*argv, "--dataset", "ibrahimhamamci/CT-RATE"])
     index = yaml.safe_load((tmp_path / "board" / "model_index.yaml").read_text(encoding="utf-8"))["model-index"]
     name, evaluations = model_index_to_eval_results(index)
     results = json.loads((tmp_path / "board" / "results.json").read_text(encoding="utf-8"))["tasks"]
@@ -361,6 +379,60 @@ def test_the_model_index_is_what_the_hub_reads(good, tmp_path):
     assert accuracy.metric_args["interval_95"][0] <= accuracy.metric_value <= accuracy.metric_args["interval_95"][1]
     card = ModelCardData(model_name=name, eval_results=evaluations)
     assert "CT-RATE" in card.to_yaml()
+
+
+CARD = """---
+license: apache-2.0
+tags: [samf]
+model-index:
+- name: ours
+  results:
+  - task: {type: image-text-to-text, name: Chest CT report generation}
+    dataset: {type: ibrahimhamamci/CT-RATE, name: CT-RATE, split: valid}
+    metrics: [{type: bleu, name: BLEU-1, value: 0.999}]
+  - task: {type: image-text-to-text, name: Another}
+    dataset: {type: ibrahimhamamci/CT-RATE, name: CT-RATE, split: valid}
+    metrics: [{type: accuracy, name: Accuracy, value: 0.5}]
+---
+
+# Ours
+
+Text that stays.
+"""
+
+
+def test_the_model_index_goes_into_a_card(good, tmp_path):
+    """Twice, and from a card that held one of these results already: each result is there once, the text untouched."""
+    card = tmp_path / "README.md"
+    card.write_text(CARD, encoding="utf-8")
+    argv = [str(good), "--output", str(tmp_path / "board"), "--resamples", "20", "--card", str(card)]
+    argv += ["--dataset", "ibrahimhamamci/CT-RATE"]
+    scoreboard.main(argv)
+    scoreboard.main(argv)
+    loaded = ModelCard.load(card)
+    assert loaded.text.strip() == "# Ours\n\nText that stays." and loaded.data.license == "apache-2.0"
+    assert loaded.data.model_name == "ours"
+    results = {(e.task_name, e.metric_name): e.metric_value for e in loaded.data.eval_results}
+    assert results["Another", "Accuracy"] == 0.5
+    assert results["Chest CT report generation", "BLEU-1"] != 0.999
+    assert len(results) == len(loaded.data.eval_results)
+    assert ("Chest CT multiple-choice question answering", "Accuracy") in results
+
+
+def test_a_card_that_is_none_is_an_error(good, tmp_path, capsys):
+    argv = [str(good), "--card", str(tmp_path / "README.md")]
+    for more, message in (([], "--card needs --dataset"), (["--dataset", "x/y"], "expected a model card")):
+        with pytest.raises(SystemExit):
+            scoreboard.main([*argv, *more])
+        assert message in capsys.readouterr().err
+    (tmp_path / "README.md").write_text("---\n[\n---\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="repair the block"):
+        scoreboard.write_to_card(tmp_path / "README.md", [{"name": "x", "results": []}])
+    (tmp_path / "README.md").write_text("# No metadata\n", encoding="utf-8")
+    scoreboard.write_to_card(tmp_path / "README.md", [{"name": "x", "results": []}])
+    assert yaml.safe_load((tmp_path / "README.md").read_text(encoding="utf-8").split("---")[1]) == {
+        "model-index": [{"name": tmp_path.name, "results": []}]
+    }
 
 
 ODD = ["", "word " * 10_000, "line\nbreak | pipe", "肺野清晰 <script>alert(1)</script>", "\x00\u2028", "  "]

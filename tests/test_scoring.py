@@ -3,7 +3,9 @@
 import json
 import runpy
 import sys
+import types
 
+import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -63,7 +65,9 @@ def test_findings_by_hand():
     assert scores["micro"] == pytest.approx({"precision": 1, "recall": 3 / 4, "f1": 6 / 7})
     assert scores["macro"] == pytest.approx({"precision": 3 / 4, "recall": 3 / 4, "f1": 3 / 4})
     assert scores["macro_findings"] == 4
-    assert scores["per_finding"]["Cardiomegaly"] == {"precision": 0, "recall": 0, "f1": 0, "support": 1, "predicted": 0}
+    missed = {"precision": None, "recall": 0, "f1": 0, "support": 1, "predicted": 0}
+    assert scores["per_finding"]["Cardiomegaly"] == missed
+    assert scores["per_finding"]["Lung nodule"]["f1"] is None  # in no reference and no prediction
     assert scores["effusion_side"] == {"count": 1, "accuracy": 0}
 
 
@@ -73,9 +77,10 @@ def test_findings_equal_scikit_learn():
     truth, found = label_reports(references), label_reports(predictions)
     expected = precision_recall_fscore_support(truth, found, average="micro", zero_division=0)
     assert list(scores["micro"].values()) == pytest.approx(expected[:3])
-    per_label = precision_recall_fscore_support(truth, found, average=None, zero_division=0)
+    per_label = precision_recall_fscore_support(truth, found, average=None, zero_division=np.nan)
     for name, *figures in zip(CT_RATE_LABELS, *per_label, strict=True):
-        assert list(scores["per_finding"][name].values())[:4] == pytest.approx(figures)
+        found_figures = [np.nan if f is None else f for f in scores["per_finding"][name].values()]
+        assert found_figures[:4] == pytest.approx(figures, nan_ok=True)
 
 
 def test_chosen_findings_only():
@@ -112,9 +117,10 @@ def test_table_names_every_score_and_remedy(rows):
         "| counts pooled |",
         "| mean of samples | yes |",
         "| 4 questions | 0.500 (",
-        "| always (a) | 0.500 |",
+        "| always (a) | 0.500 (",
         "| chance | 0.250 |",
-        "| Cardiomegaly | 0.000",
+        "| Cardiomegaly | n/a | 0.000 (0.000 to 0.000) | 0.000 (0.000 to 0.000) | 1 | 0 |",
+        "| Lung nodule | n/a | n/a | n/a | 0 | 0 |",
         "**macro** (4",
         "constant: the most frequent report",
         "another patient's answer",
@@ -139,6 +145,27 @@ def test_every_figure_has_its_interval(rows):
     low, high = tasks["multiple_choice"]["intervals"]["multiple_choice.accuracy"]
     assert low <= tasks["multiple_choice"]["multiple_choice"]["accuracy"] <= high
     assert tasks["short_answer"]["intervals"]["text.rouge_l"] is None  # one patient
+    for name in ("constant_report", "nearest_label_prior", "shuffled"):
+        baseline = tasks["report"]["baselines"][name]
+        low, high = baseline["intervals"]["text.bleu_1"]
+        assert low <= baseline["text"]["bleu_1"] <= high
+        assert set(baseline["intervals"]) >= {"text.meteor", "findings.macro.f1", "findings.crg"} - {
+            f"text.{metric}" for metric, value in baseline["text"].items() if value is None
+        }
+    constant = tasks["multiple_choice"]["baselines"]["most_frequent_letter"]
+    assert constant["intervals"]["accuracy"][0] <= constant["accuracy"] <= constant["intervals"]["accuracy"][1]
+
+
+def test_what_answering_took_stands_in_the_table(rows):
+    """`generation` of results.json: tokens and time by task, what failed and why."""
+    took = {"tokens": 60, "tokens_mean": 20.0, "tokens_longest": 31, "seconds_per_volume": 2.5}
+    took |= {"read_seconds_per_volume": 0.5, "tokens_per_second": None}
+    generation = {"written": 5, "resumed": 3, "seconds": 12.3, "processes": 2, "failures": 4, "tasks": {"report": took}}
+    generation["failure_kinds"] = {"CTReadError": 3, "FileNotFoundError": 1}
+    table = results_table({**score_predictions(rows, resamples=0), "generation": generation})
+    assert "| report | 60 | 20 | 31 | 2.5 | 0.5 | n/a |" in table
+    assert "- 5 answers made in 12 s with 2 processes; 3 more were there from before." in table
+    assert "4 records failed and are in no figure (3 CTReadError, 1 FileNotFoundError)" in table
 
 
 def test_choice_figures_by_question_are_those_of_all(rows):
@@ -160,6 +187,11 @@ def test_baselines(rows):
     letters = tasks["multiple_choice"]["baselines"]
     assert letters["most_frequent_letter"]["letter"] == "a" and letters["most_frequent_letter"]["accuracy"] == 0.5
     assert letters["chance"]["accuracy"] == 0.25
+    answers = [row(n, "short_answer", "left lung" if n else "right lung", "right lung") for n in range(5)]
+    results = score_predictions(answers, resamples=50)
+    constant = results["tasks"]["short_answer"]["baselines"]["constant_answer"]
+    assert constant["text"]["mean_bleu_1"] == pytest.approx((4 + 0.5) / 5) and constant["intervals"]["text.rouge_1"]
+    assert "| constant: the most frequent answer | 0.900 (" in results_table(results)
     without = score_predictions(rows, baselines=False)["tasks"]["report"]
     assert "baselines" not in without and "collapse" not in without
 
@@ -206,6 +238,22 @@ def test_cohort_states_exclusions_and_why(rows, tmp_path):
     assert "Left out: 1 (no prediction: CTReadError), e.g. r99." in results_table(results)
     with pytest.raises(PredictionsError, match="nowhere.jsonl: no such file"):
         score_predictions(path, exclusions=tmp_path / "nowhere.jsonl")
+
+
+def test_cohort_states_what_was_not_asked(rows, tmp_path):
+    path = write(tmp_path / "predictions.jsonl", rows)
+    left_out = [{"reason": "listed in no_chest_valid.txt", "count": 65, "first": "valid_9_a_1.nii.gz"}]
+    left_out.append({"reason": "beyond the first 3 of the task", "count": 7})
+    counts = {"records": {"report": 3}, "left_out": left_out}
+    (tmp_path / "records.json").write_text(json.dumps(counts), encoding="utf-8")
+    results = score_predictions(path, resamples=0)
+    assert results["cohort"]["excluded"]["not asked: listed in no_chest_valid.txt"]["count"] == 65
+    table = results_table(results)
+    assert "- Left out: 65 (not asked: listed in no_chest_valid.txt), e.g. valid_9_a_1.nii.gz." in table
+    assert "- Left out: 7 (not asked: beyond the first 3 of the task)." in table
+    (tmp_path / "records.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(PredictionsError, match="remove it, or run eval.py again"):
+        score_predictions(path, resamples=0)
 
 
 def test_only_empty_references_are_an_error():
@@ -387,6 +435,19 @@ def test_command_line_against_another_file(two_systems, tmp_path, capsys):
     saved = json.loads((tmp_path / "difference.json").read_text(encoding="utf-8"))
     assert saved["tasks"]["report"]["text.rouge_l"]["second"] == 1
     assert f"| report | {paths[0]} | {paths[1]} |" in capsys.readouterr().out
+    main([str(paths[1]), "--against", str(paths[0]), "--permutations", "20", "--output", str(tmp_path / "few.json")])
+    assert json.loads((tmp_path / "few.json").read_text(encoding="utf-8"))["permutations"] == 20
+    with pytest.raises(SystemExit):
+        main([str(paths[1]), "--against", str(paths[0]), "--metadata", "x.csv"])
+    assert "no meaning with --against" in capsys.readouterr().err
+
+
+def test_radeval_of_two_systems_is_compared_too(two_systems, monkeypatch):
+    module = types.ModuleType("radeval")
+    module.RadEval = lambda **options: lambda refs, hyps: {"green": [float(r == h) for r, h in zip(refs, hyps)]}  # noqa: B905
+    monkeypatch.setitem(sys.modules, "radeval", module)
+    tested = compare_predictions(*two_systems, radeval=("green",), permutations=50)["tasks"]["report"]
+    assert tested["radeval.green"]["second"] == 1 and tested["radeval.green"]["first"] < 1
 
 
 def test_command_line_of_a_bad_file(tmp_path, capsys):

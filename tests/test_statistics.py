@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU
 
-from samf.evaluation.clinical_metrics import confusion_counts, micro_metrics
+from samf.evaluation.meta_evaluation import coverage, simulated_f1, simulated_mean
 from samf.evaluation.statistics import (
     SampledMetric,
     bootstrap_intervals,
@@ -49,43 +49,15 @@ def texts(count: int, seed: int, length: int = 12) -> list[str]:
 # --- intervals --------------------------------------------------------------------------------------------------
 
 
-PATIENTS, COHORTS = 200, 1200
-OWNERS = np.repeat(np.arange(PATIENTS), np.arange(PATIENTS) % 4 + 1)  # 1 to 4 samples a patient
-
-
-def simulated_mean(rng: np.random.Generator) -> tuple[SampledMetric, float]:
-    """Values around 0.4 whose larger part belongs to the patient."""
-    values = rng.normal(0.4, 0.3, size=PATIENTS)[OWNERS] + rng.normal(0, 0.1, size=len(OWNERS))
-    return SampledMetric.mean(values), 0.4
-
-
-def simulated_f1(rng: np.random.Generator) -> tuple[SampledMetric, float]:
-    """Labels of frequency 0.3, found with sensitivity 0.7 on average, which varies by patient, and specificity 0.9."""
-    truth = rng.random((len(OWNERS), 6)) < 0.3
-    sensitivity = rng.beta(3.5, 1.5, size=PATIENTS)[OWNERS, None]
-    found = rng.random(truth.shape) < np.where(truth, sensitivity, 0.1)
-    metric = micro_metrics(confusion_counts(truth, found))["f1"]
-    return metric, 2 * 0.3 * 0.7 / (2 * 0.3 * 0.7 + 0.7 * 0.1 + 0.3 * 0.3)
-
-
 @pytest.mark.parametrize("simulate", [simulated_mean, simulated_f1])
 def test_intervals_cover_the_truth_as_often_as_they_say(simulate):
     """95 % intervals of 1,200 simulated cohorts hold the true figure in 93 to 97 % of them.
 
     Had samples been drawn instead of patients, they would miss it far more often: a patient's samples are alike.
     """
-    rng = np.random.default_rng(1)
-    cohorts = [simulate(rng) for _ in range(COHORTS)]
-    metrics = {str(k): metric for k, (metric, _) in enumerate(cohorts)}
-
-    def coverage(patients) -> float:
-        intervals = bootstrap_intervals(metrics, patients, resamples=1000, seed=2)
-        held = [low <= truth <= high for (low, high), (_, truth) in zip(intervals.values(), cohorts, strict=True)]
-        return float(np.mean(held))
-
-    assert 0.93 <= coverage(OWNERS) <= 0.97
+    assert 0.93 <= coverage(simulate) <= 0.97
     if simulate is simulated_mean:
-        assert coverage(np.arange(len(OWNERS))) < 0.85
+        assert coverage(simulate, by_patient=False) < 0.85
 
 
 def test_bootstrap_is_that_of_resampled_texts():
@@ -312,9 +284,9 @@ def test_subgroups_of_rows(metadata):
 
 def test_subgroup_figures_are_those_of_their_samples():
     values = np.arange(30.0)
-    groups = {"sex": ["M"] * 12 + ["F"] * 15 + ["x"] * 2 + ["y"]}
+    groups = {"sex": ["M"] * 12 + ["F"] * 15 + ["x"] * 2 + ["y"], "kernel": [f"k{n // 5}" for n in range(30)]}
     table = subgroup_table({"m": SampledMetric.mean(values)}, list(range(30)), groups, resamples=50)
-    assert [(row["group"], row["count"]) for row in table] == [("F", 15), ("M", 12), ("other", 3)]
+    assert [(row["group"], row["count"]) for row in table] == [("F", 15), ("M", 12), ("small groups together", 3)]
     assert [row["m"]["value"] for row in table] == [values[12:27].mean(), values[:12].mean(), values[27:].mean()]
     assert sum(row["count"] for row in table) == 30
 

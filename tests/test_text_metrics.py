@@ -12,6 +12,7 @@ import pytest
 import sacrebleu
 from nltk.corpus import wordnet
 from nltk.translate.meteor_score import single_meteor_score
+from pycocoevalcap.cider.cider import Cider
 from rouge_score.rouge_scorer import RougeScorer
 
 from samf.evaluation import text_metrics as metrics
@@ -51,11 +52,11 @@ def with_wordnet(test_data, tmp_path_factory):
     nltk.data.path[:] = before
 
 
-@pytest.fixture(scope="module")
-def real_pairs(test_data):
-    """40 real reports against the next one each; among the predictions are an empty one and odd ones."""
+@pytest.fixture(scope="module", params=[40, pytest.param(199, marks=pytest.mark.slow)])
+def real_pairs(request, test_data):
+    """Real reports against the next one each; among the predictions are an empty one and odd ones."""
     with (test_data / "reports" / "CT-CLIP_text_classifier_val.csv").open(encoding="utf-8", newline="") as lines:
-        reports = [row["report_text"] for row in csv.DictReader(lines)][:41]
+        reports = [row["report_text"] for row in csv.DictReader(lines)][: request.param + 1]
     predictions, references = reports[1:], reports[:-1]
     odd = ["", "\n \n", "胸水なし。", references[3], " ".join(["nodule"] * 1500), "Heart &amp; lungs; 4.5mm-\nnodule."]
     return odd + predictions[len(odd) :], references
@@ -95,9 +96,8 @@ def test_meteor_of_real_reports_equals_nltk(real_pairs, with_wordnet):
 
 
 def test_cider_of_real_reports_equals_pycocoevalcap(real_pairs):
-    cider = pytest.importorskip("pycocoevalcap.cider.cider")
     predictions, references = ([" ".join(metrics.cider_tokens(text)) for text in texts] for texts in real_pairs)
-    expected = cider.Cider().compute_score(
+    expected = Cider().compute_score(
         {k: [text] for k, text in enumerate(references)}, {k: [text] for k, text in enumerate(predictions)}
     )
     np.testing.assert_allclose(metrics.cider(*real_pairs), expected[1], atol=1e-9)

@@ -19,10 +19,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 try:
-    from samf.evaluation.clinical_metrics import CRG_REMEDY, score_findings
+    from samf.evaluation.clinical_metrics import CRG_REMEDY, MACRO_REMEDY, MICRO_REMEDY, score_findings
     from samf.evaluation.text_metrics import text_metrics
 except ImportError:
-    CRG_REMEDY = score_findings = text_metrics = None
+    CRG_REMEDY = MACRO_REMEDY = MICRO_REMEDY = score_findings = text_metrics = None
 
 _DESCRIPTION = """\
 Metrics of generated chest-CT reports: BLEU-1 to 4 (over the corpus, and as mean of the samples), METEOR, ROUGE-1, 2 and L,
@@ -98,10 +98,9 @@ class ReportGeneration(evaluate.Metric):
             scores = reference_scores(predictions, references, **bertscore)
             not_available = {name: REMEDIES[name] for name, value in scores.items() if value is None}
         clinical = clinical_scores(predictions, references)
-        if score_findings is None:
-            not_available |= {name: REMEDIES[name] for name in CLINICAL}
-        elif clinical["crg"] is None:
-            not_available["crg"] = CRG_REMEDY
+        undefined = {"finding_macro_f1": MACRO_REMEDY, "finding_micro_f1": MICRO_REMEDY, "crg": CRG_REMEDY}
+        reasons = REMEDIES if score_findings is None else undefined
+        not_available |= {name: reasons[name] for name in CLINICAL if clinical[name] is None}
         return {
             **scores,
             **clinical,

@@ -1,0 +1,275 @@
+"""How far the measures themselves can be trusted: the figures of docs/evaluation.md, on anybody's labelled reports.
+
+    python -m samf.evaluation.meta_evaluation labeller reports.csv --from 100     # the labeller against given labels
+    python -m samf.evaluation.meta_evaluation perturbations reports.csv           # which metrics notice which error
+    python -m samf.evaluation.meta_evaluation coverage                            # how often intervals hold the truth
+    python -m samf.evaluation.meta_evaluation predictions reports.csv --count 3039 --output predictions.jsonl
+
+`reports.csv` has a column `report_text`, and for `labeller` a column of 0 and 1 for each of CT-RATE's 18 labels, as
+CT-RATE's own table of 200 labelled reports. The last command writes predictions of the usual length, mixed from the
+reports' sentences, to measure the time that scoring takes.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import f1_score, precision_score, recall_score
+
+from samf.data.ct_rate import CT_RATE_LABELS
+from samf.evaluation.clinical_metrics import confusion_counts, finding_samples, make_labeller, micro_metrics
+from samf.evaluation.results_table import TEXT_NAMES, figure, markdown_table
+from samf.evaluation.scoring import write_atomic
+from samf.evaluation.statistics import RESAMPLES, SampledMetric, bootstrap_intervals
+from samf.evaluation.text_metrics import text_samples
+
+TEXT = "report_text"
+
+# --- reports made wrong in one way --------------------------------------------------------------------------------
+
+_SENTENCE = re.compile(r"(?<=\.)\s+")
+_NEGATION = re.compile(r"\b(?:not |no (?=\w))", re.IGNORECASE)
+_VERB = re.compile(r"\b(is|are|was|were)\b(?! not)")
+_SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+_LENGTH = re.compile(r"\d+(?:\.\d+)?(?=(?:\s*x\s*\d+(?:\.\d+)?)*\s*(?:mm|cm))")
+
+
+def flip_negations(report: str) -> str:
+    """Each sentence says the opposite: "was not observed" ↔ "was observed"."""
+    return " ".join(_flip(sentence) for sentence in _SENTENCE.split(report))
+
+
+def _flip(sentence: str) -> str:
+    if _NEGATION.search(sentence):
+        return _NEGATION.sub("", sentence)
+    return _VERB.sub(r"\1 not", sentence, count=1)
+
+
+def swap_sides(report: str) -> str:
+    """Left becomes right, and right left."""
+    return _SIDE.sub(lambda m: "right" if m[0].lower() == "left" else "left", report)
+
+
+def change_sizes(report: str) -> str:
+    """Every length in mm or cm becomes three times as long."""
+    return _LENGTH.sub(lambda m: f"{3 * float(m[0]):g}", report)
+
+
+PERTURBATIONS: dict[str, Callable[[str], str]] = {
+    "negations flipped": flip_negations,
+    "sides swapped": swap_sides,
+    "sizes tripled": change_sizes,
+}
+UNCHANGED, EXCHANGED = "unchanged", "another patient's"
+
+
+def perturbed(reports: Sequence[str]) -> dict[str, list[str]]:
+    """Kind of error → predictions for these references: themselves, with one kind of error each, and the next report."""
+    changed = {name: [change(report) for report in reports] for name, change in PERTURBATIONS.items()}
+    return {UNCHANGED: list(reports), **changed, EXCHANGED: [*reports[1:], *reports[:1]]}
+
+
+def perturbation_figures(reports: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Kind of error → metric ("bleu_1", "macro.f1", "crg", "sides.f1", …) → its figure."""
+    figures = {}
+    for kind, texts in perturbed(reports).items():
+        samples = {**text_samples(texts, reports), **finding_samples(texts, reports)}
+        figures[kind] = {name: metric.value() for name, metric in samples.items() if "per_finding" not in name}
+    return figures
+
+
+_COLUMNS = ("bleu_1", "mean_bleu_1", "bleu_4", "meteor", "rouge_l", "cider")
+_FINDING_COLUMNS = {
+    "macro.f1": "macro-F1",
+    "micro.f1": "micro-F1",
+    "crg": "CRG",
+    "sides.f1": "sides",
+    "sizes.f1": "sizes",
+}
+
+
+def perturbation_table(reports: Sequence[str]) -> str:
+    """`perturbation_figures` as Markdown."""
+    rows = [
+        [kind, *(figure(figures.get(name)) for name in (*_COLUMNS, *_FINDING_COLUMNS))]
+        for kind, figures in perturbation_figures(reports).items()
+    ]
+    return markdown_table(["predictions", *(TEXT_NAMES[c] for c in _COLUMNS), *_FINDING_COLUMNS.values()], rows)
+
+
+# --- the labeller -------------------------------------------------------------------------------------------------
+
+
+def labeller_table(truth: np.ndarray, found: np.ndarray, first_untouched: int = 0) -> str:
+    """Precision, recall and F1 of each label, from labels (N, 18), as Markdown.
+
+    The last two columns are of the reports from `first_untouched` on: those that the rules were not made on.
+    """
+    scores = [score(truth, found, average=None, zero_division=0) for score in (precision_score, recall_score, f1_score)]
+    rest = f1_score(truth[first_untouched:], found[first_untouched:], average=None, zero_division=0)
+    positives, positives_rest = truth.sum(axis=0), truth[first_untouched:].sum(axis=0)
+    rows = [
+        [name, positives[k], *(figure(score[k]) for score in scores), positives_rest[k], figure(rest[k])]
+        for k, name in enumerate(CT_RATE_LABELS)
+    ]
+    for name, least in (("**macro**", 1), ("**macro, labels with at least 10 positives**", 10)):
+        enough, enough_rest = positives >= least, positives_rest >= least
+        means = [_mean(score[enough]) for score in scores]
+        rows.append([name, "", *map(figure, means), "", figure(_mean(rest[enough_rest]))])
+    header = ["label", f"positives of {len(truth)}", "precision", "recall", "F1"]
+    return markdown_table([*header, f"positives of the last {len(truth[first_untouched:])}", "F1 there"], rows)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+# --- intervals ----------------------------------------------------------------------------------------------------
+
+PATIENTS, COHORTS = 200, 1200
+OWNERS = np.repeat(np.arange(PATIENTS), np.arange(PATIENTS) % 4 + 1)  # 1 to 4 samples a patient
+Simulation = Callable[[np.random.Generator], tuple[SampledMetric, float]]
+
+
+def simulated_mean(rng: np.random.Generator) -> tuple[SampledMetric, float]:
+    """A cohort's figure, and the true one: values around 0.4 whose larger part belongs to the patient."""
+    values = rng.normal(0.4, 0.3, size=PATIENTS)[OWNERS] + rng.normal(0, 0.1, size=len(OWNERS))
+    return SampledMetric.mean(values), 0.4
+
+
+def simulated_f1(rng: np.random.Generator) -> tuple[SampledMetric, float]:
+    """Labels of frequency 0.3, found with sensitivity 0.7 on average, which varies by patient, and specificity 0.9."""
+    truth = rng.random((len(OWNERS), 6)) < 0.3
+    sensitivity = rng.beta(3.5, 1.5, size=PATIENTS)[OWNERS, None]
+    found = rng.random(truth.shape) < np.where(truth, sensitivity, 0.1)
+    metric = micro_metrics(confusion_counts(truth, found))["f1"]
+    return metric, 2 * 0.3 * 0.7 / (2 * 0.3 * 0.7 + 0.7 * 0.1 + 0.3 * 0.3)
+
+
+SIMULATIONS: dict[str, Simulation] = {"a mean": simulated_mean, "an F1": simulated_f1}
+
+
+def coverage(simulate: Simulation, *, by_patient: bool = True, cohorts: int = COHORTS, seed: int = 1) -> float:
+    """The share of simulated cohorts whose 95 % interval holds the true figure, drawn by patient or by sample."""
+    rng = np.random.default_rng(seed)
+    simulated = [simulate(rng) for _ in range(cohorts)]
+    metrics = {str(number): metric for number, (metric, _) in enumerate(simulated)}
+    units = OWNERS if by_patient else np.arange(len(OWNERS))
+    intervals = bootstrap_intervals(metrics, units, resamples=RESAMPLES, seed=seed + 1)
+    held = [low <= truth <= high for (low, high), (_, truth) in zip(intervals.values(), simulated, strict=True)]
+    return float(np.mean(held))
+
+
+def coverage_table() -> str:
+    """Coverage of 95 % intervals as Markdown, drawn by patients as everywhere here, and by samples."""
+    rows = [
+        [name, *(figure(coverage(simulate, by_patient=by)) for by in (True, False))]
+        for name, simulate in SIMULATIONS.items()
+    ]
+    return markdown_table([f"{COHORTS} cohorts of {PATIENTS} patients", "drawn by patient", "drawn by sample"], rows)
+
+
+# --- predictions of the usual length ------------------------------------------------------------------------------
+
+
+def mixed_predictions(reports: Sequence[str], count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows of a predictions file: references and predictions that share about half of their sentences.
+
+    Lengths are the reports' own, one drawn for each row; the names are CT-RATE's, with one to three volumes a patient.
+    """
+    rng = np.random.default_rng(seed)
+    sentences = [sentence for report in reports for sentence in _SENTENCE.split(report)]
+    lengths = [len(_SENTENCE.split(report)) for report in reports]
+    rows, patient = [], 0
+    while len(rows) < count:
+        patient += 1
+        for number in range(1, rng.integers(1, 4) + 1):
+            drawn = rng.choice(len(sentences), size=2 * rng.choice(lengths), replace=False)
+            half = len(drawn) // 2
+            reference, prediction = drawn[:half], [*drawn[: half // 2], *drawn[half : 2 * half - half // 2]]
+            name = f"valid_{patient}_a_{number}"
+            texts = {"reference": reference, "prediction": prediction}
+            texts = {key: " ".join(sentences[k] for k in places) for key, places in texts.items()}
+            rows.append(
+                {"id": name, "scan_id": f"valid_{patient}_a", "task": "report", "volume": f"{name}.nii.gz", **texts}
+            )
+    return rows[:count]
+
+
+# --- command line -------------------------------------------------------------------------------------------------
+
+
+def read_reports(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of a CSV with a column `report_text` and these others. Raises FileNotFoundError, or ValueError without them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a CSV with a column {TEXT}.")
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        lacking = [name for name in (TEXT, *columns) if name not in (reader.fieldnames or ())]
+        if lacking:
+            raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}; it has {reader.fieldnames}.")
+        rows = list(reader)
+    if not rows:
+        raise ValueError(f"{path}: holds no reports.")
+    return rows
+
+
+def _labeller(args: argparse.Namespace) -> str:
+    rows = read_reports(args.reports, CT_RATE_LABELS)
+    truth = np.array([[int(float(row[label])) for label in CT_RATE_LABELS] for row in rows])
+    found = make_labeller(args.labeller)([row[TEXT] for row in rows])
+    return labeller_table(truth, found, args.first_untouched)
+
+
+def _perturbations(args: argparse.Namespace) -> str:
+    return perturbation_table([row[TEXT] for row in read_reports(args.reports)])
+
+
+def _predictions(args: argparse.Namespace) -> str:
+    rows = mixed_predictions([row[TEXT] for row in read_reports(args.reports)], args.count, args.seed)
+    write_atomic(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    words = np.mean([len(row["prediction"].split()) for row in rows])
+    patients = len({row["scan_id"] for row in rows})
+    return f"{len(rows)} predictions of {words:.0f} words on average, {patients} patients: {args.output}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], str], what: str, *, reads: bool = True
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=what)
+        command.set_defaults(run=run)
+        if reads:
+            command.add_argument("reports", type=Path, help=f"CSV with a column {TEXT}")
+        return command
+
+    labeller = add("labeller", _labeller, "each label's precision, recall and F1 against given labels")
+    labeller.add_argument("--labeller", default="rules", help="rules, radbert, or a path of RadBertClassifier.pth")
+    labeller.add_argument("--from", dest="first_untouched", type=int, default=0, help="number of the first test report")
+    add("perturbations", _perturbations, "which metrics notice flipped negations, swapped sides, changed sizes")
+    add("coverage", lambda args: coverage_table(), "how often 95 %% intervals hold the true figure", reads=False)
+    predictions = add("predictions", _predictions, "a predictions.jsonl of the usual length, to time scoring with")
+    predictions.add_argument("--count", type=int, default=3039, help="predictions; CT-RATE's validation part has 3,039")
+    predictions.add_argument("--seed", type=int, default=0)
+    predictions.add_argument("--output", type=Path, required=True)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    try:
+        sys.stdout.write(f"{args.run(args)}\n")
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"meta_evaluation: {error}")
+
+
+if __name__ == "__main__":
+    main()
