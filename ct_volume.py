@@ -7,16 +7,20 @@ index grows from the patient's left to the right, the second from back to front,
 
 Rules of geometry. The sform counts before the qform, the qform before bare voxel sizes. Axes within 10° of the
 patient's, and at right angles within 0.5°, stay as they are, each named after the nearest patient axis. Otherwise
-(oblique reformats, a tilted gantry, sheared affines) the volume is resampled linearly onto the patient's axes.
+(oblique reformats, a tilted gantry, affines sheared by up to 40°) the volume is resampled linearly onto the patient's axes.
 
 Rules of intensity. Slope and intercept count once. What is NaN, infinite or below -1500 HU (padding) becomes air, and is
 counted. Then a sample of the voxels is judged by its percentiles and its air: see `judge_intensity`.
+
+Whoever changes the HU that a file gives counts `RECORD_VERSION` in data/slice_cache.py up.
 """
 
 import logging
 import math
 import os
+import re
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,18 +31,22 @@ import numpy as np
 from .dicom_volume import dicom_files, looks_like_dicom, read_dicom
 from .volume_files import (
     AIR_HU,
+    DEFLATE_MAX_RATIO,
     LPS_TO_RAS,
     MAX_VOXELS,
     CTReadError,
     StoredVolume,
     check_dtype,
+    nifti_affines,
     nifti_header_size,
+    nifti_zooms,
     read_metaimage,
     read_nifti,
     read_npy,
     read_npz,
     read_nrrd,
     scale_to_hu,
+    seen,
     squeezed_shape,
 )
 from .volume_sources import is_address, local_copy, shown, unpack_zip
@@ -68,6 +76,8 @@ _MAX_SHEAR_DEGREES = 0.5
 _MAX_MENDED_SHEAR_DEGREES = 40.0  # gantries tilt up to 30°
 _PADDING_HU = -1500  # noise and streaks reach down to some -1300; nothing measured lies below this
 _SAMPLE = 1 << 18
+_MAX_UPRIGHT, _MAX_GROWTH = 50_000_000, 20  # voxels, and times as many as before: what resampling may make of a volume
+_PLAUSIBLE_MM = (0.05, 50.0)
 _MIN_JUDGED = 10_000  # voxels: fewer say nothing about the whole
 
 
@@ -128,7 +138,8 @@ def read_ct(
             slope, intercept and spacing: what a record of such a volume carries.
         spacing: voxel size in mm along the stored axes, for a file whose header has no geometry, as in the same
             release. Its axes are then taken as DICOM's: to the patient's left, back and head.
-        series_uid: which series of a DICOM study to read, by its SeriesInstanceUID. Default: the largest axial CT series.
+        series_uid: which series of a DICOM study to read, by its SeriesInstanceUID or by the label that the log gives it.
+            Default: the largest axial CT series.
         allow_non_ct: take other modalities, and values that are no Hounsfield units.
 
     Returns:
@@ -136,7 +147,10 @@ def read_ct(
 
     Raises:
         CTReadError: the path holds no single CT volume; says what was found, what was expected and what to do.
+        TypeError: no path at all.
     """
+    if not isinstance(path, (str, os.PathLike, list, tuple)):
+        raise TypeError(f"expected a path, an address or a list of DICOM files; got {type(path)}")
     source = _shown_source(path)
     if rescale is not None:
         if len(rescale) not in (2, 5):
@@ -171,7 +185,7 @@ def to_ct_volume(image: Any) -> CTVolume:
     """
     if isinstance(image, CTVolume):
         return image
-    if isinstance(image, (str, os.PathLike)):
+    if isinstance(image, (str, os.PathLike)) or _is_file_list(image):
         return read_ct(image)
     if nib is not None and isinstance(image, nib.spatialimages.SpatialImage):
         return _build(_from_nibabel(image))
@@ -185,8 +199,13 @@ def to_ct_volume(image: Any) -> CTVolume:
         image = image.reshape(squeezed_shape(image.shape, source, leading=True), order="A")
         return _build(StoredVolume(image, source, [np.eye(4)], own=False))
     raise TypeError(
-        f"a volume is a path, a CTVolume, an array (X, Y, Z) in HU, a nibabel or a SimpleITK image; got {type(image)}"
+        f"a volume is a path, a list of DICOM files, a CTVolume, an array (X, Y, Z) in HU, a nibabel or a SimpleITK "
+        f"image; got {type(image)}"
     )
+
+
+def _is_file_list(image: Any) -> bool:
+    return isinstance(image, (list, tuple)) and all(isinstance(file, (str, os.PathLike)) for file in image)
 
 
 # ------------------------------------------------------------------------------------------------ telling formats apart
@@ -207,6 +226,7 @@ def _read_stored(
         if missing is not None or not files:
             raise CTReadError(f"{missing or source}: no such file. Expected a list of the DICOM files of one series.")
         return _dicom(source, files, rescale, series_uid, allow_non_ct)
+    _check_path(path)
     path = local_copy(path) if is_address(path) else Path(path)
     if path.is_dir():
         return _read_folder(path, source, rescale, series_uid, allow_non_ct)
@@ -220,6 +240,18 @@ def _read_stored(
     if series_uid is not None:
         raise CTReadError(f"{source}: series_uid is for DICOM, and this is {kind}. Leave it out.")
     return replace(_READERS[kind](path), source=source)
+
+
+def _check_path(path: str | os.PathLike) -> None:
+    """An empty path would mean the current folder; an address of another kind, a file of that name."""
+    text = os.fspath(path)
+    if not text:
+        raise CTReadError("an empty path; expected a file, a folder of DICOM slices or an address. Name one.")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) and not is_address(text):
+        kind = text.partition("://")[0]
+        raise CTReadError(
+            f"{shown(text)}: an address of kind {kind}; expected http(s):// or hf://. Fetch the file first."
+        )
 
 
 _READERS = {
@@ -250,10 +282,9 @@ def _sniff(path: Path) -> str:
         return "NRRD"
     if b"NDims" in head:
         return "MetaImage"
-    what = "an empty file" if not head else f"a file that starts with {head[:12]!r}"
     raise CTReadError(
-        f"{path}: found {what}; expected NIfTI, NRRD, MetaImage, NumPy, DICOM or a zip. "
-        f"Convert the scan to one of them, e.g. with dcm2niix, or fetch the file anew if it was one."
+        f"{path}: found {seen(head)}; expected NIfTI, NRRD, MetaImage, NumPy, DICOM or a zip. "
+        f"Unpack an archive, convert a scan (e.g. with dcm2niix), or fetch the file anew if it was one of these."
     )
 
 
@@ -323,18 +354,36 @@ def _dicom(
 
 def _from_nibabel(image: Any) -> StoredVolume:
     """The values before scaling, slope and intercept: get_fdata would make a float64 volume."""
+    name, proxy = image.get_filename(), image.dataobj
+    source = f"nibabel image {name}" if name else "nibabel image"
     affines = [] if image.affine is None else [np.asarray(image.affine, dtype=np.float64)]
-    source = "nibabel image"
-    proxy = image.dataobj
-    if hasattr(proxy, "get_unscaled"):
-        array, slope, intercept = np.asanyarray(proxy.get_unscaled()), float(proxy.slope), float(proxy.inter)
-        return StoredVolume(array, source, affines, slope=slope, intercept=intercept, own=False)
-    return StoredVolume(np.asanyarray(proxy), source, affines, own=False)
+    zooms = (1.0, 1.0, 1.0)
+    if isinstance(image.header, nib.Nifti1Header):
+        affines, zooms = nifti_affines(source, image.header, *affines), nifti_zooms(image.header)
+    lazy = hasattr(proxy, "get_unscaled")
+    if lazy:  # only now does nibabel read the voxels
+        check_dtype(proxy.dtype, source)
+        voxels = math.prod(squeezed_shape(image.shape, source))
+    try:
+        # A header that claims more than deflate can pack lies, and nibabel would take the memory for it.
+        if lazy and name and voxels * proxy.dtype.itemsize > DEFLATE_MAX_RATIO * os.path.getsize(name):
+            raise EOFError
+        array = np.asanyarray(proxy.get_unscaled() if lazy else proxy)
+    except (EOFError, MemoryError, OSError, OverflowError, ValueError, zlib.error) as error:
+        raise CTReadError(
+            f"{source}: its voxels cannot be read ({type(error).__name__}): its file ends early, is damaged or has gone. "
+            f"Fetch or write it anew."
+        ) from error
+    slope, intercept = (float(proxy.slope), float(proxy.inter)) if lazy else (1.0, 0.0)
+    return StoredVolume(array, source, affines, zooms, slope, intercept, own=False)
 
 
 def _from_itk(image: Any) -> StoredVolume:
     """SimpleITK counts in LPS and its arrays run z, y, x: both are turned round here."""
     source = "SimpleITK image"
+    kind = image.GetPixelIDTypeAsString()
+    if kind.startswith("label"):  # its library ends the process when it is asked for such an image's voxels
+        raise CTReadError(f"{source}: found a label map ({kind}); expected HU values. Pass the scan itself.")
     components = image.GetNumberOfComponentsPerPixel()
     if components > 1:
         raise CTReadError(
@@ -393,6 +442,9 @@ def _build(
         hu, affine = _resample(hu, affine, source, oblique, shear)
     hu, affine = _canonical(hu, affine)
     size = tuple(float(norm) for norm in np.linalg.norm(affine[:3, :3], axis=0))
+    if min(size) < _PLAUSIBLE_MM[0] or max(size) > _PLAUSIBLE_MM[1]:
+        sizes = " x ".join(f"{mm:g}" for mm in size)
+        logger.warning("%s: voxels of %s mm, which no scanner makes. Is its header's unit wrong?", source, sizes)
     return CTVolume(hu=hu, spacing=size, affine=affine, source=source, stored_orientation=orientation)
 
 
@@ -503,15 +555,17 @@ def _check_intensity(
         )
     raise CTReadError(
         f"{source}: its values are no Hounsfield units: {found}. Expected air near -1000 and soft tissue near 0. "
-        f"{_intensity_remedy(found, rescale)} allow_non_ct=True takes them as they are.{before}"
+        f"{_intensity_remedy(found, rescale, stored.own_scaling)} allow_non_ct=True takes them as they are.{before}"
     )
 
 
-def _intensity_remedy(found: str, rescale: tuple[float, float] | None) -> str:
+def _intensity_remedy(found: str, rescale: tuple[float, float] | None, own_scaling: bool) -> str:
     if rescale is not None:
         return f"rescale={tuple(rescale)} is not this file's: look its slope and intercept up, or leave rescale out."
     if "too low" in found:
         return "If they were rescaled twice, write the file anew from its source."
+    if own_scaling:
+        return "Its slices carry a wrong slope and intercept, or it is no CT: export the series again."
     return "If they are raw stored values, pass rescale=(slope, intercept) of the scan's metadata; if not, it is no CT."
 
 
@@ -548,6 +602,8 @@ def _affine(stored: StoredVolume, shape: Sequence[int], spacing: tuple[float, fl
                 "scan's metadata.",
                 stored.source,
             )
+        if stored.affines[0] is not usable[0]:
+            logger.warning("%s: its first affine is NaN or singular; takes the next (qform, spacing).", stored.source)
         return usable[0]
     zooms = np.asarray(stored.zooms, dtype=np.float64)
     zooms = np.where(np.isfinite(zooms) & (zooms > 1e-6) & (zooms < 1e6), zooms, 1.0)
@@ -625,8 +681,12 @@ def _resample(
     corners = corners @ affine[:3, :3].T + affine[:3, 3]
     start = corners.min(axis=0)
     counts = np.ceil((corners.max(axis=0) - start) / sizes - 1e-3) + 1
-    if counts.prod() > MAX_VOXELS:
-        raise CTReadError(f"{source}: {counts.prod():.3g} voxels once turned upright. Crop or coarsen the scan.")
+    limit = min(max(_MAX_UPRIGHT, _MAX_GROWTH * hu.size), MAX_VOXELS - hu.size)  # both stand in memory
+    if counts.prod() > limit:
+        raise CTReadError(
+            f"{source}: {counts.prod():.3g} voxels once turned upright; expected at most {limit:.3g}. Its header is "
+            f"damaged, or crop or coarsen the scan."
+        )
     target = np.diag([*sizes, 1.0])
     target[:3, 3] = start
     mapping = np.linalg.inv(affine) @ target

@@ -227,7 +227,7 @@ class Frames:
         if pixels.syntax not in _GDCM:
             raise CTReadError(
                 f"{pixels.file}: transfer syntax {pixels.syntax[:64]}; expected native, RLE, JPEG, JPEG-LS or "
-                f"JPEG 2000 voxels. Convert the series, e.g. with gdcmconv --raw."
+                f"JPEG 2000 voxels. Export the series uncompressed (Explicit VR Little Endian)."
             )
         if self._packed[0] != pixels.file:
             with contents(pixels.file) as (stream, _):

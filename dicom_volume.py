@@ -1,7 +1,8 @@
 """One CT series of DICOM slices → a volume in Hounsfield units.
 
 pydicom reads the headers. Files are told from their bytes and sorted by where they lie in the patient; names and instance
-numbers count for nothing. Log lines and errors hold no patient data: only technical tags are ever looked at.
+numbers count for nothing. Log lines and errors hold no patient data and no identifiers: only technical tags are ever
+looked at, and a series is called by a short digest of its UID (`series_label`), which `series_uid` takes as well.
 
 What is mended and what is refused:
 - scouts, reports, colour captures, captures without a position, other modalities and units: left out, counted;
@@ -14,6 +15,7 @@ What is mended and what is refused:
 - a tilted gantry: the stack keeps its sheared affine, and whoever makes a RAS+ volume of it straightens it.
 """
 
+import hashlib
 import logging
 import math
 import os
@@ -145,6 +147,11 @@ def looks_like_dicom(head: bytes) -> bool:
     return group == 8 and element <= 0x70 and (vr in (b"UL", b"CS", b"UI", b"DA", b"TM", b"LO") or 0 < length <= 256)
 
 
+def series_label(uid: str) -> str:
+    """What messages call a series: eight digits made of its UID, from which the UID cannot be had back."""
+    return hashlib.sha256(uid.encode()).hexdigest()[:8]
+
+
 def read_dicom(
     source: Path | str, files: Sequence[Path], *, series_uid: str | None = None, allow_non_ct: bool = False
 ) -> StoredVolume:
@@ -153,7 +160,7 @@ def read_dicom(
     Args:
         source: what messages call it.
         files: to look through; what is no DICOM slice is passed over.
-        series_uid: SeriesInstanceUID of the series to take.
+        series_uid: SeriesInstanceUID of the series to take, or its `series_label`.
         allow_non_ct: take any modality and any unit.
 
     Raises:
@@ -165,7 +172,8 @@ def read_dicom(
         raise CTReadError(f"{source}: {len(files)} files; expected at most {_MAX_FILES}. Name the folder of one study.")
     series, left_out, broken = _read_headers(files, allow_non_ct)
     if left_out:
-        level = logging.WARNING if any("damaged" in reason for reason in left_out) else logging.INFO
+        wrong = any("damaged" in reason or "no DICOM" in reason for reason in left_out)
+        level = logging.WARNING if wrong else logging.INFO
         logger.log(level, "%s: left out %s", source, _counted(left_out))
     slices = _choose_series(source, series, left_out, series_uid)
     # Of a UID that was itself cut short nobody knows which series it names.
@@ -179,6 +187,7 @@ def read_dicom(
         affine, steps = _single_slice_affine(source, slices[0]), None
     else:
         slices, affine, steps = _stack(source, slices, notes)
+    _check_size(source, slices, steps)
     hu = _read_pixels(source, slices)
     if steps is not None:
         hu = _interpolate(hu, steps)
@@ -186,13 +195,17 @@ def read_dicom(
         logger.warning("%s: %s", source, note)
     zooms = np.linalg.norm(affine[:3, :3], axis=0)
     hu = hu.T  # (slices, rows, columns) → (X, Y, Z)
-    return StoredVolume(hu, str(source), [LPS_TO_RAS @ affine], zooms, notes=notes)
+    return StoredVolume(hu, str(source), [LPS_TO_RAS @ affine], zooms, own_scaling=True, notes=notes)
 
 
 def dicom_files(folder: Path) -> list[Path]:
-    """Every file below a folder that begins as DICOM does, but for directories of discs."""
-    found, seen = [], 0
-    for parent, folders, names in os.walk(folder):
+    """Every file below a folder that begins as DICOM does, but for directories of discs. Links are followed, once each."""
+    found, seen, visited = [], 0, set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in visited:  # a link that leads back
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
         folders.sort()
         seen += len(names)
         if seen > _MAX_FILES:
@@ -230,6 +243,9 @@ def _read_headers(
 
 
 def _slices_of(path: Path, allow_non_ct: bool) -> list[_Slice]:
+    head = _head(path, 4096)
+    if not looks_like_dicom(head) and not _CT_CLASS.search(head):
+        raise _LeftOutError("that are no DICOM files")
     try:
         with contents(path) as (stream, syntax), quiet_pydicom():
             header = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=_TAGS)
@@ -240,7 +256,7 @@ def _slices_of(path: Path, allow_non_ct: bool) -> list[_Slice]:
             offset, length = pixel_element(stream, NATIVE.get(syntax, "<"), implicit)
             return _slices_from(path, header, syntax, offset, length, allow_non_ct)
     except PARSE_ERRORS as error:
-        if _CT_CLASS.search(_head(path, 4096)):
+        if _CT_CLASS.search(head):
             raise _BrokenSliceError("") from error
         # Not the error's own words: they may quote the file.
         raise _LeftOutError(f"with a damaged header ({type(error).__name__}, e.g. {path.name})") from error
@@ -404,21 +420,23 @@ def _choose_series(
         found = _counted(left_out) or "no DICOM file"
         raise CTReadError(f"{source}: no CT series here (found {found}). {_NON_CT_REMEDY}")
     largest = sorted(series, key=lambda uid: (-len(series[uid]), uid))
-    listing = "; ".join(f"{uid or 'without UID'}: {_described(series[uid])}" for uid in largest[:_MAX_LISTED])
+    listing = "; ".join(f"{series_label(uid)}: {_described(series[uid])}" for uid in largest[:_MAX_LISTED])
     listing += f"; and {len(series) - _MAX_LISTED} more" if len(series) > _MAX_LISTED else ""
     if series_uid is not None:
-        if series_uid not in series:
+        named = next((uid for uid in series if series_uid in (uid, series_label(uid))), None)
+        if named is None:
             raise CTReadError(
-                f"{source}: no CT series {str(series_uid)[:80]!r} here; there are {listing}. Name one of them."
+                f"{source}: series_uid names no CT series here; there are {listing}. Pass one of these labels, or a "
+                f"SeriesInstanceUID."
             )
-        return series[series_uid]
+        return series[named]
     chosen = max(sorted(series), key=lambda uid: _rank(series[uid]))
     if len(series) > 1:
         logger.warning(
-            "%s: %d series; reads %s, the largest axial one. All: %s. Choose by series_uid=.",
+            "%s: %d series; reads %s, the largest axial one. All: %s. Choose another by series_uid=.",
             source,
             len(series),
-            chosen or "that without UID",
+            series_label(chosen),
             listing,
         )
     return series[chosen]
@@ -530,7 +548,7 @@ def _without_copies(source: Path | str, slices: list[_Slice], notes: list[str]) 
     if any(not np.array_equal(pictures[k], pictures[firsts[k]]) for k in np.flatnonzero(~fresh)):
         raise CTReadError(
             f"{source}: {len(slices)} slices at {int(fresh.sum())} positions; expected one for each. "
-            f"{_time_points(slices)}Pass the files of one of them as a list."
+            f"{_time_points(slices)}{_remedy_for_passes(slices)}"
         )
     kept = [piece for piece, new in zip(slices, fresh, strict=True) if new]
     notes.append(f"{len(slices) - len(kept)} of {len(slices)} slices are copies of others and are left out")
@@ -542,9 +560,18 @@ def _time_points(slices: list[_Slice]) -> str:
     for keyword in dict.fromkeys(name for piece in slices for name, _ in piece.time_point):
         counts = Counter(dict(piece.time_point).get(keyword, "none") for piece in slices)
         if 1 < len(counts) <= len(slices) // 2:
-            passes = ", ".join(f"{value[:24]} ({count} slices)" for value, count in sorted(counts.items())[:6])
+            # When a patient was scanned is nobody's business.
+            names = [f"no. {k}" if "Time" in keyword else value[:24] for k, value in enumerate(sorted(counts), 1)]
+            sizes = [counts[value] for value in sorted(counts)]
+            passes = ", ".join(f"{name} ({size} slices)" for name, size in list(zip(names, sizes, strict=True))[:6])
             return f"They differ in {keyword}: {passes}: time points or reconstructions. "
     return "They are time points, reconstructions or overlapping passes. "
+
+
+def _remedy_for_passes(slices: list[_Slice]) -> str:
+    if len({piece.pixels.file for piece in slices}) == 1:
+        return "Export one of them alone."
+    return "Pass the files of one of them as a list."
 
 
 def _check_sideways(source: Path | str, offsets: np.ndarray) -> None:
@@ -593,6 +620,14 @@ def _even_steps(source: Path | str, places: np.ndarray, notes: list[str]) -> np.
     return indices
 
 
+def _check_size(source: Path | str, slices: Sequence[_Slice], steps: np.ndarray | None) -> None:
+    """Refuses what would not fit in memory: the slices, and those that they are interpolated onto."""
+    count = len(slices) + (0 if steps is None else len(steps))
+    voxels = count * slices[0].pixels.rows * slices[0].pixels.columns
+    if voxels > MAX_VOXELS:
+        raise CTReadError(f"{source}: {voxels} voxels; expected at most {MAX_VOXELS}. Crop or coarsen the scan.")
+
+
 def _interpolate(hu: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """hu (slices, rows, columns) at fractional slice indices, linearly."""
     out = np.empty((len(indices), *hu.shape[1:]), dtype=np.int16)
@@ -614,10 +649,8 @@ def _interpolate(hu: np.ndarray, indices: np.ndarray) -> np.ndarray:
 
 def _read_pixels(source: Path | str, slices: Sequence[_Slice]) -> np.ndarray:
     """int16 HU (slices, rows, columns): each slice with its own slope and intercept, padding as air."""
+    _check_size(source, slices, None)
     first = slices[0].pixels
-    voxels = len(slices) * first.rows * first.columns
-    if voxels > MAX_VOXELS:
-        raise CTReadError(f"{source}: {voxels} voxels; expected at most {MAX_VOXELS}. Crop or coarsen the scan.")
     hu, padded = None, 0
     with Frames([(piece.pixels, piece.frame) for piece in slices]) as frames:
         for i, piece in enumerate(slices):

@@ -1,6 +1,7 @@
 """One picture of a volume's slices, as the model sees them.
 
-    python -m samf.view scan.nii.gz --output slices.png --slices 8 --window mediastinum
+    python -m samf.view scan.nii.gz
+    python -m samf.view folder_of_dicom --output liver.png --slices 8 --window mediastinum --field body
 
 Each plane takes one or more rows. Over each slice stands its place in patient coordinates (mm); the letters at its
 sides say which way the patient lies (R right, L left, A front, P back, S head, I foot). The picture holds no patient
@@ -22,12 +23,11 @@ from matplotlib.patheffects import withStroke
 
 from samf.ct_volume import CTReadError, CTVolume, read_ct
 from samf.data.slice_cache import write_whole
-from samf.image_processing_samf import PLANES, SamfImageProcessor
+from samf.image_processing_samf import FIELDS, PLANES, SIDES, SLABS, SamfImageProcessor
 
 logger = logging.getLogger(__name__)
 
 WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240), "wide": (-1000, 1000)}
-_SIDES = {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}  # left, right, top, bottom of the picture
 _MAX_COLUMNS = 12
 _INCHES = 1.6  # a slice's width
 _OUTLINE = withStroke(linewidth=1.5, foreground="black")  # letters stay legible on bright tissue
@@ -108,7 +108,7 @@ def _draw(
             axes = figure.add_subplot(grid[row + place // columns, place % columns])
             _draw_slice(axes, extracted, s, window)
             if letters:
-                _draw_sides(axes, _SIDES[PLANES[int(planes[s])]])
+                _draw_sides(axes, SIDES[PLANES[int(planes[s])]])
             if weights is not None:
                 _draw_weight(axes, float(weights[s]), strongest)
         row += -(-len(group) // columns)
@@ -143,21 +143,23 @@ def _draw_weight(axes, weight: float, strongest: float) -> None:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m samf.view", description=__doc__.splitlines()[0])
-    parser.add_argument("path", help="a volume file or a folder of DICOM slices")
-    parser.add_argument("--output", required=True, help="the PNG to write")
+    parser.add_argument("path", help="a volume file, a folder of DICOM slices, a zip of either, or an address")
+    parser.add_argument("--output", default="slices.png", help="the PNG to write (default slices.png)")
     parser.add_argument("--processor", help="folder or Hub name of a model: cut the volume as that model does")
     parser.add_argument("--slices", type=int, help="slices of each plane (default 12, or the processor's)")
-    parser.add_argument("--slab", choices=("none", "mean", "mip"), help="reduce the voxels between slices")
+    parser.add_argument("--slab", choices=SLABS, help="reduce the voxels between slices")
+    parser.add_argument("--field", choices=FIELDS, help="show the whole field, or the body alone")
     parser.add_argument("--window", choices=tuple(WINDOWS), default="lung", help="HU window (default lung)")
     parser.add_argument("--rescale", type=float, nargs=2, metavar=("SLOPE", "INTERCEPT"), help="of raw stored values")
+    parser.add_argument("--series_uid", help="which series of a DICOM study (default: the largest axial CT)")
+    parser.add_argument("--allow_non_ct", action="store_true", help="also show what is no CT")
     return parser.parse_args(arguments)
 
 
 def build_image_processor(args: argparse.Namespace) -> SamfImageProcessor:
     """The model's image processor if one is named, else our defaults; with the window that shall be shown."""
     settings = {"hu_windows": (WINDOWS[args.window],), "image_mean": 0.5, "image_std": 0.5}
-    if args.slab is not None:
-        settings["slab"] = args.slab
+    settings |= {name: value for name in ("field", "slab") if (value := getattr(args, name)) is not None}
     if args.processor is not None:
         if args.slices is not None:
             settings["slices_per_plane"] = args.slices
@@ -170,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     image_processor = build_image_processor(args)
     try:
-        volume = read_ct(args.path, rescale=args.rescale and tuple(args.rescale))
+        volume = read_ct(args.path, rescale=args.rescale, series_uid=args.series_uid, allow_non_ct=args.allow_non_ct)
     except CTReadError as error:
         logger.error("%s", error)
         return 1

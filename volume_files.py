@@ -15,6 +15,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +32,10 @@ except ImportError:
     HeaderDataError = ValueError
 
 try:  # two to three times faster than zlib; not needed
-    from isal import igzip
+    from isal import igzip, isal_zlib
     from isal.isal_zlib import IsalError
 except ImportError:
-    igzip = None
+    igzip, isal_zlib = None, zlib
     IsalError = zlib.error
 
 logger = logging.getLogger(__name__)
@@ -43,15 +44,29 @@ AIR_HU = -1024  # what stands outside a scanner's field of view, and what we put
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # 3.4 GiB in int16. CT-RATE's largest, 1024 x 1024 x 1617, fits; a header that claims more is damaged or is no CT.
 MAX_VOXELS = 1_850_000_000
-_MAX_UNPACKED = 7 << 29  # bytes, 3.5 GiB: what a compressed file may unpack to
-_DEFLATE_MAX_RATIO = 1032  # deflate cannot compress more tightly, so a header that claims more lies
-_CHUNK = 1 << 24
+_MAX_MEMORY = 4 << 30  # bytes: what a compressed file unpacks to, and the int16 volume that other types become
+DEFLATE_MAX_RATIO = 1032  # deflate cannot compress more tightly, so a header that claims more lies
+_CHUNK = 1 << 20  # small enough for the processor's cache
 _MAX_HEADER_LINES = 2000
 _MAX_VALUE = 400  # characters of a header's line that count
 _MAX_TEXT = 1 << 26  # bytes of a file that holds its voxels as text: Python's own numbers take much memory
 _UNPACK_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, IsalError, zipfile.BadZipFile)
 _HEADER_ERRORS = (ValueError, KeyError, IndexError, TypeError, OverflowError, SyntaxError, TokenError, struct.error)
 _ANEW = "Fetch or write it anew."
+_SIGNATURES = {
+    b"%PDF": "a PDF document",
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"\x89HDF": "an HDF5 file",
+    b"BZh": "a file packed by bzip2",
+    b"\xfd7zXZ": "a file packed by xz",
+    b"\x28\xb5\x2f\xfd": "a file packed by zstd",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"version https://git-lfs": "a Git LFS pointer in place of the file (git lfs pull fetches it)",
+    b"NRRD": "an NRRD file",
+    b"\x1f\x8b": "a file packed by gzip",
+}
 
 
 class CTReadError(ValueError):
@@ -69,6 +84,7 @@ class StoredVolume:
         zooms: voxel sizes in mm along X, Y, Z, for want of a usable affine.
         slope, intercept: the header's: HU = stored * slope + intercept.
         own: the array belongs to nobody else and may be changed in place.
+        own_scaling: slope and intercept were applied already, as DICOM's each slice's own are: there are no others.
         notes: what was found odd and mended, in words.
     """
 
@@ -79,6 +95,7 @@ class StoredVolume:
     slope: float = 1.0
     intercept: float = 0.0
     own: bool = True
+    own_scaling: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -111,6 +128,23 @@ def squeezed_shape(shape: Sequence[int], source: str, leading: bool = False) -> 
     return tuple(kept)
 
 
+def seen(head: bytes) -> str:
+    """What a file that begins so is, in words. Text is never repeated: it may be about a patient."""
+    if not head:
+        return "an empty file"
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if head[128:132] == b"DICM":
+        return "a DICOM file"
+    for signature, name in _SIGNATURES.items():
+        if head.startswith(signature):
+            return name
+    text = head[:64].decode("utf-8", errors="replace").rstrip("\ufffd")  # the last character may be cut in two
+    if text and all(character.isprintable() or character in "\t\r\n\ufeff" for character in text):
+        return "a web page" if text.lstrip().startswith("<") else "a text file"
+    return f"a file that starts with the bytes {head[:4].hex(' ')}"
+
+
 def check_dtype(dtype: np.dtype, source: str) -> None:
     """Refuses colours, complex numbers and whatever else is no real number."""
     if dtype.fields is not None:
@@ -124,10 +158,19 @@ def scale_to_hu(stored: np.ndarray, slope: float, intercept: float, out: np.ndar
 
     Returns the number of voxels that are NaN or infinite: they become air.
     """
-    limits = np.iinfo(np.int16)
-    values = stored.astype(np.float64)  # keeps every 32-bit value exact
-    bad = ~np.isfinite(values) if stored.dtype.kind == "f" else None
-    if (slope, intercept) != (1.0, 0.0):
+    limits, kind, size = np.iinfo(np.int16), stored.dtype.kind, stored.dtype.itemsize
+    whole = float(slope).is_integer() and float(intercept).is_integer() and abs(slope) * 2**16 + abs(intercept) < 2**31
+    if kind in "iub" and size <= 2 and whole:  # as most scanners store: several times faster
+        values = stored.astype(np.int32)
+        values *= int(slope)
+        values += int(intercept)
+        np.clip(values, limits.min, limits.max, out=out, casting="unsafe")
+        return 0
+    plain = (slope, intercept) == (1.0, 0.0)
+    # float64 keeps every 32-bit value exact.
+    values = stored.astype(np.float32 if kind == "f" and size <= 4 and plain else np.float64)
+    bad = ~np.isfinite(values) if kind == "f" else None
+    if not plain:
         with np.errstate(over="ignore", invalid="ignore"):
             values *= slope
             values += intercept
@@ -135,7 +178,7 @@ def scale_to_hu(stored: np.ndarray, slope: float, intercept: float, out: np.ndar
     if bad is not None and bad.any():
         values[bad] = AIR_HU
         count = int(bad.sum())
-    out[...] = np.clip(np.rint(values), limits.min, limits.max)
+    np.clip(np.rint(values, out=values), limits.min, limits.max, out=out, casting="unsafe")
     return count
 
 
@@ -149,43 +192,70 @@ def _damage_named(path: Path, what: str):
     except (*_UNPACK_ERRORS, *_HEADER_ERRORS, HeaderDataError) as error:
         if isinstance(error, (FileNotFoundError, PermissionError)):
             raise CTReadError(f"{path}: cannot be opened ({error}). Check the path and its permissions.") from error
-        raise CTReadError(
-            f"{path}: {what} ends early or its bytes are damaged ({str(error)[:200]}). {_ANEW}"
-        ) from error
+        raise CTReadError(f"{path}: {what} ends early or its bytes are damaged ({_why(error)}). {_ANEW}") from error
 
 
-def _check_claim(path: Path, shape: Sequence[int], dtype: np.dtype, start: float, limit: float) -> int:
-    """Bytes of voxels that a header tells of, when a file of `limit` bytes (once unpacked) can hold them."""
+def _why(error: Exception) -> str:
+    """An error's own words, but for those that quote the file: what stands there may be about a patient."""
+    words = str(error)
+    return type(error).__name__ if "'" in words or '"' in words else words[:200]
+
+
+def _check_fields(path: Path, fields: dict[str, str], names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in fields]
+    if missing:
+        raise CTReadError(f"{path}: its header lacks {', '.join(missing)}. {_ANEW}")
+
+
+def _check_claim(
+    path: Path, shape: Sequence[int], dtype: np.dtype, start: float, limit: float, packed: bool = False
+) -> int:
+    """Bytes of voxels that a header tells of, when a file of `limit` bytes (once unpacked) can hold them.
+
+    `packed`: they will stand in memory, beside the int16 ones that other types are made into.
+    """
     expected = math.prod(shape) * dtype.itemsize
     if not (start >= 0 and start + expected <= limit):
         raise CTReadError(
             f"{path}: its header tells of {expected} bytes of voxels from byte {start:.0f} on, shape {tuple(shape)}; "
             f"the file holds {path.stat().st_size} bytes. It was cut short: fetch or write it anew."
         )
+    needed = expected + (0 if dtype == np.int16 else 2 * math.prod(shape))
+    if packed and needed > _MAX_MEMORY:
+        raise CTReadError(
+            f"{path}: {' x '.join(map(str, shape))} voxels of type {dtype} take {needed / 2**30:.1f} GiB once unpacked; "
+            f"expected at most {_MAX_MEMORY >> 30}. Save them as int16 HU, or uncompressed: then they are mapped."
+        )
     return expected
-
-
-def _unpacked_limit(path: Path, ratio: float) -> float:
-    return min(path.stat().st_size * ratio, _MAX_UNPACKED)
 
 
 def _unpack(path: Path, stream: BinaryIO, expected: int) -> np.ndarray:
     """The next `expected` bytes of a stream, uint8, and the rest of it read past: checksums stand at the end."""
-    buffer = np.empty(expected, dtype=np.uint8)
-    target, done = memoryview(buffer), 0
-    while done < expected:
-        count = stream.readinto(target[done : done + _CHUNK])
-        if not count:
-            raise CTReadError(
-                f"{path}: ends after {done} of {expected} bytes of voxels. It was cut short: fetch or write it anew."
-            )
-        done += count
+    buffer, done = np.empty(expected, dtype=np.uint8), 0
+    with ThreadPoolExecutor(1) as copier:  # memory that is touched first costs time: beside the unpacking, not after it
+        copied = None
+        while done < expected:
+            chunk = stream.read(min(_CHUNK, expected - done))
+            if not chunk:
+                raise CTReadError(
+                    f"{path}: ends after {done} of {expected} bytes of voxels. It was cut short: fetch or write it anew."
+                )
+            if copied is not None:
+                copied.result()
+            copied = copier.submit(np.copyto, buffer[done : done + len(chunk)], np.frombuffer(chunk, dtype=np.uint8))
+            done += len(chunk)
     rest = 0
     while chunk := stream.read(1 << 20):
         rest += len(chunk)
-        if rest > _MAX_UNPACKED:
+        if rest > _MAX_MEMORY:
             raise CTReadError(f"{path}: unpacks to far more than the {expected} bytes of voxels it tells of. {_ANEW}")
     return buffer
+
+
+def _skip(stream: BinaryIO, count: int) -> None:
+    """Reads past the next `count` bytes of a stream that can't be sought in."""
+    while count > 0 and (chunk := stream.read(min(count, _CHUNK))):
+        count -= len(chunk)
 
 
 def _open_gzip(stream_or_path: Any) -> BinaryIO:
@@ -198,7 +268,7 @@ class _ZlibStream(io.RawIOBase):
     """What a zlib stream unpacks to, as a file."""
 
     def __init__(self, stream: BinaryIO):
-        self.stream, self.inflater = stream, zlib.decompressobj()
+        self.stream, self.inflater = stream, isal_zlib.decompressobj()
 
     def readable(self) -> bool:
         return True
@@ -230,23 +300,21 @@ def read_nifti(path: Path, compressed: bool) -> StoredVolume:
     if nib is None:
         raise CTReadError(f"{path}: reading NIfTI needs nibabel: pip install nibabel")
     with _damage_named(path, "the file"), _open_gzip(path) if compressed else open(path, "rb") as stream:
-        header, position = _nifti_header(path, stream)
+        header, position = _nifti_header(path, stream, compressed)
         array = _nifti_array(path, stream, header, position, compressed)
     slope, intercept = _nifti_scaling(path, header)
-    affines = _nifti_affines(path, header)
-    with np.errstate(invalid="ignore"):
-        zooms = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    affines, zooms = nifti_affines(str(path), header), nifti_zooms(header)
     return StoredVolume(array, str(path), affines, zooms, slope, intercept, own=compressed)
 
 
-def _nifti_header(path: Path, stream: BinaryIO) -> tuple[Any, int]:
+def _nifti_header(path: Path, stream: BinaryIO, compressed: bool) -> tuple[Any, int]:
     """nibabel's header and how many bytes of the stream it took."""
     block = stream.read(348)
     size = nifti_header_size(block)
     if size is None or len(block) < 348:
         raise CTReadError(
-            f"{path}: found {'compressed ' if path.suffix == '.gz' else ''}bytes that start with {block[:12]!r}; "
-            f"expected a NIfTI header. Convert the scan to NIfTI, e.g. with dcm2niix."
+            f"{path}: found {seen(block)}{' inside of a gzip file' if compressed else ''}; expected a NIfTI header. "
+            f"Unpack it and name the file or folder, or convert the scan, e.g. with dcm2niix."
         )
     block += stream.read(size - 348)
     if len(block) < size:
@@ -269,16 +337,14 @@ def _nifti_array(path: Path, stream: BinaryIO, header: Any, position: int, compr
     check_dtype(dtype, str(path))
     shape = squeezed_shape(header.get_data_shape(), str(path))
     offset = float(header["vox_offset"]) or position + 4.0
-    limit = _unpacked_limit(path, _DEFLATE_MAX_RATIO) if compressed else path.stat().st_size
+    limit = path.stat().st_size * (DEFLATE_MAX_RATIO if compressed else 1)
     if offset < position:
         raise CTReadError(f"{path}: voxels from byte {offset:.0f} on, inside its own header of {position}. {_ANEW}")
-    expected = _check_claim(path, shape, dtype, offset, limit)
+    expected = _check_claim(path, shape, dtype, offset, limit, packed=compressed)
     offset = int(offset)
     if not compressed:
         return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape, order="F")
-    skipped = offset - position
-    while skipped > 0 and (part := stream.read(min(skipped, _CHUNK))):
-        skipped -= len(part)
+    _skip(stream, offset - position)
     return _unpack(path, stream, expected).view(dtype).reshape(shape, order="F")
 
 
@@ -294,19 +360,31 @@ def _nifti_scaling(path: Path, header: Any) -> tuple[float, float]:
     return slope, intercept
 
 
-def _nifti_affines(path: Path, header: Any) -> list[np.ndarray]:
-    """sform, then qform, in millimetres; those whose code says that there is one."""
+def nifti_zooms(header: Any) -> np.ndarray:
+    """Voxel sizes of a nibabel header of NIfTI."""
+    with np.errstate(invalid="ignore"):
+        return np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+
+
+def nifti_affines(source: str, header: Any, known: np.ndarray | None = None) -> list[np.ndarray]:
+    """sform, then qform, in millimetres; those whose code says that there is one.
+
+    `known`: the affine that an image in memory goes by. It stands first, unless the header has no form at all: then
+    nibabel has made it up.
+    """
     forms = [form for name in ("sform", "qform") if (form := _nifti_form(header, name)) is not None]
+    if len(forms) == 2 and np.isfinite(forms[0]).all() and np.isfinite(forms[1]).all():
+        largest = np.abs(forms[0][:3, :3]).max()
+        if np.abs(forms[0][:3, :3] - forms[1][:3, :3]).max() > 0.05 * largest:
+            logger.warning("%s: its sform and qform disagree; takes the sform. Check the pictures' sides.", source)
+    if known is not None and forms:
+        forms.insert(0, known)
     unit = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7)  # metres, micrometres
     if unit is not None and forms:
         norms = np.linalg.norm(forms[0][:3, :3], axis=0)
         # Many writers leave a wrong unit behind. It counts only where voxels become the size that CT has.
         if not np.all((norms > 0.05) & (norms < 50)) and np.all((norms * unit > 0.05) & (norms * unit < 50)):
             forms = [np.diag([unit, unit, unit, 1.0]) @ form for form in forms]
-    if len(forms) == 2 and np.isfinite(forms[0]).all() and np.isfinite(forms[1]).all():
-        largest = np.abs(forms[0][:3, :3]).max()
-        if np.abs(forms[0][:3, :3] - forms[1][:3, :3]).max() > 0.05 * largest:
-            logger.warning("%s: its sform and qform disagree; takes the sform. Check the pictures' sides.", path)
     return forms
 
 
@@ -374,17 +452,20 @@ def _nrrd_fields(path: Path, stream: BinaryIO) -> dict[str, str]:
 
 
 def _nrrd_layout(path: Path, fields: dict[str, str]) -> tuple[np.dtype, list[int], str]:
+    _check_fields(path, fields, ("type", "dimension", "sizes", "encoding"))
     kind = " ".join(fields["type"].lower().split())
     if kind not in _NRRD_TYPES:
-        raise CTReadError(f"{path}: voxels of type {kind!r}; expected integer or real HU values. Save the scan anew.")
+        raise CTReadError(
+            f"{path}: voxels of type {kind[:24]!r}; expected integer or real HU values. Save the scan anew."
+        )
     sizes = [int(n) for n in fields["sizes"].split()]
     if len(sizes) != int(fields["dimension"]) or min(sizes) < 1 or len(sizes) > 16:
-        raise CTReadError(f"{path}: dimension {fields['dimension']} against sizes {fields['sizes']!r}. {_ANEW}")
+        raise CTReadError(f"{path}: dimension {int(fields['dimension'])} against sizes {sizes[:16]}. {_ANEW}")
     dtype = np.dtype({"big": ">", "little": "<"}.get(fields.get("endian", "").lower(), "=") + _NRRD_TYPES[kind])
     encoding = fields["encoding"].lower()
     encoding = _NRRD_ENCODINGS.get(encoding, encoding)
     if encoding not in ("raw", "gzip", "bzip2", "ascii"):
-        raise CTReadError(f"{path}: encoding {encoding!r}; expected raw, gzip, bzip2 or ascii. Save it so.")
+        raise CTReadError(f"{path}: encoding {encoding[:24]!r}; expected raw, gzip, bzip2 or ascii. Save it so.")
     return dtype, sizes, encoding
 
 
@@ -414,7 +495,9 @@ def _nrrd_geometry(
         return axes, [], np.ones(3)
     space = fields.get("space", "").lower().removesuffix("-time")
     if space not in _NRRD_SPACES:
-        logger.warning("%s: its space is %r; read as left-posterior-superior. Check the pictures' sides.", path, space)
+        logger.warning(
+            "%s: its space is %r; read as left-posterior-superior. Check the pictures' sides.", path, space[:40]
+        )
     affine = np.eye(4)
     affine[:3, :3] = np.array([vectors[axis] for axis in axes], dtype=np.float64).T
     if "space origin" in fields:
@@ -443,9 +526,9 @@ def _nrrd_array(
             return np.array(stream.read(_MAX_TEXT).split()[: math.prod(sizes)], dtype=np.float64)
         unpacked = _open_gzip(stream) if encoding == "gzip" else bz2.BZ2File(stream)
         # bzip2 packs up to some 45,000 times: the limit alone holds there.
-        limit = _unpacked_limit(path, _DEFLATE_MAX_RATIO if encoding == "gzip" else math.inf)
-        _check_claim(path, sizes, dtype, max(skip, 0), limit)
-        unpacked.read(max(min(skip, _CHUNK), 0))
+        limit = size * DEFLATE_MAX_RATIO if encoding == "gzip" else math.inf
+        _check_claim(path, sizes, dtype, max(skip, 0), limit, packed=True)
+        _skip(unpacked, skip)
         return _unpack(path, unpacked, expected).view(dtype)
 
 
@@ -487,14 +570,20 @@ def read_metaimage(path: Path) -> StoredVolume:
     with _damage_named(path, "the MetaImage file"):
         with open(path, "rb") as stream:
             fields, start = _meta_fields(path, stream), stream.tell()
+        _check_fields(path, fields, ("NDims", "DimSize", "ElementType"))
         sizes = [int(n) for n in fields["DimSize"].split()]
         if len(sizes) != int(fields["NDims"]) or not sizes or min(sizes) < 1:
-            raise ValueError(f"NDims {fields['NDims']} against DimSize {fields['DimSize']}")
+            raise ValueError(f"NDims {int(fields['NDims'])} against DimSize {sizes[:16]}")
         channels = int(fields.get("ElementNumberOfChannels", 1))
         if channels != 1 or fields["ElementType"].endswith("_ARRAY"):
             raise CTReadError(
                 f"{path}: found {channels} values a voxel (colour or vectors); "
                 f"expected one HU value. Save a single volume."
+            )
+        if fields["ElementType"] not in _META_TYPES:
+            kind = fields["ElementType"][:24]
+            raise CTReadError(
+                f"{path}: voxels of type {kind!r}; expected integer or real HU values. Save the scan anew."
             )
         shape = squeezed_shape(sizes, str(path))
         big = _meta_true(fields, "BinaryDataByteOrderMSB") or _meta_true(fields, "ElementByteOrderMSB")
@@ -535,7 +624,7 @@ def _meta_array(path: Path, start: int, fields: dict[str, str], dtype: np.dtype,
         start = size - expected if skip == -1 else start + skip
         _check_claim(path, shape, dtype, start, size)
         return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(math.prod(shape),))
-    _check_claim(path, shape, dtype, 0, _unpacked_limit(path, _DEFLATE_MAX_RATIO))
+    _check_claim(path, shape, dtype, 0, size * DEFLATE_MAX_RATIO, packed=True)
     with open(path, "rb") as stream:
         stream.seek(start + max(skip, 0))
         return _unpack(path, _ZlibStream(stream), expected).view(dtype)
@@ -586,12 +675,21 @@ def read_npz(path: Path) -> StoredVolume:
         array = _npz_array(path, archive, members[volumes[0]])
         small = {name: _npz_array(path, archive, members[name]) for name in ("affine", "spacing") if name in members}
     array = array.reshape(squeezed_shape(array.shape, str(path), leading=True), order="A")
+    return StoredVolume(array, str(path), _npz_affines(path, small))
+
+
+def _npz_affines(path: Path, small: dict[str, np.ndarray]) -> list[np.ndarray]:
+    for name, shapes in (("affine", ((4, 4), (3, 4))), ("spacing", ((3,),))):
+        if name in small and small[name].shape not in shapes:
+            raise CTReadError(f"{path}: `{name}` of shape {small[name].shape}; expected {shapes[0]}. Save it so.")
+    affines = []
     if "affine" in small:
-        return StoredVolume(array, str(path), [np.asarray(small["affine"], dtype=np.float64)])
-    if "spacing" in small and small["spacing"].shape == (3,):
-        return StoredVolume(array, str(path), [np.diag([*small["spacing"].astype(np.float64), 1.0])])
-    logger.warning("%s: no `affine` (4, 4) and no `spacing` (3,): taken as RAS+ with voxels of 1 mm.", path)
-    return StoredVolume(array, str(path), [np.eye(4)])
+        affines.append(np.vstack([small["affine"][:3], [0, 0, 0, 1]]).astype(np.float64))
+    if "spacing" in small:
+        affines.append(np.diag([*small["spacing"].astype(np.float64), 1.0]))
+    if not affines:
+        logger.warning("%s: no `affine` (4, 4) and no `spacing` (3,): taken as RAS+ with voxels of 1 mm.", path)
+    return affines or [np.eye(4)]
 
 
 def _npy_header(path: Path, stream: BinaryIO) -> tuple[tuple[int, ...], str, np.dtype]:
@@ -610,5 +708,5 @@ def _npz_dimensions(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo)
 def _npz_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(info) as stream:
         shape, order, dtype = _npy_header(path, stream)
-        expected = _check_claim(path, shape, dtype, 0, min(info.file_size, _MAX_UNPACKED))
+        expected = _check_claim(path, shape, dtype, 0, info.file_size, packed=True)
         return _unpack(path, stream, expected).view(dtype).reshape(shape, order=order)

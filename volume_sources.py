@@ -1,7 +1,7 @@
 """Where volumes lie that are not yet plain files: http(s) and hf:// addresses, and zip files.
 
-What is fetched is kept under the Hugging Face cache and asked for again only if it changed. What is unpacked lies under
-numbers, never under the names that an archive gives: no name can lead out of the folder. Both are limited in size.
+What is fetched is kept under the Hugging Face cache and asked for again only if it changed. What is unpacked lies in one
+folder, under numbers, or, where a header may name it, under the last part of its name. Both are limited in size.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import shutil
 import urllib.error
 import urllib.parse
@@ -24,18 +25,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .volume_files import CTReadError
 
-try:
-    from httpx import HTTPError as TransportError
-except ImportError:
-    TransportError = OSError
-
 logger = logging.getLogger(__name__)
 
 # 4 GiB holds the largest CT there is, unpacked. $SAMF_MAX_DOWNLOAD_BYTES changes it for addresses.
 _MAX_BYTES = 4 << 30
 _MAX_MEMBERS = 100_000
+# Headers (.mhd, .nhdr) name the file with their voxels, which must keep its name then.
+_VOXEL_FILE = re.compile(r"\w[\w.-]{0,99}\.(raw|zraw|img|bin|gz|bz2)", re.ASCII | re.IGNORECASE)
 _TIMEOUT = 30  # seconds without a byte
 _CHUNK = 1 << 20
+# What the Hub's library raises where nobody answers, whichever library it fetches with.
+_TRANSPORT_ERRORS = (OSError, *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"))
 _KINDS = {"datasets": "dataset", "spaces": "space"}
 _FETCH_ERRORS = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)
 # Each stands for a damaged or unreadable member: NotImplementedError for a packing that Python lacks, RuntimeError for
@@ -181,7 +181,7 @@ def _from_hub(address: str) -> Path:
         return Path(hf_hub_download(**where))
     except CTReadError:
         raise
-    except (TransportError, HFValidationError, OSError, ValueError) as error:
+    except (*_TRANSPORT_ERRORS, HFValidationError, ValueError) as error:
         raise CTReadError(
             f"{address}: cannot be fetched ({type(error).__name__}). Check the name, the network and, for a gated "
             f"repository, that you are logged in (hf auth login)."
@@ -196,7 +196,7 @@ def _hub_size(where: dict[str, Any]) -> int:
         return get_hf_file_metadata(hf_hub_url(**where)).size or 0
     except HfHubHTTPError:
         raise
-    except (TransportError, OSError):
+    except _TRANSPORT_ERRORS:
         return 0
 
 
@@ -204,7 +204,8 @@ def _hub_size(where: dict[str, Any]) -> int:
 
 
 def unpack_zip(path: Path, folder: Path) -> list[Path]:
-    """Unpacks a zip's files into `folder`, under numbers instead of their names.
+    """Unpacks a zip's files into `folder`: under numbers instead of their names, which could lead anywhere, but for those
+    of plain words that a header beside them may tell of.
 
     Raises:
         CTReadError: damaged, encrypted, or more than 4 GiB or 100,000 files once unpacked.
@@ -220,7 +221,9 @@ def unpack_zip(path: Path, folder: Path) -> list[Path]:
                     f"{_MAX_BYTES}. Unpack it yourself and name the folder of one study."
                 )
             for number, info in enumerate(members):
-                files.append(folder / f"{number:06d}")
+                name = info.filename.replace("\\", "/").rpartition("/")[2]
+                kept = _VOXEL_FILE.fullmatch(name) and not (folder / name).exists()
+                files.append(folder / (name if kept else f"{number:06d}"))
                 with archive.open(info) as stream, open(files[-1], "wb") as out:
                     shutil.copyfileobj(stream, out, _CHUNK)  # zipfile gives no more than the member's size
                 size += files[-1].stat().st_size

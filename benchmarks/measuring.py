@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-MEASURED_PACKAGES = ("samf", "torch", "transformers", "accelerate", "peft", "torchao", "safetensors")
+MEASURED_PACKAGES = (
+    *("samf", "torch", "transformers", "accelerate", "peft", "torchao", "safetensors"),
+    *("numpy", "nibabel", "isal", "pillow"),
+)
 SHORTEST_SAMPLE = 0.05  # seconds; quicker tasks are called several times a sample
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 30
 
@@ -31,7 +34,7 @@ class Figure:
 
     Args:
         values: one value a repeat; the median is what counts.
-        at_least: the limit, None = the figure is only stated.
+        at_least, at_most: the limit, None = the figure is only stated.
         note: what a reader needs to know to repeat it.
     """
 
@@ -40,12 +43,16 @@ class Figure:
     values: Sequence[float]
     at_least: float | None = None
     note: str = ""
+    at_most: float | None = None
 
     def summary(self) -> dict[str, Any]:
         """The figure as JSON has it."""
         result = {"name": self.name, "unit": self.unit, **summarise(self.values)}
-        result["at_least"] = self.at_least
-        result["passed"] = None if self.at_least is None else result["median"] >= self.at_least
+        result |= {"at_least": self.at_least, "at_most": self.at_most, "passed": None}
+        if self.at_least is not None:
+            result["passed"] = result["median"] >= self.at_least
+        if self.at_most is not None:
+            result["passed"] = result["median"] <= self.at_most and result["passed"] is not False
         return {**result, "note": self.note}
 
 
@@ -73,7 +80,7 @@ class Stopwatch:
     """Times calls on a device, within a time budget.
 
     Args:
-        budget: seconds that `in_turns` may take beside its warm-up; it makes at least FEWEST_ROUNDS all the same.
+        budget: seconds that `in_turns` may take beside its warm-up; it makes the fewest rounds all the same.
     """
 
     device: torch.device
@@ -89,12 +96,14 @@ class Stopwatch:
         self._wait()
         return (self.clock() - started) / calls
 
-    def in_turns(self, tasks: Mapping[str, Callable[[], Any]], label: str) -> dict[str, list[float]]:
+    def in_turns(
+        self, tasks: Mapping[str, Callable[[], Any]], label: str, fewest: int = FEWEST_ROUNDS
+    ) -> dict[str, list[float]]:
         """Seconds of each task, one value a round; every other round runs the tasks in reverse order."""
         warm = {name: self._warm_up(task) for name, task in tasks.items()}
         calls = {name: max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-7))) for name, seconds in warm.items()}
         one_round = max(sum(warm[name] * calls[name] for name in tasks), 1e-7)
-        rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(self.budget / one_round)))
+        rounds = min(MOST_ROUNDS, max(fewest, int(self.budget / one_round)))
         times: dict[str, list[float]] = {name: [] for name in tasks}
         for number in tqdm(range(rounds), desc=label, leave=False):
             for name in list(tasks) if number % 2 == 0 else reversed(list(tasks)):
@@ -116,11 +125,22 @@ def ratios(numerators: Iterable[float], denominators: Iterable[float]) -> list[f
     return [above / below for above, below in zip(numerators, denominators, strict=True)]
 
 
+def resident() -> int:
+    """Bytes of memory that this process holds now; the most it has held so far where the system doesn't tell."""
+    facts = Path("/proc/self/statm")
+    if not facts.is_file():
+        return peak_resident()
+    return int(facts.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident() -> int:
+    """The most bytes of memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def peak_memory(device: torch.device) -> list[Figure]:
     """The most memory that this process has held so far: resident, and on the GPU if it uses one."""
-    kilobyte = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 1e9
-    figures = [Figure("peak resident memory", "GB", [resident])]
+    figures = [Figure("peak resident memory", "GB", [peak_resident() / 1e9])]
     if device.type == "cuda":
         figures.append(Figure("peak GPU memory", "GB", [torch.cuda.max_memory_allocated(device) / 1e9]))
     return figures

@@ -120,9 +120,9 @@ class Settings:
     def where(self) -> dict[str, Any]:
         return {"device": self.device, "dtype": self.dtype}
 
-    def limit(self, at_least: float, on: tuple[str, ...] = ("cpu", "cuda")) -> float | None:
+    def limit(self, value: float, on: tuple[str, ...] = ("cpu", "cuda")) -> float | None:
         """A limit that holds at full size on these devices; None elsewhere."""
-        return at_least if self.size == "full" and self.device.type in on else None
+        return value if self.size == "full" and self.device.type in on else None
 
     def require_memory(self, bytes_per_weight: float) -> None:
         """Stop before the system would kill this process, or others.

@@ -14,6 +14,10 @@ ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
 AXIAL = (1.0, 0, 0, 0, 1.0, 0)
 ROWS, COLUMNS, SPACING = 14, 18, (1.5, 1.25)  # mm from row to row, from column to column
 FIRST = (-12.0, 7.0, -30.0)  # LPS mm of the first pixel's centre
+PRIVATE_TEXTS = (
+    *("PatientName", "PatientID", "PatientComments", "PatientAddress", "ReferringPhysicianName", "OperatorsName"),
+    *("InstitutionName", "StudyDescription", "SeriesDescription", "ProtocolName", "ImageComments"),
+)
 GRADIENT = np.array([11.0, -7.0, 5.0])  # HU for each mm to the left, back and head
 
 
@@ -49,7 +53,7 @@ def slice_dataset(hu: np.ndarray, position: Sequence[float], slope: float = 1, i
         "SOPInstanceUID": pydicom.uid.generate_uid(),
         "SeriesInstanceUID": "1.2.3.4",
         "StudyInstanceUID": "1.2.3",
-        "PatientName": "SECRET^NAME",
+        **{keyword: f"SECRET {keyword}" for keyword in PRIVATE_TEXTS},
         "Modality": "CT",
         "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
         "Rows": hu.shape[0],

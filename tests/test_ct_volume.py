@@ -6,6 +6,7 @@ import gzip
 import logging
 import os
 import zipfile
+from fractions import Fraction
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+from samf import volume_files
 from samf.ct_volume import AIR_HU, CTReadError, CTVolume, judge_intensity, read_ct, to_ct_volume
 
 SHAPE = (9, 7, 5)
@@ -126,6 +128,13 @@ def test_oblique_and_sheared_volumes_are_resampled_onto_the_patients_axes(tmp_pa
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(stored.shape) - 1) @ affine[:3, :3].T + affine[:3, 3]
     found = (corners - volume.affine[:3, 3]) / volume.spacing
     assert (found > -0.01).all() and (found < np.array(volume.shape) - 1 + 0.01).all()
+
+
+def test_a_header_that_would_blow_the_volume_up_is_refused(tmp_path):
+    """Voxels of nanometres by centimetres, turned: millions of rows in each column."""
+    affine = rotated(30) @ np.diag([1e-5, 40, 1, 1])
+    with pytest.raises(CTReadError, match="thin.nii: .* voxels once turned upright; expected at most 5e.07"):
+        read_ct(save_nifti(tmp_path / "thin.nii", ramp(), affine))
 
 
 def test_axes_far_from_right_angles_are_refused(tmp_path):
@@ -443,6 +452,14 @@ def test_data_beside_a_header(tmp_path):
             read_ct(tmp_path / "scan.nhdr")
 
 
+def test_bytes_to_skip_within_packed_data(tmp_path):
+    """More of them than are unpacked at a time."""
+    header = NRRD.format(space="RAS", endian="little", encoding="gz").rstrip("\n") + "\nbyte skip: 3000001\n\n"
+    packed = gzip.compress(bytes(3_000_001) + ramp().astype("<i2").tobytes(order="F"))
+    (tmp_path / "scan.nrrd").write_bytes(header.encode() + packed)
+    np.testing.assert_array_equal(read_ct(tmp_path / "scan.nrrd").hu, ramp())
+
+
 def test_vectors_and_series_in_nrrd_and_metaimage_are_refused(tmp_path):
     colour = sitk.GetImageFromArray(np.zeros((5, 7, 9, 3), dtype=np.uint8), isVector=True)
     for suffix in ("nrrd", "mha"):
@@ -472,6 +489,14 @@ def test_numpy_files_with_an_affine(tmp_path, caplog):
     np.save(tmp_path / "scan.npy", ramp()[None])
     np.testing.assert_array_equal(read_ct(tmp_path / "scan.npy").hu, ramp())
     assert "voxels of 1 mm" in caplog.text
+    np.savez(tmp_path / "rows.npz", ramp(), affine=affine[:3])
+    np.testing.assert_allclose(read_ct(tmp_path / "rows.npz").affine, expected.affine)
+    np.savez(tmp_path / "both.npz", ramp(), affine=np.full((4, 4), np.nan), spacing=np.array(SPACING))
+    assert read_ct(tmp_path / "both.npz").spacing == SPACING and "takes the next" in caplog.text
+    for name, values in {"affine": np.eye(3), "spacing": np.ones(2)}.items():
+        np.savez(tmp_path / "odd.npz", ramp(), **{name: values})
+        with pytest.raises(CTReadError, match=f"odd.npz: `{name}` of shape"):
+            read_ct(tmp_path / "odd.npz")
     np.savez(tmp_path / "two.npz", a=ramp(), b=ramp())
     np.savez(tmp_path / "objects.npz", np.array([[[{}]]], dtype=object))
     for name, words in {"two.npz": "2 arrays of three dimensions", "objects.npz": "voxels of type object"}.items():
@@ -519,6 +544,47 @@ def test_what_is_in_memory_is_a_volume_too(tmp_path):
     np.testing.assert_array_equal(to_ct_volume(torch.from_numpy(array).to(torch.bfloat16)).hu[:2], array[:2])
     with pytest.raises(TypeError, match="got <class 'int'>"):
         to_ct_volume(3)
+    with pytest.raises(CTReadError, match="a label map"):
+        to_ct_volume(sitk.LabelImageToLabelMap(sitk.GetImageFromArray(np.ones((4, 4, 4), dtype=np.uint8))))
+
+
+@pytest.mark.parametrize("form", ["sform", "qform", "neither"])
+def test_a_nibabel_image_is_what_its_file_is(tmp_path, caplog, form):
+    """Also where its affine is no number, or nibabel's own invention."""
+    image = nib.Nifti1Image(ramp(), None)
+    image.header.set_zooms(SPACING)
+    image.header.set_qform(np.diag([*SPACING, 1]), code=1 if form == "qform" else 0)
+    image.header["sform_code"] = 0 if form == "neither" else 1
+    image.header["srow_x"] = [np.nan] * 4
+    nib.save(image, tmp_path / "scan.nii")
+    from_file, in_memory = read_ct(tmp_path / "scan.nii"), to_ct_volume(nib.load(tmp_path / "scan.nii"))
+    np.testing.assert_array_equal(in_memory.hu, from_file.hu)
+    np.testing.assert_array_equal(in_memory.affine, from_file.affine)
+    np.testing.assert_allclose(in_memory.spacing, SPACING, rtol=1e-6)
+    words = {"sform": "NaN or singular; assumes", "qform": "takes the next", "neither": "no orientation"}[form]
+    assert (
+        f"{tmp_path / 'scan.nii'}: its " in caplog.text
+        and f"nibabel image {tmp_path / 'scan.nii'}: its " in caplog.text
+    )
+    assert caplog.text.count(words) == 2
+
+
+def test_a_nibabel_image_whose_file_is_damaged_is_refused_by_name(tmp_path):
+    path = save_nifti(tmp_path / "scan.nii.gz", ramp((20, 20, 20)))
+    data = path.read_bytes()
+    for name, content in {"cut.nii.gz": data[:2000], "cut.nii": gzip.decompress(data)[:2000]}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CTReadError, match=f"nibabel image .*{name}: its voxels cannot be read"):
+            to_ct_volume(nib.load(tmp_path / name))
+
+
+def test_voxel_sizes_that_no_scanner_makes_are_warned_of(tmp_path, caplog):
+    for mm in (0.3, 5.0):
+        read_ct(save_nifti(tmp_path / "good.nii", ramp(), np.diag([mm, mm, mm, 1])))
+    assert not caplog.records
+    for mm in (0.01, 100.0):
+        read_ct(save_nifti(tmp_path / "odd.nii", ramp(), np.diag([1, 1, mm, 1])))
+        assert f"odd.nii: voxels of 1 x 1 x {mm:g} mm, which no scanner makes" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------- bad inputs
@@ -532,8 +598,14 @@ def bad_inputs(tmp_path):
     data = good.read_bytes()
     cases = {"missing.nii.gz": (None, "no such file")}
     cases["empty.nii.gz"] = (b"", "an empty file")
-    cases["notes.nii.gz"] = (b"This is a text file, however it is called.\n" * 20, "starts with b'This is a te'")
-    cases["short.txt"] = (b"hi", "starts with b'hi'")
+    cases["notes.nii.gz"] = (b"This is a text file, however it is called.\n" * 20, "found a text file; expected NIfTI")
+    cases["short.txt"] = (b"hi", "found a text file")
+    cases["page.nii.gz"] = (b"<!DOCTYPE html><html>", "found a web page")
+    cases["pointer.nii.gz"] = (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer.*git lfs pull")
+    cases["picture.dcm"] = (b"\x89PNG\r\n\x1a\n" + bytes(400), "a PNG picture")
+    cases["bytes"] = (b"\x01\xf2\x03\x04" * 100, "the bytes 01 f2 03 04")
+    cases["study.tar.gz"] = (gzip.compress(bytes(257) + b"ustar" + bytes(400)), "a tar archive inside of a gzip file")
+    cases["slice.dcm.gz"] = (gzip.compress(bytes(128) + b"DICM" + bytes(400)), "a DICOM file inside of a gzip file")
     cases["cut.nii.gz"] = (data[: len(data) // 2], "ends early|cut short")
     cases["cut_in_header.nii.gz"] = (data[:100], "ends early|expected a NIfTI header")
     cases["flipped.nii.gz"] = (data[:20000] + bytes([data[20000] ^ 16]) + data[20001:], "damaged")
@@ -607,6 +679,24 @@ def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(tmp_pat
                 read_ct(tmp_path / name)
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_a_volume_that_unpacks_to_more_than_the_memory_allowed_is_refused(tmp_path, monkeypatch, dtype):
+    """The voxels as they are stored and, if they are not int16, those made of them."""
+    needed = 9 * 7 * 5 * {np.int16: 2, np.float32: 4 + 2}[dtype]
+    path = save_nifti(tmp_path / "scan.nii.gz", ramp().astype(dtype))
+    np.savez(tmp_path / "scan.npz", ramp().astype(dtype))
+    plain = save_nifti(tmp_path / "scan.nii", ramp().astype(dtype))
+    for limit in (needed, needed - 1):
+        monkeypatch.setattr(volume_files, "_MAX_MEMORY", limit)
+        np.testing.assert_array_equal(read_ct(plain).hu, ramp())  # mapped
+        for packed in (path, tmp_path / "scan.npz"):
+            if limit == needed:
+                np.testing.assert_array_equal(read_ct(packed).hu, ramp())
+                continue
+            with pytest.raises(CTReadError, match=f"{packed.name}: 9 x 7 x 5 voxels of type .*Save them as int16 HU"):
+                read_ct(packed)
+
+
 def test_suffix_does_not_matter(tmp_path):
     save_nifti(tmp_path / "a.nii.gz", ramp())
     save_nifti(tmp_path / "b.nii", ramp())
@@ -614,3 +704,27 @@ def test_suffix_does_not_matter(tmp_path):
     os.rename(tmp_path / "b.nii", tmp_path / "plain.nii.gz")
     for name in ("zipped.nii", "plain.nii.gz"):
         np.testing.assert_array_equal(read_ct(tmp_path / name).hu, ramp())
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "<i2", ">i2", "u2", "i4", "u4", "f2", "f4", ">f4", "f8"])
+def test_every_type_becomes_hu_as_exact_numbers_say(dtype):
+    """Slope and intercept, rounding to even and saturation, by Python's own whole numbers and fractions."""
+    rng, dtype = np.random.default_rng(0), np.dtype(dtype)
+    if dtype.kind == "f":
+        stored = np.append(rng.normal(0, 3e4, 60), [0.5, 1.5, 2.5, -0.5, 32767.5, -32768.5, np.nan, np.inf])
+        stored = stored.clip(-6e4, 6e4).astype(dtype)
+        stored[-2:] = np.nan, -np.inf
+    else:
+        limits = np.iinfo(dtype)
+        stored = rng.integers(limits.min, limits.max, 64, dtype=dtype.newbyteorder("="), endpoint=True).astype(dtype)
+        stored[:2] = limits.min, limits.max
+    for slope, intercept in ((1, 0), (1, -1024), (-1, 3), (2, -8192), (Fraction(1, 2), Fraction(1, 4)), (40000, 0)):
+        found = np.empty(stored.shape, dtype=np.int16)
+        lost = volume_files.scale_to_hu(stored, float(slope), float(intercept), found)
+        finite = [bool(np.isfinite(value)) for value in stored]
+        assert lost == finite.count(False)
+        expected = [
+            min(max(round(Fraction(value.item()) * slope + intercept), -32768), 32767) if known else AIR_HU
+            for value, known in zip(stored, finite, strict=True)
+        ]
+        assert found.tolist() == expected, (slope, intercept)

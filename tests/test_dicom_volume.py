@@ -5,8 +5,12 @@ place where the volume's affine puts it, whatever the slices' order, tilt or gap
 """
 
 import base64
+import gzip
+import hashlib
 import logging
 import shutil
+import traceback
+import warnings
 
 import numpy as np
 import pydicom
@@ -27,8 +31,9 @@ from dicom_series import (
     write_series,
 )
 
-from samf import dicom_pixels, dicom_volume
+from samf import SamfImageProcessor, dicom_pixels, dicom_volume, view
 from samf.ct_volume import AIR_HU, CTReadError, read_ct
+from samf.data.slice_cache import SliceCache
 
 TILT = np.deg2rad(14)
 
@@ -174,6 +179,25 @@ def test_two_time_points_are_refused_by_what_tells_them_apart(tmp_path, tag):
     assert_every_voxel_in_place(read_ct([str(path) for path in reversed(first)]))
 
 
+def test_passes_in_one_file_or_told_apart_by_time(tmp_path):
+    positions = np.tile(stack_positions(), (2, 1))
+    with pytest.raises(CTReadError, match="12 slices at 6 positions.*Export one of them alone"):
+        read_ct(write_enhanced(tmp_path / "enhanced.dcm", positions, [1] * 6 + [2] * 6))
+    hu = EachSlice(slice_hu(position) + 5 * (k // 6) for k, position in enumerate(positions))
+    times = EachSlice(["101112"] * 6 + ["131415.5"] * 6)
+    with pytest.raises(CTReadError, match=r"AcquisitionTime: no. 1 \(6 slices\), no. 2 \(6 slices\)"):
+        read_ct(write_series(tmp_path / "passes", positions, hu=hu, AcquisitionTime=times))
+
+
+def test_slices_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom_volume, "MAX_VOXELS", 10 * ROWS * COLUMNS)
+    assert read_ct(write_series(tmp_path / "ten", stack_positions(10))).shape[2] == 10
+    gap = np.delete(stack_positions(7), 3, axis=0)  # six slices and the seven that they would become
+    for name, positions in (("eleven", stack_positions(11)), ("gap", gap)):
+        with pytest.raises(CTReadError, match=f"{name}: .* voxels; expected at most"):
+            read_ct(write_series(tmp_path / name, positions))
+
+
 def test_slices_beside_the_line_are_refused(tmp_path):
     positions = stack_positions()
     positions[3, 0] += 4
@@ -196,11 +220,14 @@ def test_the_largest_axial_ct_series_is_read_and_the_others_are_named(tmp_path, 
     write_series(study / "cor", stack_positions(20, axis=(0, 1, 0)), (1, 0, 0, 0, 0, -1), SeriesInstanceUID="1.2.7")
     write_series(study / "mr", stack_positions(30), SeriesInstanceUID="1.2.6", Modality="MR")
     assert read_ct(study).shape[2] == 9
-    assert "3 series; reads 1.2.8" in caplog.text and "1.2.9: number 7, CT, 4 slices of 18 x 14" in caplog.text
-    thick = read_ct(study, series_uid="1.2.9")
-    assert thick.shape[2] == 4
-    assert_every_voxel_in_place(thick)
-    with pytest.raises(CTReadError, match="no CT series '1.2.6' here; there are 1.2.7: CT, 20 slices"):
+    labels = {uid: hashlib.sha256(uid.encode()).hexdigest()[:8] for uid in ("1.2.9", "1.2.8", "1.2.7")}
+    assert f"3 series; reads {labels['1.2.8']}" in caplog.text
+    assert f"{labels['1.2.9']}: number 7, CT, 4 slices of 18 x 14" in caplog.text and "1.2." not in caplog.text
+    for name in ("1.2.9", labels["1.2.9"]):
+        thick = read_ct(study, series_uid=name)
+        assert thick.shape[2] == 4
+        assert_every_voxel_in_place(thick)
+    with pytest.raises(CTReadError, match=f"names no CT series here; there are {labels['1.2.7']}: CT, 20 slices"):
         read_ct(study, series_uid="1.2.6")
     assert read_ct(study, series_uid="1.2.6", allow_non_ct=True).shape[2] == 30
 
@@ -435,7 +462,7 @@ def test_a_packing_that_nobody_unpacks_is_named(tmp_path):
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
     dataset.save_as(tmp_path / "slice", enforce_file_format=True)
-    with pytest.raises(CTReadError, match=r"slice: transfer syntax 1\.2\.840\.10008\.1\.2\.4\.201.*gdcmconv"):
+    with pytest.raises(CTReadError, match=r"slice: transfer syntax 1\.2\.840\.10008\.1\.2\.4\.201.*uncompressed"):
         read_ct(tmp_path / "slice")
 
 
@@ -476,17 +503,93 @@ def test_compressed_pictures_of_another_size_are_refused(tmp_path):
         read_ct(tmp_path / "slice")
 
 
-def test_no_patient_name_in_logs_or_errors(tmp_path, caplog):
+PRIVATE = {  # what can be looked for: texts hold SECRET, see dicom_series
+    "StudyInstanceUID": "1.2.77777.1",
+    "FrameOfReferenceUID": "1.2.77777.2",
+    "AccessionNumber": "SECRET4711",
+    "StudyID": "SECRET4712",
+    "StudyDate": "19770707",
+    "AcquisitionDate": "19770708",
+    "ContentTime": "070707.7777",
+    "PatientBirthDate": "19270707",
+    "InstanceCreatorUID": "1.2.77777.3",
+}
+
+
+def private_studies(folder):
+    """(name, folder or file): what is read with and without warnings, and what is refused, for each reason there is."""
+    passes = np.repeat(stack_positions(), 2, axis=0)
+    moving = EachSlice(slice_hu(position) + 5 * (k % 2) for k, position in enumerate(passes))
+    upright = (1, 0, 0, 0, 0, -1)
+    studies = {
+        "good": {},
+        "gap": {"positions": np.delete(stack_positions(9), 4, axis=0)},
+        "wide_gap": {"positions": stack_positions(9)[[0, 1, 7, 8]]},
+        "tilted": {"cosines": (1, 0, 0, 0, np.cos(TILT), -np.sin(TILT))},
+        "passes": {"positions": passes, "hu": moving, "AcquisitionTime": EachSlice(["070707.1", "070707.9"] * 6)},
+        "numbers": {"positions": passes, "hu": moving, "AcquisitionNumber": EachSlice([1, 2] * 6)},
+        "mr": {"Modality": "MR"},
+        "scout": {"ImageType": ["ORIGINAL", "LOCALIZER"]},
+        "unit": {"RescaleType": "EDW"},
+        "nowhere": {"ImagePositionPatient": None},
+        "askew": {"positions": stack_positions() + np.array([[0, 0, 0]] * 5 + [[9, 0, 0]])},
+        "raw": {"intercept": 0, "hu": EachSlice([np.full((40, 60), 1040) + np.arange(60)] * 6)},
+    }
+    for number, (name, options) in enumerate(studies.items()):
+        uid = {
+            "SeriesInstanceUID": f"1.2.77777.{number}",
+            "SOPInstanceUID": EachSlice(f"1.2.77777.4.{k}" for k in range(12)),
+        }
+        yield name, write_series(folder / name, **{**PRIVATE, **uid, **options})
+    two = write_series(folder / "two", SeriesInstanceUID="1.2.77777.98", **PRIVATE)
+    write_series(two, stack_positions(3), upright, names="abc", SeriesInstanceUID="1.2.77777.99", **PRIVATE)
+    write_series(two, stack_positions(3), names=["x", "y", "z"], SeriesInstanceUID="1.2.77777.99", **PRIVATE)
+    yield "two", two
+    for name, change in (
+        ("cut", lambda data: data[:-100]),
+        ("cut_header", lambda data: data[: len(data) - 2 * ROWS * COLUMNS - 60]),
+        ("no_number", lambda data: data.replace(b"1.5\\1.25", b"SECRETxx")),
+        ("odd_length", lambda data: data.replace(b"SECRET PatientID", b"\xff" * 16)),
+    ):
+        broken = write_series(folder / name, **PRIVATE)
+        path = sorted(broken.iterdir())[2]
+        path.write_bytes(change(path.read_bytes()))
+        yield name, broken
+    for name, head in (
+        ("report.txt", b"SECRET NAME, born 1927"),
+        ("report.csv.gz", gzip.compress(b"SECRET;1.2.77777" * 99)),
+    ):
+        (folder / name).write_bytes(head)
+        yield name, folder / name
+
+
+def test_no_patient_data_in_any_log_error_or_written_file(tmp_path, caplog, capfd):
+    """Over all that can be read or refused: names, dates, numbers and UIDs stand in no log line, traceback or file."""
     caplog.set_level(logging.DEBUG)
-    read_ct(write_series(tmp_path / "good"))
-    bad = write_series(tmp_path / "gap", stack_positions(6)[[0, 1, 5]])
-    broken = pydicom.dcmread(bad / "slice000.dcm")
-    broken.save_as(bad / "slice000.dcm")
-    data = (bad / "slice000.dcm").read_bytes()
-    (bad / "more").write_bytes(data.replace(b"1\\0\\0\\0\\1\\0", b"SECRET\\0\\0\\1"))
-    with pytest.raises(CTReadError) as error:
-        read_ct(bad)
-    assert "SECRET" not in caplog.text + str(error.value)
+    said, outcomes = [], {}
+    cache = SliceCache(tmp_path / "written", SamfImageProcessor(slices_per_plane=2, size=32))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        studies = list(private_studies(tmp_path / "studies"))
+        caught.clear()
+        for name, path in studies:
+            for options in ({}, {"allow_non_ct": True}, {"series_uid": "1.2.77777.98"}):
+                try:
+                    read_ct(path, **options)
+                    outcomes.setdefault(name, "read")
+                except CTReadError as error:
+                    outcomes.setdefault(name, "refused")
+                    said.append("".join(traceback.format_exception(error)))
+            if outcomes[name] == "read":
+                cache.get(path)
+                view.main([str(path), "--output", str(tmp_path / "written" / f"{name}.png"), "--slices", "2"])
+    said += [str(warning.message) for warning in caught] + [caplog.text, *capfd.readouterr()]
+    written = {path: path.read_bytes() for path in (tmp_path / "written").rglob("*") if path.is_file()}
+    assert list(outcomes.values()).count("read") >= 5 and list(outcomes.values()).count("refused") >= 11, outcomes
+    assert len(written) >= 10 and len("".join(said)) > 10_000
+    private = (b"SECRET", b"1.2.77777", b"7070", b"070707")
+    for text in (*(text.encode() for text in said), *written.values()):
+        assert not [word for word in private if word in text], text[:3000]
 
 
 def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, monkeypatch):
@@ -521,6 +624,13 @@ def test_a_decoder_that_crashes_or_hangs_is_an_error(tmp_path, monkeypatch, faul
     monkeypatch.setattr(dicom_pixels, "_SECONDS_A_FRAME", 0.1)
     with pytest.raises(CTReadError, match="slice000.dcm: its compressed voxels are damaged|takes far too long"):
         read_ct(folder)
+
+
+def test_raw_values_of_slices_are_refused_with_their_own_remedy(tmp_path):
+    rng = np.random.default_rng(0)
+    hu = EachSlice(rng.normal(1040, 30, (32, 32)).round() for _ in range(12))
+    with pytest.raises(CTReadError, match="raw: its values are no Hounsfield units.*export the series again"):
+        read_ct(write_series(tmp_path / "raw", stack_positions(12), hu=hu, intercept=0))
 
 
 def test_rescale_is_never_for_dicom(tmp_path):

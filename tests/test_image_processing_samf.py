@@ -1,6 +1,8 @@
 """The slice stack: orientation, geometry, windows, slabs, settings."""
 
 import itertools
+import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import torch
 from transformers import AutoImageProcessor
 
 from samf.ct_volume import CTReadError, CTVolume, read_ct
-from samf.image_processing_samf import PLANES, SamfImageProcessor
+from samf.image_processing_samf import EXTRACT_VERSION, PLANES, SLABS, SamfImageProcessor, body_box
 
 SHAPE = (20, 28, 24)
 SPACING = (2.0, 1.5, 1.75)
@@ -283,6 +285,47 @@ def test_slab_none_is_the_slice_itself():
         np.testing.assert_allclose(stack["slices"][s, 0] / 255 * 2040 - 1000, expected, atol=4.01)
 
 
+MEMORY_ORDERS = list(itertools.permutations(range(3)))
+
+
+@pytest.mark.parametrize("order", MEMORY_ORDERS)
+@pytest.mark.parametrize("shape", [(23, 31, 27), (5, 31, 27), (31, 3, 2)])
+def test_how_a_volume_lies_in_memory_changes_nothing(order, shape):
+    """Slabs along each axis take other ways through memory; also where there are fewer voxels than slices."""
+    hu = np.random.default_rng(6).integers(-3000, 4000, shape).astype(np.int16)
+    stored = np.ascontiguousarray(hu[::-1, :, ::-1].transpose(order)).transpose(np.argsort(order))[::-1, :, ::-1]
+    for slab in SLABS:
+        processor = SamfImageProcessor(slices_per_plane=6, size=24, slab=slab)
+        plain, turned = (processor.extract(make_volume(array, SPACING))["slices"] for array in (hu, stored))
+        np.testing.assert_array_equal(plain, turned)
+
+
+@pytest.mark.parametrize("slab", ["mean", "mip"])
+def test_no_small_nodule_falls_between_slices(slab):
+    """4 mm of soft tissue in the lung of a chest of 300 mm shows in each plane, wherever it lies; without slabs it may not."""
+    spacing, shape = (1.0, 1.0, 1.0), (300, 240, 300)
+    lung = np.random.default_rng(7).normal(-850, 20, shape).astype(np.int16)
+    rng, processor = np.random.default_rng(8), SamfImageProcessor(slab=slab, hu_windows=((-1000, 0),))
+    before, single = processor.extract(make_volume(lung, spacing)), SamfImageProcessor(hu_windows=((-1000, 0),))
+    missed = 0
+    for _ in range(4):
+        centre = rng.uniform(5, np.array(shape) - 5)
+        box = tuple(slice(int(c) - 3, int(c) + 5) for c in centre)
+        grid = np.meshgrid(*(np.arange(side.start, side.stop) for side in box), indexing="ij")
+        nodule = sum((g - c) ** 2 for g, c in zip(grid, centre, strict=True)) <= 2**2
+        assert 25 <= nodule.sum() <= 42  # the sphere has 33.5 mm³
+        hu = lung.copy()
+        hu[box][nodule] = 40
+        after = processor.extract(make_volume(hu, spacing))
+        brighter = (after["slices"].astype(int) - before["slices"]).max(axis=(1, 2, 3))
+        for plane in range(3):
+            shown = brighter[after["slice_planes"] == plane]
+            assert (shown > 25).sum() in (1, 2), (slab, plane, shown)  # tenfold the noise that is left
+        plain = (single.extract(make_volume(x, spacing))["slices"].astype(int) for x in (hu, lung))
+        missed += int(np.abs(np.subtract(*plain)).reshape(3, -1).max(axis=1).min() == 0)
+    assert missed  # the slabs are needed
+
+
 def test_shrinking_averages_instead_of_skipping():
     """A checkerboard of single voxels becomes even grey."""
     hu = np.indices((64, 64, 64)).sum(axis=0) % 2 * 1000
@@ -290,6 +333,97 @@ def test_shrinking_averages_instead_of_skipping():
         "slices"
     ]
     assert np.abs(picture[:, 0, 2:-2, 2:-2].astype(int) - 127).max() <= 6
+
+
+# ----------------------------------------------------------------------------------------------------- the body's field
+
+
+def body_on_a_table(shape=(120, 110, 60), spacing=(3.0, 3.0, 4.0)) -> CTVolume:
+    """An elliptic cylinder of tissue with two lungs, 210 x 150 mm, in air; behind it a table of two thin shells."""
+    x, y, _ = np.meshgrid(*((np.arange(n) - n / 2) * mm for n, mm in zip(shape, spacing, strict=True)), indexing="ij")
+    hu = np.full(shape, -1000, dtype=np.int16)
+    hu[(x / 105) ** 2 + ((y - 30) / 75) ** 2 <= 1] = 40
+    for side in (-45, 45):
+        hu[((x - side) / 35) ** 2 + ((y - 30) / 50) ** 2 <= 1] = -850
+    hu[:, 12:14] = hu[:, 22:24] = 100  # 6 mm each, as wide as the field
+    return make_volume(hu, spacing)
+
+
+def test_the_bodys_box_leaves_air_and_table_out():
+    volume = body_on_a_table()
+    x, y, z = body_box(volume)
+    mm = 3.0
+    assert x.start * mm == pytest.approx(180 - 105, abs=8) and x.stop * mm == pytest.approx(180 + 105, abs=8)
+    assert y.start * mm == pytest.approx(165 + 30 - 75, abs=8) and y.stop * mm == pytest.approx(165 + 30 + 75, abs=8)
+    assert (z.start, z.stop) == (0, 60)  # the body goes on beyond the field
+    tissue = np.argwhere(volume.hu[:, 30:] > 0) + [0, 30, 0]
+    assert (tissue.min(axis=0) >= [x.start, y.start, z.start]).all()
+    assert (tissue.max(axis=0) < [x.stop, y.stop, z.stop]).all()
+
+
+def test_the_bodys_field_is_what_a_cropped_volume_gives():
+    upright = body_on_a_table()
+    turn = np.eye(4)  # a little oblique: then a slice's place depends on where its own middle lies
+    turn[:2, :2] = [[np.cos(0.1), -np.sin(0.1)], [np.sin(0.1), np.cos(0.1)]]
+    volume = CTVolume(upright.hu, upright.spacing, turn @ upright.affine, "turned")
+    box = body_box(volume)
+    shift = np.eye(4)
+    shift[:3, 3] = [side.start for side in box]
+    cropped = CTVolume(volume.hu[box], volume.spacing, volume.affine @ shift, "cropped")
+    for slab in SLABS:
+        body, full = (
+            SamfImageProcessor(field=field, slab=slab, slices_per_plane=5, size=64).extract(v)
+            for field, v in (("body", volume), ("full", cropped))
+        )
+        for key in ("slices", "slice_positions", "slice_planes"):
+            np.testing.assert_array_equal(body[key], full[key])
+        np.testing.assert_allclose(body["slice_mm"], full["slice_mm"], atol=1e-3)
+        starts = np.array([box[normal].start for normal in (2, 1, 0)])[body["slice_planes"]]
+        np.testing.assert_array_equal(body["slice_indices"], full["slice_indices"] + starts)
+
+
+def test_two_legs_are_one_body_and_a_small_thing_beside_is_none():
+    hu = np.full((100, 60, 40), -1000)
+    hu[10:30, 20:40] = hu[65:80, 22:42] = 50
+    hu[90:98, 50:58, :10] = 50
+    x, y, _ = body_box(make_volume(hu, (4.0, 4.0, 4.0)))
+    assert (x.start, x.stop) == pytest.approx((10, 80), abs=1) and (y.start, y.stop) == pytest.approx((20, 42), abs=1)
+
+
+def test_a_body_in_two_slices_is_found():
+    hu = np.full((60, 60, 2), -1000)
+    hu[20:40, 30:50] = 50
+    x, y, z = body_box(make_volume(hu, (4.0, 4.0, 5.0)))
+    assert (x.start, x.stop) == pytest.approx((20, 40), abs=1) and (y.start, y.stop) == pytest.approx((30, 50), abs=1)
+    assert (z.start, z.stop) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    "hu", [np.full((30, 20, 10), -1000), np.full((30, 20, 10), 50), np.full((1, 1, 1), 50), np.full((40, 2, 40), 50)]
+)
+def test_without_air_or_without_a_body_the_field_is_the_whole_volume(hu):
+    volume = make_volume(hu)
+    assert [(side.start, side.stop) for side in body_box(volume)] == [(0, n) for n in hu.shape]
+    stacks = [
+        SamfImageProcessor(field=field, slices_per_plane=3, size=16).extract(volume) for field in ("body", "full")
+    ]
+    for key, array in stacks[0].items():
+        np.testing.assert_array_equal(array, stacks[1][key])
+
+
+def test_real_bodies_are_found(test_data):
+    """A patient with arms at the sides on a two-shelled table, and a chest whose field fits the body from side to side."""
+    volume = read_ct(test_data / "dicom/totalseg_abdomen_20sl_j2k")
+    x, y, z = body_box(volume)
+    assert x.stop - x.start > 500 and (z.start, z.stop) == (0, 20)
+    assert y.stop - y.start < 0.55 * 512
+    # The outer shell lies behind the box, the belly's front within it.
+    shell = np.flatnonzero((volume.hu[200:300] > 0).mean(axis=(0, 2)) > 0.5)
+    assert shell.min() < y.start
+    front = np.flatnonzero((volume.hu[200:300] > -100).mean(axis=(0, 2)) > 0.3).max()
+    assert y.stop - 20 < front < y.stop
+    chest = body_box(read_ct(test_data / "ct/pyradiomics_lung1.nrrd"))
+    assert (chest[0].start, chest[0].stop) == (0, 512) and chest[1].stop - chest[1].start < 400
 
 
 # ------------------------------------------------------------------------------------------------------- model inputs
@@ -371,15 +505,25 @@ def test_the_volume_is_not_changed_and_not_remembered(small, landmarks):
 
 
 def test_threads_change_nothing(landmarks):
-    processor, before = SamfImageProcessor(slices_per_plane=5, size=57), torch.get_num_threads()
+    before, made = torch.get_num_threads(), {}
     try:
-        torch.set_num_threads(1)
-        one = processor.extract(make_volume(landmarks, SPACING))["slices"]
-        torch.set_num_threads(4)
-        four = processor.extract(make_volume(landmarks, SPACING))["slices"]
+        for threads, slab in itertools.product((1, 4), SLABS):
+            torch.set_num_threads(threads)
+            processor = SamfImageProcessor(slices_per_plane=5, size=57, slab=slab)
+            made[threads, slab] = processor.extract(make_volume(landmarks, SPACING))["slices"]
     finally:
         torch.set_num_threads(before)
-    np.testing.assert_array_equal(one, four)
+    for slab in SLABS:
+        np.testing.assert_array_equal(made[1, slab], made[4, slab])
+
+
+def test_what_goes_wrong_in_a_thread_is_raised(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    volume = make_volume(np.zeros((8, 8, 8)))
+    processor = SamfImageProcessor(slices_per_plane=2, size=8)
+    processor.hu_windows = ((0, 1), "broken")
+    with pytest.raises(ValueError, match="unpack"):
+        processor.extract(volume)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
@@ -398,6 +542,12 @@ def test_threads_change_nothing(landmarks):
         ({"hu_windows": ()}, "empty"),
         ({"hu_windows": ((-1000, 1000),), "image_mean": (0.1, 0.2, 0.3)}, "3 values for 1 HU windows"),
         ({"slab": "median"}, "none, mean, mip"),
+        ({"field": "lungs"}, "full, body"),
+        ({"preset": "published", "field": "body"}, "can't be chosen"),
+        ({"orientation": {"axial": "LRAP"}}, "orientation=.*can't be set"),
+        ({"pixel_spacing": 0.7}, "pixel_spacing=0.7"),
+        ({"version": EXTRACT_VERSION + 1}, "newer code"),
+        ({"version": "1"}, "version=1"),
         ({"size": {"height": 224, "width": 112}}, "equal"),
         ({"size": 0}, "positive"),
         ({"image_std": 0.0}, "positive"),
@@ -420,18 +570,20 @@ def test_settings_hash_follows_what_changes_the_pixels():
     other = [
         SamfImageProcessor(slices_per_plane=23),
         SamfImageProcessor(slab="mip"),
+        SamfImageProcessor(field="body"),
         SamfImageProcessor(size=112),
         SamfImageProcessor(planes=("coronal", "axial", "sagittal")),
         SamfImageProcessor(hu_windows=((-1350, 151), (-160, 240), (-1000, 1000))),
     ]
     assert {p.settings_hash() for p in same} == {base.settings_hash()}
-    assert len({p.settings_hash() for p in [base, *other]}) == 6
+    assert len({p.settings_hash() for p in [base, *other]}) == 7
 
 
 ODD_SETTINGS = {
     "planes": ("sagittal", "axial"),
     "slices_per_plane": (3, 5),
     "hu_windows": ((-1000, -500.5), (0, 80)),
+    "field": "body",
     "slab": "mean",
     "size": 40,
     "rescale_factor": 1 / 127.5,
@@ -449,6 +601,49 @@ def test_settings_survive_saving(tmp_path):
         assert getattr(second, name) == value, name
     changed = SamfImageProcessor.from_pretrained(tmp_path, slab="mip", do_normalize=True)
     assert changed.slab == "mip" and changed.do_normalize and changed.size == 40
+
+
+def test_the_saved_file_says_what_the_pictures_are(tmp_path):
+    """Window, spacing, order and version stand in the file that others read."""
+    SamfImageProcessor().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
+    assert saved["hu_windows"] == [[-1350, 150], [-160, 240], [-1000, 1000]]
+    assert saved["planes"] == list(PLANES) and (saved["field"], saved["slab"], saved["size"]) == ("full", "none", 224)
+    assert saved["orientation"] == {"axial": "RLAP", "coronal": "RLSI", "sagittal": "APSI"}
+    assert "longer side of the field in mm" in saved["pixel_spacing"]
+    assert saved["version"] == EXTRACT_VERSION
+    changed = SamfImageProcessor.from_pretrained(tmp_path, planes=("axial",))  # what is described follows
+    assert changed.planes == ("axial",)
+    SamfImageProcessor(preset="published").save_pretrained(tmp_path / "published")
+    saved = json.loads((tmp_path / "published/preprocessor_config.json").read_text(encoding="utf-8"))
+    assert saved["orientation"] == "as stored" and "shorter side" in saved["pixel_spacing"]
+
+
+def test_files_saved_before_there_were_fields_and_versions_load_as_they_were(tmp_path):
+    SamfImageProcessor(**ODD_SETTINGS).save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("field", "version", "orientation", "pixel_spacing"):
+        del saved[key]
+    path.write_text(json.dumps(saved), encoding="utf-8")
+    loaded = SamfImageProcessor.from_pretrained(tmp_path)
+    assert loaded.field == "full"
+    assert loaded.settings_hash() == SamfImageProcessor(**{**ODD_SETTINGS, "field": "full"}).settings_hash()
+    # The hash that these settings had then: caches stay good.
+    assert SamfImageProcessor().settings_hash() == "2fac67b08d5815eb"
+
+
+def test_another_codes_file_is_warned_of_or_refused(tmp_path, caplog):
+    SamfImageProcessor().save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**saved, "version": EXTRACT_VERSION - 1}), encoding="utf-8")
+    with caplog.at_level(logging.WARNING, logger="samf.image_processing_samf"):
+        assert SamfImageProcessor.from_pretrained(tmp_path).to_dict()["version"] == EXTRACT_VERSION
+    assert f"version {EXTRACT_VERSION - 1}" in caplog.text
+    path.write_text(json.dumps({**saved, "version": EXTRACT_VERSION + 1}), encoding="utf-8")
+    with pytest.raises(ValueError, match="newer code.*Update samf"):
+        SamfImageProcessor.from_pretrained(tmp_path)
 
 
 def test_auto_class_finds_it_in_this_process(tmp_path):

@@ -5,9 +5,12 @@ The files are not part of the repository; see tests/conftest.py.
 
 import gzip
 import logging
+import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -168,6 +171,13 @@ def all_forms(scan: CTVolume, test_data: Path, folder: Path):
         for file in files:
             archive.write(file, f"study/{file.name}")
     yield "zipped DICOM", folder / "dicom.zip"
+    yield "list of DICOM files", files[::-1]
+    (folder / "packed").mkdir()
+    for file in files:
+        dataset = pydicom.dcmread(file)
+        dataset.compress(pydicom.uid.RLELossless)
+        dataset.save_as(folder / "packed" / file.stem)
+    yield "DICOM packed by RLE", folder / "packed"
     image = sitk.ReadImage(str(test_data / "ct/cip_ct-64.nrrd"))
     yield "SimpleITK image", image
     for suffix in ("nrrd", "mha", "mhd", "nii.gz"):
@@ -178,6 +188,8 @@ def all_forms(scan: CTVolume, test_data: Path, folder: Path):
     yield "zipped NRRD", folder / "nrrd.zip"
     nifti = nib.load(folder / "itk.nii.gz")
     yield "nibabel image", nifti
+    nib.save(nib.Nifti2Image.from_image(nifti), folder / "two.nii.gz")
+    yield "second version of NIfTI", folder / "two.nii.gz"
     np.savez_compressed(folder / "scan.npz", hu=np.asarray(nifti.dataobj), affine=nifti.affine)
     yield "npz", folder / "scan.npz"
     for axes in np.array(list(np.ndindex(3, 3, 3))):
@@ -202,66 +214,246 @@ def test_one_scan_in_every_form_gives_one_stack(scan, test_data, tmp_path):
         for key in ("slices", "slice_planes", "slice_positions", "slice_indices"):
             np.testing.assert_array_equal(stack[key], expected[key], err_msg=f"{name}: {key}")
         names.add(name)
-    assert len(names) == 59 and sum(name.startswith("NIfTI ") for name in names) == 48
+    assert len(names) == 62 and sum(name.startswith("NIfTI ") for name in names) == 48
 
 
 # --------------------------------------------------------------------------------------------- what that scan can suffer
 
 
-@pytest.fixture
-def nifti(scan, tmp_path):
-    """Saves an array under the scan's affine."""
+class Bench:
+    """Makes files of the scan: `hu` (RAS+), `affine`; each `make` below returns a path."""
 
-    def save(array, name="scan.nii.gz", affine=scan.affine, dtype=None):
-        image = nib.Nifti1Image(array, affine, dtype=dtype or array.dtype)
-        nib.save(image, tmp_path / name)
-        return tmp_path / name
+    def __init__(self, scan: CTVolume, test_data: Path, folder: Path):
+        self.scan, self.test_data, self.folder = scan, test_data, folder
+        self.hu = np.ascontiguousarray(scan.hu)
+        self.outside = np.broadcast_to(  # of a round field of view
+            (np.hypot(*np.meshgrid(np.linspace(-1, 1, 64), np.linspace(-1, 1, 64))) > 1)[..., None], self.hu.shape
+        )
 
-    return save
+    def nifti(
+        self, array: np.ndarray, name: str = "scan.nii.gz", affine: np.ndarray | None = None, header=None
+    ) -> Path:
+        affine = self.scan.affine if affine is None else affine
+        kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+        nib.save(kind(array, affine, header, dtype=array.dtype), self.folder / name)
+        return self.folder / name
+
+    def header(self, **fields) -> Path:
+        """The scan under a header with other fields."""
+        path = self.nifti(self.hu, "scan.nii")
+        data = path.read_bytes()
+        header = nib.Nifti1Header(data[:348], check=False)
+        for name, value in fields.items():
+            header[name] = value
+        path.write_bytes(header.binaryblock + data[348:])
+        return path
+
+    def bytes(self, change, name: str = "scan.nii.gz") -> Path:
+        """The compressed file with its bytes changed."""
+        path = self.nifti(self.hu)
+        data = change(path.read_bytes())
+        path = self.folder / name
+        path.write_bytes(data)
+        return path
+
+    def voxels(self, change, dtype=np.int16) -> Path:
+        return self.nifti(change(self.hu.astype(np.float64)).clip(-32768, 32767).astype(dtype))
+
+    def dicom(self, keep=lambda k: True, change=None, name: str = "study") -> Path:
+        """The scan's slices that `keep` names, from foot to head, under shuffled names; `change(dataset)` may alter them."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        datasets = [pydicom.dcmread(path) for path in (self.test_data / "dicom/cip_ct-64_79sl").iterdir()]
+        datasets.sort(key=lambda dataset: dataset.ImagePositionPatient[2])
+        names = np.random.default_rng(0).permutation(1000) + len(list(folder.iterdir())) * 1000
+        for k, dataset in enumerate(datasets):
+            if keep(k):
+                if change is not None:
+                    change(dataset)
+                dataset.save_as(folder / f"{names[k]}")
+        return folder
+
+    def two_series(self) -> Path:
+        self.dicom()
+        return self.dicom(lambda k: k < 30, lambda dataset: setattr(dataset, "SeriesInstanceUID", "1.2.3.4"))
+
+    def raw(self, intercept: int) -> Path:
+        """As in CT-RATE's first release: raw values, stored as DICOM's axes run, under a blank header."""
+        return self.nifti((self.hu.astype(np.int32)[::-1, ::-1] - intercept).astype(np.int16), "v1.nii.gz", np.eye(4))
 
 
-def test_types_and_shapes_of_the_scan(scan, nifti):
-    hu = np.ascontiguousarray(scan.hu)
-    for array in (hu.astype(np.int32), hu.astype(np.float32), hu.astype(">i2"), hu.astype(np.float64), hu[..., None]):
-        np.testing.assert_array_equal(read_ct(nifti(array)).hu, hu)
-    raw = (hu.astype(np.int32) + 1024).astype(np.uint16)
-    np.testing.assert_array_equal(read_ct(nifti(raw), rescale=(1, -1024)).hu, hu)
-    with pytest.raises(CTReadError, match="4-D"):
-        read_ct(nifti(np.stack([hu, hu], axis=-1)))
+class Derived(NamedTuple):
+    """What is made of the scan, and what reading it gives: the scan itself, but for what is named here."""
+
+    make: Callable[[Bench], Path]
+    options: dict = {}
+    error: str | None = None
+    says: str | None = None  # in the log
+    hu: Callable[[Bench], np.ndarray] = lambda bench: bench.hu
+    limits: tuple[int, int] = (-1007, 1095)
+    orientation: str = "RAS"
+    rounding: int = 0  # HU
 
 
-def test_voxels_and_affines_that_are_not_numbers(scan, nifti, caplog):
-    values = scan.hu.astype(np.float32)
-    values[10:20, 30, 40] = np.nan
-    values[5, 5, :3] = np.inf
-    hu = read_ct(nifti(values)).hu
-    assert (hu[10:20, 30, 40] == AIR_HU).all() and (hu[5, 5, :3] == AIR_HU).all() and "13 voxels are NaN" in caplog.text
-    rest = np.isfinite(values)
-    np.testing.assert_array_equal(hu[rest], scan.hu[rest])
-    path = nifti(np.ascontiguousarray(scan.hu), "nan.nii")
-    data = bytearray(path.read_bytes())
-    data[280:328] = np.full(12, np.nan, "<f4").tobytes()  # the sform's rows
-    data[252:254] = (0).to_bytes(2, "little")  # no qform
-    path.write_bytes(data)
-    volume = read_ct(path)
-    np.testing.assert_allclose(volume.spacing, scan.spacing, rtol=1e-6)
-    assert "nan.nii: its affine is NaN or singular" in caplog.text
+def with_nan(hu: np.ndarray) -> np.ndarray:
+    hu[10:20, 30, 40], hu[5, 5, :3] = np.nan, [np.inf, -np.inf, np.inf]
+    return hu
 
 
-@pytest.mark.parametrize("slope", [np.nan, 0.0, np.inf])
-def test_a_slope_that_is_no_number_means_none(scan, nifti, slope):
-    path = nifti(np.ascontiguousarray(scan.hu), "scan.nii")
-    data = bytearray(path.read_bytes())
-    data[112:120] = np.array([slope, np.nan], "<f4").tobytes()
-    path.write_bytes(data)
-    np.testing.assert_array_equal(read_ct(path).hu, scan.hu)
+def without_finite(bench: Bench) -> np.ndarray:
+    values = with_nan(bench.hu.astype(np.float32))
+    return np.where(np.isfinite(values), values, AIR_HU)
 
 
-def test_damaged_copies_of_the_scan(scan, nifti):
-    path = nifti(np.ascontiguousarray(scan.hu))
+def flipped(data: bytes) -> bytes:
+    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
+
+
+def interpolated(bench: Bench) -> np.ndarray:
+    hu = bench.hu.copy()
+    hu[..., 40] = np.rint((hu[..., 39].astype(np.float32) + hu[..., 41]) / 2)
+    return hu
+
+
+COLOUR = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+V1 = {intercept: {"rescale": (1, intercept), "spacing": (4.171872, 4.171872, 3.987342)} for intercept in (-1024, -8192)}
+DERIVED = {
+    # types and shapes
+    "int32": Derived(lambda bench: bench.nifti(bench.hu.astype(np.int32))),
+    "float32": Derived(lambda bench: bench.nifti(bench.hu.astype(np.float32))),
+    "float64": Derived(lambda bench: bench.nifti(bench.hu.astype(np.float64))),
+    "big-endian": Derived(lambda bench: bench.nifti(bench.hu.astype(">i2"), header=nib.Nifti1Header(endianness=">"))),
+    "NIfTI-2": Derived(lambda bench: bench.nifti(bench.hu, header=nib.Nifti2Header())),
+    "uint16, raw": Derived(lambda bench: bench.voxels(lambda hu: hu + 1024, np.uint16), {"rescale": (1, -1024)}),
+    "uint16, raw, alone": Derived(
+        lambda bench: bench.voxels(lambda hu: hu + 1024, np.uint16), error=f"{NO_HU}.*pass rescale="
+    ),
+    "uint16, wrapped": Derived(
+        lambda bench: bench.nifti((bench.hu.astype(np.int32) % 65536).astype(np.uint16)), error=NO_HU
+    ),
+    "singleton dimensions": Derived(lambda bench: bench.nifti(bench.hu[..., None, None])),
+    "4-D": Derived(
+        lambda bench: bench.nifti(np.stack([bench.hu] * 2, axis=-1)), error=r"4-D image of shape \(64, 64, 79, 2\)"
+    ),
+    "RGB": Derived(lambda bench: bench.nifti(np.zeros(bench.hu.shape, COLOUR)), error="a colour .RGB. image is not CT"),
+    # values
+    "NaN and infinities": Derived(
+        lambda bench: bench.nifti(with_nan(bench.hu.astype(np.float32))),
+        says="13 voxels are NaN or infinite; read as air",
+        hu=without_finite,
+        limits=(-1024, 1095),
+    ),
+    "slope NaN": Derived(lambda bench: bench.header(scl_slope=np.nan, scl_inter=np.nan)),
+    "slope 0": Derived(lambda bench: bench.header(scl_slope=0, scl_inter=7)),
+    "slope infinite": Derived(lambda bench: bench.header(scl_slope=np.inf, scl_inter=np.nan)),
+    "slope and intercept": Derived(
+        lambda bench: bench.header(scl_slope=0.75, scl_inter=-200),
+        hu=lambda bench: np.rint(bench.hu * 0.75 - 200),
+        limits=(-955, 621),
+    ),
+    "v1, -1024": Derived(lambda bench: bench.raw(-1024), V1[-1024], orientation="LPS"),
+    "v1, -8192": Derived(lambda bench: bench.raw(-8192), V1[-8192], orientation="LPS"),
+    "v1, -1024, alone": Derived(lambda bench: bench.raw(-1024), error=f"{NO_HU}.*pass rescale="),
+    "v1, -8192, alone": Derived(lambda bench: bench.raw(-8192), error=f"{NO_HU}.*pass rescale="),
+    "v1 with the other intercept": Derived(lambda bench: bench.raw(-1024), V1[-8192], error="is not this file's"),
+    "v2 with -1024": Derived(
+        lambda bench: bench.nifti(bench.hu), {"rescale": (1, -1024)}, error="Hounsfield units already"
+    ),
+    "v2 with -8192": Derived(
+        lambda bench: bench.nifti(bench.hu), {"rescale": (1, -8192)}, error="Hounsfield units already"
+    ),
+    "v2": Derived(lambda bench: bench.nifti(bench.hu), says="scan.nii.gz: Hounsfield units"),
+    "rescaled twice, -1024": Derived(
+        lambda bench: bench.voxels(lambda hu: hu - 1024), error=f"{NO_HU}.*If they were rescaled twice"
+    ),
+    "rescaled twice, -8192": Derived(
+        lambda bench: bench.voxels(lambda hu: hu - 8192), error=f"{NO_HU}.*If they were rescaled twice"
+    ),
+    **{
+        f"padding {padding}": Derived(
+            lambda bench, padding=padding: bench.nifti(np.where(bench.outside, np.int16(padding), bench.hu)),
+            says=f"voxels below -1500 HU (down to {padding}) are padding; read as air",
+            hu=lambda bench: np.where(bench.outside, AIR_HU, bench.hu),
+            limits=(-1024, 1095),
+        )
+        for padding in (-3024, -8192, -2000)
+    },
+    # geometry
+    "NaN affine": Derived(
+        lambda bench: bench.header(srow_x=np.nan, srow_y=np.nan, srow_z=np.nan, qform_code=0),
+        says="its affine is NaN or singular; assumes voxels of 4.17187 x 4.17187 x 3.98734 mm",
+        hu=lambda bench: bench.hu[::-1],
+        orientation="LAS",
+    ),
+    "singular affine": Derived(
+        lambda bench: bench.header(srow_x=0, qform_code=0),
+        says="its affine is NaN or singular",
+        hu=lambda bench: bench.hu[::-1],
+        orientation="LAS",
+    ),
+    "NaN sform beside a qform": Derived(
+        lambda bench: bench.header(srow_x=np.nan, qform_code=1),
+        says="its first affine is NaN or singular; takes the next",
+    ),
+    "sform against qform": Derived(
+        lambda bench: bench.header(sform_code=1, qform_code=1, quatern_b=0, quatern_c=1, quatern_d=0),
+        says="its sform and qform disagree; takes the sform",
+    ),
+    "no form at all": Derived(
+        lambda bench: bench.header(sform_code=0, qform_code=0),
+        says="its header has no orientation",
+        hu=lambda bench: bench.hu[::-1],
+        orientation="LAS",
+    ),
+    # damage and names
+    "gzip cut short": Derived(lambda bench: bench.bytes(lambda data: data[: len(data) // 2]), error="ends|damaged"),
+    "gzip cut in its checksum": Derived(lambda bench: bench.bytes(lambda data: data[:-3]), error="ends|damaged"),
+    "gzip with one bit flipped": Derived(lambda bench: bench.bytes(flipped), error="damaged"),
+    "plain file called .nii.gz": Derived(lambda bench: bench.bytes(gzip.decompress)),
+    "gzip called .nii": Derived(lambda bench: bench.bytes(bytes, "scan.nii")),
+    "gzip called .dcm": Derived(lambda bench: bench.bytes(bytes, "scan.dcm")),
+    # DICOM
+    "DICOM, shuffled names": Derived(lambda bench: bench.dicom(), orientation="LPS"),
+    "two series": Derived(
+        lambda bench: bench.two_series(), says="2 series; reads b630eb21, the largest axial one", orientation="LPS"
+    ),
+    "one slice missing": Derived(
+        lambda bench: bench.dicom(lambda k: k != 40),
+        says="8.0 of 311.0 mm lie in 1 odd gaps",
+        hu=interpolated,
+        rounding=1,
+        orientation="LPS",
+    ),
+    "two slices missing": Derived(
+        lambda bench: bench.dicom(lambda k: k not in (40, 41)), error="11.96 mm after slice 40.*Slices are missing"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+def test_what_is_made_of_the_scan(scan, test_data, tmp_path, caplog, name):
+    caplog.set_level(logging.INFO)
+    case, bench = DERIVED[name], Bench(scan, test_data, tmp_path)
+    path = case.make(bench)
+    if case.error is not None:
+        with pytest.raises(CTReadError, match=case.error) as error:
+            read_ct(path, **case.options)
+        assert str(path) in str(error.value)
+        return
+    volume = read_ct(path, **case.options)
+    assert_is(volume, (scan.shape, case.orientation, scan.spacing, case.limits))
+    np.testing.assert_allclose(volume.hu, case.hu(bench), rtol=0, atol=case.rounding)
+    if case.says is not None:
+        assert f"{path.name}: " in caplog.text and case.says in caplog.text
+    warned = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert bool(warned) == (case.says is not None and "padding" not in name and name != "v2")
+
+
+def test_every_flipped_bit_and_every_cut_of_the_scan_is_noticed(scan, test_data, tmp_path):
+    path = Bench(scan, test_data, tmp_path).nifti(np.ascontiguousarray(scan.hu))
     data = path.read_bytes()
     rng = np.random.default_rng(0)
-    for share in (0.001, 0.1, 0.5, 0.999):
+    for share in (0.001, 0.1, 0.9, 0.999):
         path.write_bytes(data[: int(len(data) * share)])
         with pytest.raises(CTReadError, match="scan.nii.gz"):
             read_ct(path)
@@ -271,75 +463,18 @@ def test_damaged_copies_of_the_scan(scan, nifti):
             read_ct(path)
 
 
-def test_any_name_will_do(scan, nifti, test_data, tmp_path):
-    path = nifti(np.ascontiguousarray(scan.hu))
-    (tmp_path / "plain.nii.gz").write_bytes(gzip.decompress(path.read_bytes()))
-    shutil.copy(path, tmp_path / "packed.nii")
-    shutil.copy(test_data / "ct/cip_ct-64.nrrd", tmp_path / "nrrd.nii.gz")
-    shutil.copy(test_data / "dicom/cip_ct-64_79sl/IMG0001.dcm", tmp_path / "slice.nii")
-    for name in ("plain.nii.gz", "packed.nii", "nrrd.nii.gz"):
-        np.testing.assert_array_equal(read_ct(tmp_path / name).hu, scan.hu)
-    assert read_ct(tmp_path / "slice.nii").shape == (64, 64, 1)
+def test_the_other_series_is_read_by_its_uid_or_its_label(scan, test_data, tmp_path, caplog):
+    study = Bench(scan, test_data, tmp_path).two_series()
+    read_ct(study)
+    label = next(word for word in re.findall(r"([0-9a-f]{8}): number", caplog.text) if word != "b630eb21")
+    for name in ("1.2.3.4", label):
+        np.testing.assert_array_equal(read_ct(study, series_uid=name).hu, scan.hu[..., :30])
 
 
-def dicom_copy(test_data, folder, keep=lambda k: True, change=None):
-    """The scan's slices, from foot to head, those that `keep` names; `change(dataset, k)` may alter them."""
-    folder.mkdir(exist_ok=True)
-    datasets = [pydicom.dcmread(path) for path in (test_data / "dicom/cip_ct-64_79sl").iterdir()]
-    datasets.sort(key=lambda dataset: dataset.ImagePositionPatient[2])
-    for k, dataset in enumerate(datasets):
-        if keep(k):
-            if change is not None:
-                change(dataset, k)
-            dataset.save_as(folder / f"{len(list(folder.iterdir())):04d}")
-    return folder
-
-
-def test_two_series_in_one_folder(scan, test_data, tmp_path, caplog):
-    def other(dataset, k):
-        dataset.SeriesInstanceUID = "1.2.3.4"
-
-    folder = dicom_copy(test_data, tmp_path / "study")
-    dicom_copy(test_data, folder, lambda k: k < 30, other)
-    np.testing.assert_array_equal(read_ct(folder).hu, scan.hu)
-    assert "2 series" in caplog.text
-    np.testing.assert_array_equal(read_ct(folder, series_uid="1.2.3.4").hu, scan.hu[..., :30])
-
-
-def test_a_missing_slice_is_interpolated_and_more_are_refused(scan, test_data, tmp_path, caplog):
-    volume = read_ct(dicom_copy(test_data, tmp_path / "one", lambda k: k != 40))
-    assert volume.shape == scan.shape and "8.0 of 311.0 mm lie in 1 odd gaps" in caplog.text
-    kept = np.arange(79) != 40
-    np.testing.assert_array_equal(volume.hu[..., kept], scan.hu[..., kept])
-    between = (scan.hu[..., 39].astype(float) + scan.hu[..., 41]) / 2
-    assert np.abs(volume.hu[..., 40] - between).max() <= 0.6
-    with pytest.raises(CTReadError, match="11.96 mm after slice 40"):
-        read_ct(dicom_copy(test_data, tmp_path / "two", lambda k: k not in (40, 41)))
-
-
-def test_first_release_and_rescaled_twice(scan, nifti, caplog):
-    hu = np.ascontiguousarray(scan.hu).astype(np.int32)
-    for intercept in (-1024, -8192):
-        raw = nifti((hu[::-1, ::-1] - intercept).astype(np.int16), "v1.nii.gz", np.eye(4))  # stored as DICOM's axes run
-        volume = read_ct(raw, rescale=(1, intercept), spacing=scan.spacing)
-        np.testing.assert_array_equal(volume.hu, scan.hu)
-        np.testing.assert_allclose(volume.spacing, scan.spacing)
-        with pytest.raises(CTReadError, match=f"{NO_HU}.*pass rescale="):
-            read_ct(raw)
-        fixed = nifti(hu.astype(np.int16), "v2.nii.gz")
-        with pytest.raises(CTReadError, match="Hounsfield units already"):
-            read_ct(fixed, rescale=(1, intercept))
-        twice = nifti(np.clip(hu + intercept, -32768, 32767).astype(np.int16), "twice.nii.gz")
-        with pytest.raises(CTReadError, match=f"{NO_HU}.*rescaled twice"):
-            read_ct(twice)
-
-
-def test_padding_around_the_scan(scan, nifti, caplog):
-    caplog.set_level(logging.INFO)
-    hu = np.ascontiguousarray(scan.hu)
-    x, y = np.meshgrid(np.linspace(-1, 1, 64), np.linspace(-1, 1, 64), indexing="ij")
-    outside = np.broadcast_to((x**2 + y**2 > 1)[..., None], hu.shape)
-    for padding in (-3024, -8192, -2000):
-        read = read_ct(nifti(np.where(outside, padding, hu).astype(np.int16))).hu
-        np.testing.assert_array_equal(read, np.where(outside, AIR_HU, hu))
-        assert f"{outside.sum()} voxels below -1500 HU (down to {padding})" in caplog.text
+def test_a_crop_without_air_is_warned_of_alone(scan, test_data, tmp_path, caplog):
+    hu = read_ct(test_data / "ct/totalseg_abdomen_small_3mm.nii.gz").hu
+    cubes = (hu[i : i + 24, j : j + 24, :24] for i, j in np.ndindex(90, 70))
+    crop = np.ascontiguousarray(next(cube for cube in cubes if cube.min() > -700))
+    volume = read_ct(Bench(scan, test_data, tmp_path).nifti(crop))
+    np.testing.assert_array_equal(volume.hu, crop)
+    assert "no air near -1000, a crop perhaps" in caplog.text

@@ -1,14 +1,18 @@
 """The slice picture: written whole, with every slice and nothing of the patient's."""
 
+import os
 import subprocess
 import sys
+import zipfile
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
+from dicom_series import write_series
 from PIL import Image
 
-from samf.ct_volume import to_ct_volume
+from samf.ct_volume import read_ct, to_ct_volume
 from samf.image_processing_samf import SamfImageProcessor
 from samf.view import _draw, _knows_sides, main, save_slice_picture
 
@@ -69,6 +73,73 @@ def test_letters_say_which_way_the_patient_lies_only_where_it_is_known(volume, p
     expected = {"axial": list("RLAP"), "coronal": list("RLSI"), "sagittal": list("APSI")}
     assert letters(processor, volume) == [expected[plane] for plane in processor.planes for _ in range(3)]
     assert not any(letters(SamfImageProcessor(preset="published"), volume))
+
+
+def test_each_slice_bears_its_plane_and_place(volume, processor):
+    figure = _draw(processor.extract(volume), 0, None, "", True)
+    titles = [axes.get_title() for axes in figure.axes]
+    # 30 voxels of 1 mm from 0 mm on: three slices stand at 5, 15 and 25.
+    assert titles == [f"{plane} {mm} mm" for plane in ("axial", "coronal", "sagittal") for mm in (5, 15, 25)]
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """One scan in each format that there is a writer for, and a DICOM series as folder, zip and single slice."""
+    hu = np.random.default_rng(0).integers(-1000, 400, (12, 14, 10), dtype=np.int16)
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in ("scan.nii", "scan.nii.gz"):
+        nib.save(nib.Nifti1Image(hu, np.diag([-1.5, -1.5, 3, 1])), folder / name)
+    nib.save(nib.Nifti2Image(hu, np.diag([-1.5, -1.5, 3, 1])), folder / "scan2.nii")
+    for suffix in ("nrrd", "mha", "mhd"):
+        sitk.WriteImage(sitk.GetImageFromArray(hu.T), str(folder / f"scan.{suffix}"))
+    np.save(folder / "scan.npy", hu)
+    np.savez(folder / "scan.npz", hu=hu, spacing=(1.5, 1.5, 3.0))
+    write_series(folder / "dicom")
+    with zipfile.ZipFile(folder / "dicom.zip", "w") as archive:
+        for file in (folder / "dicom").iterdir():
+            archive.write(file, file.name)
+    (folder / "noextension").write_bytes((folder / "scan.nii.gz").read_bytes())
+    return sorted(path for path in folder.iterdir() if path.suffix != ".raw")
+
+
+def test_every_format_gives_the_picture_of_its_slices(scans, tmp_path):
+    assert len(scans) == 11
+    for path in scans:
+        output = tmp_path / "pictures" / f"{path.name}.png"
+        assert main([str(path), "--output", str(output), "--slices", "1"]) == 0, path
+        expected = SamfImageProcessor(slices_per_plane=1, hu_windows=((-1350, 150),)).extract(read_ct(path))
+        drawn = save_slice_picture(expected, tmp_path / "expected.png")
+        assert np.array_equal(_below_heading(output), _below_heading(drawn)), path
+
+
+def _below_heading(path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("L"))[40:]
+
+
+def test_real_files_of_every_kind_are_shown(test_data, tmp_path):
+    for name in ("ct/totalseg_abdomen_small_3mm.nii.gz", "ct/cip_ct-64.nrrd", "ct/elastix_3DCT_lung_small.mha"):
+        assert main([str(test_data / name), "--output", str(tmp_path / "x.png"), "--slices", "1"]) == 0
+    mr = str(test_data / "orient" / sorted(os.listdir(test_data / "orient"))[0])
+    assert main([mr, "--output", str(tmp_path / "mr.png"), "--slices", "1"]) == 1
+    assert not (tmp_path / "mr.png").exists()
+    assert main([mr, "--output", str(tmp_path / "mr.png"), "--slices", "1", "--allow_non_ct"]) == 0
+
+
+def test_command_line_shows_the_body_alone_and_picks_a_series(tmp_path, monkeypatch):
+    hu = np.full((60, 60, 10), -1000, dtype=np.int16)
+    hu[20:40, 25:35] = 40
+    nib.save(nib.Nifti1Image(hu, np.diag([4, 4, 4, 1])), tmp_path / "scan.nii")
+    monkeypatch.chdir(tmp_path)
+    pictures = []
+    for field in ([], ["--field", "full"], ["--field", "body"]):
+        assert main([str(tmp_path / "scan.nii"), "--slices", "1", *field]) == 0
+        pictures.append((tmp_path / "slices.png").read_bytes())  # where nothing else is said
+    assert pictures[0] == pictures[1] != pictures[2]
+    write_series(tmp_path / "study", names=[f"a{k}" for k in range(6)])
+    write_series(tmp_path / "study", names=[f"b{k}" for k in range(6)], SeriesInstanceUID="1.2.3.5", intercept=-500)
+    assert main([str(tmp_path / "study"), "--series_uid", "1.2.3.5", "--slices", "1"]) == 0
+    assert main([str(tmp_path / "study"), "--series_uid", "1.2.3.9", "--slices", "1"]) == 1
 
 
 def test_command_line(tmp_path, volume):

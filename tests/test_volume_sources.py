@@ -1,6 +1,7 @@
 """Addresses and zips: what is fetched and kept, and what is refused. The only network is this machine's own."""
 
 import gzip
+import importlib
 import logging
 import threading
 import zipfile
@@ -10,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from dicom_series import stack_positions, write_series
+from huggingface_hub.errors import HfHubHTTPError
 
 from samf import volume_sources
 from samf.ct_volume import CTReadError, read_ct, to_ct_volume
@@ -62,7 +65,8 @@ class Site:
         self.files, self.requests, self.tags, self.declare = {}, [], True, 0
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        seconds = 0.02  # between looks for the end
+        threading.Thread(target=self.server.serve_forever, args=(seconds,), daemon=True).start()
 
 
 @pytest.fixture
@@ -149,7 +153,7 @@ def test_errors_name_the_address_and_hide_its_keys(site, caplog):
     caplog.set_level(logging.INFO)
     site.files["/text"] = b"<html>please log in</html>" * 30
     secret = site.url.replace("http://", "http://user:SECRET@") + "/{}?token=SECRET"
-    for name, words in {"absent": "the server says 404", "text": "starts with b'<html>please'"}.items():
+    for name, words in {"absent": "the server says 404", "text": "found a web page"}.items():
         with pytest.raises(CTReadError, match=f"{site.url}/{name}: .*{words}") as error:
             read_ct(secret.format(name).replace("user:SECRET@", ""))
         assert "SECRET" not in str(error.value) + caplog.text
@@ -186,6 +190,26 @@ def test_hub_addresses(tmp_path, monkeypatch):
         read_ct("hf://me/model/c.nii.gz")
 
 
+def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
+    """Then the copy in the cache serves, if there is one."""
+    transport = importlib.import_module(
+        next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError").__module__.partition(".")[0]
+    )
+
+    def silent(*_, **__):
+        raise transport.ReadTimeout("timed out")
+
+    path = tmp_path / "scan.nii.gz"
+    path.write_bytes(nifti_bytes())
+    monkeypatch.setattr(volume_sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(volume_sources, "get_hf_file_metadata", silent)
+    monkeypatch.setattr(volume_sources, "hf_hub_download", lambda **_: str(path))
+    assert read_ct("hf://me/model/c.nii.gz").shape == (5, 4, 3)
+    monkeypatch.setattr(volume_sources, "hf_hub_download", silent)
+    with pytest.raises(CTReadError, match=r"hf://me/model/c.nii.gz: cannot be fetched \(ReadTimeout\)"):
+        read_ct("hf://me/model/c.nii.gz")
+
+
 def test_hub_addresses_that_lead_nowhere(monkeypatch):
     for address in ("hf://", "hf://datasets/me", "hf://me/model", "hf://me//c.nii.gz", "hf://datasets/me/x"):
         with pytest.raises(CTReadError, match="expected hf://"):
@@ -219,8 +243,24 @@ def test_a_zip_of_dicom_slices_is_the_series(tmp_path):
         read_ct(zip_of(tmp_path / "cut.zip", cut))
 
 
+@pytest.mark.parametrize("header", ["scan.mhd", "scan.nhdr"])
+def test_a_zip_of_a_header_and_its_voxels(tmp_path, header):
+    image = sitk.GetImageFromArray(np.arange(60, dtype=np.int16).reshape(3, 4, 5))
+    image.SetSpacing((0.7, 0.8, 2.5))
+    folder = tmp_path / "pair"
+    folder.mkdir()
+    sitk.WriteImage(image, str(folder / header))
+    assert len(list(folder.iterdir())) == 2
+    zipped = read_ct(
+        zip_of(tmp_path / "pair.zip", {f"a/b/{path.name}": path.read_bytes() for path in folder.iterdir()})
+    )
+    expected = read_ct(folder / header)
+    np.testing.assert_array_equal(zipped.hu, expected.hu)
+    np.testing.assert_array_equal(zipped.affine, expected.affine)
+
+
 def test_no_name_in_a_zip_leads_out_of_it(tmp_path):
-    names = ("../../evil.nii.gz", "/tmp/evil.nii.gz", "..\\evil.nii.gz", "C:\\evil.nii.gz", "a" * 300)
+    names = ("../../evil.nii.gz", "/tmp/evil.nii.gz", "..\\evil.nii.gz", "C:\\evil.nii.gz", "a" * 300, "evil.raw/../..")
     before = sorted(tmp_path.parent.rglob("*evil*"))
     for name in names:
         volume = read_ct(zip_of(tmp_path / "slip.zip", {name: nifti_bytes()}))
@@ -278,3 +318,35 @@ def test_a_list_of_files(tmp_path):
         read_ct([*files, folder / "absent"])
     with pytest.raises(CTReadError, match="an empty list of files"):
         read_ct([])
+    np.testing.assert_array_equal(to_ct_volume([str(file) for file in files]).hu, read_ct(folder).hu)
+
+
+def test_files_of_a_list_that_are_no_dicom_are_named_for_what_they_are(tmp_path, caplog):
+    files = sorted(write_series(tmp_path / "series").iterdir())
+    (tmp_path / "scan.nii.gz").write_bytes(nifti_bytes())
+    (tmp_path / "empty").touch()
+    assert read_ct([*files, tmp_path / "scan.nii.gz", tmp_path / "empty"]).shape[2] == len(files)
+    assert "left out 2 that are no DICOM files" in caplog.text
+    with pytest.raises(CTReadError, match="scan.nii.gz and 0 more files: no CT series here .found 1 that are no DICOM"):
+        read_ct([tmp_path / "scan.nii.gz"])
+
+
+def test_links_are_followed_and_those_that_lead_back_are_not(tmp_path, caplog):
+    folder = write_series(tmp_path / "store" / "series")
+    study = tmp_path / "study"
+    study.mkdir()
+    (study / "linked").symlink_to(folder)
+    (folder / "back").symlink_to(study)
+    assert read_ct(study).shape == read_ct(folder).shape
+    assert "copies" not in caplog.text  # each slice was met once
+
+
+def test_what_is_no_path_at_all():
+    for address in ("s3://bucket/scan.nii", "ftp://host/scan.nii.gz", "file:///etc/passwd"):
+        with pytest.raises(CTReadError, match=f"{address}: an address of kind .*expected http.*hf://"):
+            read_ct(address)
+    with pytest.raises(CTReadError, match="an empty path"):
+        read_ct("")
+    for nothing in (None, 3, b"scan.nii"):
+        with pytest.raises(TypeError, match="expected a path, an address or a list of DICOM files"):
+            read_ct(nothing)
