@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,17 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from samf.data.slice_cache import SliceCache, read_record, record_key, volume_identity, write_record
+from samf.data.slice_cache import (
+    Identity,
+    SliceCache,
+    read_record,
+    record_file,
+    record_key,
+    volume_identity,
+    write_record,
+)
+from samf.data.volume_lists import VolumeKey
 from samf.modeling_samf import SamfModel
-
-VolumeKey = tuple[str, Sequence[float] | None]
 
 # Of the image processor: they change the encoder's input, but not the cached slices.
 PIXEL_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
@@ -27,7 +34,8 @@ class EmbeddingCache:
     Args:
         folder: where the records lie; one float32 record a volume.
         slices: where the slices come from.
-        model: whose slice encoder is frozen. It isn't kept in a pickle: a filled cache can go to worker processes.
+        model: whose slice encoder is frozen; used on the device where it is. It isn't kept in a pickle: a filled cache
+            can go to worker processes.
     """
 
     def __init__(self, folder: str | os.PathLike, slices: SliceCache, model: SamfModel):
@@ -46,37 +54,49 @@ class EmbeddingCache:
         if record is None:
             if self._model is None:
                 raise FileNotFoundError(f"{path} has no embeddings at {file}; call fill() before training.")
-            record = self._encode(self.slices.get(path, rescale=rescale))
+            record = self.encode(self.slices.get(path, rescale=rescale))
             write_record(file, record)
         return record
 
+    def has(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> bool:
+        """Whether there is a whole record of the volume at `path`."""
+        return read_record(self.record_path(path, rescale=rescale)) is not None
+
     def record_path(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Path:
         """Where the record of the volume at `path` lies or would lie."""
-        settings = self.slices.image_processor.settings_hash()
+        return record_file(self.folder, self.key(volume_identity(path), rescale))
+
+    def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
+        """A record's name from its volume's identity."""
         pixels = [getattr(self.slices.image_processor, name) for name in PIXEL_SETTINGS]
-        key = record_key(volume_identity(path), rescale, settings, pixels, self.fingerprint)
-        return self.folder / key[:2] / f"{key}.safetensors"
+        return record_key(self.slices.key(identity, rescale), pixels, self.fingerprint)
 
     def fill(self, volumes: Sequence[VolumeKey], num_workers: int | None = None) -> None:
         """Compute what is missing of `volumes`, pairs of a path and its rescale (None = as the file says).
 
         `num_workers` processes read slices ahead; by default one a core, at most 8.
         """
-        missing = [volume for volume in volumes if read_record(self.record_path(volume[0], rescale=volume[1])) is None]
+        missing = [volume for volume in volumes if not self.has(volume[0], rescale=volume[1])]
         if not missing:
             return
         workers = min(os.cpu_count() or 1, 8) if num_workers is None else num_workers
-        loader = DataLoader(_Slices(self.slices, missing), batch_size=1, num_workers=workers, collate_fn=_only)
-        for (path, rescale), slices in tqdm(
-            zip(missing, loader, strict=True), total=len(missing), desc="embedding slices"
-        ):
-            write_record(self.record_path(path, rescale=rescale), self._encode(slices))
+        ahead = self.slices_ahead(missing, workers)
+        for (path, rescale), slices in tqdm(ahead, total=len(missing), desc="embedding slices"):
+            write_record(self.record_path(path, rescale=rescale), self.encode(slices))
+
+    def slices_ahead(
+        self, volumes: Sequence[VolumeKey], num_workers: int
+    ) -> Iterator[tuple[VolumeKey, Mapping[str, np.ndarray]]]:
+        """Each volume with its slices, in this order, read ahead by processes; 0 workers read them here."""
+        loader = DataLoader(_Slices(self.slices, volumes), batch_size=1, num_workers=num_workers, collate_fn=_only)
+        return zip(volumes, loader, strict=True)
 
     @torch.inference_mode()
-    def _encode(self, slices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        pixel_values = self.slices.image_processor([slices], return_tensors="pt")["pixel_values"]
-        pixel_values = pixel_values.to(self._model.device, self._model.dtype)
+    def encode(self, slices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What a record holds, of one volume's slices as `SliceCache.get` gives them."""
         encoder = self._model.slice_encoder
+        pixel_values = self.slices.image_processor([slices], return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values.to(next(encoder.parameters()).device, self._model.dtype)
         was_training = encoder.training
         encoder.eval()
         embeddings = self._model.encode_slices(pixel_values).last_hidden_state[0]  # (S, D)

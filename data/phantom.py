@@ -36,7 +36,7 @@ from samf.data.phantom_findings import (
     sample_findings,
 )
 from samf.data.phantom_volume import Phantom, make_phantom, render_phantom
-from samf.data.workers import process_pool
+from samf.data.workers import process_pool, usable_cores
 
 __all__ = [
     "DEMO_FINDINGS",
@@ -204,11 +204,6 @@ def write_patient(job: tuple[str, int], *, root: Path, settings: PhantomSettings
 def reconstruction_seed(scan: Scan, number: int) -> int:
     """Seed of the grid, the noise and the stored orientation of a scan's reconstruction (0-based)."""
     return seeded(scan.seeds["scan"], number)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_volumes(

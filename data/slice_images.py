@@ -30,6 +30,7 @@ from tqdm import tqdm
 from samf.ct_volume import CTReadError
 from samf.data.ct_rate import CtRateFolder, VolumeName, load_ct_rate, patient_of
 from samf.data.slice_cache import SliceCache, read_record
+from samf.data.volume_lists import VOLUME_SUFFIXES, VolumeKey, volumes_below
 from samf.data.workers import process_pool
 from samf.image_processing_samf import PLANES, SamfImageProcessor
 
@@ -40,9 +41,7 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-VolumeKey = tuple[str, tuple[float, float] | None]  # a path, and its rescale (None = as the file says)
 
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 # MedMNIST's CT sets in the order of PLANES, its splits and its sizes; the file of 28 pixels bears no size in its name.
 ORGAN_SETS = {"axial": "organamnist", "coronal": "organcmnist", "sagittal": "organsmnist"}
 ORGANS = (
@@ -51,7 +50,6 @@ ORGANS = (
 )
 MEDMNIST_SPLITS = ("train", "val", "test")
 MEDMNIST_SIZES = (28, 64, 128, 224)
-LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -214,7 +212,7 @@ def find_scans(data: Sequence[str], *, on_missing: str = "error", valid_share: f
     """
     found: dict[str, list[Scan]] = {"train": [], "valid": []}
     for root in data:
-        splits = _ct_rate_scans(Path(root), on_missing) or {"train": _group(_volumes_below(Path(root)))}
+        splits = _ct_rate_scans(Path(root), on_missing) or {"train": _group(_volumes_at(Path(root)))}
         for split, scans in splits.items():
             found[split] += scans
     if not found["valid"]:
@@ -246,7 +244,7 @@ def _ct_rate_scans(root: Path, on_missing: str) -> dict[str, list[Scan]]:
             splits[split] = _group(
                 (path, tuple(r) if r else None) for path, r in zip(records["volume"], rescales, strict=True)
             )
-        elif folder.layout == "v1" and any(VolumeName.find(path) for path, _ in _volumes_below(root)):
+        elif folder.layout == "v1" and any(VolumeName.find(path) for path, _ in _volumes_at(root)):
             raise FileNotFoundError(
                 f"{folder.root}: CT-RATE's v1 volumes hold raw values, and radiology_text_reports/ and metadata/ with their "
                 f"rescale aren't there. Add them, or use v2 ({split}_fixed)."
@@ -254,30 +252,18 @@ def _ct_rate_scans(root: Path, on_missing: str) -> dict[str, list[Scan]]:
     return splits
 
 
-def _volumes_below(root: Path) -> Iterator[VolumeKey]:
+def _volumes_at(root: Path) -> Iterator[VolumeKey]:
     """Volume files and DICOM folders at or below `root`, in the order of their paths."""
     if root.is_file():
         yield str(root), None
         return
-    count = 0
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
-        volumes = sorted(name for name in files if name.lower().endswith(VOLUME_SUFFIXES))
-        if not volumes and any(_is_dicom(Path(folder, name)) for name in sorted(files)[:LISTED]):
-            volumes = ["."]
-        for name in volumes:
-            count += 1
-            yield os.path.normpath(os.path.join(folder, name)), None
-    if not count:
+    volumes = list(volumes_below(root))
+    if not volumes:
         raise FileNotFoundError(
             f"0 volumes under {root}: expected CT-RATE's layout, files ending in {', '.join(VOLUME_SUFFIXES)} or folders of "
             f"DICOM files, MedMNIST's organ?mnist_*.npz, or the records of a slice cache."
         )
-
-
-def _is_dicom(path: Path) -> bool:
-    with open(path, "rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
+    yield from volumes
 
 
 def _group(volumes: Iterator[VolumeKey]) -> list[Scan]:

@@ -1,5 +1,6 @@
 """Worker processes that don't fight each other for cores."""
 
+import os
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
@@ -15,3 +16,8 @@ def one_thread() -> None:
 def process_pool(workers: int) -> ProcessPoolExecutor:
     """A pool of `workers` single-threaded processes."""
     return ProcessPoolExecutor(workers, initializer=one_thread)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

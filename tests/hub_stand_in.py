@@ -42,6 +42,7 @@ class HubError(Exception):
 class Repository:
     name: str
     private: bool
+    gated: bool = False  # strangers are told to log in, and who has logged in to ask for access
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {NO_COMMIT: {}})  # oid → path → content
     messages: dict[str, str] = field(default_factory=dict)  # oid → message, in order
     refs: dict[str, str] = field(default_factory=lambda: {"main": NO_COMMIT})  # branches and tags
@@ -226,7 +227,7 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("POST", f"/api/models/{_NAME}/preupload/{_REVISION}", HubStandIn.preupload),
     ("POST", f"/api/models/{_NAME}/commit/(?P<branch>[^/]+)", HubStandIn.commit),
 ]
-RESOLVE = re.compile(f"/{_NAME}/resolve/{_REVISION}/(?P<path>.+)")
+RESOLVE = re.compile(f"/(?:datasets/)?{_NAME}/resolve/{_REVISION}/(?P<path>.+)")
 STORAGE = re.compile("/storage/(?P<oid>[0-9a-f]{64})")
 
 
@@ -289,6 +290,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, repository: str, revision: str, path: str) -> None:
         """The file itself, or for LFS files a redirection to the storage, as on the Hub."""
         repo = self._repository(repository)
+        if repo.gated:
+            status, reason = (403, "not in the authorized list") if self._is_known() else (401, "must be authenticated")
+            raise HubError(status, "GatedRepo", f"Access to {repository} is restricted: you are {reason}.")
         oid = repo.oid(revision)
         if path not in repo.commits[oid]:
             raise HubError(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": oid})

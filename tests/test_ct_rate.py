@@ -287,7 +287,22 @@ def test_v1_records_carry_the_metadata_rescale(tmp_path, caplog):
     found = load_ct_rate(tmp_path, "train")
     assert [record["rescale"] for record in found] == [[1.0, -1024.0], [1.0, -8192.0]]
     assert "/train/train_1/train_1_a/" in found[0]["volume"]
+    assert "3 volumes without XYSpacing" not in caplog.text and "2 volumes without XYSpacing" in caplog.text
     assert "without slope and intercept in the metadata (first: train_2_a_1.nii.gz)" in caplog.text
+
+
+def test_v1_records_carry_the_voxel_size_where_the_metadata_have_it(tmp_path):
+    """XYSpacing is DICOM's: distance of rows, then of columns; the stored axes are columns, rows, slices."""
+    names = [f"train_{k}_a_1.nii.gz" for k in range(1, 5)]
+    touch(tmp_path, *names, layout="v1")
+    rows = [[name, "", "", "Clear.", ""] for name in names]
+    write_rows(tmp_path / "radiology_text_reports/train_reports.csv", REPORT_COLUMNS, rows)
+    columns = ["VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"]
+    sizes = [["[0.7, 0.8]", "1.5"], ["[0.7, 0.8]", "nan"], ["", "1.5"], ["[0.7]", "0"]]
+    metadata = [[name, 1, -1024, *size] for name, size in zip(names, sizes, strict=True)]
+    write_rows(tmp_path / "metadata/train_metadata.csv", columns, metadata)
+    found = load_ct_rate(tmp_path, "train")["rescale"][:]
+    assert found == [[1.0, -1024.0, 0.8, 0.7, 1.5], *[[1.0, -1024.0]] * 3]
 
 
 def test_v2_is_taken_where_both_are_and_is_never_rescaled(tmp_path, caplog):
@@ -321,8 +336,17 @@ def test_real_metadata_are_read(tmp_path, test_data):
     found = load_ct_rate(tmp_path, "valid", on_missing="keep")
     assert len(found) == len(rows) == 3039
     assert [r["rescale"][1] for r in found] == [float(row["RescaleIntercept"]) for row in rows]
+    sizes = [[*map(float, row["XYSpacing"].strip("[]").split(",")), float(row["ZSpacing"])] for row in rows]
+    assert [r["rescale"][2:] for r in found] == sizes  # their pixels are square
     firsts = load_ct_rate(tmp_path, "valid", on_missing="keep", reconstructions="first")
-    assert len(firsts) == len(set(found["scan_id"]))
+    sampled, again, other = (
+        load_ct_rate(tmp_path, "valid", on_missing="keep", reconstructions="sample", reconstruction_seed=seed)["id"][:]
+        for seed in (0, 0, 1)
+    )
+    assert len(firsts) == len(sampled) == len(set(found["scan_id"]))
+    assert set(sampled) <= set(found["id"])
+    assert sampled == again != other
+    assert {"1", "2"} <= {name.rsplit("_", 1)[1] for name in sampled}
 
 
 # ---- questions -----------------------------------------------------------------------------------------------------
@@ -380,6 +404,9 @@ def test_odd_vqa_records(ct_rate, caplog):
         ("short_answer_6", image, turn("<image>\nUnanswered?<short_answer>", None)),
         ("short_answer_6", image, turn("A?<short_answer>", "") + turn("B?<short_answer>", "None")),
         ("short_answer_7", "", turn("<image>\nImage named by nothing?<short_answer>", "Yes.")),
+        ("short_answer_8", [image], turn("<image>\nTwo images?<short_answer>", "Yes.")),
+        ("short_answer_9", image, "no turns"),
+        ("short_answer_9", image, [{"from": "human", "value": ["?"]}, {"from": "gpt", "value": "Yes."}]),
     )
     found = load_ct_rate(
         ct_rate, "valid", tasks=["short_answer", "long_answer", "multiple_choice"], vqa_files=["odd.json"]
@@ -396,7 +423,9 @@ def test_odd_vqa_records(ct_rate, caplog):
     assert len(set(found["id"])) == len(found)
     assert "2 left out: multiple choice without options" in caplog.text
     assert "1 left out: no task tag" in caplog.text
-    assert "2 left out: no question or no answer" in caplog.text
+    assert "3 left out: no question or no answer" in caplog.text
+    assert "1 left out: image that is no file name" in caplog.text
+    assert "1 left out: conversation that is no list of turns" in caplog.text
 
 
 def test_several_vqa_files_and_one_that_is_absent(ct_rate, tmp_path):
@@ -508,6 +537,12 @@ def test_phantoms_read_back_from_both_layouts_of_their_text(tmp_path):
         paper = load_records(source, "train", image_root=root, finding_names=DEMO_FINDINGS)
         ours = [tuple(str(r[k]) for k in keys) for r in train if r["task"] == task]
         assert [tuple(str(r[k]) for k in keys) for r in paper] == ours
+    both = ", ".join(str(root / "samf_csv" / f"{{split}}_{name}_data.csv") for name in ("mcq", "mrg"))
+    found = load_records(both, "train", image_root=root)
+    ours = [tuple(str(r[k]) for k in keys) for r in train if r["task"] in ("report", "multiple_choice")]
+    assert [tuple(str(r[k]) for k in keys) for r in found] == ours
+    with pytest.raises(ValueError, match="both hold reports"):
+        load_records(f"{root}/samf_csv/train_mrg_data.csv,{root}/samf_csv/valid_mrg_data.csv", "train")
 
     texts = load_records(tmp_path, "train", tasks=["multiple_choice"], vqa_files=["train_text_vqa.json"])
     assert len(texts) == 5 and set(texts["volume"]) == {None}

@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from samf.ct_volume import CTReadError, read_ct
-from samf.data.slice_cache import SliceCache, read_record, write_record
+from samf.data import slice_cache
+from samf.data.slice_cache import SliceCache, check_record, read_record, volume_identity, write_record
 from samf.image_processing_samf import SamfImageProcessor
 
 
@@ -37,14 +38,14 @@ def records(folder):
 def test_first_and_later_reads_equal_extract(tmp_path, processor, scan):
     cache = SliceCache(tmp_path / "cache", processor)
     expected = processor.extract(read_ct(scan))
-    assert scan not in cache
+    assert not cache.has(scan)
     for _ in range(2):
         record = cache.get(scan)
         assert set(record) == set(expected)
         for key, array in expected.items():
             np.testing.assert_array_equal(record[key], array)
             assert record[key].dtype == array.dtype
-    assert scan in cache and len(records(tmp_path / "cache")) == 1
+    assert cache.has(scan) and len(records(tmp_path / "cache")) == 1
 
 
 def test_arrays_are_read_only_maps_of_one_plain_safetensors_file(tmp_path, processor, scan):
@@ -73,7 +74,9 @@ def test_second_read_does_not_open_the_volume(tmp_path, processor, scan, monkeyp
 def test_changed_volume_settings_and_rescale_are_other_records(tmp_path, processor, scan):
     cache = SliceCache(tmp_path / "cache", processor)
     first = cache.get(scan)["slices"].copy()
+    assert not cache.has(scan, rescale=(1, 500))
     rescaled = cache.get(scan, rescale=(1, 500))["slices"]
+    assert cache.has(scan, rescale=[1.0, 500.0])  # the same rescale as a record of a data set has it
     mip = SliceCache(tmp_path / "cache", SamfImageProcessor(slices_per_plane=2, size=16, slab="mip")).get(scan)[
         "slices"
     ]
@@ -92,6 +95,57 @@ def test_folder_of_slices_is_one_volume(tmp_path, processor, test_data):
     folder = test_data / "dicom/cip_ct-64_79sl"
     np.testing.assert_array_equal(cache.get(folder)["slices"], cache.get(test_data / "ct/cip_ct-64.nrrd")["slices"])
     assert len(records(tmp_path / "cache")) == 2
+
+
+def test_a_version_of_the_code_makes_other_records(tmp_path, processor, scan, monkeypatch):
+    before = SliceCache(tmp_path, processor).record_path(scan)
+    monkeypatch.setattr(slice_cache, "RECORD_VERSION", slice_cache.RECORD_VERSION + 1)
+    assert SliceCache(tmp_path, processor).record_path(scan) != before
+    monkeypatch.undo()
+    monkeypatch.setattr("samf.image_processing_samf.EXTRACT_VERSION", 99)
+    assert SliceCache(tmp_path, processor).record_path(scan) != before
+
+
+def test_identity_follows_every_file_of_a_volume(tmp_path):
+    """Slices in sub-folders, and the voxels beside a header that names them."""
+    (tmp_path / "study/series").mkdir(parents=True)
+    inner = tmp_path / "study/series/1.dcm"
+    header, voxels = tmp_path / "scan.mhd", tmp_path / "scan.raw"
+    nrrd = tmp_path / "scan.nhdr"
+    inner.write_bytes(b"1")
+    header.write_text("NDims = 3\nElementDataFile = scan.raw\n", encoding="utf-8")
+    nrrd.write_text("NRRD0004\ntype: short\ndata file: scan.raw\n", encoding="utf-8")
+    voxels.write_bytes(b"22")
+    for volume, file, size in ((tmp_path / "study", inner, 1), (header, voxels, 2), (nrrd, voxels, 2)):
+        before = volume_identity(volume)
+        assert size in [row[1] for row in before[1]]
+        os.utime(file, ns=(0, os.stat(file).st_mtime_ns + 1))
+        assert volume_identity(volume) != before, volume
+
+
+def test_record_of_an_address_is_found_without_the_network(tmp_path, processor, scan, monkeypatch):
+    address, cache = "hf://datasets/owner/name@revision/scan.nii.gz", SliceCache(tmp_path / "cache", processor)
+    assert not cache.has(address)
+    monkeypatch.setattr(slice_cache, "read_ct", lambda path, **_: read_ct({address: scan}[path]))
+    expected = processor.extract(read_ct(scan))["slices"]
+    np.testing.assert_array_equal(cache.get(address)["slices"], expected)
+    monkeypatch.setattr(slice_cache, "read_ct", lambda *_, **__: pytest.fail("it was fetched again"))
+    np.testing.assert_array_equal(cache.get(address)["slices"], expected)
+
+
+def test_check_record_reads_what_opening_one_does_not(tmp_path):
+    path = tmp_path / "record.safetensors"
+    arrays = {"slices": np.arange(200, dtype=np.uint8), "slice_mm": np.ones(3, np.float32)}
+    write_record(path, arrays)
+    assert check_record(path) is None
+    whole = path.read_bytes()
+    for place in range(len(whole) - 212, len(whole), 53):  # anywhere in the arrays' 212 bytes
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        assert read_record(path) is not None and "checksum" in check_record(path)
+    path.write_bytes(whole[:-1])
+    assert check_record(path)
+    with pytest.raises(FileNotFoundError):
+        check_record(tmp_path / "none")
 
 
 def test_unreadable_volume_leaves_nothing(tmp_path, processor):

@@ -1,0 +1,181 @@
+"""Lines about reading data at CT-RATE's size: a synthetic copy of its tables, read for the first time and again.
+
+The copy has as many volumes as CT-RATE's training split and a VQA file of a gigabyte. Its rows are real ones under new
+names where `$SAMF_TEST_DATA/reports` has them, else phantoms' texts; there are no volumes.
+"""
+
+import csv
+import json
+import os
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, cycle, islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from samf.benchmarks.measuring import Figure, peak_memory
+from samf.benchmarks.workloads import Settings
+from samf.data.ct_rate import load_ct_rate
+from samf.data.ct_rate_names import VolumeName
+from samf.data.ct_rate_tables import CT_RATE_LABELS, read_rows
+from samf.data.mixture import TaskMixture
+from samf.data.phantom import PhantomSettings, plan_patient
+from samf.data.phantom_text import join_report
+
+VOLUMES = 47_149  # of CT-RATE's training split
+VQA_BYTES = 1_000_000_000
+MOST_MEMORY = 2.0  # GB, what the imports take included
+REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
+REAL_REPORTS, REAL_METADATA = "CT-CLIP_text_classifier_val.csv", "CT-RATE_validation_metadata.csv"
+PHANTOM_PATIENTS = 200
+PATIENTS_APART = 100_000  # between a row's copies
+TURNS = {
+    "long_answer": ("What is seen in this chest CT?", "Describe the lungs and the mediastinum."),
+    "short_answer": ("Is there an effusion?", "Which side is affected?", "How large is the lesion?"),
+    "multiple_choice": ("Which statement fits this chest CT?", "What is the most likely finding?"),
+}
+
+
+@dataclass(frozen=True)
+class Templates:
+    """What the copies are made of: reports with their 18 labels, and metadata rows with their volumes' names."""
+
+    reports: Sequence[tuple[str, Sequence[str]]]
+    metadata: Sequence[dict[str, str]]
+
+
+def find_templates(folder: Path | None = None) -> Templates:
+    """Real rows of `folder` (default: $SAMF_TEST_DATA/reports), or phantoms' where it lacks them."""
+    folder = folder or Path(os.environ.get("SAMF_TEST_DATA", "")) / "reports"
+    if (folder / REAL_REPORTS).is_file() and (folder / REAL_METADATA).is_file():
+        rows = read_rows(folder / REAL_REPORTS, ("report_text", *CT_RATE_LABELS))
+        reports = [(row["report_text"], [row[name] for name in CT_RATE_LABELS]) for row in rows]
+        return Templates(reports, list(read_rows(folder / REAL_METADATA)))
+    scans = [scan for p in range(PHANTOM_PATIENTS) for scan in plan_patient(PhantomSettings(), "valid", p + 1)]
+    no_labels = ["0"] * len(CT_RATE_LABELS)
+    reports = [(join_report(scan.statements), no_labels) for scan in scans]
+    names = [f"valid_{p + 1}_a_{k}.nii.gz" for p in range(PHANTOM_PATIENTS) for k in (1, 2)]
+    row = {"RescaleSlope": "1", "RescaleIntercept": "-1024", "XYSpacing": "[0.7, 0.7]", "ZSpacing": "1.5"}
+    return Templates(reports, [{"VolumeName": name, **row} for name in names])
+
+
+def write_ct_rate_copy(root: Path, volumes: int, vqa_bytes: int, templates: Templates) -> None:
+    """The tables of a training split: reports, labels, metadata and questions, but no volumes.
+
+    Args:
+        root: CT-RATE's folder; is made.
+        volumes: rows of the tables.
+        vqa_bytes: size of the VQA file, about.
+        templates: rows that are repeated under new names; reconstructions of a scan share its report.
+    """
+    rows = list(islice(_renamed(templates.metadata), volumes))
+    by_scan: dict[str, int] = {}
+    texts = [by_scan.setdefault(VolumeName.parse(row["VolumeName"]).scan_id, len(by_scan)) for row in rows]
+    chosen = [templates.reports[k % len(templates.reports)] for k in texts]
+    names = [row["VolumeName"] for row in rows]
+    (root / "train_fixed").mkdir(parents=True, exist_ok=True)
+    _write_csv(root / "metadata/train_metadata.csv", list(rows[0]), (row.values() for row in rows))
+    reports = ((name, "", "", text, "") for name, (text, _) in zip(names, chosen, strict=True))
+    _write_csv(root / "radiology_text_reports/train_reports.csv", REPORT_COLUMNS, reports)
+    labels = ([name, *values] for name, (_, values) in zip(names, chosen, strict=True))
+    _write_csv(root / "multi_abnormality_labels/train_predicted_labels.csv", ["VolumeName", *CT_RATE_LABELS], labels)
+    _write_vqa(root / "vqa/train_vqa.json", zip(cycle(names), cycle(text for text, _ in chosen)), vqa_bytes)
+
+
+def _renamed(rows: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
+    """The rows again and again, of ever new patients of the training split."""
+    for number in count():
+        for row in rows:
+            name = VolumeName.parse(row["VolumeName"])
+            name = VolumeName("train", name.patient + number * PATIENTS_APART, name.scan, name.reconstruction)
+            yield {**row, "VolumeName": str(name)}
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def _write_vqa(path: Path, volumes: Iterable[tuple[str, str]], size: int) -> None:
+    """Questions in CT-RATE's form, one to three a record, until the file has `size` bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng, written = random.Random(0), 1
+    with path.open("w", encoding="utf-8") as file, tqdm(total=size, unit="B", unit_scale=True, desc="VQA") as progress:
+        file.write("[")
+        for number, (name, report) in enumerate(volumes):
+            task = rng.choice(list(TURNS))
+            turns = [
+                turn for k in range(rng.choice((1, 1, 1, 3))) for turn in _exchange(rng, task, report, first=not k)
+            ]
+            record = json.dumps({"id": f"{task}_{number}", "image": name, "conversations": turns})
+            file.write(f"{', ' if number else ''}{record}")
+            written += len(record) + 2
+            progress.update(len(record) + 2)
+            if written >= size:
+                break
+        file.write("]")
+
+
+def _exchange(rng: random.Random, task: str, report: str, first: bool) -> list[dict[str, str]]:
+    sentences = report.split(". ")
+    answer = rng.choice(sentences) if task != "short_answer" else rng.choice(sentences)[:20]
+    question = rng.choice(TURNS[task])
+    if task == "multiple_choice":
+        options = [answer, *rng.choices(sentences, k=3)]
+        rng.shuffle(options)
+        letter = "abcd"[options.index(answer)]
+        question += "".join(f" ({mark}) {option}" for mark, option in zip("abcd", options, strict=True))
+        answer = f"({letter}) {answer}"
+    image = "<image>\n" if first else ""
+    return [
+        {"from": "human", "value": f"{image}{question}<{task}>", "type": task},
+        {"from": "gpt", "value": answer},
+    ]
+
+
+# ---- stages --------------------------------------------------------------------------------------------------------
+
+
+def write_copy(settings: Settings) -> list[Figure]:
+    """Make the copy in the stage's folder."""
+    volumes, size = (VOLUMES, VQA_BYTES) if settings.size == "full" else (200, 200_000)
+    started = time.monotonic()
+    write_ct_rate_copy(settings.folder / "CT-RATE", volumes, size, find_templates())
+    return [
+        Figure("write the copy", "s", [time.monotonic() - started], note=f"{volumes} volumes, {size / 1e9:g} GB VQA")
+    ]
+
+
+def read_copy(settings: Settings) -> list[Figure]:
+    """Read it into records: the first time from its tables, then from the Arrow file; and choose an epoch's rows.
+
+    Raises:
+        RuntimeError: a report is missing.
+    """
+    started = time.monotonic()
+    records = load_ct_rate(
+        settings.folder / "CT-RATE",
+        "train",
+        finding_names=CT_RATE_LABELS,
+        on_missing="keep",
+        cache_dir=settings.folder / "cache",
+    )
+    read = time.monotonic()
+    mixture = TaskMixture(records, {"report": 1, "multiple_choice": 1})
+    rows = mixture.epoch_rows(0)
+    mixed = time.monotonic()
+    if len(mixture.rows["report"]) != (VOLUMES if settings.size == "full" else 200):
+        raise RuntimeError(f"{len(mixture.rows['report'])} reports are read.")
+    note = f"{len(records)} records of {len(mixture.rows['report'])} reports and a VQA file"
+    limit = MOST_MEMORY if settings.size == "full" else None
+    return [
+        Figure("tables to records", "s", [read - started], note=note),
+        Figure("rows of an epoch", "s", [mixed - read], note=f"{len(rows)} records, reports and choices 1:1"),
+        replace(peak_memory(settings.device)[0], name="memory while reading", at_most=limit),
+    ]

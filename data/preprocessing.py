@@ -1,0 +1,448 @@
+"""Filling a slice cache ahead of training, by any number of processes on any number of machines.
+
+Who makes which volume: shards are dealt out by place in the list (`Shard`), which needs no word between machines and holds
+on every file system; within that, and between runs over the same list, each volume is claimed before it is made
+(`samf.data.claims`). What has a record is done, so a killed run is simply started again, with any shards. A volume that
+can't be read, that crashes its process or that takes too long is noted (`samf.data.cache_ledger`) and costs nothing else.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from samf.ct_volume import CTReadError, read_ct
+from samf.data.cache_ledger import Ledger, Shard, Volume, WorkLog
+from samf.data.embedding_cache import EmbeddingCache
+from samf.data.slice_cache import SliceCache, check_record, read_record, write_record
+from samf.data.worker_pool import WorkerDied, WorkerPool
+from samf.image_processing_samf import SamfImageProcessor
+
+logger = logging.getLogger(__name__)
+
+_OTHERS = 2.0  # seconds between two looks at what others have claimed
+_SAMPLE = 3  # volumes at least, on which the time is measured
+
+
+class PreprocessError(RuntimeError):
+    """Why the cache is not filled; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class FillOptions:
+    """How a cache is filled.
+
+    Attributes:
+        shard: this process's part of the list.
+        workers: processes that read volumes.
+        timeout: seconds that one volume may take, None for any number.
+        on_error: a volume that can't be read: "stop", or "skip" and list it.
+        retry_failed: try what failed in an earlier run again; "stop" always does.
+        force: start although the disk seems too small.
+        show_progress: a bar in the terminal.
+    """
+
+    shard: Shard = Shard()
+    workers: int = 1
+    timeout: float | None = 600
+    on_error: str = "stop"
+    retry_failed: bool = False
+    force: bool = False
+    show_progress: bool = True
+
+
+# ---- size and time -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What filling will take. `here` are this shard's volumes, `pending` those of all; `seconds` None: not measured."""
+
+    volumes: int
+    pending: int
+    here: int
+    record_bytes: int
+    free_bytes: int
+    workers: int
+    seconds: float | None = None
+    sample: int = 0
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.pending * self.record_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.free_bytes
+
+    def __str__(self) -> str:
+        size = (
+            f"{self.volumes} volumes, {self.volumes - self.pending} done or failed, {self.pending} to make "
+            f"({self.here} of them here). A record has {describe_bytes(self.record_bytes)}: "
+            f"{describe_bytes(self.needed_bytes)} more, {describe_bytes(self.volumes * self.record_bytes)} in all; "
+            f"{describe_bytes(self.free_bytes)} are free."
+        )
+        if self.seconds is None:
+            return size
+        return (
+            f"{size} About {describe_seconds(self.seconds)} here with {self.workers} at once, "
+            f"by {self.sample} volumes measured now."
+        )
+
+
+def record_bytes(image_processor: SamfImageProcessor) -> int:
+    """About as many as a record of slices has: the pixels, 24 bytes a slice for where it lies, and the header."""
+    pixels = image_processor.num_channels * image_processor.size**2
+    return image_processor.num_slices * (pixels + 24) + 600
+
+
+def describe_bytes(count: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def describe_seconds(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def free_bytes(folder: Path) -> int:
+    """On the file system of a folder that may not be there yet. Quotas aren't seen."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
+
+
+def spread_sample(volumes: Sequence[Volume], count: int) -> tuple[list[Volume], list[Volume]]:
+    """`count` volumes from evenly over the list, and the others."""
+    places = {int((i + 0.5) * len(volumes) / count) for i in range(count)} if volumes else set()
+    return [volumes[i] for i in sorted(places)], [v for i, v in enumerate(volumes) if i not in places]
+
+
+# ---- slices --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a volume: "done", "found" (there already), "claimed" (by another process), "failed", or "stopped":
+    the cache can't be written."""
+
+    status: str
+    bytes: int = 0
+    seconds: float = 0.0
+    error: str = ""
+    message: str = ""
+
+
+def make_slices(volume: Volume, *, cache: SliceCache, ledger: Ledger) -> Outcome:
+    """One volume's record, unless it is there, has failed, or is another process's just now."""
+    record = ledger.record(volume.key)
+    with ledger.claims.hold(volume.key) as is_ours:
+        if not is_ours:
+            return Outcome("claimed")
+        if read_record(record) is not None:
+            return Outcome("found")
+        if failure := ledger.failure(volume.key):
+            return Outcome("failed", error=failure["error"], message=failure["message"])
+        start = time.perf_counter()
+        try:
+            cache.get(volume.path, rescale=volume.rescale)
+        except (CTReadError, MemoryError) as error:
+            failed = Outcome("failed", error=type(error).__name__, message=str(error))
+            ledger.note_failure(volume, failed.error, failed.message)
+            return failed
+        except OSError as error:  # of the cache: reading raises CTReadError
+            return Outcome("stopped", error=type(error).__name__, message=f"{record}: {error}")
+        if not record.is_file():  # the volume's file isn't the one any more that it was when the list was made
+            return Outcome("failed", error="Changed", message=f"{volume.path}: changed meanwhile. Run again.")
+        return Outcome("done", record.stat().st_size, time.perf_counter() - start)
+
+
+def measure_slices(volume: Volume, *, cache: SliceCache) -> Outcome:
+    """As long as making the record takes; nothing is written."""
+    start = time.perf_counter()
+    try:
+        cache.image_processor.extract(read_ct(volume.path, rescale=volume.rescale))
+    except (CTReadError, MemoryError) as error:
+        return Outcome("failed", error=type(error).__name__, message=str(error))
+    return Outcome("done", seconds=time.perf_counter() - start)
+
+
+def estimate_slices(
+    volumes: Sequence[Volume], cache: SliceCache, ledger: Ledger, options: FillOptions
+) -> tuple[Estimate, list[Volume]]:
+    """Size without time, and this shard's volumes that are to be made."""
+    done, failed = ledger.keys()
+    skipped = done if options.retry_failed or options.on_error == "stop" else done | failed
+    pending = [volume for volume in volumes if volume.key is not None and volume.key not in skipped]
+    here = [volume for volume in options.shard.of(volumes) if volume.key is not None and volume.key not in skipped]
+    size, free = record_bytes(cache.image_processor), free_bytes(ledger.folder)
+    workers = max(1, min(options.workers, len(here)))
+    return Estimate(len(volumes), len(pending), len(here), size, free, workers), here
+
+
+def dry_run(volumes: Sequence[Volume], cache: SliceCache, ledger: Ledger, options: FillOptions) -> Estimate:
+    """What `fill_slices` would take. A few volumes are read for it; nothing is written."""
+    estimate, here = estimate_slices(volumes, cache, ledger, options)
+    sample, _ = spread_sample(here, _sample_size(here, estimate))
+    with WorkerPool(partial(measure_slices, cache=cache), min(estimate.workers, len(sample)), options.timeout) as pool:
+        return _with_time(estimate, here, [(volume, _outcome(result)) for volume, result in pool.map(sample)])
+
+
+def fill_slices(
+    volumes: Sequence[Volume],
+    cache: SliceCache,
+    ledger: Ledger,
+    options: FillOptions,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Make this shard's records. Returns the manifest, which is also written when the work is cut short.
+
+    Raises:
+        PreprocessError: the disk is too small, the cache can't be written, or, by `on_error`, a volume can't be read.
+    """
+    estimate, here = estimate_slices(volumes, cache, ledger, options)
+    _check_space(estimate, ledger.folder, options.force)
+    _, failed = ledger.keys()
+    for volume in here:
+        if volume.key in failed:  # before, and is tried again
+            ledger.forget_failure(volume.key)
+    unseen = [volume for volume in options.shard.of(volumes) if volume.key is None]
+    if unseen and options.on_error == "stop":
+        raise PreprocessError(_stopped(unseen[0].problem))
+    try:
+        if here:
+            _make_all(here, estimate, cache, ledger, options)
+    finally:
+        manifest = ledger.write_manifest(volumes, about)
+    return manifest
+
+
+def _make_all(
+    here: Sequence[Volume], estimate: Estimate, cache: SliceCache, ledger: Ledger, options: FillOptions
+) -> None:
+    sample, rest = spread_sample(here, _sample_size(here, estimate))
+    work = partial(make_slices, cache=cache, ledger=ledger)
+    with (
+        WorkLog(ledger, options.shard) as log,
+        WorkerPool(work, estimate.workers, options.timeout) as pool,
+        tqdm(total=len(here), desc="slices", unit="volume", disable=not options.show_progress) as progress,
+    ):
+        run = _Run(pool, ledger, log, options, progress)
+        measured = run.make(sample)
+        if options.show_progress:
+            logger.info("%s", _with_time(estimate, here, measured))
+        run.make(rest)
+        run.make_what_others_left()
+
+
+class _Run:
+    """The work of one process: its pool, and what it writes down."""
+
+    def __init__(self, pool: WorkerPool, ledger: Ledger, log: WorkLog, options: FillOptions, progress: tqdm):
+        self.pool, self.ledger, self.log, self.options, self.progress = pool, ledger, log, options, progress
+        self.claimed: list[Volume] = []
+        self.failed = 0
+
+    def make(self, volumes: Sequence[Volume]) -> list[tuple[Volume, Outcome]]:
+        outcomes = []
+        for volume, result in self.pool.map(volumes):
+            outcome = _outcome(result)
+            outcomes.append((volume, outcome))
+            if isinstance(result, WorkerDied):
+                self.ledger.note_failure(volume, outcome.error, outcome.message)
+            if outcome.status == "claimed":
+                self.claimed.append(volume)
+                continue
+            self.progress.update()
+            if outcome.status == "done":
+                self.log.append(volume, outcome.bytes, outcome.seconds)
+            elif outcome.status == "stopped":
+                raise PreprocessError(f"{outcome.message}. Is the disk full, or the folder write-protected?")
+            elif outcome.status == "failed":
+                self._failed(volume, outcome)
+        return outcomes
+
+    def make_what_others_left(self) -> None:
+        """Wait for what other processes had claimed, and make what they gave up; not for ever."""
+        patience = time.monotonic()
+        while self.claimed:
+            claimed, self.claimed = self.claimed, []
+            self.make(claimed)
+            if len(self.claimed) < len(claimed):
+                patience = time.monotonic()
+            elif time.monotonic() - patience > (self.options.timeout or 3600):
+                logger.warning("%d volumes are still claimed by other processes; they are left", len(self.claimed))
+                return
+            if self.claimed:
+                time.sleep(_OTHERS)
+
+    def _failed(self, volume: Volume, outcome: Outcome) -> None:
+        self.failed += 1
+        self.progress.set_postfix(failed=self.failed)
+        message = outcome.message if volume.path in outcome.message else f"{volume.path}: {outcome.message}"
+        if self.options.on_error == "stop":
+            raise PreprocessError(_stopped(f"{message} ({outcome.error})"))
+        logger.warning("skipped: %s (%s)", message, outcome.error)
+
+
+def _stopped(message: str) -> str:
+    return f"{message}\n--on_error skip lists such volumes in failures.jsonl and goes on."
+
+
+def _outcome(result: Outcome | WorkerDied) -> Outcome:
+    return Outcome("failed", error=result.error, message=result.message) if isinstance(result, WorkerDied) else result
+
+
+def _sample_size(here: Sequence[Volume], estimate: Estimate) -> int:
+    return min(len(here), max(_SAMPLE, estimate.workers))
+
+
+def _with_time(estimate: Estimate, here: Sequence[Volume], measured: Iterable[tuple[Volume, Outcome]]) -> Estimate:
+    """The time by the bytes of the volumes' files, as far as they are known: large ones take longer."""
+    done = [(volume.bytes or 1, outcome.seconds) for volume, outcome in measured if outcome.status == "done"]
+    if not done:
+        return estimate
+    seconds = sum(time for _, time in done) / sum(size for size, _ in done)
+    total = seconds * sum(volume.bytes or 1 for volume in here) / estimate.workers
+    return replace(estimate, seconds=total, sample=len(done))
+
+
+def _check_space(estimate: Estimate, folder: Path, force: bool) -> None:
+    if not estimate.fits and not force:
+        raise PreprocessError(
+            f"{folder}: the records don't fit. {estimate} Choose another disk, fewer or smaller slices, or --force."
+        )
+
+
+# ---- embeddings ----------------------------------------------------------------------------------------------------
+
+
+def measure_embeddings(embeddings: EmbeddingCache) -> tuple[float, int]:
+    """Seconds that one volume takes the encoder, and bytes of a record: by an empty stack of slices."""
+    processor = embeddings.slices.image_processor
+    count = processor.num_slices
+    slices = {
+        "slices": np.zeros((count, processor.num_channels, processor.size, processor.size), np.uint8),
+        "slice_planes": np.zeros(count, np.int64),
+        "slice_positions": np.zeros(count, np.float32),
+        "slice_indices": np.zeros(count, np.int64),
+        "slice_mm": np.zeros(count, np.float32),
+    }
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        record = embeddings.encode(slices)
+        seconds = time.perf_counter() - start
+    return seconds, sum(array.nbytes for array in record.values()) + 400
+
+
+def estimate_embeddings(
+    volumes: Sequence[Volume], embeddings: EmbeddingCache, ledger: Ledger, shard: Shard
+) -> tuple[Estimate, list[Volume]]:
+    """Size and time, and this shard's volumes that are to be encoded; `volumes` by the embeddings' keys."""
+    done, _ = ledger.keys()
+    pending = [volume for volume in volumes if volume.key is not None and volume.key not in done]
+    here = [volume for volume in shard.of(volumes) if volume.key is not None and volume.key not in done]
+    seconds, size = measure_embeddings(embeddings)
+    free = free_bytes(ledger.folder)
+    return Estimate(len(volumes), len(pending), len(here), size, free, 1, seconds * len(here), 1), here
+
+
+def fill_embeddings(
+    volumes: Sequence[Volume],
+    embeddings: EmbeddingCache,
+    slices: Sequence[Volume],
+    ledger: Ledger,
+    options: FillOptions,
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Encode this shard's volumes whose slices are there. Returns the manifest.
+
+    Args:
+        volumes, slices: the same list, by the keys of the embeddings and of the slices.
+        embeddings: an `EmbeddingCache`; its model's device does the work.
+
+    Raises:
+        PreprocessError: the disk is too small.
+    """
+    estimate, here = estimate_embeddings(volumes, embeddings, ledger, options.shard)
+    _check_space(estimate, ledger.folder, options.force)
+    if options.show_progress:
+        logger.info("%s", estimate)
+    keys = {volume.path: volume.key for volume in slices}
+    cut = ledger.keys()[0]
+    here = [volume for volume in here if keys[volume.path] in cut]
+    ahead = embeddings.slices_ahead([(volume.path, volume.rescale) for volume in here], min(options.workers, 8))
+    try:
+        with WorkLog(ledger, options.shard) as log:
+            progress = tqdm(here, desc="embeddings", unit="volume", disable=not options.show_progress)
+            for volume, (_, stack) in zip(progress, ahead, strict=True):
+                _make_embeddings(volume, stack, embeddings, ledger, log)
+    finally:
+        failed = ledger.keys()[1]
+        listed = [
+            replace(volume, key=None, problem="its slices can't be made: see failures.jsonl")
+            if keys[volume.path] in failed
+            else volume
+            for volume in volumes
+        ]
+        manifest = ledger.write_manifest(listed, about)
+    return manifest
+
+
+def _make_embeddings(
+    volume: Volume, stack: Mapping[str, np.ndarray], embeddings: EmbeddingCache, ledger: Ledger, log: WorkLog
+) -> None:
+    record = ledger.record(volume.key)
+    with ledger.claims.hold(volume.key) as is_ours:
+        if not is_ours or read_record(record) is not None:
+            return
+        start = time.perf_counter()
+        write_record(record, embeddings.encode(stack))
+        log.append(volume, record.stat().st_size, time.perf_counter() - start)
+
+
+# ---- verifying -----------------------------------------------------------------------------------------------------
+
+
+def check_volume(volume: Volume, *, ledger: Ledger) -> str | None:
+    """What is wrong with a volume's record; "" where there is none."""
+    try:
+        return check_record(ledger.record(volume.key))
+    except FileNotFoundError:
+        return ""
+
+
+def verify(volumes: Sequence[Volume], ledger: Ledger, options: FillOptions, remove: bool) -> dict[str, Any]:
+    """Read this shard's records again, and compare them with their checksums.
+
+    Returns:
+        `whole`, `missing`: how many; `damaged`: {record's path: what is wrong}. With `remove` these are deleted: the
+        next run makes them anew.
+    """
+    listed = [volume for volume in options.shard.of(volumes) if volume.key is not None]
+    report: dict[str, Any] = {"whole": 0, "missing": 0, "damaged": {}}
+    with WorkerPool(partial(check_volume, ledger=ledger), max(1, min(options.workers, len(listed)))) as pool:
+        results = pool.map(listed)
+        for volume, found in tqdm(results, total=len(listed), desc="verifying", disable=not options.show_progress):
+            found = found.message if isinstance(found, WorkerDied) else found
+            if found is None:
+                report["whole"] += 1
+            elif found == "":
+                report["missing"] += 1
+            else:
+                record = ledger.record(volume.key)
+                report["damaged"][str(record)] = found
+                if remove:
+                    record.unlink(missing_ok=True)
+    return report

@@ -1,0 +1,218 @@
+"""Fill the slice cache ahead of training: every volume is read once, cut into slices, and kept.
+
+    python preprocess.py /data/CT-RATE --cache /scratch/slices --dry_run           # size and time, and nothing written
+    python preprocess.py /data/CT-RATE --cache /scratch/slices --on_error skip     # one machine, all cores
+    python preprocess.py … --shard 3/16                                            # task 3 of an array job's 1 to 16
+    torchrun --nproc_per_node 8 preprocess.py … --embeddings runs/slice_encoder    # and embed the slices, on 8 GPUs
+    python preprocess.py … --verify                                                # read all records again
+
+DATA is CT-RATE's folder (v1 or v2) or its name on the Hub, folders of volumes or of DICOM series, one of the paper's CSVs,
+a .txt file with a path a line, or single volumes. `train.py --slice_cache` and `eval.py --slice_cache` with the same folder
+and settings find the records. A run that was killed is started again by the same command, or with other shards: what has
+a record is done.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import AutoConfig
+
+from samf.data.cache_ledger import Ledger, Shard, look_at
+from samf.data.embedding_cache import EmbeddingCache
+from samf.data.preprocessing import (
+    FillOptions,
+    PreprocessError,
+    describe_bytes,
+    dry_run,
+    estimate_embeddings,
+    fill_embeddings,
+    fill_slices,
+    verify,
+)
+from samf.data.slice_cache import RECORD_VERSION, SliceCache
+from samf.data.volume_lists import SPLITS, find_volumes
+from samf.data.workers import usable_cores
+from samf.evaluation.processes import default_device, local_rank
+from samf.image_processing_samf import EXTRACT_VERSION, FIELDS, PRESETS, SLABS, SamfImageProcessor
+from samf.modeling_samf import SamfForConditionalGeneration, SamfModel
+from samf.pretraining.contrast import build_slices_model
+
+logger = logging.getLogger("samf.preprocess")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="CT-RATE's folder, folders, lists, CSVs, volumes")
+    parser.add_argument("--cache", type=Path, required=True, help="folder that gets the records; may be filled already")
+    parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS, help="of CT-RATE; default: both")
+    parser.add_argument("--on_missing", choices=("error", "skip"), default="error", help="of CT-RATE's volumes")
+
+    slices = parser.add_argument_group("slices", "as for training; what is left out is the processor's, or the default")
+    slices.add_argument("--processor", help="model or slice encoder whose preprocessor_config.json counts")
+    slices.add_argument("--preset", choices=PRESETS)
+    slices.add_argument("--slices_per_plane", type=int)
+    slices.add_argument("--field", choices=FIELDS)
+    slices.add_argument("--slab", choices=SLABS)
+    slices.add_argument("--image_size", type=int, help="pixels a side")
+
+    work = parser.add_argument_group("work")
+    work.add_argument("--num_workers", type=int, help="processes that read; default: all cores, shared among ranks")
+    work.add_argument("--shard", help="3/16: the third of sixteen parts; under torchrun each rank takes a part of it")
+    work.add_argument("--timeout", type=float, default=600, help="seconds that one volume may take; 0: any number")
+    work.add_argument("--on_error", choices=("stop", "skip"), default="stop", help="skip: list the volume, go on")
+    work.add_argument("--retry_failed", action="store_true", help="with skip: try what failed before again")
+    work.add_argument("--force", action="store_true", help="start although the records won't fit on the disk")
+    work.add_argument("--dry_run", action="store_true", help="estimate size and time, and stop")
+    work.add_argument(
+        "--verify",
+        nargs="?",
+        const="report",
+        choices=("report", "remove"),
+        help="read all records; remove damaged ones",
+    )
+
+    embeddings = parser.add_argument_group("embeddings of the slices, by a frozen encoder")
+    embeddings.add_argument("--embeddings", help="SAMF model or slice encoder, folder or Hub id")
+    embeddings.add_argument("--device", help="e.g. cuda:1; default: an accelerator if there is one")
+    embeddings.add_argument("--dtype", default="auto", help="auto (as saved), float32 or bfloat16")
+    args = parser.parse_args(argv)
+    if args.num_workers is not None and args.num_workers < 1:
+        parser.error(f"--num_workers {args.num_workers}: expected at least 1")
+    if args.timeout < 0:
+        parser.error(f"--timeout {args.timeout}: expected seconds, or 0")
+    try:
+        args.shard = Shard.choose(args.shard, os.environ)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def build_image_processor(args: argparse.Namespace) -> SamfImageProcessor:
+    """As `train.py` and `eval.py` get it: the model's or encoder's if it has one, with what is set here."""
+    settings = {
+        "preset": args.preset,
+        "slices_per_plane": args.slices_per_plane,
+        "field": args.field,
+        "slab": args.slab,
+        "size": args.image_size,
+    }
+    settings = {name: value for name, value in settings.items() if value is not None}
+    source = args.processor or args.embeddings
+    if args.processor or (source and Path(source, "preprocessor_config.json").is_file()):
+        return SamfImageProcessor.from_pretrained(source, **settings)
+    return SamfImageProcessor(**settings)
+
+
+def build_slice_encoder(args: argparse.Namespace) -> SamfModel:
+    """A model that has the slice encoder of `--embeddings`, on its device."""
+    if AutoConfig.from_pretrained(args.embeddings).model_type == "samf":
+        model = SamfForConditionalGeneration.from_pretrained(args.embeddings, dtype=args.dtype).model
+        model.language_model = None  # its part is over
+    else:
+        model = build_slices_model(args.embeddings, args.dtype)
+    model.slice_encoder.to(args.device or default_device())
+    return model
+
+
+def fill_options(args: argparse.Namespace) -> FillOptions:
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return FillOptions(
+        shard=args.shard,
+        workers=args.num_workers or max(1, usable_cores() // ranks_here),
+        timeout=args.timeout or None,
+        on_error=args.on_error,
+        retry_failed=args.retry_failed,
+        force=args.force,
+        show_progress=local_rank() == 0,
+    )
+
+
+def describe(args: argparse.Namespace, image_processor: SamfImageProcessor) -> dict[str, Any]:
+    """What the manifest says of the records' origin."""
+    return {
+        "data": [os.path.abspath(source) if os.path.exists(source) else source for source in args.data],
+        "settings_hash": image_processor.settings_hash(),
+        "extract_version": EXTRACT_VERSION,
+        "record_version": RECORD_VERSION,
+        "image_processor": image_processor.to_dict(),
+    }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what is asked; returns the exit status."""
+    image_processor = build_image_processor(args)
+    cache, ledger, options = SliceCache(args.cache, image_processor), Ledger(args.cache, "slices"), fill_options(args)
+    keys = find_volumes(args.data, splits=args.splits, on_missing=args.on_missing)
+    volumes = look_at(keys, cache)
+    about = describe(args, image_processor)
+    if args.verify:
+        status = report_verified(verify(volumes, ledger, options, remove=args.verify == "remove"), "slices")
+    elif args.dry_run:
+        sys.stdout.write(f"slices: {dry_run(volumes, cache, ledger, options)}\n")
+        status = 0
+    else:
+        report_filled(fill_slices(volumes, cache, ledger, options, about), ledger)
+        status = 0
+    if not args.embeddings:
+        return status
+    embeddings = EmbeddingCache(args.cache, cache, build_slice_encoder(args))
+    ledger = Ledger(args.cache, "embeddings")
+    encoded = look_at(keys, embeddings)
+    about |= {"encoder": args.embeddings, "fingerprint": embeddings.fingerprint}
+    if args.verify:
+        status |= report_verified(verify(encoded, ledger, options, remove=args.verify == "remove"), "embeddings")
+    elif args.dry_run:
+        sys.stdout.write(f"embeddings: {estimate_embeddings(encoded, embeddings, ledger, options.shard)[0]}\n")
+    else:
+        report_filled(fill_embeddings(encoded, embeddings, volumes, ledger, options, about), ledger)
+    return status
+
+
+def report_filled(manifest: dict[str, Any], ledger: Ledger) -> None:
+    state = (
+        "complete" if manifest["complete"] else f"{manifest['pending']} volumes are left to others or to another run"
+    )
+    reasons = ", ".join(f"{count} {error}" for error, count in manifest["failures"].items())
+    failed = f", {manifest['failed']} failed ({reasons}; see {ledger.path('failures.jsonl')})" if reasons else ""
+    sys.stdout.write(
+        f"{ledger.stage}: {manifest['done']} of {manifest['volumes']} volumes, {describe_bytes(manifest['bytes'])}{failed}: "
+        f"{state}. {ledger.path('manifest.json')}\n"
+    )
+
+
+def report_verified(report: dict[str, Any], stage: str) -> int:
+    for record, damage in report["damaged"].items():
+        sys.stdout.write(f"damaged: {record}: {damage}\n")
+    remedy = " --verify remove deletes them; the next run makes them anew." if report["damaged"] else ""
+    sys.stdout.write(
+        f"{stage}: {report['whole']} records whole, {len(report['damaged'])} damaged, {report['missing']} missing.{remedy}\n"
+    )
+    return 1 if report["damaged"] else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    for name in ("samf.preprocess", "samf.data"):  # the readers' accounts of each volume are too many here
+        logging.getLogger(name).setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        return run(args)
+    except PreprocessError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    """A scheduler's or a launcher's way to end a process: the manifest is written before."""
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
