@@ -2,7 +2,9 @@
 
     python train.py --config recipes/ct_rate_ao2d.yaml --learning_rate 1e-4
 
-A key that no field bears is an error, with the nearest names that would be valid.
+A recipe may go on from others: `base: ct_rate.yaml` (or a list, the later over the earlier) names files beside it, whose
+keys it has unless it gives them itself. `--config` takes several recipes in the same way. A key that no field bears is an
+error, with the nearest names that would be valid.
 """
 
 import argparse
@@ -16,6 +18,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+BASE = "base"
+
 
 class RecipeError(ValueError):
     """A recipe or command line that can't be used; the message names the key and what would be valid."""
@@ -24,15 +28,15 @@ class RecipeError(ValueError):
 class _Parser(HfArgumentParser):
     """Raises instead of leaving the program under the usage of some two hundred options."""
 
-    recipe: Path | None = None
+    recipes: Sequence[Path] = ()
 
     def error(self, message: str) -> NoReturn:
-        source = f"command line with {self.recipe}" if self.recipe else "command line"
+        source = " ".join(["command line", *(["with"] if self.recipes else []), *map(str, self.recipes)])
         raise RecipeError(f"{source}: {message}. --help lists every key.")
 
 
 def parse_recipe(dataclass_types: type | Iterable[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Fill dataclasses from `--config recipe.yaml` and the command line, which wins.
+    """Fill dataclasses from `--config recipe.yaml …` and the command line, which wins.
 
     Args:
         dataclass_types: one dataclass or several, as for `HfArgumentParser`; no key may be in two of them.
@@ -42,11 +46,12 @@ def parse_recipe(dataclass_types: type | Iterable[type], argv: Sequence[str] | N
     number for a float field although YAML calls it text. Raises RecipeError for an unreadable recipe, an unknown key, a
     missing required one or a value of the wrong type.
     """
-    recipe, typed = _take_config(sys.argv[1:] if argv is None else argv)
-    description = "Every key may also stand in a YAML file, given as --config RECIPE; the command line wins."
+    recipes, typed = _take_config(sys.argv[1:] if argv is None else argv)
+    description = "Every key may also stand in a YAML file, given as --config RECIPE …; the command line wins."
     parser = _Parser(dataclass_types, allow_abbrev=False, description=description)
-    parser.recipe = recipe
-    tokens = _recipe_tokens(parser, recipe, read_recipe(recipe)) if recipe else []
+    parser.recipes = recipes
+    keys = {key: found for recipe in recipes for key, found in _read_with_bases(recipe).items()}
+    tokens = _recipe_tokens(parser, keys)
     *instances, remaining = parser.parse_args_into_dataclasses(
         [*tokens, *typed], return_remaining_strings=True, look_for_args_file=False
     )
@@ -58,9 +63,28 @@ def parse_recipe(dataclass_types: type | Iterable[type], argv: Sequence[str] | N
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML recipe. Raises RecipeError when it can't be read or isn't a flat mapping."""
+    """The keys and values of a YAML recipe and of those that it goes on from.
+
+    Raises RecipeError when one can't be read, isn't a flat mapping, or goes on from itself.
+    """
+    return {key: value for key, (value, _) in _read_with_bases(Path(path)).items()}
+
+
+def _read_with_bases(path: Path, above: Sequence[Path] = ()) -> dict[str, tuple[Any, Path]]:
+    """Each key's value, and the file that gives it."""
+    if path.resolve() in above:
+        raise RecipeError(f"{path}: a recipe can't go on from itself; change its {BASE!r} or that of {above[-1]}.")
+    values = _read_yaml(path)
+    bases = values.pop(BASE, None) or []
+    keys: dict[str, tuple[Any, Path]] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        keys |= _read_with_bases(path.parent / str(base), [*above, path.resolve()])
+    return keys | {key: (value, path) for key, value in values.items()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: can't be read as a YAML recipe: {error}") from error
     values = {} if values is None else values
@@ -69,9 +93,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _take_config(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+def _take_config(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=Path, nargs="+", default=[])
     try:
         known, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -83,10 +107,10 @@ def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {action.dest: action for action in parser._actions if action.dest != "help"}
 
 
-def _recipe_tokens(parser: _Parser, recipe: Path, values: Mapping[str, Any]) -> list[str]:
-    """The recipe as command-line tokens, so that argparse converts and checks every value in one way."""
+def _recipe_tokens(parser: _Parser, keys: Mapping[str, tuple[Any, Path]]) -> list[str]:
+    """The recipes as command-line tokens, so that argparse converts and checks every value in one way."""
     actions, tokens = _actions(parser), []
-    for key, value in values.items():
+    for key, (value, recipe) in keys.items():
         if key not in actions:
             raise RecipeError(f"{recipe}: {_describe_unknown(key, actions)}")
         several = actions[key].nargs in ("+", "*")

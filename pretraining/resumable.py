@@ -42,9 +42,9 @@ class EpochSampler(Sampler):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells an EpochSampler the epoch. The Trainer's own way doesn't reach it when several processes resume mid-epoch."""
+    """Tells a sampler the epoch. The Trainer's own way doesn't reach it when several processes resume mid-epoch."""
 
-    def __init__(self, sampler: EpochSampler):
+    def __init__(self, sampler: Sampler):
         self.sampler = sampler
 
     def on_epoch_begin(
@@ -53,8 +53,24 @@ class SetEpoch(TrainerCallback):
         self.sampler.epoch = int(state.epoch or 0)
 
 
-class ResumableTrainer(Trainer):
-    """A Trainer whose training set is asked for (epoch, index), and which stops with a checkpoint on Ctrl-C and SIGTERM.
+class StoppableTrainer(Trainer):
+    """A Trainer that stops with a checkpoint on Ctrl-C and SIGTERM, and that has nothing to do when a finished run goes on."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.interruption = Interruption()
+        self.add_callback(self.interruption)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The library's, which asks whether training is at its end after a step alone: a finished run would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+
+class ResumableTrainer(StoppableTrainer):
+    """A StoppableTrainer whose training set is asked for (epoch, index).
 
     Raises:
         ValueError: fewer rows than one step takes.
@@ -70,9 +86,7 @@ class ResumableTrainer(Trainer):
                 f"gradient_accumulation_steps, or give more data."
             )
         self.sampler = EpochSampler(len(self.train_dataset), self.args.data_seed or self.args.seed)
-        self.interruption = Interruption()
         self.add_callback(SetEpoch(self.sampler))
-        self.add_callback(self.interruption)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return self.sampler
@@ -142,7 +156,7 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     return found
 
 
-def train_to_end(trainer: ResumableTrainer) -> None:
+def train_to_end(trainer: StoppableTrainer) -> None:
     """Train, from a checkpoint if the arguments say so.
 
     Raises:

@@ -4,14 +4,26 @@ import importlib.util
 import json
 import statistics
 import subprocess
+import zlib
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from samf import SamfForConditionalGeneration, SamfModel, benchmark
-from samf.benchmarks import memory_lines, speed_lines, workloads
-from samf.benchmarks.measuring import FEWEST_ROUNDS, MOST_ROUNDS, Figure, Stopwatch, ratios, summarise
+from samf.benchmarks import memory_lines, speed_lines, volume_lines, workloads
+from samf.benchmarks.measuring import (
+    FEWEST_ROUNDS,
+    MOST_ROUNDS,
+    Figure,
+    Stopwatch,
+    peak_resident,
+    ratios,
+    resident,
+    summarise,
+)
+from samf.ct_volume import CTVolume, read_ct
 
 CPU = torch.device("cpu")
 
@@ -54,13 +66,22 @@ def test_summary_refuses_what_is_no_measurement(values):
 
 
 @pytest.mark.parametrize(
-    ("values", "at_least", "passed"),
-    [([7.9, 8.0, 9.0], 8.0, True), ([7.0, 7.9, 90.0], 8.0, False), ([1.0], None, None)],
+    ("values", "at_least", "at_most", "passed"),
+    [
+        ([7.9, 8.0, 9.0], 8.0, None, True),
+        ([7.0, 7.9, 90.0], 8.0, None, False),
+        ([1.0, 1.5, 9.0], None, 1.5, True),
+        ([1.0, 1.6, 1.7], None, 1.5, False),
+        ([1.0, 2.0, 3.0], 1.0, 2.0, True),
+        ([0.5], 1.0, 2.0, False),
+        ([3.0], 1.0, 2.0, False),
+        ([1.0], None, None, None),
+    ],
 )
-def test_the_median_decides_about_a_limit(values, at_least, passed):
-    summary = Figure("ratio", "x", values, at_least).summary()
+def test_the_median_decides_about_a_limit(values, at_least, at_most, passed):
+    summary = Figure("ratio", "x", values, at_least, at_most=at_most).summary()
     assert summary["passed"] is passed
-    assert summary["at_least"] == at_least
+    assert (summary["at_least"], summary["at_most"]) == (at_least, at_most)
 
 
 def test_limits_hold_at_full_size_where_they_are_stated():
@@ -83,6 +104,20 @@ def test_tasks_take_turns_and_each_round_turns_the_order():
 def test_rounds_have_bounds(budget, rounds):
     clock = Clock()
     assert len(Stopwatch(CPU, budget, clock).in_turns({"a": clock.task("a", 2.0)}, "bounds")["a"]) == rounds
+
+
+def test_a_stage_may_ask_for_more_rounds():
+    clock = Clock()
+    assert len(Stopwatch(CPU, 0.0, clock).in_turns({"a": clock.task("a", 2.0)}, "five", fewest=5)["a"]) == 5
+
+
+def test_memory_that_is_held_shows_and_its_peak_stays():
+    before = resident()
+    block = np.ones(50_000_000, dtype=np.uint8)
+    grown = resident() - before
+    del block
+    assert 40_000_000 < grown < 80_000_000
+    assert peak_resident() > before + grown - 1_000_000  # the system counts in batches
 
 
 def test_a_quick_task_is_called_until_the_clock_can_tell():
@@ -167,16 +202,25 @@ def test_parameters_are_counted_part_by_part():
     assert set(figures) == {"slice encoder", "positions", "aggregator", "fusion", "language model", "head"}
 
 
-@pytest.mark.parametrize("line", [line for line in benchmark.LINES if line != "parameters"])
-def test_every_line_runs(line, tmp_path):
+ALL_LINES = [(command, line) for command, lines in benchmark.LINES.items() for line in lines if line != "parameters"]
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [pytest.param(*line, marks=[pytest.mark.slow] if "compiled" in line[1] else []) for line in ALL_LINES],
+)
+def test_every_line_runs(command, line, tmp_path):
     """Each stage in turn, in this process; what it asserts itself (equal weights, answers, results) holds."""
-    for stage in benchmark.LINES[line]:
+    for stage in benchmark.LINES[command][line]:
         if stage.startswith("8bit") and importlib.util.find_spec("torchao") is None:
             continue
         args = benchmark.parse_args(
-            ["model", "--size=tiny", "--budget=0.01", f"--stage={line}/{stage}", f"--folder={tmp_path}"]
+            [command, "--size=tiny", "--budget=0.01", f"--stage={line}/{stage}", f"--folder={tmp_path}"]
         )
         result = benchmark.run_stage(args)
+        if stage == "train_liger" and not torch.cuda.is_available():
+            assert "GPU" in result["skipped"]
+            continue
         assert all(figure["passed"] is None for figure in result["figures"])  # no limit at this size
         assert result["figures"][-1]["name"] == "peak resident memory"
         json.dumps(result)
@@ -205,7 +249,7 @@ def test_quantised_weights_must_be_the_language_models_alone():
 
 @pytest.fixture
 def results(monkeypatch):
-    """run_model on children that don't run: one has figures, one fails, one is skipped."""
+    """run_lines on children that don't run: one has figures, one fails, one is skipped."""
     outcomes = {
         "parameters/parameters": {"figures": [Figure("head", "million", [98.5], note="counted").summary()]},
         "fusion/fusion": {"figures": [Figure("equal rows / once", "x", [7.0, 9.0, 9.5], 8.0).summary()]},
@@ -217,7 +261,7 @@ def results(monkeypatch):
         monkeypatch.setattr(
             benchmark, "run_child", lambda args, stage, folder: {"seconds": 1.0, **outcomes.get(stage, {"figures": []})}
         )
-        return benchmark.run_model(benchmark.parse_args(["model", "--size=tiny", f"--lines={lines}"]))
+        return benchmark.run_lines(benchmark.parse_args(["model", "--size=tiny", f"--lines={lines}"]))
 
     return run
 
@@ -245,6 +289,7 @@ def test_json_states_machine_versions_and_figures(results, tmp_path):
         "maximum": 9.5,
         "repeats": 3,
         "at_least": 8.0,
+        "at_most": None,
         "passed": True,
         "note": "",
     }
@@ -264,6 +309,14 @@ def test_table_shows_verdict_spread_and_limit(results):
     assert cells == ["fusion", "equal rows / once", "9 x", "8 to 9.25", "3", ">= 8", "pass", ""]
     assert len({len(line) for line in lines[:4]}) == 1
     assert "torch" in lines[-1] and "threads" in lines[-1]
+
+
+def test_table_shows_an_upper_limit(monkeypatch):
+    figure = Figure("slices / unpacking", "x", [1.25], at_most=1.5).summary()
+    monkeypatch.setattr(benchmark, "run_child", lambda args, stage, folder: {"seconds": 1.0, "figures": [figure]})
+    lines = benchmark.table(benchmark.run_lines(benchmark.parse_args(["volumes", "--size=tiny"]))).splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells == ["scan", "slices / unpacking", "1.25 x", "", "1", "<= 1.5", "pass", ""]
 
 
 def test_a_missed_limit_shows_and_sets_the_exit_status(monkeypatch, capsys):
@@ -318,3 +371,49 @@ def test_weights_that_do_not_fit_are_not_built(tmp_path, monkeypatch):
     assert benchmark.run_stage(benchmark.parse_args(["model", "--size=tiny", "--stage=parameters/parameters"]))[
         "figures"
     ]
+
+
+def test_an_enlarged_scan_keeps_its_voxels_places_and_noise():
+    """Every value is one of the source's from next to its place, and gzip finds less to save than in repeated rows."""
+    rng = np.random.default_rng(3)
+    ramp = np.add.outer(np.add.outer(np.arange(20) * 10, np.arange(24) * 400), np.zeros(4))
+    hu = (ramp + rng.integers(0, 10, ramp.shape)).astype(np.int16)
+    volume = CTVolume(hu, (1.0, 1.0, 1.0), np.eye(4), "test")
+    large = volume_lines.enlarge(volume, (50, 60, 8))
+    assert large.shape == (50, 60, 8) and large.dtype == np.int16
+    x, y = np.indices((50, 60)) + 0.5
+    expected = (x * 20 / 50 - 0.5) * 10 + (y * 24 / 60 - 0.5) * 400
+    error = (large.mean(axis=2) - expected)[3:-3, 3:-3]
+    assert np.abs(error).max() < 450 and abs(error.mean()) < 30
+    np.testing.assert_array_equal(volume_lines.enlarge(volume, hu.shape), hu)
+    repeated = hu[np.arange(50)[:, None] * 20 // 50, np.arange(60) * 24 // 60]
+    packed = [len(zlib.compress(array[..., 0].tobytes(order="F"))) for array in (repeated, large)]
+    assert packed[1] > 1.5 * packed[0]
+
+
+def test_the_scan_has_its_shape_and_the_sources_field(tmp_path):
+    given = settings(tmp_path)
+    volume, source = read_ct(volume_lines.scan_file(given)), volume_lines.find_source(given)
+    assert volume.shape == volume_lines.SHAPES["tiny"]
+    field, expected = (np.array(v.shape) * v.spacing for v in (volume, source))
+    np.testing.assert_allclose(field, expected, rtol=1e-4)
+
+
+def test_the_published_way_casts_and_scales_as_its_preset(tmp_path):
+    """Its slices are the preset's, but for the part of the picture that the preset cuts off."""
+    path = volume_lines.scan_file(settings(tmp_path))
+    found = volume_lines.published_slices(path)
+    assert found.shape == (24, 224, 224) and found.dtype == np.uint8
+    stored = read_ct(path).stored_hu()
+    middle = stored[:, :, np.linspace(0, 29, 24).astype(int)].astype(
+        np.uint8
+    )  # all 30 slices lie within 72 of the middle
+    np.testing.assert_allclose(found.mean(axis=(1, 2)), middle.mean(axis=(0, 1)), atol=6)
+
+
+def test_unpacking_alone_reads_the_whole_file(tmp_path):
+    path = volume_lines.scan_file(settings(tmp_path))
+    volume_lines.unpack_alone(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(EOFError):
+        volume_lines.unpack_alone(path)

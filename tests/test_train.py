@@ -1,89 +1,34 @@
 """train.py end to end on a few phantoms: what is trained, what isn't, and that the output folder is whole."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import TEXTS, tiny_config
-from transformers import AutoModelForImageTextToText, AutoProcessor, Phi3Config, Phi3ForCausalLM, ViTConfig, ViTModel
+from small_run import history, prepare, run
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from samf import SamfForConditionalGeneration, SamfImageProcessor, train
+from samf import SamfForConditionalGeneration, SamfImageProcessor
 from samf.data.embedding_cache import EmbeddingCache
-from samf.data.phantom import PhantomSettings, write_dataset
 from samf.data.slice_cache import SliceCache
-from samf.data.small_tokenizer import train_small_tokenizer
+from samf.training.parts import PARTS
 
 FINDINGS = ("Cardiomegaly", "Pleural effusion")
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """Phantoms of 10 mm voxels, and the components of a tiny model."""
-    folder = tmp_path_factory.mktemp("train")
-    write_dataset(
-        folder / "phantoms",
-        train_patients=6,
-        valid_patients=3,
-        settings=PhantomSettings(voxel_mm=10.0),
-        text_questions=12,
-        workers=1,
-        progress=False,
-    )
-    config = tiny_config()
-    torch.manual_seed(0)
-    ViTModel(ViTConfig(**config.vision_config.to_dict())).save_pretrained(folder / "encoder")
-    SamfImageProcessor(slices_per_plane=2, size=32).save_pretrained(folder / "encoder")
-    tokenizer = train_small_tokenizer(TEXTS, 400)
-    ids = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    Phi3ForCausalLM(Phi3Config(**{**config.text_config.to_dict(), **ids})).save_pretrained(folder / "text")
-    tokenizer.save_pretrained(folder / "text")
-    return folder
-
-
-def run(work: Path, output: str, **options) -> SamfForConditionalGeneration:
-    settings = {
-        "slice_encoder": work / "encoder",
-        "text_model": work / "text",
-        "data": work / "phantoms",
-        "output_dir": work / output,
-        "num_image_tokens": 4,
-        "volume_dim": 16,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        **options,
-    }
-    if "model" in settings:
-        settings = {key: value for key, value in settings.items() if key not in ("slice_encoder", "text_model")}
-    arguments = []
-    for key, value in settings.items():
-        arguments += [
-            f"--{key}",
-            *([str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]),
-        ]
-    train.main(arguments)
-    return SamfForConditionalGeneration.from_pretrained(work / output)
+    return prepare(tmp_path_factory.mktemp("train"))
 
 
 def changed_parts(before: SamfForConditionalGeneration, after: SamfForConditionalGeneration) -> set[str]:
     new = after.state_dict()
     changed = {name for name, value in before.state_dict().items() if not torch.equal(value, new[name])}
-    return {part for part, prefixes in train.PARTS.items() if any(name.startswith(prefixes) for name in changed)}
+    return {part for part, prefixes in PARTS.items() if any(name.startswith(prefixes) for name in changed)}
 
 
 def losses(folder: Path) -> dict[str, float]:
     """The last value of each logged loss."""
-    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return {key: value for row in history for key, value in row.items() if key.endswith("loss")}
+    return {key: value for row in history(folder) for key, value in row.items() if key.endswith("loss")}
 
 
 def test_stages_train_their_parts_alone_and_end_in_a_whole_repository(work):
@@ -100,7 +45,7 @@ def test_stages_train_their_parts_alone_and_end_in_a_whole_repository(work):
     assert changed_parts(second, third) == {"language_model"}
 
     whole = run(work, "whole", model=work / "third", slice_cache=work / "cache", eval_strategy="steps", eval_steps=2)
-    assert changed_parts(third, whole) == set(train.PARTS)
+    assert changed_parts(third, whole) == set(PARTS)
     logged = losses(work / "whole")
     assert logged["train_loss"] > 0
     assert logged["eval_own_loss"] != logged["eval_shuffled_loss"]
@@ -108,10 +53,11 @@ def test_stages_train_their_parts_alone_and_end_in_a_whole_repository(work):
     files = {file.name for file in (work / "whole").iterdir()}
     assert {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= files
     assert {"tokenizer.json", "chat_template.jinja", "requirements.txt"} <= files
+    assert {"_records_train.json", "_records_valid.json"} <= files  # what was read; not pushed: it names volumes
     texts = [
         file.read_text(encoding="utf-8")
         for file in (work / "whole").iterdir()
-        if file.suffix in (".json", ".md", ".jinja")
+        if file.suffix in (".json", ".md", ".jinja") and not file.name.startswith("_")
     ]
     assert not any(str(work) in text for text in texts)  # nothing of this machine's folders
     assert {f"{name}_samf.py" for name in ("configuration", "modeling", "processing", "image_processing")} <= files

@@ -1,0 +1,123 @@
+"""Several processes against one, sharded weights, and runs that were killed, against unbroken ones."""
+
+import json
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from fsdp2_training import build, train
+from launch import command, environment, kill_script, logged, run_script
+from peft import PeftModel
+from safetensors.torch import load_file
+from small_run import options_of, prepare
+from tiny import tiny_batch, tiny_model
+
+from samf import SamfForConditionalGeneration
+from samf.training.trainer import check_whole
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_rank": 2, "lora_dropout": 0.0, "lora_embeddings": True}], ids=["full", "LoRA"]
+)
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_two_processes_train_as_one(work, tmp_path, strategy, options):
+    options = {
+        **options,
+        "max_steps": 20,
+        "learning_rate": 3e-3,
+        "aggregator_dropout": 0.0,
+        "train_sampling_strategy": strategy,
+        "logging_steps": 1,
+        "dataloader_drop_last": True,
+    }
+    for processes in (1, 2):
+        settings = options_of(work, "", **options, per_device_train_batch_size=4 // processes)
+        run_script("train.py", processes, {**settings, "output_dir": tmp_path / str(processes)})
+    one, two = logged(tmp_path / "1"), logged(tmp_path / "2")
+    assert len(one) == 20 and max(one) - min(one) > 0.5  # it learns
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4, (one, two)
+    name = "adapter_model.safetensors" if "lora_rank" in options else "model.safetensors"
+    weights, others = load_file(tmp_path / "1" / name), load_file(tmp_path / "2" / name)
+    for key, value in weights.items():
+        torch.testing.assert_close(others[key], value, rtol=0, atol=2e-3, msg=key)
+
+
+@pytest.mark.parametrize(("processes", "strategy"), [(1, "group_by_length"), (1, "random"), (2, "random")])
+def test_a_killed_run_resumes_as_if_unbroken(work, tmp_path, processes, strategy, monkeypatch):
+    """kill -9 at a random step beyond the first epoch, with dropout: the same losses, and the same records in one order."""
+    step = random.SystemRandom().randrange(14, 24)
+    options = options_of(
+        work,
+        "",
+        max_steps=26,
+        per_device_train_batch_size=4 // processes,
+        learning_rate=1e-3,
+        train_sampling_strategy=strategy,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        lora_rank=2,
+        lora_dropout=0.1,
+    )
+    script, broken = "tests/recorded_training.py", {**options, "output_dir": tmp_path / "broken"}
+    monkeypatch.setenv("RECORD", str(tmp_path / "unbroken"))
+    run_script(script, processes, {**options, "output_dir": tmp_path / "whole", "save_strategy": "no"})
+    monkeypatch.setenv("RECORD", str(tmp_path / "killed"))
+    kill_script(script, processes, broken, when=tmp_path / "broken" / f"checkpoint-{step}")
+    monkeypatch.setenv("RECORD", str(tmp_path / "resumed"))
+    run_script(script, processes, {**broken, "resume_from_checkpoint": "last"})
+
+    losses = logged(tmp_path / "whole")
+    assert len(losses) == 26 and len(set(losses)) == 26
+    assert logged(tmp_path / "broken") == losses, f"killed at {step}"
+    for rank in range(processes):
+        order, start, rest = (
+            Path(f"{tmp_path / name}.{rank}").read_text(encoding="utf-8").splitlines()
+            for name in ("unbroken", "killed", "resumed")
+        )
+        assert start == order[: len(start)]
+        assert 26 - step - 1 <= len(rest) - (len(order) - 26) <= 26 - step + 2, f"killed at {step}"
+        assert rest == order[-len(rest) :]
+    weights, others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(others[key], value) for key, value in weights.items())
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_sharded_weights_train_and_are_saved_whole(tmp_path, kind):
+    """fully_shard on the CPU over gloo: as one process on the whole batch, and from_pretrained reads what was saved."""
+    launcher = command("tests/fsdp2_training.py", 2, {})
+    done = subprocess.run([*launcher, str(tmp_path), kind], env=environment(), capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = [json.loads((tmp_path / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    assert all(fact["sharded"] for fact in facts)
+    assert sum(fact["own_share"] for fact in facts) == pytest.approx(1)
+    assert max(fact["own_share"] for fact in facts) < 0.6
+
+    expected = build(kind == "adapter")
+    losses = train(expected, slice(0, 4))
+    means = [sum(pair) / 2 for pair in zip(*(fact["losses"] for fact in facts), strict=True)]
+    torch.testing.assert_close(means, losses, rtol=0, atol=1e-4)
+
+    saved = tmp_path / "saved"
+    check_whole(saved)
+    if kind == "adapter":
+        base = tiny_model(finding_names=["a", "b"], aggregator_dropout=0.0)
+        model = PeftModel.from_pretrained(base, saved)
+    else:
+        model = SamfForConditionalGeneration.from_pretrained(saved)
+        assert json.loads((saved / "config.json").read_text(encoding="utf-8"))["architectures"] == [
+            "SamfForConditionalGeneration"
+        ]
+    batch = tiny_batch("ao2d", rows=4)
+    with torch.no_grad():
+        output, wanted = model.eval()(**batch).logits, expected.eval()(**batch).logits
+    torch.testing.assert_close(output, wanted, rtol=0, atol=1e-3)

@@ -1,0 +1,1 @@
+"""Stage 3: what train.py is made of."""

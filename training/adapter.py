@@ -1,0 +1,145 @@
+"""LoRA on the language model, the other parts in full; the model that an adapter belongs to, and their merging.
+
+    python -m samf.training.adapter runs/lora runs/merged     # writes the merged model
+
+An adapter's folder names its base model. A new model, put together from its components, exists nowhere else: train.py
+writes it whole into `base` within the output folder, before training.
+"""
+
+import argparse
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from samf.hub_samf import adapter_base
+from samf.modeling_samf import SamfForConditionalGeneration
+from samf.pretraining.resumable import written_whole
+from samf.processing_samf import SamfProcessor
+from samf.training.arguments import TuningArguments
+from samf.training.parts import PARTS
+
+logger = logging.getLogger(__name__)
+
+BASE, MERGED = "base", "merged"  # folders within the output folder
+LANGUAGE_MODEL = "model.language_model."
+
+
+def save_base(model: SamfForConditionalGeneration, processor: SamfProcessor, folder: str | Path) -> None:
+    """Write a new model and its processor whole, for adapters to name as their base."""
+    logger.info("the adapter's base model: %s", folder)
+    with written_whole(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+
+
+def language_model_layers(model: SamfForConditionalGeneration) -> str:
+    """A regular expression of the language model's linear layers: what the paper puts LoRA on."""
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(LANGUAGE_MODEL)
+    }
+    return rf".*language_model\..*\.({'|'.join(map(re.escape, sorted(names)))})"
+
+
+def full_parts(model: SamfForConditionalGeneration, args: TuningArguments, train_parts: Sequence[str]) -> list[str]:
+    """The modules that are trained in full beside the adapter, by the names that peft finds them by."""
+    modules = [
+        part
+        for part in train_parts
+        if part in PARTS and part != "language_model" and getattr(model.model, part) is not None
+    ]
+    if args.lora_embeddings:
+        modules += ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+    return modules
+
+
+def add_lora(
+    model: SamfForConditionalGeneration, args: TuningArguments, train_parts: Sequence[str], base: str | Path
+) -> PreTrainedModel:
+    """The model in peft's wrapper: an adapter on the language model's layers, the other trained parts in full.
+
+    Args:
+        base: folder or Hub id that the adapter is to be loaded on.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: the language model is none of the trained parts, or `lora_targets` names no layer of it.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("lora_rank needs peft: pip install peft") from error
+    if "language_model" not in train_parts:
+        raise ValueError(
+            "lora_rank is about the language model, which train_parts doesn't name: add it, or drop lora_rank."
+        )
+    targets = args.lora_targets or language_model_layers(model)
+    if not any(re.fullmatch(targets, name) for name, _ in model.named_modules() if name.startswith(LANGUAGE_MODEL)):
+        raise ValueError(f"lora_targets={targets!r} matches no layer; the default is {language_model_layers(model)!r}.")
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        use_dora=args.use_dora,
+        target_modules=targets,
+        modules_to_save=full_parts(model, args, train_parts) or None,
+        ensure_weight_tying=args.lora_embeddings and model.config.tie_word_embeddings,
+    )
+    wrapped = get_peft_model(model, config)
+    wrapped.peft_config["default"].base_model_name_or_path = str(base)
+    return wrapped
+
+
+def cast_trained(model: nn.Module, dtype: str) -> None:
+    """Give the weights that are trained another precision. A step of 5e-5 is below the resolution of most bfloat16 weights."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
+def merge_adapter(folder: str | Path, target: str | Path) -> None:
+    """Write the model of an adapter's folder into `target`, its adapter and full parts merged into its weights.
+
+    What was saved is what is merged, so it makes no difference on how many processes it was trained.
+
+    Raises:
+        ValueError: `folder` holds no adapter.
+    """
+    from peft import PeftModel  # as in add_lora
+
+    base = adapter_base(folder)
+    if base is None:
+        raise ValueError(
+            f"{folder}: no adapter (adapter_config.json without model weights); expected what lora_rank made."
+        )
+    model = SamfForConditionalGeneration.from_pretrained(base, dtype="auto")
+    dtype = model.dtype
+    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload().to(dtype)
+    merged.config._name_or_path = ""  # a folder of this machine means nothing to others
+    with written_whole(target) as temporary:
+        merged.save_pretrained(temporary)
+        SamfProcessor.from_pretrained(folder).save_pretrained(temporary)
+        requirements = Path(folder) / "requirements.txt"
+        if requirements.is_file():
+            shutil.copyfile(requirements, temporary / requirements.name)
+    logger.info("merged model: %s", target)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m samf.training.adapter", description="Merge an adapter.")
+    parser.add_argument("adapter", type=Path, help="an adapter's folder")
+    parser.add_argument("target", type=Path, help="the folder to write")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    merge_adapter(args.adapter, args.target)
+
+
+if __name__ == "__main__":
+    main()

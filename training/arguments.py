@@ -1,0 +1,163 @@
+"""What train.py can be told, beside the library's TrainingArguments; a recipe's keys are these fields."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from samf.data.mixture import parse_weights
+from samf.training.parts import PARTS, check_parts
+
+
+@dataclass
+class ModelArguments:
+    """What is trained. `model` continues a SAMF model; the other fields build a new one."""
+
+    model: str | None = field(default=None, metadata={"help": "folder or Hub id of a SAMF model to continue"})
+    slice_encoder: str = field(
+        default="facebook/dino-vitb16", metadata={"help": "folder or Hub id of the slice encoder"}
+    )
+    text_model: str = field(
+        default="microsoft/Phi-3-mini-4k-instruct", metadata={"help": "folder or Hub id of the language model"}
+    )
+    fusion_type: str = field(default="ao2d", metadata={"help": "samf, ao2d or slice_tokens"})
+    fusion_scale: str | None = field(default=None, metadata={"help": "rsqrt divides the fusion's scores by sqrt(d)"})
+    fusion_text_scope: str = field(
+        default="prompt",
+        metadata={"help": "prompt, or sequence: the published leak of the answer into the image tokens"},
+    )
+    slice_position_scope: str = field(default="aggregator", metadata={"help": "none, aggregator or all"})
+    num_image_tokens: int = field(default=256, metadata={"help": "image tokens a volume; slice_tokens has one a slice"})
+    volume_dim: int = field(default=256, metadata={"help": "width of the volume embedding"})
+    aggregator_num_heads: int = field(default=8)
+    aggregator_ffn_dim: int = field(default=1024)
+    aggregator_dropout: float = field(default=0.1)
+    initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of new weights"})
+    vision_chunk_size: int | None = field(default=None, metadata={"help": "most slices the encoder reads in one call"})
+    slices_per_plane: int | None = field(default=None, metadata={"help": "the image processor's; its default is 24"})
+    slab: str | None = field(default=None, metadata={"help": "none, mean or mip over the voxels between two slices"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "pixels a side; the image processor's default is 224"}
+    )
+    finding_names: list[str] = field(default_factory=list, metadata={"help": "labels of the findings head"})
+    finding_loss_weight: float = field(default=1.0)
+    aggregator: str | None = field(default=None, metadata={"help": "what warmup_aggregator.py wrote: start from it"})
+    dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32 or bfloat16"})
+    train_parts: list[str] = field(
+        default_factory=lambda: list(PARTS), metadata={"help": f"parts that are trained, of {', '.join(PARTS)}"}
+    )
+
+    def __post_init__(self):
+        check_parts(self.train_parts, "train_parts")
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data: str = field(default="", metadata={"help": "CT-RATE folder (v1 or v2), or one in its layout"})
+    tasks: list[str] = field(default_factory=lambda: ["report", "multiple_choice"])
+    vqa_files: list[str] = field(
+        default_factory=list, metadata={"help": "question files to read instead of the split's own, for training alone"}
+    )
+    repeat: list[str] = field(
+        default_factory=list, metadata={"help": "tasks that training reads several times an epoch, e.g. report=3"}
+    )
+    mixture: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "weights of the tasks in training, e.g. report=1 multiple_choice=1; default: every record once"
+        },
+    )
+    objective: str = field(default="text", metadata={"help": "text, or findings: the findings head's loss alone"})
+    finding_labels: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: the data's label CSV, or rules where it has none; rules: read the reports in any case"
+        },
+    )
+    slice_cache: str | None = field(default=None, metadata={"help": "folder that keeps prepared slices"})
+    cache_embeddings: bool = field(
+        default=False, metadata={"help": "keep the embeddings of a slice encoder that isn't trained, beside the slices"}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "longest sequence in tokens"})
+    valid_limit: int | None = field(default=None, metadata={"help": "most validation records to measure the loss on"})
+
+    def __post_init__(self):
+        for name, choices in {"objective": ("text", "findings"), "finding_labels": ("auto", "rules")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, choices))}.")
+        if unknown := sorted(set(parse_weights(self.mixture)) - set(self.tasks)):
+            raise ValueError(f"mixture has {unknown}; expected some of tasks, {self.tasks}.")
+        for item in self.repeat:
+            task, _, times = item.partition("=")
+            if task not in self.tasks or not times.isdigit() or int(times) < 1:
+                raise ValueError(f"repeat has {item!r}; expected one of {self.tasks} and a number, like 'report=3'.")
+
+
+@dataclass
+class TuningArguments:
+    """How its weights are trained: an adapter on the language model, a learning rate for each part."""
+
+    lora_rank: int = field(default=0, metadata={"help": "LoRA on the language model; 0 trains it in full"})
+    lora_alpha: float = field(default=32.0)
+    lora_dropout: float = field(default=0.05)
+    use_dora: bool = field(default=False, metadata={"help": "DoRA instead of LoRA"})
+    lora_targets: str | None = field(
+        default=None, metadata={"help": "regular expression of layers; default: the language model's linear layers"}
+    )
+    lora_embeddings: bool = field(
+        default=False,
+        metadata={"help": "with LoRA, train the input embeddings and the head in full, as the paper does"},
+    )
+    merge: bool = field(
+        default=False, metadata={"help": "at the end, write the model with its adapter merged into `merged`"}
+    )
+    trained_dtype: str | None = field(
+        default=None, metadata={"help": "of the weights that are trained, e.g. float32 beside frozen bfloat16"}
+    )
+    learning_rates: dict[str, float] | str | None = field(
+        default=None,
+        metadata={"help": 'by part, e.g. \'{"fusion": 1e-4, "language_model": 2e-4}\'; others: learning_rate'},
+    )
+
+    def __post_init__(self):
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank is {self.lora_rank}; it must be 0 (no adapter) or positive.")
+        for name in ("merge", "use_dora", "lora_embeddings"):
+            if getattr(self, name) and not self.lora_rank:
+                raise ValueError(f"{name} is about an adapter, and lora_rank is 0: set lora_rank, e.g. 16.")
+        if self.trained_dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"trained_dtype is {self.trained_dtype!r}; it must be float32 or bfloat16.")
+        self.learning_rates = _read_rates(self.learning_rates)
+
+
+@dataclass
+class MonitorArguments:
+    """What is measured while it trains."""
+
+    generate_samples: int = field(
+        default=0, metadata={"help": "validation records of each task that every evaluation answers and scores"}
+    )
+    generate_tokens: int = field(default=512, metadata={"help": "most tokens of such an answer"})
+    shown_samples: int = field(default=2, metadata={"help": "reports shown beside their references and slices"})
+    blind_gap: float = field(
+        default=0.01,
+        metadata={"help": "warn when other patients' volumes raise the loss by less than this share of it"},
+    )
+    blind_evaluations: int = field(default=3, metadata={"help": "… in so many evaluations in a row"})
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "of one device at the trained precision, for MFU; known for common GPUs"}
+    )
+
+
+def _read_rates(value: dict[str, Any] | str | None) -> dict[str, float]:
+    """Learning rates by part from a mapping or its JSON. Raises ValueError that names what is wrong."""
+    try:
+        rates = json.loads(value) if isinstance(value, str) else dict(value or {})
+        rates = {part: float(rate) for part, rate in rates.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"learning_rates is {value!r}; expected a mapping from parts to numbers, like {{fusion: 1e-4}}."
+        ) from error
+    check_parts(rates, "learning_rates")
+    return rates

@@ -1,0 +1,138 @@
+"""The records that stage 3 trains and is measured on, and where their volumes come from."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from samf.data.collator import VolumeStore
+from samf.data.ct_rate import CT_RATE_LABELS, check_patient_overlap, load_records
+from samf.data.embedding_cache import EmbeddingCache
+from samf.data.lengths import add_lengths
+from samf.data.mixture import TaskMixture, parse_weights
+from samf.data.slice_cache import SliceCache
+from samf.data.volume_lists import VolumeKey
+from samf.evaluation.finding_labeller import label_report
+from samf.evaluation.generation import shuffle_volumes
+from samf.modeling_samf import SamfForConditionalGeneration
+from samf.processing_samf import SamfProcessor
+from samf.training.arguments import DataArguments
+
+logger = logging.getLogger(__name__)
+
+COUNTS = "_records_{}.json"  # Trainer pushes nothing that begins with an underscore
+
+
+def load_datasets(
+    args: DataArguments, processor: SamfProcessor, finding_names: list[str], with_lengths: bool, output_dir: str
+) -> dict:
+    """Trainer's datasets: train, and validation twice, with each patient's own volume and with another's.
+
+    A model that doesn't look at the volume has the same loss on both. With text, the validation loss is the text's alone.
+    What was read and what was left out is counted in `output_dir`, in files that Trainer doesn't push: they name volumes.
+    """
+    options = {"tasks": args.tasks, "finding_names": finding_names}
+    vqa_files = {"vqa_files": args.vqa_files} if args.vqa_files else {}
+    train = load_records(
+        args.data, "train", **options, **vqa_files, counts_file=Path(output_dir, COUNTS.format("train"))
+    )
+    valid = load_records(args.data, "valid", **options, counts_file=Path(output_dir, COUNTS.format("valid")))
+    check_patient_overlap(train, valid)
+    train, valid = (
+        label_findings(part, args, name, finding_names) for name, part in (("train", train), ("valid", valid))
+    )
+    if args.objective == "findings":
+        train, valid = one_record_a_volume(train), one_record_a_volume(valid)
+    else:
+        valid = valid.remove_columns("finding_labels")
+    train = repeat_tasks(train, args.repeat)
+    valid = valid.shuffle(seed=0).select(range(min(len(valid), args.valid_limit or len(valid))))
+    if with_lengths:
+        train, valid = (add_lengths(split, processor.tokenizer) for split in (train, valid))
+    return {"train_dataset": train, "eval_dataset": {"own": valid, "shuffled": shuffle_volumes(valid, seed=0)}}
+
+
+def label_findings(
+    records: datasets.Dataset, args: DataArguments, split: str, finding_names: Sequence[str]
+) -> datasets.Dataset:
+    """The records with labels read from their scans' reports by rules, where the data has no label file.
+
+    Raises:
+        ValueError: a finding that the rules don't know, or data without reports.
+    """
+    if not finding_names:
+        return records
+    labelled = any(map(len, records["finding_labels"][:]))
+    if labelled and args.finding_labels == "auto":
+        return records
+    if unknown := sorted(set(finding_names) - set(CT_RATE_LABELS)):
+        raise ValueError(
+            f"finding_names has {unknown}, which {args.data} has no label file for and the rules can't read in reports; "
+            f"they read {', '.join(CT_RATE_LABELS)}."
+        )
+    reports = load_records(args.data, split, tasks=("report",))
+    found: dict[str, list[int]] = {}
+    for scan, text in zip(reports["scan_id"][:], reports["answer"][:], strict=True):
+        labels = label_report(text)
+        found[scan] = [labels[name] for name in finding_names]
+    rows = [found.get(scan, []) for scan in records["scan_id"][:]]
+    logger.warning("%s: findings of %d scans labelled by rules from their reports", split, len(found))
+    feature = records.features["finding_labels"]
+    return records.remove_columns("finding_labels").add_column("finding_labels", rows, feature=feature)
+
+
+def build_mixture(args: DataArguments, records: datasets.Dataset, training: TrainingArguments) -> TaskMixture | None:
+    """Which records each epoch has, if the tasks are weighed."""
+    weights = parse_weights(args.mixture)
+    if not weights:
+        return None
+    if training.train_sampling_strategy not in ("random", "group_by_length"):
+        raise ValueError(
+            f"mixture decides the order of training, and so does train_sampling_strategy={training.train_sampling_strategy}; "
+            "use random or group_by_length with it."
+        )
+    return TaskMixture(records, weights, training.seed if training.data_seed is None else training.data_seed)
+
+
+def repeat_tasks(records: datasets.Dataset, repeat: list[str]) -> datasets.Dataset:
+    """The records with those of some tasks several times: `["report=3"]` has every report three times."""
+    if not repeat:
+        return records
+    times = {task: int(number) for task, number in (item.split("=") for item in repeat)}
+    rows = [index for index, task in enumerate(records["task"][:]) for _ in range(times.get(task, 1))]
+    return records.select(rows)
+
+
+def one_record_a_volume(records: datasets.Dataset) -> datasets.Dataset:
+    """The first record of each volume: for the findings' loss the questions don't matter."""
+    first: dict[str, int] = {}
+    for index, volume in enumerate(records["volume"][:]):
+        if volume is not None:
+            first.setdefault(volume, index)
+    return records.select(sorted(first.values()))
+
+
+def build_volume_store(
+    args: DataArguments,
+    model: SamfForConditionalGeneration,
+    processor: SamfProcessor,
+    trained: list[str],
+    volumes: list[VolumeKey],
+) -> VolumeStore | None:
+    """Where the collator gets its volumes: the files, prepared slices, or a frozen encoder's embeddings."""
+    if args.slice_cache is None:
+        return None
+    slices = SliceCache(args.slice_cache, processor.image_processor)
+    if not args.cache_embeddings:
+        return slices
+    if "slice_encoder" in trained:
+        raise ValueError("cache_embeddings needs a frozen slice encoder: leave slice_encoder out of train_parts.")
+    embeddings = EmbeddingCache(args.slice_cache, slices, model.model)
+    state = PartialState()
+    model.model.slice_encoder.to(state.device)
+    embeddings.fill(volumes[state.process_index :: state.num_processes])
+    state.wait_for_everyone()
+    return embeddings

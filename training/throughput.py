@@ -1,0 +1,121 @@
+"""How fast training goes: tokens, slices and volumes a second, MFU, memory, and how many answers were cut."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from samf.benchmarks.measuring import peak_memory
+from samf.data.collator import SamfCollator
+from samf.training.flops import StepFlops, Work
+
+TRUNCATED = "truncated"
+
+
+class CountingCollator:
+    """A SamfCollator whose batches tell, as `truncated`, how many of their answers were cut.
+
+    Its own count stays in the worker process that made the batch.
+    """
+
+    def __init__(self, collator: SamfCollator):
+        self.collator = collator
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        before = self.collator.truncated
+        batch = self.collator(records)
+        return {**batch, TRUNCATED: torch.tensor([self.collator.truncated - before])}
+
+
+@torch.no_grad()
+def batch_work(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What a batch holds, as a float64 tensor in the order of Work's fields; nothing waits for the device."""
+    pixels, embeddings = inputs.get("pixel_values"), inputs.get("slice_embeddings")
+    volumes = pixels if pixels is not None else embeddings
+    tokens = inputs.get("input_ids")
+    some = volumes if volumes is not None else tokens
+    zeros = torch.zeros(some.shape[0], dtype=torch.float64, device=some.device)  # (B,)
+    slices, mask = zeros, inputs.get("slice_mask")
+    if volumes is not None:
+        slices = zeros + volumes.shape[1] if mask is None else mask.sum(dim=1).double()
+    length, text = zeros, zeros
+    if tokens is not None:
+        attention = inputs.get("attention_mask")
+        length = zeros + tokens.shape[1] if attention is None else attention.sum(dim=1).double()
+        text = length * (slices > 0)
+    seen = slices if pixels is not None else zeros
+    present = (slices > 0).double()
+    columns = [zeros + (tokens is not None), present, slices, seen, length, length**2, text, text * slices]
+    columns.append(((slices + 1) * present) ** 2)
+    return torch.stack([column.sum() for column in columns])
+
+
+class Throughput:
+    """Counts between two log lines. The time of evaluations and of saving doesn't count.
+
+    Args:
+        flops: operations of a step; None = MFU isn't known.
+        peak_tflops: of one device; None = MFU isn't known.
+    """
+
+    def __init__(
+        self,
+        flops: StepFlops | None = None,
+        peak_tflops: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.flops, self.peak_tflops, self.clock = flops, peak_tflops, clock
+        self.truncated: torch.Tensor | int = 0
+        self._pauses = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was counted; time starts now."""
+        self.work: torch.Tensor | float = 0.0
+        self.seconds, self._since = 0.0, self.clock()
+
+    def count(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Add a batch, and take its `truncated` out."""
+        self.truncated = self.truncated + inputs.pop(TRUNCATED, torch.zeros(1)).sum()
+        self.work = self.work + batch_work(inputs)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within doesn't count; may be nested."""
+        if self._pauses == 0:
+            self.seconds += self.clock() - self._since
+        self._pauses += 1
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            if self._pauses == 0:
+                self._since = self.clock()
+
+    def report(self, device: torch.device, reduce: Callable[[torch.Tensor], torch.Tensor], processes: int) -> dict:
+        """Figures since the last report, over all processes; nothing where no batch was counted.
+
+        Args:
+            reduce: sums a tensor over the processes.
+            processes: each with a device of its own.
+        """
+        if not isinstance(self.work, torch.Tensor):
+            return {}
+        seconds = max(self.seconds + self.clock() - self._since, 1e-9)
+        counted = torch.cat([self.work, torch.as_tensor(self.truncated).double().to(self.work.device).view(1)])
+        counted = reduce(counted.float()).tolist()  # float64 isn't on every device
+        work = Work(**dict(zip([field.name for field in fields(Work)], counted[:-1], strict=True)))
+        report = {
+            "tokens_per_second": work.tokens / seconds,
+            "slices_per_second": work.slices / seconds,
+            "volumes_per_second": work.volumes / seconds,
+            "memory_gb": peak_memory(device)[-1].values[0],
+            "truncated_answers": int(counted[-1]),
+        }
+        if self.flops and self.peak_tflops:
+            report["mfu"] = self.flops(work) / (seconds * self.peak_tflops * 1e12 * processes)
+        self.restart()
+        return report

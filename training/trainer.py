@@ -1,0 +1,275 @@
+"""Stage 3's Trainer, and what a finished run leaves: a folder that is a complete Hub repository."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import HfApi
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler
+from transformers import TrainerState
+from transformers.integrations import TensorBoardCallback
+
+from samf.data.mixture import TaskMixture
+from samf.hub_samf import has_own_card
+from samf.model_card import README, is_generated, write_model_card
+from samf.pretraining.resumable import SetEpoch, StoppableTrainer
+from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments
+from samf.training.flops import StepFlops, can_count, known_peak
+from samf.training.parts import learning_rates, split_by_part
+from samf.training.samples import SampleWriter, show_on_tensorboard
+from samf.training.sampling import RecordOrder
+from samf.training.sight import SliceWeights, measure_gap, warn_of_blindness
+from samf.training.throughput import TRUNCATED, Throughput
+
+logger = logging.getLogger(__name__)
+
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+
+
+class SamfTrainer(StoppableTrainer):
+    """Trainer whose folders and pushes load as a whole and bear SAMF's model card, and whose log shows what a loss hides.
+
+    Trainer itself writes a draft over README.md at the last push, and peft saves an adapter alone.
+
+    Args:
+        card: what `make_card` can't know from the model.
+        rates: learning rates by part; see `samf.training.parts`.
+        monitor: what is measured while training.
+        samples: answers records at every evaluation.
+        mixture: which of the training records each epoch has; None = all.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        card: Mapping[str, Any] | None = None,
+        rates: Mapping[str, float] | None = None,
+        monitor: MonitorArguments | None = None,
+        samples: SampleWriter | None = None,
+        mixture: TaskMixture | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.card, self.rates, self.samples, self.mixture = dict(card or {}), dict(rates or {}), samples, mixture
+        self.monitor = monitor or MonitorArguments()
+        self.slice_weights = SliceWeights(self._base_model().config.fusion_type)
+        flops = StepFlops(self.model) if can_count(self.model) else None
+        self.throughput = Throughput(flops, self.monitor.peak_tflops or _known_peak(self.args.device))
+        self._set_epoch: SetEpoch | None = None
+        if samples is not None and (self.is_fsdp_enabled or _shards_weights(self.accelerator)):
+            raise ValueError(
+                "generate_samples needs whole weights on every process, and this launcher shards them: leave it out and "
+                "answer with eval.py afterwards, or start with recipes/accelerate/ddp.yaml."
+            )
+        if self.args.push_to_hub:
+            self.create_model_card()  # for the pushes during training
+
+    def _base_model(self) -> nn.Module:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # Order and steps ------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """The library's order, and its grouping by length, in a form that doesn't forget the epoch when it resumes."""
+        records = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("random", "group_by_length") or not hasattr(records, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        lengths = list(records[self.args.length_column_name]) if strategy == "group_by_length" else None
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        order = RecordOrder(len(records), seed, lengths, step, self.mixture)
+        if self._set_epoch is None:
+            self._set_epoch = SetEpoch(order)
+            self.add_callback(self._set_epoch)
+        self._set_epoch.sampler = order
+        return order
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, with a group for each part that has a learning rate of its own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.rates:
+            split_by_part(optimizer, self.model if model is None else model, self.rates)
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.throughput.count(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        inputs.pop(TRUNCATED, None)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Trainer's; an evaluation also counts the fusion's weights, which the model has computed anyway."""
+        inputs.pop(TRUNCATED, None)
+        has_volume = "pixel_values" in inputs or "slice_embeddings" in inputs
+        if model.training or not has_volume or "prompt_mask" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        asked = {**inputs, "output_slice_attentions": True}
+        loss, outputs = super().compute_loss(model, asked, True, **kwargs)
+        self.slice_weights.add(outputs.slice_attentions, inputs)
+        rest = {name: value for name, value in outputs.items() if name != "slice_attentions"}
+        return (loss, type(outputs)(**rest)) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's; a line with a training loss also has the throughput, and the learning rate of each part."""
+        if "loss" in logs:
+            logs |= self.throughput.report(self.args.device, self._sum, self.args.world_size)
+            logs |= {f"learning_rate_{part}": rate for part, rate in learning_rates(self.optimizer).items()}
+        super().log(logs, start_time)
+
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum")
+
+    # Evaluation -----------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Trainer's losses, with each patient's own volume and another's; their gap; the fusion's weights; answers."""
+        several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
+        with self.throughput.paused():
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            if several:
+                more = measure_gap(metrics) | self._answer_samples(metric_key_prefix)
+            else:
+                weights = self.slice_weights.report(self.args.device, self._sum)
+                more = {f"{metric_key_prefix}_{name}": value for name, value in weights.items()}
+            if more:
+                self.log(dict(more))
+        if several and "eval_gap" in more:
+            warn_of_blindness(self.state.log_history, self.monitor.blind_gap, self.monitor.blind_evaluations)
+        return metrics | more
+
+    def _answer_samples(self, prefix: str) -> dict[str, float]:
+        if self.samples is None:
+            return {}
+        with self.accelerator.autocast():
+            figures = self.samples(self._base_model(), self.state.global_step, self._show_sample)
+        return {f"{prefix}_{name}": figure for name, figure in figures.items()}
+
+    def _show_sample(self, name: str, text: str, picture: Path | None) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                show_on_tensorboard(callback.tb_writer, self.state.global_step, name, text, picture)
+
+    # Folders --------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, with config.json and the code beside the adapter of a model that peft has wrapped.
+
+        Sharded weights are gathered and saved whole.
+        """
+        with self.throughput.paused():
+            readme = Path(output_dir or self.args.output_dir) / README
+            card = readme.read_text(encoding="utf-8") if readme.is_file() else None
+            push = getattr(self, "push_in_progress", None)
+            if push is not None and (self.args.hub_always_push or readme.parent == Path(self.args.output_dir)):
+                push.wait_until_done()  # or files would change while they are uploaded
+            if is_sharded(self.model):
+                self._save(str(readme.parent), state_dict=whole_state_dict(self.model))
+            else:
+                super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                self._complete_folder(readme, card)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _complete_folder(self, readme: Path, card: str | None) -> None:
+        if hasattr(self.model, "get_base_model"):
+            base = self.model.get_base_model()
+            base.save_config_and_code(readme.parent)
+            # peft has written its own, or into ours
+            readme.write_text(card or str(base.model_card()), encoding="utf-8")
+        check_whole(readme.parent)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.throughput.paused():
+            super()._save_checkpoint(model, trial)
+
+    def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
+        """Write README.md into the output folder. A card that somebody wrote stays, here and on the Hub."""
+        if not self.is_world_process_zero():
+            return
+        folder, revision, token = Path(self.args.output_dir), self.args.hub_revision, self.args.hub_token
+        card = self._base_model().model_card(
+            self.hub_model_id,
+            [tags] if isinstance(tags, str) else tags or (),
+            metrics=validation_losses(self.state),
+            **{**self.card, "facts": {**self.card.get("facts", {}), "Steps": self.state.global_step}},
+        )
+        write_model_card(folder, card)
+        written = is_generated((folder / README).read_text(encoding="utf-8"))
+        if written and self.hub_model_id is not None and has_own_card(self.hub_model_id, revision, token):
+            found = HfApi(token=token).hf_hub_download(self.hub_model_id, README, revision=revision)
+            shutil.copyfile(found, folder / README)
+
+
+def _shards_weights(accelerator: Accelerator) -> bool:
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process holds shards of the weights, as `fully_shard` leaves them."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A sharded model's weights, gathered on the main process's CPU; empty on the others. Every process must call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def check_whole(folder: str | Path) -> None:
+    """Raise RuntimeError where a folder's weights have a tensor without elements: what a shard's placeholder looks like."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            empty = [name for name in weights.keys() if 0 in weights.get_slice(name).get_shape()]  # noqa: SIM118
+        if empty:
+            raise RuntimeError(
+                f"{file}: {len(empty)} tensors are empty ({empty[0]} first). The weights were saved from shards that weren't "
+                "gathered; with ZeRO-3, set zero3_save_16bit_model as recipes/accelerate/deepspeed_zero3.yaml does."
+            )
+
+
+def _known_peak(device: torch.device) -> float | None:
+    return known_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def validation_losses(state: TrainerState) -> dict[str, float]:
+    """The last validation loss with each patient's own volume and with another's, as far as they were measured."""
+    names = {"eval_own_loss": "loss, own volumes", "eval_shuffled_loss": "loss, other patients' volumes"}
+    found = {names[key]: value for row in state.log_history for key, value in row.items() if key in names}
+    return {name: found[name] for name in names.values() if name in found}
+
+
+def card_settings(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
+    """What the model card tells of a run: arguments of `make_card`."""
+    if model_args.model is not None:
+        sources = {"Continues": model_args.model}
+    else:
+        sources = {"Slice encoder": model_args.slice_encoder, "Language model": model_args.text_model}
+    facts = {**sources, "Trained parts": ", ".join(model_args.train_parts), "Tasks": ", ".join(data_args.tasks)}
+    return {"base_models": list(sources.values()), "facts": facts, "data": data_args.data}
+
+
+def save_repository(trainer: SamfTrainer) -> None:
+    """The output folder as a complete Hub repository: weights, code, processor, model card. Pushes when asked to."""
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        shutil.copyfile(REQUIREMENTS, Path(trainer.args.output_dir) / "requirements.txt")
+    trainer.create_model_card()
+    trainer.save_model()
