@@ -5,6 +5,7 @@ process of its own, since damaged streams can crash, hang or flood a decoder: wh
 """
 
 import logging
+import math
 import mmap
 import os
 import struct
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from .volume_files import CTReadError
+from .volume_files import CTReadError, is_disk_error
 
 try:
     import pydicom
@@ -62,13 +63,25 @@ _SECONDS_A_PROCESS, _SECONDS_A_FRAME = 15, 5  # half a second and a tenth are us
 # Each thread's stack would count against the process's memory limit.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1")
 ANEW = "Fetch or export it anew."
-# Each frame stands in a file of its own; what the decoder cannot unpack is missing afterwards.
+_ROOM = "Free space there or set $TMPDIR."
+# Each frame stands in a file of its own; what the decoder cannot unpack is missing afterwards. The process ends with the
+# one that started it, though that be killed or ignore SIGTERM itself, and, whatever befalls, after its seconds of CPU time.
 _UNPACK_SCRIPT = """
-import sys
+import os, signal, sys
+parent, seconds, *names = sys.argv[1:]
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+for name, limit in ("RLIMIT_AS", 4 << 30), ("RLIMIT_CPU", int(seconds)):
+    try:
+        import resource
+        resource.setrlimit(getattr(resource, name), (limit, limit))
+    except (ImportError, AttributeError, ValueError, OSError):
+        pass
 try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-except (ImportError, ValueError, OSError):
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which Linux alone has
+    if os.getppid() != int(parent):
+        sys.exit(1)
+except (ImportError, AttributeError, TypeError, OSError):
     pass
 try:
     import numpy, SimpleITK
@@ -77,9 +90,13 @@ except ImportError:
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
 reader = SimpleITK.ImageFileReader()
 reader.SetImageIO("GDCMImageIO")
-for name in sys.argv[1:]:
+for name in names:
     reader.SetFileName(name)
-    numpy.save(name + ".npy", SimpleITK.GetArrayFromImage(reader.Execute()))
+    array = SimpleITK.GetArrayFromImage(reader.Execute())
+    try:
+        numpy.save(name + ".npy", array)
+    except OSError:
+        sys.exit(4)
 """
 
 
@@ -206,19 +223,23 @@ class Frames:
                 batch.append(str(self._file(i)))
                 size += pixels.rows * pixels.columns * pixels.allocated // 8
             i += 1
-        command = [sys.executable or "python3", "-P", "-c", _UNPACK_SCRIPT, *batch]
+        seconds = _SECONDS_A_PROCESS + _SECONDS_A_FRAME * len(batch)
+        limits = [str(os.getpid()), str(math.ceil(seconds))]
+        command = [sys.executable or "python3", "-P", "-c", _UNPACK_SCRIPT, *limits, *batch]
         try:
             done = subprocess.run(
                 command,
                 env={**os.environ, **_ONE_THREAD},
                 capture_output=True,
-                timeout=_SECONDS_A_PROCESS + _SECONDS_A_FRAME * len(batch),
+                timeout=seconds,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
             raise CTReadError(f"{first}: unpacking its voxels takes far too long. {ANEW}") from error
         if done.returncode == 3:
             raise CTReadError(f"{first}: compressed voxels need SimpleITK: pip install SimpleITK")
+        if done.returncode == 4:
+            raise CTReadError(f"{first}: cannot be unpacked into {self._folder.name}. {_ROOM}")
         for file in batch:
             Path(file).unlink()
 
@@ -258,6 +279,10 @@ def _damage_named(pixels: DicomPixels) -> Iterator[None]:
     except CTReadError:
         raise
     except (*PARSE_ERRORS, MemoryError) as error:
+        if is_disk_error(error):
+            raise CTReadError(
+                f"{pixels.file}: cannot be read, or unpacked into {tempfile.gettempdir()} ({error.strerror}). {_ROOM}"
+            ) from error
         raise CTReadError(
             f"{pixels.file}: its voxels cannot be unpacked ({type(error).__name__}, transfer syntax "
             f"{pixels.syntax[:64]}): damaged or cut short. {ANEW}"

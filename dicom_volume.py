@@ -22,7 +22,7 @@ import os
 import re
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from .dicom_pixels import (
     pydicom,
     quiet_pydicom,
 )
-from .volume_files import AIR_HU, LPS_TO_RAS, MAX_VOXELS, CTReadError, StoredVolume, scale_to_hu
+from .volume_files import AIR_HU, LPS_TO_RAS, MAX_VOXELS, CTReadError, StoredVolume, is_disk_error, scale_to_hu
 
 logger = logging.getLogger(__name__)
 
@@ -198,22 +198,48 @@ def read_dicom(
     return StoredVolume(hu, str(source), [LPS_TO_RAS @ affine], zooms, own_scaling=True, notes=notes)
 
 
-def dicom_files(folder: Path) -> list[Path]:
-    """Every file below a folder that begins as DICOM does, but for directories of discs. Links are followed, once each."""
-    found, seen, visited = [], 0, set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in visited:  # a link that leads back
+def walk_once(
+    folder: str | os.PathLike, on_error: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """`folder` and the folders below it, each with its files' names, both sorted.
+
+    Links to folders are followed, but no folder comes twice, however many links lead to it. Hidden folders below `folder`
+    are left out, hidden files are not.
+
+    Raises:
+        OSError: a folder that can't be listed; where there is `on_error`, it gets that, and the walk goes on.
+    """
+    visited = set()
+    for parent, folders, names in os.walk(folder, onerror=on_error or _raise, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in visited:
             folders.clear()
             continue
-        visited.add(os.path.realpath(parent))
-        folders.sort()
-        seen += len(names)
-        if seen > _MAX_FILES:
-            raise CTReadError(f"{folder}: more than {_MAX_FILES} files in it. Name the folder of one study.")
-        for name in sorted(names):
-            path = Path(parent, name)
-            if path.is_file() and not name.upper().startswith("DICOMDIR") and looks_like_dicom(_head(path)):
-                found.append(path)
+        visited.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield parent, sorted(names)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    """Every file in and below a folder that begins as DICOM does, but for directories of discs (see `walk_once`)."""
+    found, seen = [], 0
+    try:
+        for parent, names in walk_once(folder):
+            seen += len(names)
+            if seen > _MAX_FILES:
+                raise CTReadError(f"{folder}: more than {_MAX_FILES} files in it. Name the folder of one study.")
+            for name in names:
+                path = Path(parent, name)
+                if path.is_file() and not name.upper().startswith("DICOMDIR") and looks_like_dicom(_head(path)):
+                    found.append(path)
+    except OSError as error:
+        raise CTReadError(
+            f"{error.filename or folder}: cannot be read ({error.strerror}). Check its permissions and its disk."
+        ) from error
     return found
 
 
@@ -256,6 +282,8 @@ def _slices_of(path: Path, allow_non_ct: bool) -> list[_Slice]:
             offset, length = pixel_element(stream, NATIVE.get(syntax, "<"), implicit)
             return _slices_from(path, header, syntax, offset, length, allow_non_ct)
     except PARSE_ERRORS as error:
+        if is_disk_error(error):
+            raise
         if _CT_CLASS.search(head):
             raise _BrokenSliceError("") from error
         # Not the error's own words: they may quote the file.

@@ -233,7 +233,8 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
 
         Args:
             images: each a path (file, or DICOM folder), a CTVolume, an array (X, Y, Z) in HU (RAS+, 1 mm), a nibabel or
-                SimpleITK image, or what `extract` gave.
+                SimpleITK image, or what `extract` gave. A list is always several volumes: the DICOM files of one go
+                through `read_ct(files)` first.
             kwargs: settings for this call alone, and return_tensors ("pt" by default, or "np").
 
         Returns:

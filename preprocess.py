@@ -8,8 +8,8 @@
 
 DATA is CT-RATE's folder (v1 or v2) or its name on the Hub, folders of volumes or of DICOM series, one of the paper's CSVs,
 a .txt file with a path a line, or single volumes. `train.py --slice_cache` and `eval.py --slice_cache` with the same folder
-and settings find the records. A run that was killed is started again by the same command, or with other shards: what has
-a record is done.
+and settings find the records. Downloads of volumes on the Hub or the web stay in $HF_HOME and are not counted. A run that
+was killed is started again by the same command, or with other shards: what has a record is done.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--on_missing", choices=("error", "skip"), default="error", help="of CT-RATE's volumes")
 
     slices = parser.add_argument_group("slices", "as for training; what is left out is the processor's, or the default")
-    slices.add_argument("--processor", help="model or slice encoder whose preprocessor_config.json counts")
+    slices.add_argument("--processor", help="model or slice encoder whose slice settings count")
     slices.add_argument("--preset", choices=PRESETS)
     slices.add_argument("--slices_per_plane", type=int)
     slices.add_argument("--field", choices=FIELDS)
@@ -104,9 +104,16 @@ def build_image_processor(args: argparse.Namespace) -> SamfImageProcessor:
     }
     settings = {name: value for name, value in settings.items() if value is not None}
     source = args.processor or args.embeddings
-    if args.processor or (source and Path(source, "preprocessor_config.json").is_file()):
+    if args.processor or (source and has_image_processor(source)):
         return SamfImageProcessor.from_pretrained(source, **settings)
     return SamfImageProcessor(**settings)
+
+
+def has_image_processor(source: str) -> bool:
+    """Whether training would cut slices by the settings of this encoder: of a folder that has some, of any SAMF model."""
+    if Path(source).is_dir():
+        return any(Path(source, f"{kind}_config.json").is_file() for kind in ("preprocessor", "processor"))
+    return AutoConfig.from_pretrained(source).model_type == "samf"
 
 
 def build_slice_encoder(args: argparse.Namespace) -> SamfModel:
@@ -179,7 +186,10 @@ def report_filled(manifest: dict[str, Any], ledger: Ledger) -> None:
         "complete" if manifest["complete"] else f"{manifest['pending']} volumes are left to others or to another run"
     )
     reasons = ", ".join(f"{count} {error}" for error, count in manifest["failures"].items())
-    failed = f", {manifest['failed']} failed ({reasons}; see {ledger.path('failures.jsonl')})" if reasons else ""
+    file = ledger.path("failures.jsonl")
+    failed = (
+        f", {manifest['failed']} failed ({reasons}; see {file}; --retry_failed tries them again)" if reasons else ""
+    )
     sys.stdout.write(
         f"{ledger.stage}: {manifest['done']} of {manifest['volumes']} volumes, {describe_bytes(manifest['bytes'])}{failed}: "
         f"{state}. {ledger.path('manifest.json')}\n"
@@ -187,13 +197,15 @@ def report_filled(manifest: dict[str, Any], ledger: Ledger) -> None:
 
 
 def report_verified(report: dict[str, Any], stage: str) -> int:
-    for record, damage in report["damaged"].items():
-        sys.stdout.write(f"damaged: {record}: {damage}\n")
+    for state in ("damaged", "unreadable"):
+        for record, reason in report[state].items():
+            sys.stdout.write(f"{state}: {record}: {reason}\n")
     remedy = " --verify remove deletes them; the next run makes them anew." if report["damaged"] else ""
     sys.stdout.write(
-        f"{stage}: {report['whole']} records whole, {len(report['damaged'])} damaged, {report['missing']} missing.{remedy}\n"
+        f"{stage}: {report['whole']} records whole, {len(report['damaged'])} damaged, {len(report['unreadable'])} unreadable, "
+        f"{report['missing']} missing.{remedy}\n"
     )
-    return 1 if report["damaged"] else 0
+    return 1 if report["damaged"] or report["unreadable"] else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,12 +13,12 @@ import logging
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from samf.data.collator import SamfCollator, VolumeStore
 from samf.data.volume_lists import distinct_volumes
 from samf.evaluation.generation import GenerationSettings
+from samf.evaluation.processes import Processes
 from samf.model_card import hub_id
 from samf.pretraining.resumable import checkpoint_to_resume, train_to_end
 from samf.processing_samf import SamfProcessor
@@ -26,10 +26,10 @@ from samf.recipe import parse_recipe
 from samf.training.adapter import BASE, MERGED, add_lora, cast_trained, merge_adapter, save_base
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments, TuningArguments
 from samf.training.building import apply_liger, build_model, build_processor
-from samf.training.records import build_mixture, build_volume_store, load_datasets
+from samf.training.records import build_mixture, build_volume_store, holds_text_alone, load_datasets
 from samf.training.samples import SampleWriter, choose_samples
 from samf.training.throughput import CountingCollator
-from samf.training.trainer import SamfTrainer, card_settings, save_repository
+from samf.training.trainer import SamfTrainer, card_settings, is_zero3, save_repository
 
 ARGUMENTS = (ModelArguments, DataArguments, TuningArguments, MonitorArguments, TrainingArguments)
 
@@ -45,13 +45,20 @@ def wrap_model(
     if training.use_liger_kernel:
         apply_liger(model)
         training.use_liger_kernel = False  # Trainer would do it by the whole model's type, which has none
+    if tuning.merge and is_zero3(training.deepspeed_plugin):
+        raise ValueError(
+            "merge doesn't go with ZeRO-3, under which a model can't be loaded by one process alone: leave it out, and "
+            f"afterwards call `python -m samf.training.adapter {training.output_dir} "
+            f"{Path(training.output_dir, MERGED)}`."
+        )
     if tuning.lora_rank:
         base = model_args.model
         if base is None:
             base = Path(training.output_dir, BASE).resolve()
-            if PartialState().is_main_process:
-                save_base(model, processor, base)
-            PartialState().wait_for_everyone()
+            processes = Processes()
+            with processes.first_one_first():
+                if processes.is_first:
+                    save_base(model, processor, base)
         if training.push_to_hub and hub_id(str(base)) is None:
             raise ValueError(
                 f"push_to_hub would push an adapter whose base model is {base}, a folder of this machine: nobody could load "
@@ -103,7 +110,10 @@ def main(argv: list[str] | None = None) -> None:
     data = load_datasets(
         data_args, processor, model.config.finding_names, with_lengths=by_length, output_dir=training.output_dir
     )
-    volumes = distinct_volumes(data["train_dataset"], data["eval_dataset"]["own"])
+    if training.ddp_find_unused_parameters is None and holds_text_alone(data["train_dataset"]):
+        training.ddp_find_unused_parameters = True  # Trainer's choice with checkpointing is False
+    cached = (data["train_dataset"], data["eval_dataset"]["own"]) if data_args.cache_embeddings else ()
+    volumes = distinct_volumes(*cached)
     store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes)
     collator = SamfCollator(processor, slice_cache=store, max_length=data_args.max_length, findings_only=findings_only)
     trainer = SamfTrainer(
@@ -119,10 +129,9 @@ def main(argv: list[str] | None = None) -> None:
         **data,
     )
     train_to_end(trainer)
-    save_repository(trainer)
     if training.do_eval and training.eval_strategy == "no":
-        trainer.evaluate()
-        trainer.save_state()
+        trainer.evaluate()  # before the card, which has its losses
+    save_repository(trainer)
     if tuning.merge and trainer.is_world_process_zero():
         merge_adapter(training.output_dir, Path(training.output_dir, MERGED))
 

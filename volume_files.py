@@ -5,6 +5,7 @@ held against the size of its file before memory is taken. `ct_volume` makes Houn
 """
 
 import bz2
+import errno
 import gzip
 import io
 import logging
@@ -182,6 +183,13 @@ def scale_to_hu(stored: np.ndarray, slope: float, intercept: float, out: np.ndar
     return count
 
 
+def is_disk_error(error: Exception) -> bool:
+    """Whether the system refused to read or write. Damage is no such error: gzip's and bzip2's own have no number, and
+    EINVAL is what a seek to before the beginning gives, where a damaged file's own figures lead.
+    """
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
 @contextmanager
 def _damage_named(path: Path, what: str):
     """Whatever damaged bytes make a reader raise becomes a CTReadError that names the file."""
@@ -190,8 +198,10 @@ def _damage_named(path: Path, what: str):
     except CTReadError:
         raise
     except (*_UNPACK_ERRORS, *_HEADER_ERRORS, HeaderDataError) as error:
-        if isinstance(error, (FileNotFoundError, PermissionError)):
-            raise CTReadError(f"{path}: cannot be opened ({error}). Check the path and its permissions.") from error
+        if is_disk_error(error):
+            raise CTReadError(
+                f"{error.filename or path}: cannot be read ({error.strerror}). Check the path, its permissions and its disk."
+            ) from error
         raise CTReadError(f"{path}: {what} ends early or its bytes are damaged ({_why(error)}). {_ANEW}") from error
 
 
@@ -276,12 +286,13 @@ class _ZlibStream(io.RawIOBase):
     def readinto(self, target: Any) -> int:
         while not self.inflater.eof:
             packed = self.inflater.unconsumed_tail or self.stream.read(1 << 16)
-            if not packed:
-                raise EOFError("the compressed stream has no end")
+            # Even without more input there may be output that the inflater holds back.
             data = self.inflater.decompress(packed, len(target))
             if data:
                 target[: len(data)] = data
                 return len(data)
+            if not packed:
+                raise EOFError("the compressed stream has no end")
         return 0
 
 
@@ -654,7 +665,8 @@ def _meta_affine(fields: dict[str, str], dimension: int) -> tuple[np.ndarray, np
 def read_npy(path: Path) -> StoredVolume:
     """An array (X, Y, Z) in HU, taken as RAS+ with voxels of 1 mm: the format has no place for geometry."""
     with _damage_named(path, "the NumPy file"), open(path, "rb") as stream:
-        shape, order, dtype = _npy_header(path, stream)
+        shape, order, dtype = _npy_header(stream)
+        check_dtype(dtype, str(path))
         squeezed = squeezed_shape(shape, str(path), leading=True)
         _check_claim(path, shape, dtype, stream.tell(), path.stat().st_size)
         array = np.memmap(path, dtype=dtype, mode="r", offset=stream.tell(), shape=squeezed, order=order)
@@ -666,7 +678,7 @@ def read_npz(path: Path) -> StoredVolume:
     """The one array of three dimensions in an `.npz`, with `affine` (4, 4), voxel → RAS+ mm, or `spacing` (3,) in mm."""
     with _damage_named(path, "the npz file"), zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        volumes = [name for name, info in members.items() if _npz_dimensions(path, archive, info) >= 3]
+        volumes = [name for name, info in members.items() if _npz_dimensions(archive, info) >= 3]
         if len(volumes) != 1:
             raise CTReadError(
                 f"{path}: {len(volumes)} arrays of three dimensions (keys {', '.join(sorted(members)[:8])}); expected "
@@ -692,21 +704,22 @@ def _npz_affines(path: Path, small: dict[str, np.ndarray]) -> list[np.ndarray]:
     return affines or [np.eye(4)]
 
 
-def _npy_header(path: Path, stream: BinaryIO) -> tuple[tuple[int, ...], str, np.dtype]:
+def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], str, np.dtype]:
     version = np.lib.format.read_magic(stream)
     read = {(1, 0): np.lib.format.read_array_header_1_0}.get(version, np.lib.format.read_array_header_2_0)
     shape, fortran, dtype = read(stream)
-    check_dtype(dtype, str(path))
     return shape, "F" if fortran else "C", dtype
 
 
-def _npz_dimensions(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+def _npz_dimensions(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    """Of any type: notes on a volume, say text, may stand beside it."""
     with archive.open(info) as stream:
-        return len(_npy_header(path, stream)[0])
+        return len(_npy_header(stream)[0])
 
 
 def _npz_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(info) as stream:
-        shape, order, dtype = _npy_header(path, stream)
+        shape, order, dtype = _npy_header(stream)
+        check_dtype(dtype, str(path))
         expected = _check_claim(path, shape, dtype, 0, info.file_size, packed=True)
         return _unpack(path, stream, expected).view(dtype).reshape(shape, order=order)

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from .volume_files import CTReadError
+from .volume_files import CTReadError, is_disk_error
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def unpack_zip(path: Path, folder: Path) -> list[Path]:
     of plain words that a header beside them may tell of.
 
     Raises:
-        CTReadError: damaged, encrypted, or more than 4 GiB or 100,000 files once unpacked.
+        CTReadError: damaged, encrypted, more than 4 GiB or 100,000 files once unpacked, or no room for them.
     """
     files, size = [], 0
     try:
@@ -232,6 +232,10 @@ def unpack_zip(path: Path, folder: Path) -> list[Path]:
     except CTReadError:
         raise
     except _ZIP_ERRORS as error:
+        if is_disk_error(error):
+            raise CTReadError(
+                f"{path}: cannot be unpacked into {folder} ({error.strerror}). Free space there or set $TMPDIR."
+            ) from error
         secret = isinstance(error, RuntimeError) and "password" in str(error)
         what = "is encrypted" if secret else f"is damaged ({type(error).__name__})"
         raise CTReadError(f"{path}: this zip {what}. Unpack it yourself, or write it anew.") from error

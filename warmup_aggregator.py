@@ -46,7 +46,7 @@ class WarmupArguments:
     slice_cache: str | None = field(
         default=None, metadata={"help": "keeps slices and their embeddings; default: slices, in the output folder"}
     )
-    on_error: str = field(default="error", metadata={"help": "skip leaves unreadable CTs out, logged and counted"})
+    on_error: str = field(default="stop", metadata={"help": "stop, or skip: unreadable CTs are left out and counted"})
     on_missing: str = field(default="error", metadata={"help": "of CT-RATE's volumes: error, or skip (counted)"})
     valid_share: float = field(default=0.1, metadata={"help": "of the patients, where there is no validation split"})
     adjacent_slices: int = field(default=8, metadata={"help": "slices of a run; a pair is two runs, of two planes"})

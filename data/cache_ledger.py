@@ -201,7 +201,7 @@ class WorkLog:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return json.dumps(row) + "\n"  # in ASCII: file names may be bytes that are no UTF-8
 
 
 def _now() -> str:

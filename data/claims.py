@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -12,6 +13,12 @@ logger = logging.getLogger(__name__)
 
 # What file systems without locks answer.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@functools.cache
+def _warn_of_no_locks(path: Path, reason: str) -> None:
+    """Once a process, not once a volume."""
+    logger.warning("%s: this file system has no locks (%s)", path, reason)
 
 
 class Claims:
@@ -66,7 +73,7 @@ class Claims:
                 return False
             if error.errno not in _NO_LOCKS:
                 raise
-            logger.warning("%s: this file system has no locks (%s)", self.path, error.strerror)
+            _warn_of_no_locks(self.path, error.strerror)
         return True
 
     @staticmethod

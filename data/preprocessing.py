@@ -3,7 +3,9 @@
 Who makes which volume: shards are dealt out by place in the list (`Shard`), which needs no word between machines and holds
 on every file system; within that, and between runs over the same list, each volume is claimed before it is made
 (`samf.data.claims`). What has a record is done, so a killed run is simply started again, with any shards. A volume that
-can't be read, that crashes its process or that takes too long is noted (`samf.data.cache_ledger`) and costs nothing else.
+can't be read, that crashes its process or that takes too long is noted (`samf.data.cache_ledger`) and costs nothing else;
+one that fails for want of memory or of a library, or because its disk or network does, is left to the next run.
+Volumes on the Hub or the web are fetched first: the downloads stay in $HF_HOME and are not counted in the estimate.
 """
 
 import logging
@@ -24,15 +26,23 @@ from samf.data.embedding_cache import EmbeddingCache
 from samf.data.slice_cache import SliceCache, check_record, read_record, write_record
 from samf.data.worker_pool import WorkerDied, WorkerPool
 from samf.image_processing_samf import SamfImageProcessor
+from samf.volume_sources import is_address
 
 logger = logging.getLogger(__name__)
 
 _OTHERS = 2.0  # seconds between two looks at what others have claimed
 _SAMPLE = 3  # volumes at least, on which the time is measured
+_ALL_FAIL = 20  # volumes that fail one after the other, and none before: it isn't theirs
+# What a volume does to its worker. Others, such as SIGKILL for want of memory, may be gone the next time.
+_DEADLY = ("Timeout", "SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE")
 
 
 class PreprocessError(RuntimeError):
     """Why the cache is not filled; the message says what to do."""
+
+
+class AllFailedError(PreprocessError):
+    """So many volumes fail, and none does not, that it can't be theirs."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,10 @@ class FillOptions:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What filling will take. `here` are this shard's volumes, `pending` those of all; `seconds` None: not measured."""
+    """What filling will take. `here` are this shard's volumes, `pending` those of all; `seconds` None: not measured.
+
+    `fetched`: how many of `pending` lie on the Hub or the web.
+    """
 
     volumes: int
     pending: int
@@ -73,6 +86,7 @@ class Estimate:
     workers: int
     seconds: float | None = None
     sample: int = 0
+    fetched: int = 0
 
     @property
     def needed_bytes(self) -> int:
@@ -89,6 +103,8 @@ class Estimate:
             f"{describe_bytes(self.needed_bytes)} more, {describe_bytes(self.volumes * self.record_bytes)} in all; "
             f"{describe_bytes(self.free_bytes)} are free."
         )
+        if self.fetched:
+            size += f" {self.fetched} volumes are fetched: the downloads stay in $HF_HOME and are not counted."
         if self.seconds is None:
             return size
         return (
@@ -144,22 +160,39 @@ class Outcome:
     message: str = ""
 
 
+def is_volumes_fault(volume: Volume, error: BaseException) -> bool:
+    """Whether a volume will fail for everybody: not for want of memory, of a library, or of its disk or network."""
+    if isinstance(error, MemoryError | ImportError) or "pip install" in str(error):  # so readers ask for a library
+        return False
+    cause = error
+    while (cause := cause.__cause__) is not None:
+        # Without a number it is a reader's word for damaged contents (gzip's), or a server's answer.
+        is_system = isinstance(cause, OSError) and (cause.errno is not None or is_address(volume.path))
+        if is_system or isinstance(cause, MemoryError | ImportError):
+            return False
+    return True
+
+
 def make_slices(volume: Volume, *, cache: SliceCache, ledger: Ledger) -> Outcome:
     """One volume's record, unless it is there, has failed, or is another process's just now."""
     record = ledger.record(volume.key)
     with ledger.claims.hold(volume.key) as is_ours:
         if not is_ours:
             return Outcome("claimed")
-        if read_record(record) is not None:
-            return Outcome("found")
+        try:
+            if read_record(record) is not None:
+                return Outcome("found")
+        except OSError as error:
+            return Outcome("stopped", error=type(error).__name__, message=f"{record}: {error}")
         if failure := ledger.failure(volume.key):
             return Outcome("failed", error=failure["error"], message=failure["message"])
         start = time.perf_counter()
         try:
             cache.get(volume.path, rescale=volume.rescale)
-        except (CTReadError, MemoryError) as error:
+        except (CTReadError, MemoryError, ImportError) as error:
             failed = Outcome("failed", error=type(error).__name__, message=str(error))
-            ledger.note_failure(volume, failed.error, failed.message)
+            if is_volumes_fault(volume, error):
+                ledger.note_failure(volume, failed.error, failed.message)
             return failed
         except OSError as error:  # of the cache: reading raises CTReadError
             return Outcome("stopped", error=type(error).__name__, message=f"{record}: {error}")
@@ -173,7 +206,7 @@ def measure_slices(volume: Volume, *, cache: SliceCache) -> Outcome:
     start = time.perf_counter()
     try:
         cache.image_processor.extract(read_ct(volume.path, rescale=volume.rescale))
-    except (CTReadError, MemoryError) as error:
+    except (CTReadError, MemoryError, ImportError) as error:
         return Outcome("failed", error=type(error).__name__, message=str(error))
     return Outcome("done", seconds=time.perf_counter() - start)
 
@@ -188,7 +221,8 @@ def estimate_slices(
     here = [volume for volume in options.shard.of(volumes) if volume.key is not None and volume.key not in skipped]
     size, free = record_bytes(cache.image_processor), free_bytes(ledger.folder)
     workers = max(1, min(options.workers, len(here)))
-    return Estimate(len(volumes), len(pending), len(here), size, free, workers), here
+    fetched = sum(is_address(volume.path) for volume in pending)
+    return Estimate(len(volumes), len(pending), len(here), size, free, workers, fetched=fetched), here
 
 
 def dry_run(volumes: Sequence[Volume], cache: SliceCache, ledger: Ledger, options: FillOptions) -> Estimate:
@@ -223,6 +257,10 @@ def fill_slices(
     try:
         if here:
             _make_all(here, estimate, cache, ledger, options)
+    except AllFailedError:  # the workers have ended: nobody notes anything more
+        for volume in here:
+            ledger.forget_failure(volume.key)
+        raise
     finally:
         manifest = ledger.write_manifest(volumes, about)
     return manifest
@@ -252,23 +290,25 @@ class _Run:
     def __init__(self, pool: WorkerPool, ledger: Ledger, log: WorkLog, options: FillOptions, progress: tqdm):
         self.pool, self.ledger, self.log, self.options, self.progress = pool, ledger, log, options, progress
         self.claimed: list[Volume] = []
-        self.failed = 0
+        self.failed: list[Volume] = []
+        self.has_success = False
 
     def make(self, volumes: Sequence[Volume]) -> list[tuple[Volume, Outcome]]:
         outcomes = []
         for volume, result in self.pool.map(volumes):
             outcome = _outcome(result)
             outcomes.append((volume, outcome))
-            if isinstance(result, WorkerDied):
+            if isinstance(result, WorkerDied) and result.error in _DEADLY:
                 self.ledger.note_failure(volume, outcome.error, outcome.message)
             if outcome.status == "claimed":
                 self.claimed.append(volume)
                 continue
             self.progress.update()
+            self.has_success |= outcome.status in ("done", "found")
             if outcome.status == "done":
                 self.log.append(volume, outcome.bytes, outcome.seconds)
             elif outcome.status == "stopped":
-                raise PreprocessError(f"{outcome.message}. Is the disk full, or the folder write-protected?")
+                raise PreprocessError(f"{outcome.message}. Is the disk full or faulty, or the folder write-protected?")
             elif outcome.status == "failed":
                 self._failed(volume, outcome)
         return outcomes
@@ -288,12 +328,17 @@ class _Run:
                 time.sleep(_OTHERS)
 
     def _failed(self, volume: Volume, outcome: Outcome) -> None:
-        self.failed += 1
-        self.progress.set_postfix(failed=self.failed)
+        self.failed.append(volume)
+        self.progress.set_postfix(failed=len(self.failed))
         message = outcome.message if volume.path in outcome.message else f"{volume.path}: {outcome.message}"
         if self.options.on_error == "stop":
             raise PreprocessError(_stopped(f"{message} ({outcome.error})"))
         logger.warning("skipped: %s (%s)", message, outcome.error)
+        if len(self.failed) == _ALL_FAIL and not self.has_success and not self.options.retry_failed:
+            raise AllFailedError(
+                f"the first {_ALL_FAIL} volumes all failed: {message} ({outcome.error}). Check the data and the settings; "
+                f"none of these is noted as failed. If they are known to be so, --retry_failed goes on."
+            )
 
 
 def _stopped(message: str) -> str:
@@ -415,34 +460,35 @@ def _make_embeddings(
 # ---- verifying -----------------------------------------------------------------------------------------------------
 
 
-def check_volume(volume: Volume, *, ledger: Ledger) -> str | None:
-    """What is wrong with a volume's record; "" where there is none."""
+def check_volume(volume: Volume, *, ledger: Ledger) -> tuple[str, str]:
+    """Of a volume's record: "whole", "missing", "damaged" or "unreadable", and why."""
     try:
-        return check_record(ledger.record(volume.key))
+        damage = check_record(ledger.record(volume.key))
     except FileNotFoundError:
-        return ""
+        return "missing", ""
+    except OSError as error:
+        return "unreadable", str(error)
+    return ("whole", "") if damage is None else ("damaged", damage)
 
 
 def verify(volumes: Sequence[Volume], ledger: Ledger, options: FillOptions, remove: bool) -> dict[str, Any]:
     """Read this shard's records again, and compare them with their checksums.
 
     Returns:
-        `whole`, `missing`: how many; `damaged`: {record's path: what is wrong}. With `remove` these are deleted: the
-        next run makes them anew.
+        `whole`, `missing`: how many; `damaged`, `unreadable`: {record's path: what is wrong}. With `remove` the damaged
+        ones are deleted: the next run makes them anew. Of the unreadable ones nothing is known: their disk may be at fault.
     """
     listed = [volume for volume in options.shard.of(volumes) if volume.key is not None]
-    report: dict[str, Any] = {"whole": 0, "missing": 0, "damaged": {}}
+    report: dict[str, Any] = {"whole": 0, "missing": 0, "damaged": {}, "unreadable": {}}
     with WorkerPool(partial(check_volume, ledger=ledger), max(1, min(options.workers, len(listed)))) as pool:
         results = pool.map(listed)
         for volume, found in tqdm(results, total=len(listed), desc="verifying", disable=not options.show_progress):
-            found = found.message if isinstance(found, WorkerDied) else found
-            if found is None:
-                report["whole"] += 1
-            elif found == "":
-                report["missing"] += 1
-            else:
-                record = ledger.record(volume.key)
-                report["damaged"][str(record)] = found
-                if remove:
-                    record.unlink(missing_ok=True)
+            state, reason = ("unreadable", found.message) if isinstance(found, WorkerDied) else found
+            if state in ("whole", "missing"):
+                report[state] += 1
+                continue
+            record = ledger.record(volume.key)
+            report[state][str(record)] = reason
+            if state == "damaged" and remove:
+                record.unlink(missing_ok=True)
     return report

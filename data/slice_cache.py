@@ -24,6 +24,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from samf.ct_volume import CTReadError, read_ct
+from samf.dicom_volume import walk_once
 from samf.image_processing_samf import SamfImageProcessor
 from samf.volume_sources import is_address
 
@@ -66,7 +67,7 @@ class SliceCache:
 
         Raises:
             CTReadError: the volume can't be read, or changed meanwhile. Nothing is written then.
-            OSError: the record can't be written, or not read again.
+            OSError: the record can't be written, or not read.
         """
         record_path = self.record_path(path, rescale=rescale)
         record = read_record(record_path)
@@ -137,17 +138,14 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 
 def _files_below(folder: Path) -> list[tuple[str, int, int]]:
+    """Those that reading the folder sees: links are followed, as `read_ct` does."""
     files = []
-    for parent, _, names in os.walk(folder, onerror=_raise):
+    for parent, names in walk_once(folder):
         for name in names:
             file = Path(parent, name)
             if file.exists():  # and no link that leads nowhere
                 files.append((file.relative_to(folder).as_posix(), *_size_and_time(file)))
     return files
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _voxel_file(header: Path) -> Path | None:
@@ -183,6 +181,9 @@ def read_record(path: Path) -> dict[str, np.ndarray] | None:
     """Read-only memory maps of a record's arrays, or None when there is no whole record at `path`.
 
     The contents aren't compared with their checksum: that would read all of them.
+
+    Raises:
+        OSError: it can't be read just now, which says nothing of the record.
     """
     try:
         return _map_record(path)[0]
@@ -198,12 +199,11 @@ def check_record(path: Path) -> str | None:
 
     Raises:
         FileNotFoundError: there is none.
+        OSError: it can't be read just now, which says nothing of the record.
     """
     try:
         arrays, metadata = _map_record(path)
         found = _checksum(arrays)
-    except FileNotFoundError:
-        raise
     except _DAMAGE as error:
         return str(error) or type(error).__name__
     if _CHECKSUM not in metadata:
@@ -211,7 +211,8 @@ def check_record(path: Path) -> str | None:
     return None if found == metadata[_CHECKSUM] else f"checksum {found}, written with {metadata[_CHECKSUM]}"
 
 
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error)
+# What a record's contents raise; OSErrors are the file system's.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, struct.error)
 
 
 def _map_record(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

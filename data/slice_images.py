@@ -16,7 +16,7 @@ import os
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +28,9 @@ from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
 from samf.ct_volume import CTReadError
-from samf.data.ct_rate import CtRateFolder, VolumeName, load_ct_rate, patient_of
+from samf.data.ct_rate import VolumeName, patient_of
 from samf.data.slice_cache import SliceCache, read_record
-from samf.data.volume_lists import VOLUME_SUFFIXES, VolumeKey, volumes_below
+from samf.data.volume_lists import VolumeKey, find_volumes, volumes_by_split
 from samf.data.workers import process_pool
 from samf.image_processing_samf import PLANES, SamfImageProcessor
 
@@ -201,8 +201,8 @@ def find_scans(data: Sequence[str], *, on_missing: str = "error", valid_share: f
     """The scans of folders and files, {"train": …, "valid": …}; no patient is in both.
 
     Args:
-        data: CT-RATE's folder, folders with volumes (.nii, .nii.gz, .nrrd, .mha, .mhd) or DICOM folders somewhere below
-            them, or single files. CT-RATE comes with its own validation split; else patients are held out.
+        data: sources as for `find_volumes`. CT-RATE, a folder or a name on the Hub, comes with its own validation
+            split, as do the paper's CSVs with "{split}" in their names; else patients are held out.
         on_missing: for CT-RATE, as for `load_ct_rate`.
         valid_share: of the patients, to hold out where there is no validation split.
 
@@ -211,10 +211,10 @@ def find_scans(data: Sequence[str], *, on_missing: str = "error", valid_share: f
         ValueError: too few patients to hold one out.
     """
     found: dict[str, list[Scan]] = {"train": [], "valid": []}
-    for root in data:
-        splits = _ct_rate_scans(Path(root), on_missing) or {"train": _group(_volumes_at(Path(root)))}
-        for split, scans in splits.items():
-            found[split] += scans
+    for source in data:
+        by_split = volumes_by_split(source, on_missing=on_missing) or {"train": find_volumes([source])}
+        for split, volumes in by_split.items():
+            found[split] += _group(volumes)
     if not found["valid"]:
         found["train"], found["valid"] = hold_out(found["train"], valid_share)
     return found
@@ -230,43 +230,7 @@ def hold_out(scans: Sequence[Scan], share: float) -> tuple[list[Scan], list[Scan
     return [scan for scan in scans if scan.patient not in held], [scan for scan in scans if scan.patient in held]
 
 
-def _ct_rate_scans(root: Path, on_missing: str) -> dict[str, list[Scan]]:
-    """The scans of CT-RATE's splits that have reports; nothing for any other folder."""
-    splits = {}
-    for split in ("train", "valid"):
-        try:
-            folder = CtRateFolder(root, split)
-        except FileNotFoundError:
-            continue
-        if folder.reports is not None:
-            records = load_ct_rate(root, split, tasks=("report",), on_missing=on_missing)
-            rescales = records["rescale"] if "rescale" in records.column_names else [None] * len(records)
-            splits[split] = _group(
-                (path, tuple(r) if r else None) for path, r in zip(records["volume"], rescales, strict=True)
-            )
-        elif folder.layout == "v1" and any(VolumeName.find(path) for path, _ in _volumes_at(root)):
-            raise FileNotFoundError(
-                f"{folder.root}: CT-RATE's v1 volumes hold raw values, and radiology_text_reports/ and metadata/ with their "
-                f"rescale aren't there. Add them, or use v2 ({split}_fixed)."
-            )
-    return splits
-
-
-def _volumes_at(root: Path) -> Iterator[VolumeKey]:
-    """Volume files and DICOM folders at or below `root`, in the order of their paths."""
-    if root.is_file():
-        yield str(root), None
-        return
-    volumes = list(volumes_below(root))
-    if not volumes:
-        raise FileNotFoundError(
-            f"0 volumes under {root}: expected CT-RATE's layout, files ending in {', '.join(VOLUME_SUFFIXES)} or folders of "
-            f"DICOM files, MedMNIST's organ?mnist_*.npz, or the records of a slice cache."
-        )
-    yield from volumes
-
-
-def _group(volumes: Iterator[VolumeKey]) -> list[Scan]:
+def _group(volumes: Sequence[VolumeKey]) -> list[Scan]:
     """One Scan for all reconstructions of it, by CT-RATE's names; a volume of another name is a scan of its own."""
     by_scan: dict[str, list[VolumeKey]] = {}
     for path, rescale in dict(volumes).items():
@@ -320,32 +284,40 @@ def _slice_record(file: Path) -> dict[str, np.ndarray]:
     return record
 
 
-def fill_slice_cache(cache: SliceCache, volumes: Sequence[VolumeKey], on_error: str = "error") -> list[VolumeKey]:
+def fill_slice_cache(cache: SliceCache, volumes: Sequence[VolumeKey], on_error: str = "stop") -> list[VolumeKey]:
     """Make what the cache lacks, each process its share; returns the volumes that have a record now.
 
     Raises:
         CTReadError: a volume can't be read; with on_error="skip" it is logged, left out and counted instead.
     """
-    if on_error not in ("error", "skip"):
-        raise ValueError(f"on_error={on_error!r}; expected 'error' or 'skip'.")
+    if on_error not in ("stop", "skip", "error"):  # "error": what "stop" was called once
+        raise ValueError(f"on_error={on_error!r}; expected 'stop' or 'skip'.")
     state = PartialState()
-    missing = [key for key in volumes if not cache.record_path(key[0], rescale=key[1]).is_file()]
+    missing = [key for key in volumes if not _has_file(cache, key)]
     share = missing[state.process_index :: state.num_processes]
     if share:
         workers = max(1, (os.cpu_count() or 1) // state.num_processes)
         with process_pool(min(workers, len(share))) as pool:
             failures = pool.map(partial(_make_record, cache), share, chunksize=1)
             for failure in tqdm(failures, total=len(share), desc="reading CTs", disable=not state.is_main_process):
-                if failure and on_error == "error":
+                if failure and on_error != "skip":
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise CTReadError(failure)
                 if failure:
                     logger.warning("skipped: %s", failure)
     state.wait_for_everyone()
-    kept = [key for key in volumes if cache.record_path(key[0], rescale=key[1]).is_file()]
+    kept = [key for key in volumes if _has_file(cache, key)]
     if len(kept) < len(volumes):
         logger.warning("%d of %d volumes couldn't be read and are left out", len(volumes) - len(kept), len(volumes))
     return kept
+
+
+def _has_file(cache: SliceCache, key: VolumeKey) -> bool:
+    """Whether a volume has a record; one that isn't there itself, such as a link to nowhere, has none."""
+    try:
+        return cache.record_path(key[0], rescale=key[1]).is_file()
+    except CTReadError:
+        return False
 
 
 def _make_record(cache: SliceCache, key: VolumeKey) -> str | None:
@@ -396,7 +368,7 @@ def slice_sets(
     splits: Sequence[str] = ("train",),
     depth_bins: int = 8,
     valid_share: float = 0.1,
-    on_error: str = "error",
+    on_error: str = "stop",
     on_missing: str = "error",
 ) -> SliceSets:
     """Slices of whatever `data` holds.

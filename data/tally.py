@@ -47,5 +47,5 @@ class Tally:
 
     def save(self, path: str | Path, **facts: Any) -> None:
         """Write the counts as JSON, with `facts` about their source, whole or not at all."""
-        content = json.dumps({**facts, **self.summary()}, indent=2, ensure_ascii=False)
+        content = json.dumps({**facts, **self.summary()}, indent=2)  # in ASCII: file names may be no UTF-8
         write_whole(Path(path), f"{content}\n".encode())

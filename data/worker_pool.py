@@ -7,8 +7,10 @@ crashes, that is killed for want of memory, or that doesn't come back in time, c
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -87,7 +89,9 @@ class _Worker:
     def __init__(self, pool: WorkerPool):
         self.timeout = pool.timeout
         self.connection, theirs = pool._context.Pipe()
-        arguments = (theirs, pool.work, pool.timeout, os.getpid())
+        # For its temporary files, which it can't remove when it is killed.
+        self.folder = tempfile.mkdtemp(prefix="samf-")
+        arguments = (theirs, pool.work, pool.timeout, os.getpid(), self.folder)
         self.process = pool._context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()  # the worker alone has it now: its death is the connection's end
@@ -111,6 +115,7 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.connection.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _describe_death(exitcode: int, timeout: float | None) -> WorkerDied:
@@ -124,9 +129,10 @@ def _describe_death(exitcode: int, timeout: float | None) -> WorkerDied:
     return WorkerDied(name, "its process crashed: a damaged file that a library doesn't withstand")
 
 
-def _serve(connection: Connection, work: Callable[[Any], Any], timeout: float | None, parent: int) -> None:
-    """A worker's life: until its parent has no more jobs, or is gone."""
+def _serve(connection: Connection, work: Callable[[Any], Any], timeout: float | None, parent: int, folder: str) -> None:
+    """A worker's life: until its parent has no more jobs, or is gone. `folder` gets its temporary files."""
     one_thread()
+    tempfile.tempdir = folder
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all of a job's processes: the parent decides what follows
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -146,3 +152,5 @@ def _serve(connection: Connection, work: Callable[[Any], Any], timeout: float | 
             connection.send(result)
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         return
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # a parent that was killed doesn't

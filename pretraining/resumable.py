@@ -9,13 +9,14 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import sort_checkpoints
@@ -61,12 +62,31 @@ class StoppableTrainer(Trainer):
         self.interruption = Interruption()
         self.add_callback(self.interruption)
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """The library's, whose workers leave signals to this process.
+
+        Launchers and terminals signal the whole process group; without its workers this process couldn't finish the step.
+        """
+        loader = super()._get_dataloader(*args, **kwargs)
+        if loader.num_workers:
+            own = getattr(loader, "base_dataloader", loader)  # accelerate's loader starts the workers of the one within
+            own.worker_init_fn = partial(_start_worker, own.worker_init_fn)
+        return loader
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The library's, which asks whether training is at its end after a step alone: a finished run would take one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+
+def _start_worker(before: Callable[[int], None] | None, worker: int) -> None:
+    """Ignore SIGINT and SIGTERM in a DataLoader's worker, which ends when its parent does; then what `before` does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if before is not None:
+        before(worker)
 
 
 class ResumableTrainer(StoppableTrainer):
@@ -125,6 +145,7 @@ class Interruption(TrainerCallback):
             self.signal = int(noted)
         if self.signal:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # launchers wait half a minute or so before they kill
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from samf.ct_volume import read_ct
 from samf.data.ct_rate import load_records
+from samf.data.slice_images import find_scans
 
 NAME = "someone/CT-RATE"
 VOLUME = "valid_fixed/valid_1/valid_1_a/valid_1_a_1.nii.gz"
@@ -45,6 +46,19 @@ def hub(tmp_path, monkeypatch):
 
 def fetched(hub: HubStandIn) -> set[str]:
     return {line.partition("/resolve/main/dataset/")[2] for line in hub.requests if line.startswith("GET")}
+
+
+def test_stages_1_and_2_take_the_name_too(hub):
+    tables = {"train": REPORTS.replace("valid_1", "train_7"), "validation": REPORTS}
+    files = {f"dataset/radiology_text_reports/{name}_reports.csv": table.encode() for name, table in tables.items()}
+    hub.repositories[NAME].commit("main", files, "both splits")
+    found = find_scans([NAME])
+    assert {split: [scan.scan_id for scan in scans] for split, scans in found.items()} == {
+        "train": ["train_7_a"],
+        "valid": ["valid_1_a"],
+    }
+    assert found["valid"][0].volumes == ((f"hf://datasets/{NAME}/dataset/{VOLUME}", None),)
+    assert VOLUME not in fetched(hub)
 
 
 @pytest.mark.parametrize("spelling", [NAME, f"hf://datasets/{NAME}", f"https://huggingface.co/datasets/{NAME}"])

@@ -1,11 +1,13 @@
 """Reading CT volumes: values, geometry, and what is refused with which words."""
 
 import bz2
+import errno
 import gc
 import gzip
 import logging
 import os
 import zipfile
+import zlib
 from fractions import Fraction
 
 import nibabel as nib
@@ -475,6 +477,49 @@ def test_vectors_and_series_in_nrrd_and_metaimage_are_refused(tmp_path):
         read_ct(tmp_path / "series.mha")
 
 
+@pytest.mark.parametrize("suffix", ["nii.gz", "nrrd", "mha"])
+def test_what_packs_tightly_is_read_to_its_end(tmp_path, suffix):
+    # An inflater that has been given the last byte may still hold output back.
+    box = np.full((107, 70, 70), -1000, dtype=np.int16)
+    box[6:-6, 6:-6, 6:-6] = 40
+    # From 128 bytes below a whole MiB to 512 above one.
+    arrays = [np.full((32 * n, 1, (1 << 14) + more), -1000, np.int16) for n in (1, 2) for more in (-1, 0, 1, 2, 4)]
+    for array in (box, *arrays):
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(tmp_path / f"packed.{suffix}"), useCompression=True)
+        np.testing.assert_array_equal(read_ct(tmp_path / f"packed.{suffix}").hu, array.T[::-1, ::-1])
+
+
+@pytest.mark.parametrize("level", [1, 6, 9])
+def test_a_compressed_metaimage_without_its_last_bytes_is_refused(tmp_path, level):
+    voxels = (1 << 19) + 150
+    header = (
+        f"NDims = 3\nDimSize = {voxels} 1 1\nElementType = MET_SHORT\nCompressedData = True\nElementDataFile = LOCAL\n"
+    )
+    packed = zlib.compress(np.full(voxels, -1000, dtype="<i2").tobytes(), level)
+    path = tmp_path / "packed.mha"
+    path.write_bytes(header.encode() + packed)
+    assert read_ct(path).shape == (voxels, 1, 1)
+    for cut in (1, 4, 5, 10, len(packed) // 2, len(packed) - 1, len(packed)):
+        path.write_bytes(header.encode() + packed[:-cut])
+        with pytest.raises(CTReadError, match="packed.mha: .*(ends early|cut short)"):
+            read_ct(path)
+
+
+def test_notes_in_words_beside_a_numpy_volume(tmp_path):
+    np.savez(
+        tmp_path / "noted.npz", hu=ramp(), spacing=np.array(SPACING), patient="x", notes=np.array([{}, "y"], object)
+    )
+    volume = read_ct(tmp_path / "noted.npz")
+    assert volume.spacing == SPACING
+    np.testing.assert_array_equal(volume.hu, ramp())
+    np.savez(tmp_path / "words.npz", np.full(SHAPE, "x"))
+    with pytest.raises(CTReadError, match="words.npz: voxels of type <U1"):
+        read_ct(tmp_path / "words.npz")
+    np.savez(tmp_path / "worded.npz", ramp(), spacing=np.array(["a", "b", "c"]))
+    with pytest.raises(CTReadError, match="worded.npz: "):
+        read_ct(tmp_path / "worded.npz")
+
+
 def test_numpy_files_with_an_affine(tmp_path, caplog):
     affine = np.array([[0, 0, 2.5, -20], [-0.75, 0, 0, 30], [0, 1.25, 0, -400], [0, 0, 0, 1]])
     expected = read_ct(save_nifti(tmp_path / "scan.nii", ramp(), affine))
@@ -629,6 +674,23 @@ def test_bad_files_give_errors_that_name_them(tmp_path):
         with pytest.raises(CTReadError, match=words) as error:
             read_ct(path)
         assert str(path) in str(error.value), path
+
+
+@pytest.mark.parametrize("suffix", ["nii.gz", "nrrd", "mha", "npz"])
+def test_what_the_system_will_not_read_is_not_called_damaged(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"scan.{suffix}"
+    if suffix == "npz":
+        np.savez_compressed(path, ramp(), spacing=np.array(SPACING))
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(ramp()), str(path), useCompression=True)
+
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(volume_files, "_unpack", refuse)
+    with pytest.raises(CTReadError, match="cannot be read .Input/output error.*its disk") as error:
+        read_ct(path)
+    assert str(path) in str(error.value) and "damaged" not in str(error.value)
 
 
 def test_every_flipped_bit_of_a_compressed_body_is_noticed(tmp_path):

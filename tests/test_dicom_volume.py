@@ -5,12 +5,19 @@ place where the volume's affine puts it, whatever the slices' order, tilt or gap
 """
 
 import base64
+import errno
 import gzip
 import hashlib
 import logging
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import traceback
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -592,13 +599,18 @@ def test_no_patient_data_in_any_log_error_or_written_file(tmp_path, caplog, capf
         assert not [word for word in private if word in text], text[:3000]
 
 
-def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, monkeypatch):
-    folder = write_series(tmp_path / "series", stack_positions(2))
-    packed = write_series(tmp_path / "packed", stack_positions(2))
-    for path in packed.iterdir():
+def packed_series(tmp_path):
+    folder = write_series(tmp_path / "packed", stack_positions(2))
+    for path in folder.iterdir():
         dataset = pydicom.dcmread(path)
         dataset.compress(pydicom.uid.RLELossless)
         dataset.save_as(path)
+    return folder
+
+
+def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, monkeypatch):
+    folder = write_series(tmp_path / "series", stack_positions(2))
+    packed = packed_series(tmp_path)
     monkeypatch.setattr(
         dicom_pixels, "_UNPACK_SCRIPT", dicom_pixels._UNPACK_SCRIPT.replace("SimpleITK", "not_installed")
     )
@@ -614,16 +626,85 @@ def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, m
     "fault", ["import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "import time; time.sleep(60)"]
 )
 def test_a_decoder_that_crashes_or_hangs_is_an_error(tmp_path, monkeypatch, fault):
-    folder = write_series(tmp_path / "packed", stack_positions(2))
-    for path in folder.iterdir():
-        dataset = pydicom.dcmread(path)
-        dataset.compress(pydicom.uid.RLELossless)
-        dataset.save_as(path)
+    folder = packed_series(tmp_path)
     monkeypatch.setattr(dicom_pixels, "_UNPACK_SCRIPT", fault)
     monkeypatch.setattr(dicom_pixels, "_SECONDS_A_PROCESS", 0.5)
     monkeypatch.setattr(dicom_pixels, "_SECONDS_A_FRAME", 0.1)
     with pytest.raises(CTReadError, match="slice000.dcm: its compressed voxels are damaged|takes far too long"):
         read_ct(folder)
+
+
+def test_no_room_to_unpack_into_is_not_called_damage(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    folder = packed_series(tmp_path)
+    narrow = f"import resource; resource.setrlimit({resource.RLIMIT_FSIZE}, (64, 64))\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(dicom_pixels, "_UNPACK_SCRIPT", narrow + dicom_pixels._UNPACK_SCRIPT)
+        with pytest.raises(CTReadError, match="slice000.dcm: cannot be unpacked into .*samf-.*TMPDIR"):
+            read_ct(folder)
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pydicom, "dcmwrite", refuse)
+    with pytest.raises(CTReadError, match="slice000.dcm: cannot be read, or unpacked into .*No space left.*TMPDIR"):
+        read_ct(folder)
+
+
+def test_a_header_that_the_system_will_not_read_is_not_left_out(tmp_path, monkeypatch):
+    folder = write_series(tmp_path / "series")
+    read = pydicom.dcmread
+
+    def refuse(stream, **options):
+        if refuse.calls == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        refuse.calls += 1
+        return read(stream, **options)
+
+    refuse.calls = 0
+    monkeypatch.setattr(pydicom, "dcmread", refuse)
+    with pytest.raises(CTReadError, match="series: cannot be read .Input/output error"):
+        read_ct(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_decoder_ends_with_its_parent(tmp_path):
+    note = tmp_path / "decoder"
+    hang = f"open({str(note)!r}, 'w').write(str(os.getpid())); import time; time.sleep(60)"
+    script = dicom_pixels._UNPACK_SCRIPT.replace("import numpy, SimpleITK", hang)
+    start = (
+        f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}, str(os.getpid()), '60', 'x'])"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", start])
+    assert waited_for(lambda: note.is_file() and note.read_text(encoding="utf-8"))
+    decoder = int(note.read_text(encoding="utf-8"))
+    assert alive(decoder)
+    parent.kill()
+    parent.wait()
+    assert waited_for(lambda: not alive(decoder))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs limits on CPU time")
+def test_a_decoder_that_computes_for_ever_ends_by_itself():
+    script = dicom_pixels._UNPACK_SCRIPT.replace("import numpy, SimpleITK", "while True: pass")
+    done = subprocess.run([sys.executable, "-c", script, str(os.getpid()), "1", "x"], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+
+
+def waited_for(condition) -> bool:
+    for _ in range(200):
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def alive(process: int) -> bool:
+    """Whether it runs: one that has ended and that nobody asked after is dead too."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_raw_values_of_slices_are_refused_with_their_own_remedy(tmp_path):

@@ -438,8 +438,15 @@ def test_an_unreadable_ct_is_an_error_or_is_left_out_and_counted(scans, tmp_path
     cache = SliceCache(tmp_path / "cache", SamfImageProcessor(size=16, slices_per_plane=2))
     with pytest.raises(ValueError, match="bad.nii.gz"):
         fill_slice_cache(cache, volumes)
-    assert fill_slice_cache(cache, volumes, on_error="skip") == volumes[1:]
-    assert "1 of 2 volumes couldn't be read" in caplog.text
+    (tmp_path / "annexed.nii.gz").symlink_to(tmp_path / "nowhere")
+    volumes.insert(1, (str(tmp_path / "annexed.nii.gz"), None))
+    assert fill_slice_cache(cache, volumes, on_error="skip") == volumes[2:]
+    assert "2 of 3 volumes couldn't be read" in caplog.text
+    for stop in ("stop", "error"):  # the second is the older name
+        with pytest.raises(ValueError, match=r"annexed\.nii\.gz"):
+            fill_slice_cache(cache, volumes[1:], stop)
+    with pytest.raises(ValueError, match="expected 'stop' or 'skip'"):
+        fill_slice_cache(cache, volumes, "ignore")
 
 
 def test_a_cache_of_several_settings_is_an_error(scans, tmp_path):

@@ -1,7 +1,9 @@
 """preprocess.py: a cache that several processes fill, that survives kills, and whose manifest tells all of it."""
 
 import csv
+import errno
 import faulthandler
+import importlib
 import itertools
 import json
 import os
@@ -9,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -32,6 +35,7 @@ from samf.data.embedding_cache import EmbeddingCache
 from samf.data.phantom import make_phantom, write_nifti
 from samf.data.preprocessing import Estimate, FillOptions, record_bytes
 from samf.data.slice_cache import SliceCache, check_record, read_record
+from samf.data.tally import Tally
 from samf.data.volume_lists import find_volumes
 from samf.data.worker_pool import WorkerDied, WorkerPool
 from samf.image_processing_samf import SamfImageProcessor
@@ -309,6 +313,66 @@ def test_a_crash_a_hang_and_a_torn_file_cost_their_volumes_alone(troubled, tmp_p
     assert len(rows(cache / "failures.jsonl")) == 2
 
 
+NOT_NOTED = {
+    "memory": lambda path: os.kill(os.getpid(), signal.SIGKILL),
+    "library": lambda path: importlib.import_module("a_library_that_is_missing"),
+    "disk": lambda path: raise_caused(path, OSError(errno.EIO, "Input/output error")),
+    "optional": lambda path: raise_caused(path, None, "reading DICOM needs pydicom 3: pip install pydicom"),
+}
+
+
+def raise_caused(path: str, cause: OSError | None, message: str = "cannot be read") -> None:
+    raise CTReadError(f"{path}: {message}") from cause
+
+
+def test_what_is_not_the_volumes_fault_is_tried_again_unasked(tmp_path, monkeypatch):
+    folder, cache = tmp_path / "volumes", tmp_path / "cache"
+    files = save_phantoms(folder, 6)
+    for file, name in zip(files, (*NOT_NOTED, "fine", "gzip"), strict=True):
+        file.rename(folder / f"{name}.nii.gz")
+    (folder / "gzip.nii.gz").write_bytes(b"\x1f\x8b" + bytes(400))  # an OSError of gzip's, which is the file's fault
+
+    def read(path, **options):
+        NOT_NOTED.get(Path(path).name.partition(".")[0], str)(path)
+        return read_ct(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(slice_cache, "read_ct", read)
+        assert run(folder, cache, on_error="skip") == 0
+    summary = manifest(cache)
+    assert (summary["done"], summary["failed"], summary["pending"]) == (1, 1, 4) and not summary["complete"]
+    assert rows(cache / "failures.jsonl")[0]["volume"] == str(folder / "gzip.nii.gz")
+    assert run(folder, cache, on_error="skip") == 0
+    assert manifest(cache)["complete"] and manifest(cache)["done"] == 5
+
+
+def test_skip_stops_when_nothing_can_be_read(tmp_path, capfd):
+    folder, cache = tmp_path / "volumes", tmp_path / "cache"
+    folder.mkdir()
+    for i in range(21):
+        (folder / f"{i:02d}.nii.gz").write_bytes(b"no volume")
+    assert run(folder, cache, on_error="skip") == 1
+    assert "the first 20 volumes all failed: " in capfd.readouterr().err
+    assert manifest(cache)["failed"] == 0  # nothing is noted of them
+    assert run(folder, cache, on_error="skip", retry_failed=True) == 0 and manifest(cache)["failed"] == 21
+    assert "--retry_failed tries them again" in capfd.readouterr().out
+
+
+def test_a_file_name_that_is_no_utf8_is_a_name_as_any(phantoms, tmp_path):
+    folder, cache = tmp_path / "volumes", tmp_path / "cache"
+    folder.mkdir()
+    good, torn = folder / os.fsdecode(b"M\xfc.nii.gz"), folder / os.fsdecode(b"\xfc torn.nii.gz")
+    good.write_bytes(phantoms[0].read_bytes())
+    torn.write_bytes(b"torn")
+    assert run(folder, cache, on_error="skip") == 0
+    assert [row["volume"] for row in rows(cache / "volumes.jsonl")] == [str(good)]
+    assert [row["volume"] for row in rows(cache / "failures.jsonl")] == [str(torn)]
+    tally = Tally()
+    tally.drop("unreadable", str(torn))
+    tally.save(tmp_path / "counts.json")
+    assert Tally.from_summary(json.loads((tmp_path / "counts.json").read_text(encoding="utf-8"))) == tally
+
+
 def test_stop_says_which_volume_and_why_and_leaves_the_manifest(troubled, tmp_path, capfd):
     folder, tries = troubled
     (folder / "crash.nii.gz").unlink()
@@ -363,6 +427,10 @@ def test_a_record_of_slices_is_as_large_as_is_said(phantoms, tmp_path):
     whole = record_bytes(SamfImageProcessor())
     assert whole == pytest.approx(72 * 3 * 224 * 224, rel=1e-3)
     estimate = str(Estimate(47_000, 47_000, 2_938, whole, 10**12, 16, seconds=7 * 3600.0, sample=16))
+    assert "$HF_HOME" not in estimate
+    assert "5 volumes are fetched: the downloads stay in $HF_HOME" in str(
+        Estimate(9, 7, 7, whole, 10**12, 1, fetched=5)
+    )
     assert "47000 volumes" in estimate and "10.8 MB: 509.5 GB more" in estimate and "7.0 hours" in estimate
 
 
@@ -388,7 +456,7 @@ def test_a_dry_run_writes_nothing(phantoms, tmp_path, capsys):
 def test_verify_finds_one_flipped_bit_and_a_cut_end(phantoms, tmp_path, capsys):
     cache = tmp_path / "cache"
     assert run(phantoms[0].parent, cache) == 0 and run(phantoms[0].parent, cache, verify=True) == 0
-    assert "8 records whole, 0 damaged, 0 missing" in capsys.readouterr().out
+    assert "8 records whole, 0 damaged, 0 unreadable, 0 missing" in capsys.readouterr().out
     flipped, cut, gone, *_ = sorted(cache.glob("??/*.safetensors"))
     data = bytearray(flipped.read_bytes())
     data[-1] ^= 1
@@ -398,10 +466,33 @@ def test_verify_finds_one_flipped_bit_and_a_cut_end(phantoms, tmp_path, capsys):
     assert run(phantoms[0].parent, cache, verify=True) == 1
     said = capsys.readouterr().out
     assert f"damaged: {flipped}: checksum" in said and f"damaged: {cut}" in said
-    assert "5 records whole, 2 damaged, 1 missing" in said
+    assert "5 records whole, 2 damaged, 0 unreadable, 1 missing" in said
     assert run(phantoms[0].parent, cache, verify="remove") == 1 and run(phantoms[0].parent, cache) == 0
     assert run(phantoms[0].parent, cache, verify=True) == 0
     assert_equals_extract(phantoms, cache)
+
+
+def test_verify_leaves_a_record_that_cannot_be_read_just_now(phantoms, tmp_path, monkeypatch, capsys):
+    """I/O errors, no rights, no free file handles, a worker that dies: nothing of that is known to be the record's."""
+    cache = tmp_path / "cache"
+    assert run(phantoms[0].parent, cache) == 0
+    files = sorted(cache.glob("??/*.safetensors"))
+    before, numbers = records(cache), [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE]
+    troubles = dict(zip((file.stem for file in files), numbers, strict=False))
+
+    def map_record(path, original=slice_cache._map_record):
+        if path == files[len(numbers)]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number := troubles.get(path.stem):
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path)
+
+    monkeypatch.setattr(slice_cache, "_map_record", map_record)
+    assert run(phantoms[0].parent, cache, verify="remove") == 1
+    said = capsys.readouterr().out
+    assert "3 records whole, 0 damaged, 5 unreadable, 0 missing" in said
+    assert f"unreadable: {files[0]}: [Errno {errno.EIO}]" in said
+    assert records(cache) == before
 
 
 # ---- what training finds -------------------------------------------------------------------------------------------
@@ -463,6 +554,36 @@ def test_any_folder_is_searched(tmp_path):
         find_volumes([str(tmp_path / "nowhere")])
 
 
+def test_links_pipes_and_directories_of_discs_are_no_volumes(tmp_path):
+    """A dangling link (an annexed file that isn't fetched) and a pipe are passed over; each folder comes once."""
+    slice_head = bytes(128) + b"DICM"
+    for name in ("annexed", "cd/DICOM/SE0", "loop/x", "old"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "annexed/0.dcm").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "annexed/1.dcm")
+    (tmp_path / "cd/DICOMDIR").write_bytes(slice_head)
+    (tmp_path / "cd/DICOM/SE0/IM0").write_bytes(slice_head)
+    (tmp_path / "loop/x/a.nii.gz").write_bytes(b"")
+    (tmp_path / "loop/x/up").symlink_to("..")
+    # Without a preamble: group 8, element 5, a value of CS.
+    (tmp_path / "old/IM0").write_bytes(b"\x08\x00\x05\x00CS\x0a\x00ISO_IR 100" + bytes(200))
+    expected = [str(tmp_path / name) for name in ("cd/DICOM/SE0", "loop/x/a.nii.gz", "old")]
+    assert find_volumes([str(tmp_path)]) == [(path, None) for path in expected]
+
+
+def test_a_folder_that_may_not_be_listed_is_left_out(tmp_path, monkeypatch, caplog):
+    def scandir(path, original=os.scandir):  # root, whom tests may run as, could list it
+        if str(path).endswith("lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "a.nii.gz").write_bytes(b"")
+    assert find_volumes([str(tmp_path)]) == [(str(tmp_path / "a.nii.gz"), None)]
+    assert "lost+found: cannot be listed" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
@@ -512,6 +633,26 @@ def save_with_text(model, text: dict, folder: Path) -> Path:
     return folder
 
 
+def test_a_models_own_slice_settings_count_by_its_name_on_the_hub(monkeypatch):
+    """Of a SAMF model; another encoder's settings aren't ours, and `train.py` doesn't take them either."""
+    kinds = {"someone/samf": "samf", "someone/vit": "vit"}
+    config = type("Config", (), {"from_pretrained": lambda name: type("C", (), {"model_type": kinds[name]})})
+    monkeypatch.setattr(preprocess, "AutoConfig", config)
+    ours = SamfImageProcessor(slices_per_plane=3, size=32)
+    monkeypatch.setattr(SamfImageProcessor, "from_pretrained", lambda name, **_: {"someone/samf": ours}[name])
+    for name, expected in (("someone/samf", ours), ("someone/vit", SamfImageProcessor())):
+        args = preprocess.parse_args(["data", "--cache=cache", f"--embeddings={name}"])
+        assert preprocess.build_image_processor(args).settings_hash() == expected.settings_hash()
+
+
+def test_a_models_folder_has_its_slice_settings_within_those_of_its_processor(tmp_path):
+    ours = SamfImageProcessor(slices_per_plane=3, size=32)
+    saved = json.dumps({"image_processor": ours.to_dict(), "processor_class": "SamfProcessor"})
+    (tmp_path / "processor_config.json").write_text(saved, encoding="utf-8")
+    args = preprocess.parse_args(["data", "--cache=cache", f"--embeddings={tmp_path}"])
+    assert preprocess.build_image_processor(args).settings_hash() == ours.settings_hash()
+
+
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
 
@@ -540,9 +681,10 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, capl
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("samf.data.claims.fcntl.lockf", no_locks)
-    with Claims(tmp_path / "claims.lock").hold("ab" * 20) as ours:
-        assert ours
-    assert "has no locks" in caplog.text
+    for name in ("ab" * 20, "cd" * 20):
+        with Claims(tmp_path / "claims.lock").hold(name) as ours:
+            assert ours
+    assert caplog.text.count("has no locks") == 1
 
 
 def _job(number: int) -> int:
@@ -566,6 +708,22 @@ def test_a_pool_gives_every_job_one_answer(capfd):
     assert died == {3: "ValueError", 5: "SIGKILL", 7: "WorkerExited", 9: "Timeout"}
     assert all(answers[number] == number * number for number in range(30) if number not in died)
     assert again[1] == 1 and again[3].message == "three"
+
+
+def _leave_a_temporary_file(job: int) -> str:
+    path = tempfile.mkstemp(prefix="samf-")[1]
+    if job:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return path
+
+
+def test_temporary_files_of_workers_go_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with WorkerPool(_leave_a_temporary_file, 1) as pool:
+        answers = dict(pool.map([1, 0]))
+        (folder,) = tmp_path.iterdir()  # of the second worker: the first one's is gone
+        assert answers[1].error == "SIGKILL" and list(folder.iterdir()) == [Path(answers[0])]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_orphaned_worker_ends_by_itself(tmp_path):

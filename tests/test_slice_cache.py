@@ -1,5 +1,6 @@
 """The slice cache gives what `extract` gives, once for each volume and setting."""
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 from samf.ct_volume import CTReadError, read_ct
 from samf.data import slice_cache
 from samf.data.slice_cache import SliceCache, check_record, read_record, volume_identity, write_record
+from samf.dicom_volume import dicom_files
 from samf.image_processing_samf import SamfImageProcessor
 
 
@@ -146,6 +148,37 @@ def test_check_record_reads_what_opening_one_does_not(tmp_path):
     assert check_record(path)
     with pytest.raises(FileNotFoundError):
         check_record(tmp_path / "none")
+
+
+def test_a_record_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "record.safetensors"
+    write_record(path, {"slices": np.arange(9, dtype=np.uint8)})
+
+    def no_open(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(slice_cache, "open", no_open, raising=False)
+    for read in (read_record, check_record):
+        with pytest.raises(OSError, match="Stale"):
+            read(path)
+    assert "damaged" not in caplog.text
+
+
+def test_identity_follows_links_as_reading_does(tmp_path):
+    """A study whose series is a link: the slices count, once, also where a link leads back."""
+    (tmp_path / "series").mkdir()
+    (tmp_path / "study").mkdir()
+    inner = tmp_path / "series/1.dcm"
+    inner.write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "study/series").symlink_to(tmp_path / "series")
+    (tmp_path / "study/again").symlink_to(tmp_path / "study")
+    before = volume_identity(tmp_path / "study")
+    assert [name for name, _, _ in before[1]] == ["series/1.dcm"]
+    assert [file.relative_to(tmp_path / "study").as_posix() for file in dicom_files(tmp_path / "study")] == [
+        "series/1.dcm"
+    ]
+    os.utime(inner, ns=(0, 1))
+    assert volume_identity(tmp_path / "study") != before
 
 
 def test_unreadable_volume_leaves_nothing(tmp_path, processor):

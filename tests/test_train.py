@@ -1,16 +1,23 @@
 """train.py end to end on a few phantoms: what is trained, what isn't, and that the output folder is whole."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from small_run import history, prepare, run
+from tiny import TEXTS
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from samf import SamfForConditionalGeneration, SamfImageProcessor
+from samf import SamfForConditionalGeneration, SamfImageProcessor, SamfProcessor, preprocess
+from samf.data.ct_rate import load_records
 from samf.data.embedding_cache import EmbeddingCache
 from samf.data.slice_cache import SliceCache
+from samf.data.small_tokenizer import train_small_tokenizer
+from samf.training.arguments import DataArguments
 from samf.training.parts import PARTS
+from samf.training.records import load_datasets
 
 FINDINGS = ("Cardiomegaly", "Pleural effusion")
 
@@ -118,3 +125,25 @@ def test_embeddings_in_the_cache_are_the_encoders_and_follow_its_weights(work, t
 def test_what_cannot_work_is_an_error_that_says_what_to_do(work, options, message):
     with pytest.raises((ValueError, OSError), match=message):
         run(work, "never", **options)
+
+
+def test_volumes_that_are_missing_or_cannot_be_read_are_left_out_when_asked(work, tmp_path, caplog):
+    """Of six training volumes one is cut short and one is gone; preprocess.py has met the first."""
+    shutil.copytree(work / "phantoms", tmp_path / "phantoms")
+    cut, gone = sorted((tmp_path / "phantoms").rglob("train_*.nii.gz"))[:2]
+    cut.write_bytes(cut.read_bytes()[:1000])
+    filled = [str(tmp_path / "phantoms"), "--cache", str(tmp_path / "cache"), "--on_error", "skip"]
+    preprocess.main([*filled, "--slices_per_plane", "2", "--image_size", "32", "--num_workers", "1"])
+    gone.unlink()
+
+    processor = SamfProcessor(SamfImageProcessor(slices_per_plane=2, size=32), train_small_tokenizer(TEXTS, 400))
+    options = {"data": str(tmp_path / "phantoms"), "slice_cache": str(tmp_path / "cache")}
+    with pytest.raises(FileNotFoundError, match=gone.name):
+        load_datasets(DataArguments(**options), processor, [], False, str(tmp_path))
+    found = load_datasets(DataArguments(**options, on_error="skip"), processor, [], False, str(tmp_path))
+    kept = set(found["train_dataset"].unique("volume"))
+    everything = load_records(str(work / "phantoms"), "train", tasks=DataArguments().tasks).unique("volume")
+    assert {Path(path).name for path in kept} == {Path(path).name for path in everything} - {cut.name, gone.name}
+    assert "couldn't read their 1 volumes" in caplog.text
+    left_out = json.loads((tmp_path / "_records_train.json").read_text(encoding="utf-8"))["left_out"]
+    assert any(gone.name in entry["first"] for entry in left_out)

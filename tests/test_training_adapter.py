@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_run import history, options_of, prepare, run, train_here
 from tiny import tiny_config
 from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
@@ -17,6 +17,7 @@ from samf.data.ct_rate import load_records
 from samf.training.adapter import add_lora, cast_trained, language_model_layers
 from samf.training.arguments import TuningArguments
 from samf.training.parts import PARTS, part_of
+from samf.training.trainer import check_whole
 
 LORA = {"lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.1, "max_steps": 4, "seed": 3}
 
@@ -192,6 +193,28 @@ def test_layers_of_another_language_model_are_found():
 def test_what_cannot_work_is_an_error_that_says_what_to_do(work, options, message):
     with pytest.raises(ValueError, match=message):
         run(work, "never", **options)
+
+
+def test_an_adapter_on_an_adapter_is_an_error_that_says_merge_first(work, trained):
+    with pytest.raises(ValueError, match=r"has an adapter already.*python -m samf.training.adapter .*trained MERGED"):
+        train_here(work, "never", model=trained, **LORA)
+
+
+def test_merging_under_zero_3_is_an_error_before_training(work, monkeypatch):
+    monkeypatch.setattr(train, "is_zero3", lambda plugin: True)
+    with pytest.raises(ValueError, match=r"python -m samf.training.adapter .*never .*never/merged"):
+        train_here(work, "never", **LORA, merge=True)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"), [({}, "there are no tensors"), ({"a": torch.zeros(0, 3), "b": torch.ones(2)}, "1 tensors")]
+)
+def test_weights_of_shards_that_were_not_gathered_are_an_error(tmp_path, weights, message):
+    save_file({"whole": torch.ones(2)}, tmp_path / "a.safetensors")
+    check_whole(tmp_path)
+    save_file(weights, tmp_path / "b.safetensors")
+    with pytest.raises(RuntimeError, match=f"b.safetensors: {message}"):
+        check_whole(tmp_path)
 
 
 def test_the_recipe_of_a_merge_can_be_run_later(trained, tmp_path, batch):

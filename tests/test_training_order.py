@@ -10,9 +10,10 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from small_run import history, prepare, train_here
 from tiny import tiny_model
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from samf.data.mixture import TaskMixture
+from samf.pretraining.resumable import Interruption
 from samf.training import trainer as trainer_module
 from samf.training.parts import PARTS, learning_rates, part_of, split_by_part
 from samf.training.sampling import RecordOrder, group_by_length
@@ -102,6 +103,16 @@ def test_a_finished_run_that_goes_on_has_nothing_to_do(work):
     train_here(work, "finished", **options, resume_from_checkpoint="last")
     assert (work / "finished" / "model.safetensors").read_bytes() == before
     assert [row["step"] for row in history(work / "finished") if "loss" in row] == [1, 2, 3]
+
+
+def test_no_evaluation_stands_between_a_signal_and_its_checkpoint(tmp_path):
+    interruption, control = Interruption(), TrainerControl(should_evaluate=True)
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    interruption.on_step_end(arguments, TrainerState(), control)
+    assert control == TrainerControl(should_evaluate=True)
+    interruption.signal = signal.SIGTERM
+    interruption.on_step_end(arguments, TrainerState(), control)
+    assert control == TrainerControl(should_save=True, should_training_stop=True)
 
 
 class Stop(TrainerCallback):

@@ -1,10 +1,14 @@
 """Several processes against one, sharded weights, and runs that were killed, against unbroken ones."""
 
 import json
+import os
 import random
+import signal
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from fsdp2_training import build, train
@@ -15,6 +19,7 @@ from small_run import options_of, prepare
 from tiny import tiny_batch, tiny_model
 
 from samf import SamfForConditionalGeneration
+from samf.pretraining.resumable import last_checkpoint
 from samf.training.trainer import check_whole
 
 pytestmark = pytest.mark.slow
@@ -49,6 +54,59 @@ def test_two_processes_train_as_one(work, tmp_path, strategy, options):
     weights, others = load_file(tmp_path / "1" / name), load_file(tmp_path / "2" / name)
     for key, value in weights.items():
         torch.testing.assert_close(others[key], value, rtol=0, atol=2e-3, msg=key)
+
+
+def test_two_processes_that_accumulate_train_as_one_that_does(work, tmp_path):
+    """Two processes of two batches a step, and one of four; with the findings' loss and checkpointing."""
+    options = {"max_steps": 6, "learning_rate": 3e-3, "aggregator_dropout": 0.0, "logging_steps": 1}
+    options |= {"finding_names": ["Cardiomegaly", "Pleural effusion"], "gradient_checkpointing": True}
+    options |= {"train_sampling_strategy": "random", "dataloader_drop_last": True}
+    for processes in (1, 2):
+        sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // processes}
+        settings = options_of(work, "", **options, **sizes)
+        run_script("train.py", processes, {**settings, "output_dir": tmp_path / str(processes)})
+    one, two = logged(tmp_path / "1"), logged(tmp_path / "2")
+    assert len(one) == 6
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-4, (one, two)
+
+
+def test_processes_train_on_batches_without_a_volume(work, tmp_path):
+    """A process whose record is text alone leaves parts unused that its fellow's record uses."""
+    options = {"vqa_files": work / "phantoms/dataset/vqa/train_text_vqa.json", "gradient_checkpointing": True}
+    options |= {"train_parts": ["aggregator", "fusion", "language_model"], "cache_embeddings": True}
+    options |= {"slice_cache": tmp_path / "cache", "aggregator_dropout": 0.0, "max_steps": 8, "logging_steps": 1}
+    settings = options_of(work, "", **options, per_device_train_batch_size=1)
+    run_script("train.py", 2, {**settings, "output_dir": tmp_path / "out"})
+    assert len(logged(tmp_path / "out")) == 8
+
+
+def test_a_signal_to_the_whole_group_leaves_a_checkpoint(work, tmp_path, monkeypatch):
+    """As schedulers and terminals send it: to the loader's workers too, which end with their parent."""
+    monkeypatch.setenv("RECORD", str(tmp_path / "batches"))
+    options = options_of(work, "", max_steps=100_000, dataloader_num_workers=2, output_dir=tmp_path / "out")
+    process = subprocess.Popen(
+        command("tests/recorded_training.py", 1, options),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    batches, started = tmp_path / "batches.0", time.monotonic()
+    try:
+        while process.poll() is None and time.monotonic() - started < 120:
+            # Two workers prepare two batches each before the first step.
+            if batches.is_file() and len(batches.read_text(encoding="utf-8").splitlines()) > 5:
+                break
+            time.sleep(0.02)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert last_checkpoint(tmp_path / "out") is not None
+    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=10)[1]
 
 
 @pytest.mark.parametrize(("processes", "strategy"), [(1, "group_by_length"), (1, "random"), (2, "random")])

@@ -68,6 +68,17 @@ def write_with_folder(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def test_runs_of_other_settings_are_not_reused(tmp_path, monkeypatch):
+    monkeypatch.setattr(table3, "train_run", lambda args, run, seed: {"accuracy": 0.5})
+    options = ["--data", "phantoms", "--output", str(tmp_path / "out"), "--runs", "samf_warmup", "--seeds"]
+    main([*options, "0", "--max_steps", "4"])
+    main([*options, "0", "1", "--max_steps", "4"])
+    with pytest.raises(
+        ValueError, match=r"max_steps \(4, now 5\), valid_limit \(None, now 9\)\. Give another --output"
+    ):
+        main([*options, "0", "--max_steps", "5", "--valid_limit", "9"])
+
+
 def test_an_unknown_run_is_an_error_that_lists_them(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--data", "x", "--output", str(tmp_path), "--runs", "samf_warm"])

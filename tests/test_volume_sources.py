@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import logging
+import os
 import threading
 import zipfile
 from functools import partial
@@ -17,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from samf import volume_sources
 from samf.ct_volume import CTReadError, read_ct, to_ct_volume
+from samf.dicom_volume import walk_once
 
 
 def nifti_bytes(shift: int = 0) -> bytes:
@@ -300,6 +302,16 @@ def test_zips_that_are_refused(tmp_path, monkeypatch):
         read_ct(tmp_path / "bomb.zip")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, where every disk is full")
+def test_a_zip_for_which_there_is_no_room_is_not_called_damaged(tmp_path):
+    path = zip_of(tmp_path / "scan.zip", {"scan.nii": nifti_bytes()})
+    folder = tmp_path / "room"
+    folder.mkdir()
+    (folder / "000000").symlink_to("/dev/full")
+    with pytest.raises(CTReadError, match="scan.zip: cannot be unpacked into .*room .No space left.*TMPDIR"):
+        volume_sources.unpack_zip(path, folder)
+
+
 def test_a_zip_that_lies_about_its_size_gives_no_more_than_it_claims(tmp_path):
     data = bytearray(zip_of(tmp_path / "lie.zip", {"a.nii": bytes(1 << 20)}).read_bytes())
     for signature, place in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
@@ -339,6 +351,36 @@ def test_links_are_followed_and_those_that_lead_back_are_not(tmp_path, caplog):
     (folder / "back").symlink_to(study)
     assert read_ct(study).shape == read_ct(folder).shape
     assert "copies" not in caplog.text  # each slice was met once
+
+
+def test_folders_are_walked_once_each(tmp_path):
+    root = tmp_path / ".hidden itself"
+    for name in ("b/2", "b/1", "a/3", ".trash/4", "b/.5"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "a" / "back").symlink_to(root)
+    (root / "c").symlink_to(root / "b")
+    (tmp_path / "elsewhere").mkdir()
+    (root / "d").symlink_to(tmp_path / "elsewhere")
+    walked = [(os.path.relpath(folder, root), names) for folder, names in walk_once(root)]
+    assert walked == [(".", []), ("a", ["3"]), ("b", [".5", "1", "2"]), ("d", [])]
+    with pytest.raises(FileNotFoundError):
+        list(walk_once(root / "nothing"))
+
+
+def test_a_folder_that_can_not_be_listed_is_no_folder_without_slices(tmp_path, monkeypatch):
+    folder = write_series(tmp_path / "series")
+    (folder / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(CTReadError, match="closed: cannot be read .Permission denied"):
+        read_ct(folder)
 
 
 def test_what_is_no_path_at_all():

@@ -70,12 +70,19 @@ def add_lora(
 
     Raises:
         ImportError: peft is missing.
-        ValueError: the language model is none of the trained parts, or `lora_targets` names no layer of it.
+        ValueError: the model has an adapter already, the language model is none of the trained parts, or `lora_targets`
+            names no layer of it.
     """
     try:
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise ImportError("lora_rank needs peft: pip install peft") from error
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"{base} has an adapter already, and lora_rank would put another on it. Merge it first, "
+            f"`python -m samf.training.adapter {base} MERGED`, then --model MERGED."
+        )
     if "language_model" not in train_parts:
         raise ValueError(
             "lora_rank is about the language model, which train_parts doesn't name: add it, or drop lora_rank."

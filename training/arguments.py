@@ -68,6 +68,22 @@ class DataArguments:
             "help": "weights of the tasks in training, e.g. report=1 multiple_choice=1; default: every record once"
         },
     )
+    report_sections: list[str] = field(
+        default_factory=list,
+        metadata={"help": "of CT-RATE's reports: findings (the default), impression, clinical_information"},
+    )
+    reconstructions: str | None = field(
+        default=None, metadata={"help": "of each of CT-RATE's scans: all (the default), first, or sample"}
+    )
+    image_root: str | None = field(
+        default=None, metadata={"help": "folder of the images that the paper's CSVs name; default: the CSV's"}
+    )
+    on_error: str = field(
+        default="stop",
+        metadata={
+            "help": "stop, or skip: leave out, and count, volumes that are missing or that preprocess.py couldn't read"
+        },
+    )
     objective: str = field(default="text", metadata={"help": "text, or findings: the findings head's loss alone"})
     finding_labels: str = field(
         default="auto",
@@ -83,7 +99,12 @@ class DataArguments:
     valid_limit: int | None = field(default=None, metadata={"help": "most validation records to measure the loss on"})
 
     def __post_init__(self):
-        for name, choices in {"objective": ("text", "findings"), "finding_labels": ("auto", "rules")}.items():
+        choices_of = {
+            "objective": ("text", "findings"),
+            "finding_labels": ("auto", "rules"),
+            "on_error": ("stop", "skip"),
+        }
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, choices))}.")
         if unknown := sorted(set(parse_weights(self.mixture)) - set(self.tasks)):

@@ -1,22 +1,25 @@
 """The records that stage 3 trains and is measured on, and where their volumes come from."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from samf.data.cache_ledger import Ledger, look_at
 from samf.data.collator import VolumeStore
 from samf.data.ct_rate import CT_RATE_LABELS, check_patient_overlap, load_records
 from samf.data.embedding_cache import EmbeddingCache
 from samf.data.lengths import add_lengths
 from samf.data.mixture import TaskMixture, parse_weights
 from samf.data.slice_cache import SliceCache
-from samf.data.volume_lists import VolumeKey
+from samf.data.volume_lists import VolumeKey, distinct_volumes
 from samf.evaluation.finding_labeller import label_report
 from samf.evaluation.generation import shuffle_volumes
+from samf.evaluation.processes import Processes
 from samf.modeling_samf import SamfForConditionalGeneration
 from samf.processing_samf import SamfProcessor
 from samf.training.arguments import DataArguments
@@ -34,13 +37,16 @@ def load_datasets(
     A model that doesn't look at the volume has the same loss on both. With text, the validation loss is the text's alone.
     What was read and what was left out is counted in `output_dir`, in files that Trainer doesn't push: they name volumes.
     """
-    options = {"tasks": args.tasks, "finding_names": finding_names}
+    options = {"tasks": args.tasks, "finding_names": finding_names, **chosen_options(args)}
     vqa_files = {"vqa_files": args.vqa_files} if args.vqa_files else {}
     train = load_records(
         args.data, "train", **options, **vqa_files, counts_file=Path(output_dir, COUNTS.format("train"))
     )
     valid = load_records(args.data, "valid", **options, counts_file=Path(output_dir, COUNTS.format("valid")))
     check_patient_overlap(train, valid)
+    if args.on_error == "skip" and args.slice_cache is not None:
+        cache = SliceCache(args.slice_cache, processor.image_processor)
+        train, valid = (without_failed(part, cache) for part in (train, valid))
     train, valid = (
         label_findings(part, args, name, finding_names) for name, part in (("train", train), ("valid", valid))
     )
@@ -55,6 +61,34 @@ def load_datasets(
     return {"train_dataset": train, "eval_dataset": {"own": valid, "shuffled": shuffle_volumes(valid, seed=0)}}
 
 
+def chosen_options(args: DataArguments) -> dict[str, Any]:
+    """Options of `load_records` that were given, and its own defaults where they weren't."""
+    given = {name: getattr(args, name) for name in ("report_sections", "reconstructions", "image_root")}
+    options = {name: value for name, value in given.items() if value}
+    return {**options, "on_missing": "skip"} if args.on_error == "skip" else options
+
+
+def without_failed(records: datasets.Dataset, cache: SliceCache) -> datasets.Dataset:
+    """The records without those whose volume `preprocess.py` found that it can't read with these settings."""
+    failed = Ledger(cache.folder, "slices").keys()[1]
+    if not failed:
+        return records
+    volumes = [volume.path for volume in look_at(distinct_volumes(records), cache) if volume.key in failed]
+    if not volumes:
+        return records
+    unread = set(volumes)
+    rows = [index for index, path in enumerate(records["volume"][:]) if path not in unread]
+    logger.warning(
+        "%d of %d records left out: preprocess.py couldn't read their %d volumes (first: %s); failures.jsonl in %s says why",
+        len(records) - len(rows),
+        len(records),
+        len(volumes),
+        volumes[0],
+        cache.folder,
+    )
+    return records.select(rows)
+
+
 def label_findings(
     records: datasets.Dataset, args: DataArguments, split: str, finding_names: Sequence[str]
 ) -> datasets.Dataset:
@@ -65,7 +99,8 @@ def label_findings(
     """
     if not finding_names:
         return records
-    labelled = any(map(len, records["finding_labels"][:]))
+    labels = records.select_columns("finding_labels").iter(1000)
+    labelled = any(len(row) for batch in labels for row in batch["finding_labels"])
     if labelled and args.finding_labels == "auto":
         return records
     if unknown := sorted(set(finding_names) - set(CT_RATE_LABELS)):
@@ -73,7 +108,7 @@ def label_findings(
             f"finding_names has {unknown}, which {args.data} has no label file for and the rules can't read in reports; "
             f"they read {', '.join(CT_RATE_LABELS)}."
         )
-    reports = load_records(args.data, split, tasks=("report",))
+    reports = load_records(args.data, split, tasks=("report",), **chosen_options(args))
     found: dict[str, list[int]] = {}
     for scan, text in zip(reports["scan_id"][:], reports["answer"][:], strict=True):
         labels = label_report(text)
@@ -82,6 +117,12 @@ def label_findings(
     logger.warning("%s: findings of %d scans labelled by rules from their reports", split, len(found))
     feature = records.features["finding_labels"]
     return records.remove_columns("finding_labels").add_column("finding_labels", rows, feature=feature)
+
+
+def holds_text_alone(*splits: datasets.Dataset | Mapping[str, datasets.Dataset] | None) -> bool:
+    """Whether some records have no volume: a batch of them leaves the parts before the language model unused."""
+    parts = [part for split in splits for part in (split.values() if isinstance(split, dict) else [split])]
+    return any("volume" in getattr(part, "column_names", ()) and None in part["volume"][:] for part in parts)
 
 
 def build_mixture(args: DataArguments, records: datasets.Dataset, training: TrainingArguments) -> TaskMixture | None:
@@ -131,8 +172,8 @@ def build_volume_store(
     if "slice_encoder" in trained:
         raise ValueError("cache_embeddings needs a frozen slice encoder: leave slice_encoder out of train_parts.")
     embeddings = EmbeddingCache(args.slice_cache, slices, model.model)
-    state = PartialState()
-    model.model.slice_encoder.to(state.device)
-    embeddings.fill(volumes[state.process_index :: state.num_processes])
-    state.wait_for_everyone()
+    processes = Processes()  # whose waiting has no limit that the slowest share could exceed
+    model.model.slice_encoder.to(PartialState().device)
+    embeddings.fill(volumes[processes.rank :: processes.count])
+    processes.wait()
     return embeddings

@@ -126,7 +126,8 @@ def score_samples(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def preserved_random_state() -> Iterator[None]:
     """Python's, NumPy's and torch's generators are afterwards as they were before."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
+    with torch.random.fork_rng(devices):  # this process's own: to ask for all would start work on each
         yield
     random.setstate(python)
     np.random.set_state(numpy)

@@ -4,7 +4,7 @@
     python -m samf.training.table3 --data runs/phantoms --seeds 0 1 2 --output runs/table3
 
 A run is one recipe, or one of the variants of a recipe, with one seed; what is finished is kept, so a broken call goes on where
-it ended. `table.md` has the mean and standard deviation over the seeds.
+it ended; other settings need another output folder. `table.md` has the mean and standard deviation over the seeds.
 """
 
 import argparse
@@ -245,6 +245,25 @@ def write_table(output: Path, results: Mapping[str, Sequence[Mapping[str, float]
     return table
 
 
+def check_settings(args: argparse.Namespace) -> None:
+    """Note what all runs of an output folder share.
+
+    Raises:
+        ValueError: the folder holds runs of other settings.
+    """
+    file = args.output / "settings.json"
+    settings = {name: getattr(args, name) for name in ("max_steps", "language_steps", "warmup_steps", "valid_limit")}
+    settings = {"data": str(args.data.resolve()), **settings}
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        other = [
+            f"{name} ({found.get(name)}, now {value})" for name, value in settings.items() if found.get(name) != value
+        ]
+        if other:
+            raise ValueError(f"{args.output} holds runs of other settings: {', '.join(other)}. Give another --output.")
+    write_atomic(file, json.dumps(settings, indent=2) + "\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -252,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write("\n".join(args.runs) + "\n")
         return
     args.output.mkdir(parents=True, exist_ok=True)
+    check_settings(args)
     results: dict[str, list[dict[str, float]]] = {}
     for seed in args.seeds:  # every run once before any has a second seed
         for name in args.runs:

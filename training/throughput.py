@@ -32,22 +32,22 @@ class CountingCollator:
 
 @torch.no_grad()
 def batch_work(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What a batch holds, as a float64 tensor in the order of Work's fields; nothing waits for the device."""
+    """What a batch holds, as an int64 tensor in the order of Work's fields; nothing waits for the device."""
     pixels, embeddings = inputs.get("pixel_values"), inputs.get("slice_embeddings")
     volumes = pixels if pixels is not None else embeddings
     tokens = inputs.get("input_ids")
     some = volumes if volumes is not None else tokens
-    zeros = torch.zeros(some.shape[0], dtype=torch.float64, device=some.device)  # (B,)
+    zeros = torch.zeros(some.shape[0], dtype=torch.int64, device=some.device)  # (B,)
     slices, mask = zeros, inputs.get("slice_mask")
     if volumes is not None:
-        slices = zeros + volumes.shape[1] if mask is None else mask.sum(dim=1).double()
+        slices = zeros + volumes.shape[1] if mask is None else mask.sum(dim=1)
     length, text = zeros, zeros
     if tokens is not None:
         attention = inputs.get("attention_mask")
-        length = zeros + tokens.shape[1] if attention is None else attention.sum(dim=1).double()
+        length = zeros + tokens.shape[1] if attention is None else attention.sum(dim=1)
         text = length * (slices > 0)
     seen = slices if pixels is not None else zeros
-    present = (slices > 0).double()
+    present = (slices > 0).long()
     columns = [zeros + (tokens is not None), present, slices, seen, length, length**2, text, text * slices]
     columns.append(((slices + 1) * present) ** 2)
     return torch.stack([column.sum() for column in columns])
@@ -74,12 +74,12 @@ class Throughput:
 
     def restart(self) -> None:
         """Forget what was counted; time starts now."""
-        self.work: torch.Tensor | float = 0.0
+        self.work: torch.Tensor | int = 0
         self.seconds, self._since = 0.0, self.clock()
 
     def count(self, inputs: dict[str, torch.Tensor]) -> None:
         """Add a batch, and take its `truncated` out."""
-        self.truncated = self.truncated + inputs.pop(TRUNCATED, torch.zeros(1)).sum()
+        self.truncated = self.truncated + inputs.pop(TRUNCATED, torch.zeros(1, dtype=torch.int64)).sum()
         self.work = self.work + batch_work(inputs)
 
     @contextmanager
@@ -105,8 +105,8 @@ class Throughput:
         if not isinstance(self.work, torch.Tensor):
             return {}
         seconds = max(self.seconds + self.clock() - self._since, 1e-9)
-        counted = torch.cat([self.work, torch.as_tensor(self.truncated).double().to(self.work.device).view(1)])
-        counted = reduce(counted.float()).tolist()  # float64 isn't on every device
+        counted = torch.cat([self.work, torch.as_tensor(self.truncated).to(self.work.device).view(1)])
+        counted = reduce(counted.float()).tolist()
         work = Work(**dict(zip([field.name for field in fields(Work)], counted[:-1], strict=True)))
         report = {
             "tokens_per_second": work.tokens / seconds,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import DeepSpeedPlugin
 from huggingface_hub import HfApi
 from safetensors import safe_open
 from torch import nn
@@ -24,6 +24,7 @@ from samf.pretraining.resumable import SetEpoch, StoppableTrainer
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments
 from samf.training.flops import StepFlops, can_count, known_peak
 from samf.training.parts import learning_rates, split_by_part
+from samf.training.records import holds_text_alone
 from samf.training.samples import SampleWriter, show_on_tensorboard
 from samf.training.sampling import RecordOrder
 from samf.training.sight import SliceWeights, measure_gap, warn_of_blindness
@@ -64,7 +65,14 @@ class SamfTrainer(StoppableTrainer):
         flops = StepFlops(self.model) if can_count(self.model) else None
         self.throughput = Throughput(flops, self.monitor.peak_tflops or _known_peak(self.args.device))
         self._set_epoch: SetEpoch | None = None
-        if samples is not None and (self.is_fsdp_enabled or _shards_weights(self.accelerator)):
+        shards = self.is_fsdp_enabled or is_zero3(getattr(self.accelerator.state, "deepspeed_plugin", None))
+        if shards and holds_text_alone(self.train_dataset, self.eval_dataset):
+            raise ValueError(
+                "Some records have no volume, and this launcher shards the weights: processes whose batches use other parts "
+                "than their fellows' would wait for each other for ever. Leave text-only records out (tasks, vqa_files), or "
+                "start with recipes/accelerate/ddp.yaml."
+            )
+        if samples is not None and shards:
             raise ValueError(
                 "generate_samples needs whole weights on every process, and this launcher shards them: leave it out and "
                 "answer with eval.py afterwards, or start with recipes/accelerate/ddp.yaml."
@@ -84,7 +92,7 @@ class SamfTrainer(StoppableTrainer):
         strategy = self.args.train_sampling_strategy
         if strategy not in ("random", "group_by_length") or not hasattr(records, "__len__"):
             return super()._get_train_sampler(train_dataset)
-        lengths = list(records[self.args.length_column_name]) if strategy == "group_by_length" else None
+        lengths = records[self.args.length_column_name][:] if strategy == "group_by_length" else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         order = RecordOrder(len(records), seed, lengths, step, self.mixture)
@@ -180,7 +188,9 @@ class SamfTrainer(StoppableTrainer):
             if push is not None and (self.args.hub_always_push or readme.parent == Path(self.args.output_dir)):
                 push.wait_until_done()  # or files would change while they are uploaded
             if is_sharded(self.model):
-                self._save(str(readme.parent), state_dict=whole_state_dict(self.model))
+                state = whole_state_dict(self.model)  # every process takes part, the main one gets it
+                if self.args.should_save or getattr(self, "is_distributed_loading_by_transformers", False):
+                    self._save(str(readme.parent), state_dict=state)
             else:
                 super().save_model(output_dir, _internal_call=True)
             if self.args.should_save:
@@ -218,8 +228,8 @@ class SamfTrainer(StoppableTrainer):
             shutil.copyfile(found, folder / README)
 
 
-def _shards_weights(accelerator: Accelerator) -> bool:
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+def is_zero3(plugin: DeepSpeedPlugin | None) -> bool:
+    """Whether DeepSpeed holds the weights in shards."""
     return plugin is not None and plugin.zero_stage == 3
 
 
@@ -234,13 +244,15 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_whole(folder: str | Path) -> None:
-    """Raise RuntimeError where a folder's weights have a tensor without elements: what a shard's placeholder looks like."""
+    """Raise RuntimeError where a folder's weights have no tensor, or one without elements: a shard's placeholder."""
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            empty = [name for name in weights.keys() if 0 in weights.get_slice(name).get_shape()]  # noqa: SIM118
-        if empty:
+            names = list(weights.keys())
+            empty = [name for name in names if 0 in weights.get_slice(name).get_shape()]
+        if empty or not names:
+            found = f"{len(empty)} tensors are empty ({empty[0]} first)" if empty else "there are no tensors"
             raise RuntimeError(
-                f"{file}: {len(empty)} tensors are empty ({empty[0]} first). The weights were saved from shards that weren't "
+                f"{file}: {found}. The weights were saved from shards that weren't "
                 "gathered; with ZeRO-3, set zero3_save_16bit_model as recipes/accelerate/deepspeed_zero3.yaml does."
             )
 
