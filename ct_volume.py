@@ -37,6 +37,7 @@ from .volume_files import (
     CTReadError,
     StoredVolume,
     check_dtype,
+    is_disk_error,
     nifti_affines,
     nifti_header_size,
     nifti_zooms,
@@ -370,6 +371,10 @@ def _from_nibabel(image: Any) -> StoredVolume:
             raise EOFError
         array = np.asanyarray(proxy.get_unscaled() if lazy else proxy)
     except (EOFError, MemoryError, OSError, OverflowError, ValueError, zlib.error) as error:
+        if is_disk_error(error) and not isinstance(error, FileNotFoundError):
+            raise CTReadError(
+                f"{source}: its file cannot be read ({error.strerror}). Check its permissions and its disk."
+            ) from error
         raise CTReadError(
             f"{source}: its voxels cannot be read ({type(error).__name__}): its file ends early, is damaged or has gone. "
             f"Fetch or write it anew."

@@ -25,6 +25,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from samf.data.ct_rate import load_records
+from samf.data.processes import (
+    Processes,
+    default_device,
+    is_first_process,
+    join_processes,
+    leave_processes,
+)
 from samf.data.slice_cache import SliceCache
 from samf.evaluation.generation import (
     PREDICTIONS,
@@ -36,13 +43,6 @@ from samf.evaluation.generation import (
 )
 from samf.evaluation.judge import REPLIES, JudgeError, build_judge, judge_predictions, judge_table
 from samf.evaluation.multiple_choice import not_rotated, position_bias, rotated_records
-from samf.evaluation.processes import (
-    Processes,
-    default_device,
-    is_first_process,
-    join_processes,
-    leave_processes,
-)
 from samf.evaluation.scoring import RECORD_COUNTS, TASKS, read_predictions, results_table, write_atomic, write_results
 from samf.recipe import parse_recipe
 

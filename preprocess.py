@@ -35,10 +35,11 @@ from samf.data.preprocessing import (
     fill_slices,
     verify,
 )
+from samf.data.processes import default_device, local_rank
 from samf.data.slice_cache import RECORD_VERSION, SliceCache
+from samf.data.slice_settings import load_image_processor
 from samf.data.volume_lists import SPLITS, find_volumes
 from samf.data.workers import usable_cores
-from samf.evaluation.processes import default_device, local_rank
 from samf.image_processing_samf import EXTRACT_VERSION, FIELDS, PRESETS, SLABS, SamfImageProcessor
 from samf.modeling_samf import SamfForConditionalGeneration, SamfModel
 from samf.pretraining.contrast import build_slices_model
@@ -102,18 +103,11 @@ def build_image_processor(args: argparse.Namespace) -> SamfImageProcessor:
         "slab": args.slab,
         "size": args.image_size,
     }
-    settings = {name: value for name, value in settings.items() if value is not None}
-    source = args.processor or args.embeddings
-    if args.processor or (source and has_image_processor(source)):
-        return SamfImageProcessor.from_pretrained(source, **settings)
-    return SamfImageProcessor(**settings)
-
-
-def has_image_processor(source: str) -> bool:
-    """Whether training would cut slices by the settings of this encoder: of a folder that has some, of any SAMF model."""
-    if Path(source).is_dir():
-        return any(Path(source, f"{kind}_config.json").is_file() for kind in ("preprocessor", "processor"))
-    return AutoConfig.from_pretrained(source).model_type == "samf"
+    if args.processor:
+        return SamfImageProcessor.from_pretrained(
+            args.processor, **{name: value for name, value in settings.items() if value is not None}
+        )
+    return load_image_processor(args.embeddings, **settings)
 
 
 def build_slice_encoder(args: argparse.Namespace) -> SamfModel:

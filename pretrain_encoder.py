@@ -17,6 +17,7 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments, ViTConfig, ViTModel, set_seed
 
 from samf.data.slice_images import SliceSets, slice_sets, some_slices
+from samf.data.slice_settings import has_slice_settings
 from samf.image_processing_samf import SamfImageProcessor
 from samf.pretraining.dino import DinoArguments
 from samf.pretraining.dino_trainer import DinoTrainer
@@ -105,7 +106,7 @@ def build_image_processor(args: EncoderArguments) -> SamfImageProcessor:
     """The encoder's own, if it has one in its folder; `size` follows the encoder."""
     if args.encoder is None:
         return SamfImageProcessor(slices_per_plane=args.slices_per_plane, slab=args.slab, size=args.image_size)
-    if (Path(args.encoder) / "preprocessor_config.json").is_file():
+    if has_slice_settings(args.encoder):
         return SamfImageProcessor.from_pretrained(args.encoder)
     size = AutoConfig.from_pretrained(args.encoder).image_size
     return SamfImageProcessor(slices_per_plane=args.slices_per_plane, slab=args.slab, size=size)

@@ -16,9 +16,9 @@ from pathlib import Path
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from samf.data.collator import SamfCollator, VolumeStore
+from samf.data.processes import Processes
 from samf.data.volume_lists import distinct_volumes
 from samf.evaluation.generation import GenerationSettings
-from samf.evaluation.processes import Processes
 from samf.model_card import hub_id
 from samf.pretraining.resumable import checkpoint_to_resume, train_to_end
 from samf.processing_samf import SamfProcessor
@@ -110,11 +110,14 @@ def main(argv: list[str] | None = None) -> None:
     data = load_datasets(
         data_args, processor, model.config.finding_names, with_lengths=by_length, output_dir=training.output_dir
     )
-    if training.ddp_find_unused_parameters is None and holds_text_alone(data["train_dataset"]):
-        training.ddp_find_unused_parameters = True  # Trainer's choice with checkpointing is False
+    # A batch without volumes or without labels uses less than the whole model; Trainer's choice with checkpointing is False.
+    if training.ddp_find_unused_parameters is None and (
+        model.config.finding_names or holds_text_alone(data["train_dataset"])
+    ):
+        training.ddp_find_unused_parameters = True
     cached = (data["train_dataset"], data["eval_dataset"]["own"]) if data_args.cache_embeddings else ()
     volumes = distinct_volumes(*cached)
-    store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes)
+    store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes, training.device)
     collator = SamfCollator(processor, slice_cache=store, max_length=data_args.max_length, findings_only=findings_only)
     trainer = SamfTrainer(
         card=card,

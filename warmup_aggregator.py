@@ -20,14 +20,14 @@ from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from samf.data.embedding_cache import EmbeddingCache
 from samf.data.slice_cache import SliceCache
 from samf.data.slice_images import Scan, fill_slice_cache, find_scans
-from samf.image_processing_samf import SamfImageProcessor
+from samf.data.slice_settings import load_image_processor
 from samf.modeling_samf import SamfModel
+from samf.pretraining.aggregator_arguments import AggregatorArguments
 from samf.pretraining.contrast import ContrastTrainer, build_slices_model
 from samf.pretraining.resumable import train_to_end
 from samf.recipe import parse_recipe
@@ -36,12 +36,9 @@ logger = logging.getLogger("samf.warmup_aggregator")
 
 
 @dataclass
-class WarmupArguments:
-    """The aggregator, by the same names and defaults as in `train.py`, and the scans it learns from."""
+class WarmupArguments(AggregatorArguments):
+    """The aggregator over a frozen slice encoder, and the scans it learns from."""
 
-    slice_encoder: str = field(
-        default="facebook/dino-vitb16", metadata={"help": "folder or Hub id of the slice encoder, which stays frozen"}
-    )
     data: list[str] = field(default_factory=list, metadata={"help": "CT-RATE's folder, or folders of CTs"})
     slice_cache: str | None = field(
         default=None, metadata={"help": "keeps slices and their embeddings; default: slices, in the output folder"}
@@ -51,18 +48,6 @@ class WarmupArguments:
     valid_share: float = field(default=0.1, metadata={"help": "of the patients, where there is no validation split"})
     adjacent_slices: int = field(default=8, metadata={"help": "slices of a run; a pair is two runs, of two planes"})
     temperature: float = field(default=0.1)
-    slice_position_scope: str = field(default="aggregator", metadata={"help": "none, aggregator or all"})
-    volume_dim: int = field(default=256, metadata={"help": "width of the volume embedding"})
-    aggregator_num_heads: int = field(default=8)
-    aggregator_ffn_dim: int = field(default=1024)
-    aggregator_dropout: float = field(default=0.1)
-    initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of new weights"})
-    vision_chunk_size: int | None = field(default=None, metadata={"help": "most slices the encoder reads in one call"})
-    slices_per_plane: int | None = field(default=None, metadata={"help": "the image processor's; its default is 24"})
-    slab: str | None = field(default=None, metadata={"help": "none, mean or mip over the voxels between two slices"})
-    image_size: int | None = field(
-        default=None, metadata={"help": "pixels a side; the image processor's default is 224"}
-    )
     dtype: str = field(default="auto", metadata={"help": "of the slice encoder: auto, float32 or bfloat16"})
 
 
@@ -72,21 +57,12 @@ MODEL_SETTINGS = (
 )
 
 
-def build_image_processor(args: WarmupArguments) -> SamfImageProcessor:
-    """The slice encoder's, if it has one in its folder, with the settings that are given here."""
-    settings = {"slices_per_plane": args.slices_per_plane, "slab": args.slab, "size": args.image_size}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    if (Path(args.slice_encoder) / "preprocessor_config.json").is_file():
-        return SamfImageProcessor.from_pretrained(args.slice_encoder, **settings)
-    return SamfImageProcessor(**settings)
-
-
 def embed_scans(
     args: WarmupArguments, model: SamfModel, output_dir: str
 ) -> tuple[dict[str, list[Scan]], EmbeddingCache]:
     """The scans that can be read, and a cache with all their embeddings; each process makes its share."""
     folder = args.slice_cache or Path(output_dir, "slices")
-    slices = SliceCache(folder, build_image_processor(args))
+    slices = SliceCache(folder, load_image_processor(args.slice_encoder, **args.slice_settings()))
     scans = find_scans(args.data, on_missing=args.on_missing, valid_share=args.valid_share)
     kept = set(
         fill_slice_cache(
@@ -95,9 +71,7 @@ def embed_scans(
     )
     scans = {split: keep_volumes(part, kept) for split, part in scans.items()}
     embeddings = EmbeddingCache(folder, slices, model)
-    state = PartialState()
-    embeddings.fill(sorted(kept)[state.process_index :: state.num_processes])
-    state.wait_for_everyone()
+    embeddings.fill_together(sorted(kept))
     return scans, copy(embeddings)  # a copy is without the model
 
 

@@ -7,9 +7,7 @@ slows both. Medians and quartiles are stated, never a single time.
 import math
 import os
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +17,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from samf.training.memory import peak_bytes, peak_resident
 
 MEASURED_PACKAGES = (
     *("samf", "torch", "transformers", "accelerate", "peft", "torchao", "safetensors"),
@@ -133,16 +133,11 @@ def resident() -> int:
     return int(facts.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_resident() -> int:
-    """The most bytes of memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def peak_memory(device: torch.device) -> list[Figure]:
     """The most memory that this process has held so far: resident, and on the GPU if it uses one."""
     figures = [Figure("peak resident memory", "GB", [peak_resident() / 1e9])]
     if device.type == "cuda":
-        figures.append(Figure("peak GPU memory", "GB", [torch.cuda.max_memory_allocated(device) / 1e9]))
+        figures.append(Figure("peak GPU memory", "GB", [peak_bytes(device) / 1e9]))
     return figures
 
 

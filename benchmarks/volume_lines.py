@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from samf.benchmarks.measuring import Figure, peak_resident, ratios, resident
+from samf.benchmarks.measuring import Figure, ratios, resident
 from samf.benchmarks.workloads import Settings
 from samf.ct_volume import CTVolume, read_ct
 from samf.data.phantom_volume import make_phantom
 from samf.data.slice_cache import SliceCache
 from samf.image_processing_samf import SamfImageProcessor
+from samf.training.memory import peak_resident
 
 try:
     from isal import igzip

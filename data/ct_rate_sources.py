@@ -2,6 +2,7 @@
 
 import logging
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from huggingface_hub import get_token, hf_hub_download, try_to_load_from_cache
@@ -24,7 +25,7 @@ HUB_NAME = re.compile(
 )
 
 
-class CtRateSource:
+class CtRateSource(ABC):
     """The tables and volumes of one split of CT-RATE.
 
     Args:
@@ -42,13 +43,13 @@ class CtRateSource:
         files = (self.file(f"{folder}/{stem}_{ending}") for stem in stems)
         return next((file for file in files if file is not None), None)
 
+    @abstractmethod
     def file(self, name: str) -> Path | None:
         """A file below the root, on this machine; None where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def locate(self, name: str) -> str:
         """A volume's path or address; a name that isn't CT-RATE's is taken as a path below the root."""
-        raise NotImplementedError
 
     @property
     def reports(self) -> Path | None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from samf.data.processes import Processes
 from samf.data.slice_cache import (
     Identity,
     SliceCache,
@@ -83,6 +84,12 @@ class EmbeddingCache:
         ahead = self.slices_ahead(missing, workers)
         for (path, rescale), slices in tqdm(ahead, total=len(missing), desc="embedding slices"):
             write_record(self.record_path(path, rescale=rescale), self.encode(slices))
+
+    def fill_together(self, volumes: Sequence[VolumeKey]) -> None:
+        """`fill`, every process its share; all must call, and go on when all are done, however long a share takes."""
+        processes = Processes()
+        self.fill(volumes[processes.rank :: processes.count])
+        processes.wait()
 
     def slices_ahead(
         self, volumes: Sequence[VolumeKey], num_workers: int

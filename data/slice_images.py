@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from samf.ct_volume import CTReadError
 from samf.data.ct_rate import VolumeName, patient_of
+from samf.data.processes import Processes
 from samf.data.slice_cache import SliceCache, read_record
 from samf.data.volume_lists import VolumeKey, find_volumes, volumes_by_split
 from samf.data.workers import process_pool
@@ -305,7 +306,7 @@ def fill_slice_cache(cache: SliceCache, volumes: Sequence[VolumeKey], on_error: 
                     raise CTReadError(failure)
                 if failure:
                     logger.warning("skipped: %s", failure)
-    state.wait_for_everyone()
+    Processes().wait()
     kept = [key for key in volumes if _has_file(cache, key)]
     if len(kept) < len(volumes):
         logger.warning("%d of %d volumes couldn't be read and are left out", len(volumes) - len(kept), len(volumes))

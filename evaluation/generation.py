@@ -28,6 +28,7 @@ from transformers import set_seed
 
 from samf.data.collator import SamfCollator
 from samf.data.ct_rate import patient_of
+from samf.data.processes import Processes, is_first_process
 from samf.data.prompts import record_prompt
 from samf.data.slice_cache import SliceCache
 from samf.evaluation.answer_folder import (
@@ -39,7 +40,6 @@ from samf.evaluation.answer_folder import (
     read_lines,
 )
 from samf.evaluation.option_likelihood import OptionCollator, answer_log_likelihoods, option_texts
-from samf.evaluation.processes import Processes, is_first_process
 from samf.evaluation.scoring import score_predictions, write_results
 from samf.evaluation.volume_readers import EncodedVolumes, ReadAhead, VolumeMemo
 

@@ -18,12 +18,12 @@ from samf.benchmarks.measuring import (
     MOST_ROUNDS,
     Figure,
     Stopwatch,
-    peak_resident,
     ratios,
     resident,
     summarise,
 )
 from samf.ct_volume import CTVolume, read_ct
+from samf.training.memory import peak_resident
 
 CPU = torch.device("cpu")
 

@@ -693,6 +693,17 @@ def test_what_the_system_will_not_read_is_not_called_damaged(tmp_path, monkeypat
     assert str(path) in str(error.value) and "damaged" not in str(error.value)
 
 
+def test_nor_is_a_lazy_nibabel_image(tmp_path, monkeypatch):
+    image = nib.load(save_nifti(tmp_path / "scan.nii.gz", ramp()))
+
+    def refuse(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(type(image.dataobj), "get_unscaled", refuse)
+    with pytest.raises(CTReadError, match="scan.nii.gz: its file cannot be read .Input/output error"):
+        to_ct_volume(image)
+
+
 def test_every_flipped_bit_of_a_compressed_body_is_noticed(tmp_path):
     data = save_nifti(tmp_path / "good.nii.gz", ramp((16, 16, 16))).read_bytes()
     expected = read_ct(tmp_path / "good.nii.gz").hu.copy()

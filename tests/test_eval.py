@@ -24,6 +24,7 @@ from transformers import TrainingArguments
 from samf import eval as eval_script
 from samf.data.collator import SamfCollator
 from samf.data.ct_rate import FEATURES, load_records, patient_of
+from samf.data.processes import default_device
 from samf.data.prompts import record_prompt
 from samf.evaluation import generation
 from samf.evaluation.answer_folder import AnswerFolder, ResumeError
@@ -36,7 +37,6 @@ from samf.evaluation.generation import (
     shuffle_volumes,
 )
 from samf.evaluation.option_likelihood import OptionCollator, answer_log_likelihoods, option_rows
-from samf.evaluation.processes import default_device
 from samf.evaluation.scoring import read_predictions
 from samf.evaluation.volume_readers import EncodedVolumes, ReadAhead, VolumeMemo
 from samf.recipe import RecipeError, parse_recipe
@@ -817,7 +817,7 @@ SLOW_RUN = """
 import sys, time
 import torch
 from test_eval import ByteCollator, ByteProcessor, EchoModel, GenerationSettings, generate_predictions, many_records
-from samf.evaluation.processes import join_processes, leave_processes
+from samf.data.processes import join_processes, leave_processes
 
 class Slow(EchoModel):
     def generate(self, **inputs):

@@ -27,7 +27,7 @@ from transformers import ViTConfig, ViTModel
 
 from samf import SamfForConditionalGeneration, preprocess
 from samf.ct_volume import CTReadError, read_ct
-from samf.data import preprocessing, slice_cache
+from samf.data import preprocessing, slice_cache, slice_settings
 from samf.data.cache_ledger import Ledger, Shard, Volume
 from samf.data.claims import Claims
 from samf.data.ct_rate import load_ct_rate
@@ -637,7 +637,7 @@ def test_a_models_own_slice_settings_count_by_its_name_on_the_hub(monkeypatch):
     """Of a SAMF model; another encoder's settings aren't ours, and `train.py` doesn't take them either."""
     kinds = {"someone/samf": "samf", "someone/vit": "vit"}
     config = type("Config", (), {"from_pretrained": lambda name: type("C", (), {"model_type": kinds[name]})})
-    monkeypatch.setattr(preprocess, "AutoConfig", config)
+    monkeypatch.setattr(slice_settings, "AutoConfig", config)
     ours = SamfImageProcessor(slices_per_plane=3, size=32)
     monkeypatch.setattr(SamfImageProcessor, "from_pretrained", lambda name, **_: {"someone/samf": ours}[name])
     for name, expected in (("someone/samf", ours), ("someone/vit", SamfImageProcessor())):
@@ -651,6 +651,18 @@ def test_a_models_folder_has_its_slice_settings_within_those_of_its_processor(tm
     (tmp_path / "processor_config.json").write_text(saved, encoding="utf-8")
     args = preprocess.parse_args(["data", "--cache=cache", f"--embeddings={tmp_path}"])
     assert preprocess.build_image_processor(args).settings_hash() == ours.settings_hash()
+
+
+@pytest.mark.parametrize("slices", [None, 5])
+def test_an_encoders_settings_for_photographs_are_not_slice_settings(slices, tmp_path):
+    """A downloaded ViT has a preprocessor_config.json of its own, for three colours and one picture."""
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 2, "size": 224}),
+        encoding="utf-8",
+    )
+    expected = SamfImageProcessor() if slices is None else SamfImageProcessor(slices_per_plane=slices)
+    found = slice_settings.load_image_processor(str(tmp_path), slices_per_plane=slices)
+    assert found.settings_hash() == expected.settings_hash()
 
 
 # ---- parts ---------------------------------------------------------------------------------------------------------

@@ -5,17 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from samf.data.mixture import parse_weights
+from samf.pretraining.aggregator_arguments import AggregatorArguments
 from samf.training.parts import PARTS, check_parts
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(AggregatorArguments):
     """What is trained. `model` continues a SAMF model; the other fields build a new one."""
 
     model: str | None = field(default=None, metadata={"help": "folder or Hub id of a SAMF model to continue"})
-    slice_encoder: str = field(
-        default="facebook/dino-vitb16", metadata={"help": "folder or Hub id of the slice encoder"}
-    )
     text_model: str = field(
         default="microsoft/Phi-3-mini-4k-instruct", metadata={"help": "folder or Hub id of the language model"}
     )
@@ -25,19 +23,7 @@ class ModelArguments:
         default="prompt",
         metadata={"help": "prompt, or sequence: the published leak of the answer into the image tokens"},
     )
-    slice_position_scope: str = field(default="aggregator", metadata={"help": "none, aggregator or all"})
     num_image_tokens: int = field(default=256, metadata={"help": "image tokens a volume; slice_tokens has one a slice"})
-    volume_dim: int = field(default=256, metadata={"help": "width of the volume embedding"})
-    aggregator_num_heads: int = field(default=8)
-    aggregator_ffn_dim: int = field(default=1024)
-    aggregator_dropout: float = field(default=0.1)
-    initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of new weights"})
-    vision_chunk_size: int | None = field(default=None, metadata={"help": "most slices the encoder reads in one call"})
-    slices_per_plane: int | None = field(default=None, metadata={"help": "the image processor's; its default is 24"})
-    slab: str | None = field(default=None, metadata={"help": "none, mean or mip over the voxels between two slices"})
-    image_size: int | None = field(
-        default=None, metadata={"help": "pixels a side; the image processor's default is 224"}
-    )
     finding_names: list[str] = field(default_factory=list, metadata={"help": "labels of the findings head"})
     finding_loss_weight: float = field(default=1.0)
     aggregator: str | None = field(default=None, metadata={"help": "what warmup_aggregator.py wrote: start from it"})

@@ -2,12 +2,11 @@
 
 import dataclasses
 import logging
-from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from samf.configuration_samf import SamfConfig
-from samf.image_processing_samf import SamfImageProcessor
+from samf.data.slice_settings import load_image_processor
 from samf.modeling_samf import SamfForConditionalGeneration
 from samf.pretraining.aggregator_weights import load_aggregator
 from samf.processing_samf import SamfProcessor
@@ -21,12 +20,7 @@ def build_processor(args: ModelArguments) -> SamfProcessor:
     """The processor of `args.model`, or a new one from the language model's tokenizer and the slice settings."""
     if args.model is not None:
         return SamfProcessor.from_pretrained(args.model)
-    settings = {"slices_per_plane": args.slices_per_plane, "slab": args.slab, "size": args.image_size}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    if (Path(args.slice_encoder) / "preprocessor_config.json").is_file():
-        image_processor = SamfImageProcessor.from_pretrained(args.slice_encoder, **settings)
-    else:
-        image_processor = SamfImageProcessor(**settings)
+    image_processor = load_image_processor(args.slice_encoder, **args.slice_settings())
     tokenizer = AutoTokenizer.from_pretrained(args.text_model, trust_remote_code=False)
     num_image_tokens = None if args.fusion_type == "slice_tokens" else args.num_image_tokens
     return SamfProcessor(image_processor, tokenizer, num_image_tokens=num_image_tokens)

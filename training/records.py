@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from accelerate import PartialState
+import torch
 from transformers import TrainingArguments
 
 from samf.data.cache_ledger import Ledger, look_at
@@ -19,7 +19,6 @@ from samf.data.slice_cache import SliceCache
 from samf.data.volume_lists import VolumeKey, distinct_volumes
 from samf.evaluation.finding_labeller import label_report
 from samf.evaluation.generation import shuffle_volumes
-from samf.evaluation.processes import Processes
 from samf.modeling_samf import SamfForConditionalGeneration
 from samf.processing_samf import SamfProcessor
 from samf.training.arguments import DataArguments
@@ -162,8 +161,12 @@ def build_volume_store(
     processor: SamfProcessor,
     trained: list[str],
     volumes: list[VolumeKey],
+    device: torch.device,
 ) -> VolumeStore | None:
-    """Where the collator gets its volumes: the files, prepared slices, or a frozen encoder's embeddings."""
+    """Where the collator gets its volumes: the files, prepared slices, or a frozen encoder's embeddings.
+
+    What of these isn't there yet is made on `device`, by all processes together.
+    """
     if args.slice_cache is None:
         return None
     slices = SliceCache(args.slice_cache, processor.image_processor)
@@ -172,8 +175,6 @@ def build_volume_store(
     if "slice_encoder" in trained:
         raise ValueError("cache_embeddings needs a frozen slice encoder: leave slice_encoder out of train_parts.")
     embeddings = EmbeddingCache(args.slice_cache, slices, model.model)
-    processes = Processes()  # whose waiting has no limit that the slowest share could exceed
-    model.model.slice_encoder.to(PartialState().device)
-    embeddings.fill(volumes[processes.rank :: processes.count])
-    processes.wait()
+    model.model.slice_encoder.to(device)
+    embeddings.fill_together(volumes)
     return embeddings

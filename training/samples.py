@@ -17,11 +17,11 @@ from torch import nn
 
 from samf.ct_volume import read_ct
 from samf.data.collator import VolumeStore
+from samf.data.processes import Processes
 from samf.data.slice_cache import SliceCache
 from samf.evaluation.answer_folder import PREDICTIONS
 from samf.evaluation.generation import GenerationSettings, generate_predictions
 from samf.evaluation.multiple_choice import score_multiple_choice
-from samf.evaluation.processes import Processes
 from samf.evaluation.scoring import read_predictions
 from samf.evaluation.text_metrics import text_metrics
 from samf.processing_samf import SamfProcessor
@@ -102,7 +102,7 @@ class SampleWriter:
 def choose_samples(records: datasets.Dataset, count: int) -> datasets.Dataset:
     """The first `count` records of each task."""
     seen: dict[str, list[int]] = {}
-    for index, task in enumerate(records["task"]):
+    for index, task in enumerate(records["task"][:]):
         seen.setdefault(task, []).append(index)
     return records.select(sorted(index for rows in seen.values() for index in rows[:count]))
 

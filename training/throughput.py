@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from samf.benchmarks.measuring import peak_memory
 from samf.data.collator import SamfCollator
 from samf.training.flops import StepFlops, Work
+from samf.training.memory import peak_bytes
 
 TRUNCATED = "truncated"
 
@@ -112,7 +112,7 @@ class Throughput:
             "tokens_per_second": work.tokens / seconds,
             "slices_per_second": work.slices / seconds,
             "volumes_per_second": work.volumes / seconds,
-            "memory_gb": peak_memory(device)[-1].values[0],
+            "memory_gb": peak_bytes(device) / 1e9,
             "truncated_answers": int(counted[-1]),
         }
         if self.flops and self.peak_tflops:

@@ -1,0 +1,37 @@
+"""Whose slice settings count: a model's or slice encoder's own, where it has some."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from samf.image_processing_samf import SamfImageProcessor
+
+FILES = ("preprocessor_config.json", "processor_config.json")  # the second holds the first's under "image_processor"
+
+
+def load_image_processor(source: str | None, **settings: Any) -> SamfImageProcessor:
+    """The image processor of a model or slice encoder, or a new one where it has none, with what `settings` set.
+
+    Args:
+        source: folder or Hub id of a SAMF model or of a slice encoder; None = a new one.
+        settings: of SamfImageProcessor; None leaves one as it is.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if source is not None and has_slice_settings(source):
+        return SamfImageProcessor.from_pretrained(source, **given)
+    return SamfImageProcessor(**given)
+
+
+def has_slice_settings(source: str) -> bool:
+    """Whether slices are cut as this folder says, or this SAMF model on the Hub.
+
+    The settings that other encoders bring along, such as ViT's own, are about photographs.
+    """
+    if not Path(source).is_dir():
+        return AutoConfig.from_pretrained(source).model_type == "samf"
+    files = [Path(source, name) for name in FILES]
+    saved = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    kinds = [settings.get("image_processor", settings).get("image_processor_type") for settings in saved]
+    return SamfImageProcessor.__name__ in kinds
