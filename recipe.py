@@ -19,6 +19,7 @@ import yaml
 from transformers import HfArgumentParser
 
 BASE = "base"
+SEVERAL = ("report_to",)  # of TrainingArguments: lists to it, single values to HfArgumentParser
 
 
 class RecipeError(ValueError):
@@ -50,6 +51,9 @@ def parse_recipe(dataclass_types: type | Iterable[type], argv: Sequence[str] | N
     description = "Every key may also stand in a YAML file, given as --config RECIPE …; the command line wins."
     parser = _Parser(dataclass_types, allow_abbrev=False, description=description)
     parser.recipes = recipes
+    for name in SEVERAL:
+        if name in _actions(parser):
+            _actions(parser)[name].nargs = "+"
     keys = {key: found for recipe in recipes for key, found in _read_with_bases(recipe).items()}
     tokens = _recipe_tokens(parser, keys)
     *instances, remaining = parser.parse_args_into_dataclasses(

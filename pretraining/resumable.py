@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import threading
@@ -187,6 +188,17 @@ def train_to_end(trainer: StoppableTrainer) -> None:
     if trainer.interruption.signal:
         logger.warning("stopped at step %d; go on with --resume_from_checkpoint last", trainer.state.global_step)
         raise SystemExit(128 + trainer.interruption.signal)
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Python's, NumPy's and torch's generators are afterwards as they were before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
+    with torch.random.fork_rng(devices):  # this process's own: to ask for all would start work on each
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 """What training measures: operations, throughput, sight, entropies, answers; labels by rules; cut answers."""
 
+import importlib
 import json
 import logging
 import random
+import sqlite3
 import sys
 import types
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +16,22 @@ import torch
 from small_run import history, prepare, train_here
 from tiny import tiny_batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations import WandbCallback
 
 from samf import SamfConfig, SamfForConditionalGeneration
 from samf.data.ct_rate import load_records
 from samf.data.phantom_findings import DEMO_FINDINGS
 from samf.modeling_samf import SamfSliceAttentions
+from samf.pretraining.resumable import preserved_random_state
 from samf.training import samples
 from samf.training.adapter import add_lora
 from samf.training.arguments import DataArguments, TuningArguments
+from samf.training.boards import show_sample
 from samf.training.building import apply_liger
 from samf.training.flops import StepFlops, Work, known_peak
 from samf.training.parts import PARTS, train_parts
 from samf.training.records import label_findings
-from samf.training.samples import preserved_random_state, score_samples
+from samf.training.samples import score_samples
 from samf.training.sight import SliceWeights, relative_entropy, warn_of_blindness
 from samf.training.throughput import TRUNCATED, Throughput, batch_work
 
@@ -188,7 +194,7 @@ def test_evaluation_logs_gap_entropies_and_a_warning(work, caplog):
 
 
 def test_answers_are_scored_shown_and_change_nothing(work, monkeypatch):
-    """Also where answers are drawn: what training draws next stays the same."""
+    """Nor do losses that are measured: what training draws next stays the same, also where answers are drawn."""
     answer = samples.generate_predictions
 
     def drawing(*args, **options):
@@ -196,18 +202,14 @@ def test_answers_are_scored_shown_and_change_nothing(work, monkeypatch):
         return answer(*args, **options)
 
     monkeypatch.setattr(samples, "generate_predictions", drawing)
-    options = {
-        "max_steps": 4,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "logging_steps": 1,
-        "lora_rank": 2,
-        "valid_limit": 8,
-    }
-    train_here(work, "silent", **options)
-    train_here(work, "answering", **options, generate_samples=2, generate_tokens=5, shown_samples=1)
-    losses = [[row["loss"] for row in history(work / name) if "loss" in row] for name in ("silent", "answering")]
-    assert losses[0] == losses[1]  # dropout draws the same numbers
+    options = {"max_steps": 4, "logging_steps": 1, "lora_rank": 2}
+    evaluating = options | {"eval_strategy": "steps", "eval_steps": 2, "valid_limit": 8}
+    train_here(work, "alone", **options)
+    train_here(work, "measured", **evaluating)
+    train_here(work, "answering", **evaluating, generate_samples=2, generate_tokens=5, shown_samples=1)
+    names = ("alone", "measured", "answering")
+    losses = [[row["loss"] for row in history(work / name) if "loss" in row] for name in names]
+    assert losses[0] == losses[1] == losses[2]  # dropout draws the same numbers
     logged = [row for row in history(work / "answering") if "eval_multiple_choice_accuracy" in row]
     assert len(logged) == 2 and {"eval_report_bleu_1", "eval_report_rouge_l"} <= set(logged[0])
     folder = work / "answering" / "samples" / "step_0000004"
@@ -216,15 +218,58 @@ def test_answers_are_scored_shown_and_change_nothing(work, monkeypatch):
     assert (folder / "report_1.png").stat().st_size > 1000 and not (folder / "report_2.png").exists()
 
 
-def test_reports_and_slices_go_to_tensorboard(work):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    options = {"eval_strategy": "steps", "eval_steps": 2, "valid_limit": 8, "report_to": "tensorboard"}
-    train_here(work, "board", **options, generate_samples=2, generate_tokens=5)
-    file = next((work / "board").rglob("events.out.tfevents.*"))
-    events = accumulator.EventAccumulator(str(file)).Reload().Tags()
+@pytest.fixture(scope="module")
+def boards(work) -> Path:
+    """What a run with two reports shown leaves on three boards: runs/, wandb/ and trackio/ below this folder."""
+    for name in ("tensorboard", "wandb", "trackio"):
+        pytest.importorskip(name)
+    folder = work / "board"
+    options = {"eval_strategy": "steps", "eval_steps": 2, "valid_limit": 8, "generate_samples": 2, "generate_tokens": 5}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": folder, "WANDB_SILENT": "true"}.items():
+            patch.setenv(name, str(value))
+        for module in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
+            patch.delitem(sys.modules, module)  # it asks for its folder when it is imported
+        patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+        train_here(work, "board", **options, report_to=("tensorboard", "wandb", "trackio"), run_name="shown")
+    return folder
+
+
+def test_reports_and_slices_go_to_tensorboard(boards):
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(next(boards.rglob("events.out.tfevents.*")))).Reload().Tags()
     assert {"samples/report_1_slices", "samples/report_2_slices"} <= set(events["images"])
     assert any(tag.startswith("samples/report_1") for tag in events["tensors"])
     assert "eval/gap" in events["scalars"]
+
+
+def test_reports_and_slices_go_to_wandb(boards):
+    pictures = sorted(boards.glob("wandb/offline-run-*/files/media/images/samples/*.png"))
+    assert [picture.name.split("_slices")[0] for picture in pictures] == ["report_1", "report_2"]
+    drawn = boards / "samples" / "step_0000002" / "report_1.png"
+    assert pictures[0].read_bytes() == drawn.read_bytes()
+    (text,) = boards.glob("wandb/offline-run-*/files/media/html/samples/report_1_*.html")
+    assert "**Reference**" in text.read_text(encoding="utf-8")
+
+
+def test_reports_and_slices_go_to_trackio(boards):
+    with closing(sqlite3.connect(next((boards / "trackio").glob("*.db")))) as database:
+        rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics")]
+    shown = [row for row in rows if "samples/report_1" in row]
+    assert [row["train/global_step"] for row in shown] == [2]
+    assert "**Reference**" in json.dumps(shown[0]["samples/report_1"])
+    assert len(list((boards / "trackio" / "media").rglob("*.png"))) == 2
+    assert any("eval/gap" in row for row in rows)
+
+
+def test_a_board_shows_text_as_it_is():
+    """An answer may hold what HTML would take for a tag."""
+    board = types.SimpleNamespace(Html=str, Image=str, log=lambda row: shown.append(row))
+    callback, shown = WandbCallback.__new__(WandbCallback), []
+    callback._wandb = board
+    show_sample([callback], 3, "report_1", "nodule <8 mm & >4 mm")
+    assert shown[0].keys() == {"samples/report_1", "train/global_step"}
+    assert "nodule &lt;8 mm &amp; &gt;4 mm" in shown[0]["samples/report_1"]
 
 
 def test_scores_of_answers_are_by_task():

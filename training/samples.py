@@ -1,18 +1,14 @@
 """Answers during training: a few validation records answered and scored at every evaluation, and shown."""
 
 import logging
-import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
-from PIL import Image
 from torch import nn
 
 from samf.ct_volume import read_ct
@@ -53,29 +49,28 @@ class SampleWriter:
     slice_cache: VolumeStore | None = None
 
     def __call__(self, model: nn.Module, step: int, show: Callable[..., None] | None = None) -> dict[str, float]:
-        """Figures of the answers, on every process; training goes on with the random numbers that it would have had.
+        """Figures of the answers, on every process.
 
         Args:
             model: the unwrapped model; every process must call.
             show: gets each report's name, text and picture's path, on the first process.
         """
         folder, processes = self.folder / FOLDER / f"step_{step:07d}", Processes()
-        with preserved_random_state():
-            with processes.first_one_first():
-                if processes.is_first:
-                    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
-            generate_predictions(
-                model,
-                self.processor,
-                self.records,
-                folder,
-                self.settings,
-                slice_cache=self.slice_cache,
-                described_by={"step": step},
-            )
-            rows = read_predictions(folder / PREDICTIONS)
-            if show is not None and processes.is_first:
-                self._show(folder, rows, show)
+        with processes.first_one_first():
+            if processes.is_first:
+                shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+        generate_predictions(
+            model,
+            self.processor,
+            self.records,
+            folder,
+            self.settings,
+            slice_cache=self.slice_cache,
+            described_by={"step": step},
+        )
+        rows = read_predictions(folder / PREDICTIONS)
+        if show is not None and processes.is_first:
+            self._show(folder, rows, show)
         return score_samples(rows)
 
     def _show(self, folder: Path, rows: Sequence[Mapping[str, Any]], show: Callable[..., None]) -> None:
@@ -120,22 +115,3 @@ def score_samples(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             scores = text_metrics(predictions, references)["scores"]
             figures |= {f"{task}_{name}": scores[name] for name in TEXT_SCORES}
     return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Python's, NumPy's and torch's generators are afterwards as they were before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.accelerator.current_device_index()] if torch.accelerator.is_available() else []
-    with torch.random.fork_rng(devices):  # this process's own: to ask for all would start work on each
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
-
-
-def show_on_tensorboard(writer: Any, step: int, name: str, text: str, picture: Path | None) -> None:
-    """A report and its slices on a torch SummaryWriter."""
-    writer.add_text(f"samples/{name}", text, step)
-    if picture is not None:
-        pixels = np.asarray(Image.open(picture).convert("RGB"))  # (H, W, 3)
-        writer.add_image(f"samples/{name}_slices", pixels, step, dataformats="HWC")

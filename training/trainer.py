@@ -15,17 +15,17 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import TrainerState
-from transformers.integrations import TensorBoardCallback
 
 from samf.data.mixture import TaskMixture
 from samf.hub_samf import has_own_card
 from samf.model_card import README, is_generated, write_model_card
-from samf.pretraining.resumable import SetEpoch, StoppableTrainer
+from samf.pretraining.resumable import SetEpoch, StoppableTrainer, preserved_random_state
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments
+from samf.training.boards import show_sample
 from samf.training.flops import StepFlops, can_count, known_peak
 from samf.training.parts import learning_rates, split_by_part
 from samf.training.records import holds_text_alone
-from samf.training.samples import SampleWriter, show_on_tensorboard
+from samf.training.samples import SampleWriter
 from samf.training.sampling import RecordOrder
 from samf.training.sight import SliceWeights, measure_gap, warn_of_blindness
 from samf.training.throughput import TRUNCATED, Throughput
@@ -147,9 +147,12 @@ class SamfTrainer(StoppableTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Trainer's losses, with each patient's own volume and another's; their gap; the fusion's weights; answers."""
+        """Trainer's losses, with each patient's own volume and another's; their gap; the fusion's weights; answers.
+
+        Training goes on with the random numbers that it would have had without an evaluation.
+        """
         several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
-        with self.throughput.paused():
+        with self.throughput.paused(), preserved_random_state():
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             if several:
                 more = measure_gap(metrics) | self._answer_samples(metric_key_prefix)
@@ -170,9 +173,7 @@ class SamfTrainer(StoppableTrainer):
         return {f"{prefix}_{name}": figure for name, figure in figures.items()}
 
     def _show_sample(self, name: str, text: str, picture: Path | None) -> None:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                show_on_tensorboard(callback.tb_writer, self.state.global_step, name, text, picture)
+        show_sample(self.callback_handler.callbacks, self.state.global_step, name, text, picture)
 
     # Folders --------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Table 3 in miniature: what is finished stays, what the table says, and that two rows run."""
+"""Experiments on phantoms: what is finished stays, what the tables say, and that two rows and the three stages run."""
 
 import json
 import statistics
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from samf.data.phantom import PhantomSettings, write_dataset
-from samf.training import table3
-from samf.training.table3 import COLUMNS, all_runs, main, table_rows
+from samf.experiments import phantoms, stages, table3
+from samf.experiments.phantoms import COLUMNS, table_rows
+from samf.experiments.table3 import all_runs, main
 
 
 def finish(output: Path, name: str, seed: int, **figures: float) -> None:
@@ -30,13 +31,14 @@ def test_runs_cover_fusions_scales_positions_and_the_leak():
         for scale in (None, "rsqrt")
         for positions in ("none", "all")
     }
-    assert choices == expected | {("ao2d", None, "none", "sequence")}
+    recipe = ("samf", None, "none", None)  # the variants' own: it isn't trained twice
+    assert choices == (expected - {recipe}) | {("ao2d", None, "none", "sequence")}
     assert len(variants) == len(choices)
 
 
 def test_the_table_has_means_and_standard_deviations():
     seeds = [{"accuracy": 0.25, "gap": 0.1}, {"accuracy": 0.75, "gap": 0.2}]
-    name, count, *cells = next(table_rows({"row": seeds}))
+    name, count, *cells = next(table_rows({"row": seeds}, COLUMNS))
     assert (name, count) == ("row", "2")
     by_column = dict(zip(COLUMNS, cells, strict=True))
     assert by_column["accuracy"] == f"0.500 ± {statistics.stdev([0.25, 0.75]):.3f}"
@@ -45,15 +47,15 @@ def test_the_table_has_means_and_standard_deviations():
 
 def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
     started = []
-    monkeypatch.setattr(table3, "call", lambda script, recipes, options: started.append(options))
-    monkeypatch.setattr(table3, "prepare_language_model", lambda args: tmp_path)
+    monkeypatch.setattr(phantoms, "call", lambda script, recipes, options: started.append(options))
+    monkeypatch.setattr(phantoms, "prepare_language_model", lambda args: tmp_path)
     monkeypatch.setattr(table3, "prepare_warmup", lambda args, scope: tmp_path / scope)
-    monkeypatch.setattr(table3, "measure", lambda args, folder: {"accuracy": 0.5})
+    monkeypatch.setattr(phantoms, "measure", lambda args, folder: {"accuracy": 0.5})
     finish(tmp_path, "samf_warmup", 0, accuracy=0.1)
     (tmp_path / "runs" / "samf_warmup_seed1").mkdir()
     (tmp_path / "runs" / "samf_warmup_seed1" / "left").touch()  # of a run that was cut off
     options = ["--data", "phantoms", "--output", str(tmp_path), "--runs", "samf_warmup", "--seeds", "0", "1"]
-    monkeypatch.setattr(table3, "write_atomic", write_with_folder)
+    monkeypatch.setattr(phantoms, "write_atomic", write_with_folder)
     main(options)
     assert [(run["seed"], run["aggregator"].name) for run in started] == [(1, "none")]
     assert not (tmp_path / "runs" / "samf_warmup_seed1" / "left").exists()
@@ -69,7 +71,7 @@ def write_with_folder(path: Path, text: str) -> None:
 
 
 def test_runs_of_other_settings_are_not_reused(tmp_path, monkeypatch):
-    monkeypatch.setattr(table3, "train_run", lambda args, run, seed: {"accuracy": 0.5})
+    monkeypatch.setattr(table3, "figures_of", lambda args, run, seed: {"accuracy": 0.5})
     options = ["--data", "phantoms", "--output", str(tmp_path / "out"), "--runs", "samf_warmup", "--seeds"]
     main([*options, "0", "--max_steps", "4"])
     main([*options, "0", "1", "--max_steps", "4"])
@@ -85,10 +87,35 @@ def test_an_unknown_run_is_an_error_that_lists_them(tmp_path, capsys):
     assert "samf_warmup_both_frozen" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_two_rows_run_from_phantoms_to_the_table(tmp_path):
+def write_log(folder: Path, **values: list[float]) -> None:
+    folder.mkdir(parents=True)
+    rows = [{name: value} for name, found in values.items() for value in found]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": rows}), encoding="utf-8")
+
+
+def test_stages_compare_what_is_trained_with_what_is_not(tmp_path, monkeypatch, capsys):
+    """The first values of the logs stand beside stage 3 from random weights, the last beside stage 3 from both."""
+    retrieval = {"eval_retrieval_interleaved": [0.1, 0.8], "eval_retrieval_contiguous": [0.2, 0.6]}
+    write_log(tmp_path / "seed0" / "1_encoder", eval_knn_accuracy=[0.5, 0.4, 0.75])
+    write_log(tmp_path / "seed0" / "2_aggregator", **retrieval)
+    started = []
+    monkeypatch.setattr(phantoms, "call", lambda script, recipes, options: started.append(options))
+    monkeypatch.setattr(phantoms, "prepare_language_model", lambda args: tmp_path)
+    monkeypatch.setattr(phantoms, "measure", lambda args, folder: {"accuracy": 0.5})
+    monkeypatch.setattr(phantoms, "write_atomic", write_with_folder)
+    stages.main(["--data", "phantoms", "--output", str(tmp_path), "--seeds", "0"])
+    random, both = started
+    assert random["slice_encoder"] == tmp_path / "seed0" / "untrained_encoder" and "aggregator" not in random
+    assert both["aggregator"] == tmp_path / "seed0" / "2_aggregator"
+    assert {run["max_steps"] for run in started} == {None} and {run["seed"] for run in started} == {0}
+    table = capsys.readouterr().out
+    assert "| random weights | 1 | 0.500 | 0.100 | 0.200 | 0.500 |" in table
+    assert "| stages 1 and 2 | 1 | 0.750 | 0.800 | 0.600 | 0.500 |" in table
+
+
+def small_phantoms(folder: Path) -> Path:
     write_dataset(
-        tmp_path / "phantoms",
+        folder,
         train_patients=34,  # a batch of the warm-up has 32 scans
         valid_patients=5,
         settings=PhantomSettings(voxel_mm=8.0),
@@ -96,11 +123,17 @@ def test_two_rows_run_from_phantoms_to_the_table(tmp_path):
         workers=1,
         progress=False,
     )
+    return folder
+
+
+@pytest.mark.slow
+def test_two_rows_run_from_phantoms_to_the_table(tmp_path):
+    data = small_phantoms(tmp_path / "phantoms")
     names = ["ao2d_warmup_both_frozen", "slice_tokens"]
     steps = [f"--{name}=4" for name in ("max_steps", "language_steps", "warmup_steps")]
     options = [
         "--data",
-        str(tmp_path / "phantoms"),
+        str(data),
         "--output",
         str(tmp_path / "out"),
         "--runs",
@@ -115,3 +148,14 @@ def test_two_rows_run_from_phantoms_to_the_table(tmp_path):
     entropies = {"alpha_entropy", "alpha_largest", "gamma_entropy"}
     assert set(found[names[0]][0]) == common | entropies
     assert set(found[names[1]][0]) == common
+
+
+@pytest.mark.slow
+def test_three_stages_run_from_phantoms_to_the_table(tmp_path):
+    data = small_phantoms(tmp_path / "phantoms")
+    steps = [f"--{name}=2" for name in ("dino_steps", "max_steps", "language_steps", "warmup_steps")]
+    stages.main(["--data", str(data), "--output", str(tmp_path / "out"), "--seeds", "0", *steps, "--valid_limit", "12"])
+    found = json.loads((tmp_path / "out" / "stages.json").read_text(encoding="utf-8"))
+    assert list(found) == ["random weights", "stages 1 and 2"]
+    for (figures,) in found.values():
+        assert {"knn", "retrieval_interleaved", "retrieval_contiguous", "accuracy", "own_loss", "gap"} <= set(figures)

@@ -1,0 +1,193 @@
+"""What experiments on phantoms share: scripts with recipes, a small language model, figures of a run, a table over seeds."""
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from samf import train
+from samf.data.ct_rate import load_records
+from samf.data.phantom_findings import DEMO_FINDINGS
+from samf.data.slice_cache import SliceCache
+from samf.demo import make_language_model
+from samf.evaluation.generation import GenerationSettings, evaluate
+from samf.evaluation.results_table import markdown_table
+from samf.evaluation.scoring import write_atomic
+from samf.modeling_samf import SamfForConditionalGeneration
+from samf.processing_samf import SamfProcessor
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+SLICE_ENCODER = RECIPES / "demo" / "slice_encoder"
+MAX_NEW_TOKENS = 200
+# Figures of a run of stage 3, and what stands above their columns.
+COLUMNS = {
+    "accuracy": "multiple choice",
+    "finding_f1": "finding F1 (macro)",
+    "own_loss": "held-out loss",
+    "gap": "gap",
+    "train_loss": "training loss",
+    "alpha_entropy": "entropy of alpha",
+    "alpha_largest": "largest alpha",
+    "gamma_entropy": "entropy of gamma",
+}
+
+Figures = dict[str, float]
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where phantoms lie, where results go, and how long stages take: read by `open_output` and the functions below."""
+    parser.add_argument("--data", type=Path, required=True, help="what python -m samf.data.phantom wrote")
+    parser.add_argument("--output", type=Path, required=True, help="folder of all that is made")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max_steps", type=int, help="of each run of stage 3; default: the recipe's")
+    parser.add_argument(
+        "--language_steps", type=int, help="of the language model's training on text; default: the recipe's"
+    )
+    parser.add_argument("--warmup_steps", type=int, help="of the aggregator's warm-up; default: the recipe's")
+    parser.add_argument("--valid_limit", type=int, help="held-out records that are answered; default: all")
+
+
+def open_output(args: argparse.Namespace, settings: Sequence[str]) -> None:
+    """Make the output folder and note in it the `settings`, names in `args`, that all its runs share.
+
+    Raises:
+        ValueError: the folder holds runs of other settings.
+    """
+    args.output.mkdir(parents=True, exist_ok=True)
+    file = args.output / "settings.json"
+    shared = {"data": str(args.data.resolve()), **{name: getattr(args, name) for name in settings}}
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        other = [
+            f"{name} ({found.get(name)}, now {value})" for name, value in shared.items() if found.get(name) != value
+        ]
+        if other:
+            raise ValueError(f"{args.output} holds runs of other settings: {', '.join(other)}. Give another --output.")
+    write_atomic(file, json.dumps(shared, indent=2) + "\n")
+
+
+# Stages ---------------------------------------------------------------------------------------------------------------
+
+
+def call(script: ModuleType, recipes: Sequence[Path], options: Mapping[str, Any]) -> None:
+    """A script's main with recipes and overriding keys; None leaves a key to the recipes."""
+    given = {key: value for key, value in options.items() if value is not None}
+    tokens = [
+        token
+        for key, value in given.items()
+        for token in ([f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"])
+    ]
+    script.main(["--config", *map(str, recipes), *tokens])
+
+
+def run_stage(script: ModuleType, recipes: Sequence[Path], folder: Path, options: Mapping[str, Any]) -> Path:
+    """`call`, unless `folder` holds its whole result; returns the folder. What was cut off is done again."""
+    if not (folder / "trainer_state.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        call(script, recipes, {**options, "output_dir": folder})
+    return folder
+
+
+def prepare_language_model(args: argparse.Namespace) -> Path:
+    """A tiny language model that can find a statement's finding among options, the same one for all runs."""
+    target, start, trained = (args.output / name for name in ("text_model", "language_model", "language"))
+    if (target / "config.json").is_file():
+        return target
+    make_language_model(start, args.data, seed=0)
+    shutil.rmtree(trained, ignore_errors=True)
+    options = {
+        "data": args.data,
+        "vqa_files": [args.data / "dataset" / "vqa" / "train_text_vqa.json"],
+        "text_model": start,
+        "slice_encoder": SLICE_ENCODER,
+        "output_dir": trained,
+        "max_steps": args.language_steps,
+    }
+    call(train, [RECIPES / "table3" / "phantom_language.yaml"], options)
+    model = SamfForConditionalGeneration.from_pretrained(trained)
+    alone = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(start))
+    alone.base_model.load_state_dict(model.model.language_model.state_dict())
+    alone.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
+    alone.generation_config = model.generation_config
+    AutoTokenizer.from_pretrained(start).save_pretrained(target)
+    alone.save_pretrained(target)
+    return target
+
+
+def train_run(args: argparse.Namespace, recipe: str, folder: Path, options: Mapping[str, Any]) -> Figures:
+    """Train stage 3 by a recipe of recipes/table3, then `measure`; the figures stay in `folder`, as figures.json."""
+    figures = folder / "figures.json"
+    if figures.is_file():
+        return json.loads(figures.read_text(encoding="utf-8"))
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
+    common = {
+        "data": args.data,
+        "text_model": prepare_language_model(args),
+        "slice_cache": args.output / "cache",
+        "output_dir": folder,
+        "max_steps": args.max_steps,
+    }
+    call(train, [RECIPES / "table3" / f"{recipe}.yaml", RECIPES / "table3" / "phantoms.yaml"], {**common, **options})
+    found = measure(args, folder)
+    write_atomic(figures, json.dumps(found, indent=2) + "\n")
+    return found
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    """The values of a figure in a run's log, in the order of its steps."""
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    return [row[name] for row in state["log_history"] if name in row]
+
+
+def measure(args: argparse.Namespace, folder: Path) -> Figures:
+    """Answers to held-out reports and questions, and the last losses and entropies of the log, named as in COLUMNS."""
+    model, processor = SamfForConditionalGeneration.from_pretrained(folder), SamfProcessor.from_pretrained(folder)
+    records = load_records(str(args.data), "valid", tasks=("report", "multiple_choice"), finding_names=DEMO_FINDINGS)
+    records = records.shuffle(seed=0).select(range(min(len(records), args.valid_limit or len(records))))
+    results = evaluate(
+        model,
+        processor,
+        records,
+        folder / "evaluation",
+        GenerationSettings(batch_size=32, max_new_tokens=MAX_NEW_TOKENS),
+        finding_names=DEMO_FINDINGS,
+        scoring={"resamples": 0},
+        slice_cache=SliceCache(args.output / "cache", processor.image_processor),
+    )["tasks"]
+    names = {"own_loss": "eval_own_loss", "gap": "eval_gap", "train_loss": "loss"}
+    names |= {name: f"eval_own_{name}" for name in COLUMNS if name.startswith(("alpha", "gamma"))}
+    return {
+        "accuracy": results["multiple_choice"]["multiple_choice"]["accuracy"],
+        "finding_f1": results["report"]["findings"]["macro"]["f1"],
+        **{name: values[-1] for name, key in names.items() if (values := logged(folder, key))},
+    }
+
+
+def table_rows(results: Mapping[str, Sequence[Figures]], columns: Mapping[str, str]) -> Iterator[list[str]]:
+    """A row for each run: its name, its number of seeds, mean ± standard deviation of each figure."""
+    for name, seeds in results.items():
+        cells = []
+        for column in columns:
+            values = [figures[column] for figures in seeds if column in figures]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
+        yield [name, str(len(seeds)), *cells]
+
+
+def write_table(
+    output: Path, results: Mapping[str, Sequence[Figures]], columns: Mapping[str, str] = COLUMNS, stem: str = "table"
+) -> str:
+    """Write `stem`.md and .json into `output`; returns the table."""
+    table = markdown_table(["run", "seeds", *columns.values()], list(table_rows(results, columns)))
+    write_atomic(output / f"{stem}.md", table + "\n")
+    write_atomic(output / f"{stem}.json", json.dumps(results, indent=2) + "\n")
+    return table
