@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from samf.benchmarks.data_lines import read_copy, write_copy
+from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
 from samf.benchmarks.measuring import Figure, describe_machine, describe_versions, peak_memory
 from samf.benchmarks.memory_lines import quantise_model, reload_model, reload_quantised, save_model, train_lora
 from samf.benchmarks.speed_lines import count_parameters, time_decoding, time_fusion, time_vit
@@ -51,7 +51,10 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
             "slab_memory": measure_slab_memory,
         },
     },
-    "data": {"records": {"copy": write_copy, "first": read_copy, "second": read_copy}},
+    "data": {
+        "records": {"copy": write_copy, "first": read_copy, "second": read_copy},
+        "padding": {"padding": count_padding},
+    },
     "training": {name: {name: stage} for name, stage in TRAINING_STAGES.items()},
 }
 COMMANDS = {

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         model_args.model = str(base.resolve())  # the adapter goes on from the model that it began with
     processor = build_processor(model_args)
     model = build_model(model_args, processor)
-    by_length = training.train_sampling_strategy == "group_by_length"
+    by_length = data_args.sort_steps or training.train_sampling_strategy == "group_by_length"
     data = load_datasets(
         data_args, processor, model.config.finding_names, with_lengths=by_length, output_dir=training.output_dir
     )
@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         rates=tuning.learning_rates,
         monitor=monitor,
         mixture=build_mixture(data_args, data["train_dataset"], training),
+        sort_steps=data_args.sort_steps,
         samples=None if findings_only else build_samples(monitor, data, processor, store, training),
         model=wrap_model(model, processor, model_args, tuning, training),
         args=training,

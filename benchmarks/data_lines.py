@@ -14,16 +14,22 @@ from dataclasses import dataclass, replace
 from itertools import count, cycle, islice
 from pathlib import Path
 
+import datasets
+import numpy as np
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from samf.benchmarks.measuring import Figure, peak_memory
-from samf.benchmarks.workloads import Settings
+from samf.benchmarks.workloads import LineSkipped, Settings
 from samf.data.ct_rate import load_ct_rate
 from samf.data.ct_rate_names import VolumeName
 from samf.data.ct_rate_tables import CT_RATE_LABELS, read_rows
+from samf.data.lengths import count_tokens
 from samf.data.mixture import TaskMixture
 from samf.data.phantom import PhantomSettings, plan_patient
 from samf.data.phantom_text import join_report
+from samf.data.prompts import REPORT_QUESTION
+from samf.training.sampling import RecordOrder
 
 VOLUMES = 47_149  # of CT-RATE's training split
 VQA_BYTES = 1_000_000_000
@@ -31,6 +37,8 @@ MOST_MEMORY = 2.0  # GB, what the imports take included
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
 REAL_REPORTS, REAL_METADATA = "CT-CLIP_text_classifier_val.csv", "CT-RATE_validation_metadata.csv"
 PHANTOM_PATIENTS = 200
+IMAGE_TOKENS = 256
+ROWS, STEP_ROWS = 4, 16  # of a micro-batch and of a step whose padding is counted
 PATIENTS_APART = 100_000  # between a row's copies
 TURNS = {
     "long_answer": ("What is seen in this chest CT?", "Describe the lungs and the mediastinum."),
@@ -179,3 +187,37 @@ def read_copy(settings: Settings) -> list[Figure]:
         Figure("rows of an epoch", "s", [mixed - read], note=f"{len(rows)} records, reports and choices 1:1"),
         replace(peak_memory(settings.device)[0], name="memory while reading", at_most=limit),
     ]
+
+
+# ---- padding -------------------------------------------------------------------------------------------------------
+
+
+def count_padding(settings: Settings) -> list[Figure]:
+    """How much of micro-batches is padding, with as many reports as questions in each order that training knows."""
+    folder = Path(os.environ.get("SAMF_TEST_DATA", "")) / "tokenizers" / "phi3"
+    if not folder.is_dir():
+        raise LineSkipped("needs $SAMF_TEST_DATA/tokenizers/phi3")
+    rng, reports = random.Random(0), [report for report, _ in find_templates().reports]
+    questions = [_exchange(rng, "multiple_choice", report, first=False) for report in reports]
+    rows = [(REPORT_QUESTION, report) for report in reports] + [
+        (ask["value"], told["value"]) for ask, told in questions
+    ]
+    columns = {"question": [row[0] for row in rows], "answer": [row[1] for row in rows], "choices": [None] * len(rows)}
+    records = datasets.Dataset.from_dict({"id": list(map(str, range(len(rows)))), **columns})
+    lengths = count_tokens(records, AutoTokenizer.from_pretrained(folder)) + IMAGE_TOKENS
+    orders = {
+        "random": RecordOrder(len(rows), 0),
+        "sort_steps": RecordOrder(len(rows), 0, lengths, STEP_ROWS, within_steps=True),
+        "group_by_length": RecordOrder(len(rows), 0, lengths, STEP_ROWS),
+    }
+    note = f"{len(rows)} records of {lengths.mean():.0f} tokens, {ROWS} a micro-batch, {STEP_ROWS} a step"
+    return [
+        Figure(f"padding, {name}", "%", [100 * padding_share(lengths[list(order)], ROWS)], note=note)
+        for name, order in orders.items()
+    ]
+
+
+def padding_share(lengths: np.ndarray, rows: int) -> float:
+    """Share of padding where every `rows` records that follow each other, of `lengths` (N,) tokens, make a batch."""
+    batches = [lengths[start : start + rows] for start in range(0, len(lengths), rows)]
+    return 1 - lengths.sum() / sum(batch.max() * len(batch) for batch in batches)

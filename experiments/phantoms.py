@@ -23,7 +23,6 @@ from samf.modeling_samf import SamfForConditionalGeneration
 from samf.processing_samf import SamfProcessor
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-SLICE_ENCODER = RECIPES / "demo" / "slice_encoder"
 MAX_NEW_TOKENS = 200
 # Figures of a run of stage 3, and what stands above their columns.
 COLUMNS = {
@@ -105,7 +104,7 @@ def prepare_language_model(args: argparse.Namespace) -> Path:
         "data": args.data,
         "vqa_files": [args.data / "dataset" / "vqa" / "train_text_vqa.json"],
         "text_model": start,
-        "slice_encoder": SLICE_ENCODER,
+        "slice_encoder": RECIPES / "demo" / "slice_encoder",  # which text doesn't reach
         "output_dir": trained,
         "max_steps": args.language_steps,
     }

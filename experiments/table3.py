@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from samf import warmup_aggregator
+from samf import pretrain_encoder, warmup_aggregator
 from samf.experiments.phantoms import (
     RECIPES,
-    SLICE_ENCODER,
     Figures,
     add_common_arguments,
     open_output,
@@ -33,7 +32,7 @@ ROWS = (
     *("ao2d_warmup", "ao2d_warmup_both_frozen", "ao2d_both_frozen", "slice_tokens"),
 )
 VARIANT_RECIPE = "samf_warmup_vit_frozen"  # its slice embeddings are made once
-SETTINGS = ("max_steps", "language_steps", "warmup_steps", "valid_limit")
+SETTINGS = ("max_steps", "language_steps", "encoder_steps", "warmup_steps", "valid_limit")
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m samf.experiments.table3", description="Table 3 in miniature, on phantoms."
     )
     add_common_arguments(parser)
+    parser.add_argument("--encoder_steps", type=int, help="of the slice encoder; default: the recipe's")
     parser.add_argument("--runs", nargs="+", default=list(all_runs()), help="some of them; default: all")
     parser.add_argument("--list", action="store_true", help="write the runs' names and stop")
     args = parser.parse_args(argv)
@@ -79,11 +79,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def prepare_encoder(args: argparse.Namespace) -> Path:
+    """A slice encoder that knows findings, the same one for all runs: what stage 1 is for."""
+    recipe = RECIPES / "table3" / "phantom_encoder.yaml"
+    return run_stage(pretrain_encoder, [recipe], args.output / "slice_encoder", {"max_steps": args.encoder_steps})
+
+
 def prepare_warmup(args: argparse.Namespace, scope: str) -> Path:
     """A warmed-up aggregator with positions as `scope` says, the same one for all runs."""
     options = {
         "data": [args.data],
-        "slice_encoder": SLICE_ENCODER,
+        "slice_encoder": prepare_encoder(args),
         "slice_cache": args.output / "cache",
         "slice_position_scope": scope,
         "max_steps": args.warmup_steps,
@@ -97,7 +103,7 @@ def figures_of(args: argparse.Namespace, run: Run, seed: int) -> Figures:
     recipe = read_recipe(RECIPES / "table3" / f"{run.recipe}.yaml") | dict(run.overrides)
     options = {
         **run.overrides,
-        "slice_encoder": SLICE_ENCODER,
+        "slice_encoder": prepare_encoder(args),
         "aggregator": prepare_warmup(args, recipe["slice_position_scope"]) if "aggregator" in recipe else None,
         "seed": seed,
     }

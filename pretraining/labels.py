@@ -73,3 +73,4 @@ def train_on_labels(
     trainer.log_metrics("eval", trainer.evaluate())
     model.vit.half().save_pretrained(training.output_dir)
     image_processor.save_pretrained(training.output_dir)
+    trainer.save_state()

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import torch
 
 from samf.benchmarks import data_lines
@@ -40,3 +41,16 @@ def test_both_stages_run(tmp_path):
 def test_real_rows_are_taken_where_they_are(test_data):
     templates = data_lines.find_templates(test_data / "reports")
     assert (len(templates.reports), len(templates.metadata)) == (200, 3039)
+
+
+def test_padding_is_what_batches_hold_beside_their_records():
+    lengths = np.array([4, 2, 3, 1, 5])
+    assert data_lines.padding_share(lengths, 2) == 1 - 15 / (8 + 6 + 5)
+    assert data_lines.padding_share(np.sort(lengths), 1) == 0
+
+
+def test_sorting_leaves_less_padding_than_chance(test_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMF_TEST_DATA", str(test_data))
+    figures = data_lines.count_padding(Settings("tiny", torch.device("cpu"), torch.float32, 1.0, tmp_path))
+    random, by_step, by_length = (figure.values[0] for figure in figures)
+    assert 100 > random > by_step > by_length > 0

@@ -49,6 +49,7 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
     started = []
     monkeypatch.setattr(phantoms, "call", lambda script, recipes, options: started.append(options))
     monkeypatch.setattr(phantoms, "prepare_language_model", lambda args: tmp_path)
+    monkeypatch.setattr(table3, "prepare_encoder", lambda args: tmp_path)
     monkeypatch.setattr(table3, "prepare_warmup", lambda args, scope: tmp_path / scope)
     monkeypatch.setattr(phantoms, "measure", lambda args, folder: {"accuracy": 0.5})
     finish(tmp_path, "samf_warmup", 0, accuracy=0.1)
@@ -130,7 +131,7 @@ def small_phantoms(folder: Path) -> Path:
 def test_two_rows_run_from_phantoms_to_the_table(tmp_path):
     data = small_phantoms(tmp_path / "phantoms")
     names = ["ao2d_warmup_both_frozen", "slice_tokens"]
-    steps = [f"--{name}=4" for name in ("max_steps", "language_steps", "warmup_steps")]
+    steps = [f"--{name}=4" for name in ("max_steps", "language_steps", "encoder_steps", "warmup_steps")]
     options = [
         "--data",
         str(data),

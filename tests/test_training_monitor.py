@@ -85,7 +85,7 @@ def test_the_work_of_a_batch_is_counted_by_its_masks():
     batch["slice_mask"] = torch.tensor([[True] * 4 + [False] * 2, [False] * 6])
     work = Work(*batch_work(batch).tolist())
     assert (work.rows, work.volumes, work.slices) == (2, 1, 4)
-    assert work.tokens == 2 * width - 3
+    assert (work.tokens, work.padded) == (2 * width - 3, 2 * width)
     assert work.tokens_squared == width**2 + (width - 3) ** 2
     cached = {name: value for name, value in batch.items() if name != "pixel_values"}
     assert Work(*batch_work({**cached, "slice_embeddings": torch.zeros(2, 6, 32)}).tolist()).pixels == 0
@@ -109,7 +109,8 @@ def test_throughput_counts_batches_and_leaves_pauses_out():
     now = [0.0]
     throughput = Throughput(lambda work: 5e12 * work.rows, peak_tflops=10.0, clock=lambda: now[0])
     batch = tiny_batch("ao2d")
-    tokens = batch["input_ids"].numel()
+    tokens = batch["input_ids"].numel() - 3
+    batch["attention_mask"][0, :3] = 0
     throughput.count({**batch, TRUNCATED: torch.tensor([1])})
     now[0] = 1.0
     with throughput.paused(), throughput.paused():
@@ -121,6 +122,7 @@ def test_throughput_counts_batches_and_leaves_pauses_out():
     assert report["slices_per_second"] == pytest.approx(12)
     assert report["mfu"] == pytest.approx(5e12 * 4 / (2 * 10e12 * 2))
     assert report["truncated_answers"] == 2
+    assert report["padding"] == pytest.approx(3 / (tokens + 3))
     assert report["memory_gb"] > 0
     assert throughput.report(torch.device("cpu"), lambda tensor: tensor, 1) == {}
 

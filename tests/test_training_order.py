@@ -50,6 +50,29 @@ def test_batches_hold_records_of_like_length_in_any_order():
     assert list(order) != found
 
 
+def test_sorted_steps_have_what_they_have_at_random_and_less_padding():
+    lengths = np.random.default_rng(0).integers(10, 500, 203).tolist()
+    random, order = RecordOrder(203, 1), RecordOrder(203, 1, lengths, batch_size=16, within_steps=True)
+    for epoch in range(2):
+        random.epoch = order.epoch = epoch
+        for start in range(0, 203, 16):
+            step = list(order)[start : start + 16]
+            assert sorted(step) == sorted(list(random)[start : start + 16])
+            tokens = [lengths[index] for index in step]
+            assert tokens == sorted(tokens, reverse=True)
+
+
+def test_sorted_steps_train_alike(work):
+    """A step sums the gradients of its micro-batches: their order is nothing but rounding."""
+    options = {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    for name, sort in (("random", False), ("sorted", True)):
+        train_here(work, name, **options, aggregator_dropout=0.0, sort_steps=sort)
+    random, ordered = ([row for row in history(work / name) if "loss" in row] for name in ("random", "sorted"))
+    assert [row["loss"] for row in random] == pytest.approx([row["loss"] for row in ordered], abs=1e-4)
+    assert len(random) == 4
+    assert sum(row["padding"] for row in ordered) < sum(row["padding"] for row in random)
+
+
 def test_fewer_records_than_a_batch_are_all_there():
     assert sorted(group_by_length([2, 0, 1], [5, 6, 7], 8, torch.Generator())) == [0, 1, 2]
 

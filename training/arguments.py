@@ -82,6 +82,13 @@ class DataArguments:
         default=False, metadata={"help": "keep the embeddings of a slice encoder that isn't trained, beside the slices"}
     )
     max_length: int | None = field(default=None, metadata={"help": "longest sequence in tokens"})
+    sort_steps: bool = field(
+        default=False,
+        metadata={
+            "help": "with gradient accumulation: a step's records in the order of their lengths, for micro-batches with less "
+            "padding; the step itself stays as it is"
+        },
+    )
     valid_limit: int | None = field(default=None, metadata={"help": "most validation records to measure the loss on"})
 
     def __post_init__(self):

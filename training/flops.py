@@ -52,6 +52,7 @@ class Work:
         pixels: slices that went through the slice encoder, 0 with cached embeddings.
         tokens, tokens_squared: of the language model's sequences, Σ T and Σ T².
         text: tokens that the fusion projects. text_slices: Σ T·S over these. slices_squared: Σ (S + 1)².
+        padded: the places of all sequences, padding included.
     """
 
     rows: float = 0
@@ -63,6 +64,7 @@ class Work:
     text: float = 0
     text_slices: float = 0
     slices_squared: float = 0
+    padded: float = 0
 
 
 class StepFlops:

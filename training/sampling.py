@@ -22,6 +22,8 @@ class RecordOrder(Sampler[int]):
         lengths: tokens of each record: records of about equal length then share a batch.
         batch_size: records of one step on all processes.
         mixture: which records an epoch has; None = all.
+        within_steps: only records of the same step are put beside others of their length. A step has what it would have
+            at random, and its micro-batches little padding.
     """
 
     def __init__(
@@ -31,10 +33,11 @@ class RecordOrder(Sampler[int]):
         lengths: Sequence[int] | None = None,
         batch_size: int = 1,
         mixture: TaskMixture | None = None,
+        within_steps: bool = False,
     ):
         self.count = count if mixture is None else len(mixture)
         self.seed, self.lengths, self.batch_size, self.mixture = seed, lengths, batch_size, mixture
-        self.epoch = 0
+        self.within_steps, self.epoch = within_steps, 0
 
     def __len__(self) -> int:
         return self.count
@@ -45,7 +48,9 @@ class RecordOrder(Sampler[int]):
         if self.mixture is not None:
             rows = self.mixture.epoch_rows(self.epoch).tolist()
             order = [rows[k] for k in order]
-        if self.lengths is not None:
+        if self.within_steps:
+            order = sort_within_steps(order, self.lengths, self.batch_size)
+        elif self.lengths is not None:
             order = group_by_length(order, self.lengths, self.batch_size, generator)
         return iter(order)
 
@@ -68,3 +73,9 @@ def group_by_length(
         longest = max(range(len(shuffled)), key=lambda k: max(lengths[index] for index in shuffled[k]))
         shuffled[0], shuffled[longest] = shuffled[longest], shuffled[0]
     return [index for batch in [*shuffled, rest] for index in batch]
+
+
+def sort_within_steps(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
+    """`order` with each step's records by length, the longest first: their gradients are summed, in whatever order."""
+    steps = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    return [index for step in steps for index in sorted(step, key=lambda k: -lengths[k])]

@@ -1,4 +1,4 @@
-"""How fast training goes: tokens, slices and volumes a second, MFU, memory, and how many answers were cut."""
+"""How fast training goes: tokens, slices and volumes a second, MFU, memory, padding, and how many answers were cut."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,15 +41,15 @@ def batch_work(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     slices, mask = zeros, inputs.get("slice_mask")
     if volumes is not None:
         slices = zeros + volumes.shape[1] if mask is None else mask.sum(dim=1)
-    length, text = zeros, zeros
+    length, text, padded = zeros, zeros, zeros
     if tokens is not None:
         attention = inputs.get("attention_mask")
         length = zeros + tokens.shape[1] if attention is None else attention.sum(dim=1)
-        text = length * (slices > 0)
+        text, padded = length * (slices > 0), zeros + tokens.shape[1]
     seen = slices if pixels is not None else zeros
     present = (slices > 0).long()
     columns = [zeros + (tokens is not None), present, slices, seen, length, length**2, text, text * slices]
-    columns.append(((slices + 1) * present) ** 2)
+    columns += [((slices + 1) * present) ** 2, padded]
     return torch.stack([column.sum() for column in columns])
 
 
@@ -115,6 +115,8 @@ class Throughput:
             "memory_gb": peak_bytes(device) / 1e9,
             "truncated_answers": int(counted[-1]),
         }
+        if work.padded:
+            report["padding"] = 1 - work.tokens / work.padded
         if self.flops and self.peak_tflops:
             report["mfu"] = self.flops(work) / (seconds * self.peak_tflops * 1e12 * processes)
         self.restart()

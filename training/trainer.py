@@ -46,6 +46,7 @@ class SamfTrainer(StoppableTrainer):
         monitor: what is measured while training.
         samples: answers records at every evaluation.
         mixture: which of the training records each epoch has; None = all.
+        sort_steps: each step's micro-batches hold records of like length.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class SamfTrainer(StoppableTrainer):
         monitor: MonitorArguments | None = None,
         samples: SampleWriter | None = None,
         mixture: TaskMixture | None = None,
+        sort_steps: bool = False,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.card, self.rates, self.samples, self.mixture = dict(card or {}), dict(rates or {}), samples, mixture
+        self.card, self.rates, self.samples = dict(card or {}), dict(rates or {}), samples
+        self.mixture, self.sort_steps = mixture, sort_steps
         self.monitor = monitor or MonitorArguments()
         self.slice_weights = SliceWeights(self._base_model().config.fusion_type)
         flops = StepFlops(self.model) if can_count(self.model) else None
@@ -92,10 +95,11 @@ class SamfTrainer(StoppableTrainer):
         strategy = self.args.train_sampling_strategy
         if strategy not in ("random", "group_by_length") or not hasattr(records, "__len__"):
             return super()._get_train_sampler(train_dataset)
-        lengths = records[self.args.length_column_name][:] if strategy == "group_by_length" else None
+        by_length = self.sort_steps or strategy == "group_by_length"
+        lengths = records[self.args.length_column_name][:] if by_length else None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        order = RecordOrder(len(records), seed, lengths, step, self.mixture)
+        order = RecordOrder(len(records), seed, lengths, step, self.mixture, within_steps=self.sort_steps)
         if self._set_epoch is None:
             self._set_epoch = SetEpoch(order)
             self.add_callback(self._set_epoch)
