@@ -9,9 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
+import torch
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from samf import train
+from samf.data.collator import SamfCollator
 from samf.data.ct_rate import load_records
 from samf.data.phantom_findings import DEMO_FINDINGS
 from samf.data.slice_cache import SliceCache
@@ -24,11 +28,13 @@ from samf.processing_samf import SamfProcessor
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 MAX_NEW_TOKENS = 200
+LOSS_RECORDS = 200  # whose losses the log has: valid_limit of recipes/table3/phantoms.yaml
 # Figures of a run of stage 3, and what stands above their columns.
 COLUMNS = {
     "accuracy": "multiple choice",
     "finding_f1": "finding F1 (macro)",
     "own_loss": "held-out loss",
+    "hidden_loss": "held-out loss, answer hidden",
     "gap": "gap",
     "train_loss": "training loss",
     "alpha_entropy": "entropy of alpha",
@@ -152,6 +158,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Figures:
     model, processor = SamfForConditionalGeneration.from_pretrained(folder), SamfProcessor.from_pretrained(folder)
     records = load_records(str(args.data), "valid", tasks=("report", "multiple_choice"), finding_names=DEMO_FINDINGS)
     records = records.shuffle(seed=0).select(range(min(len(records), args.valid_limit or len(records))))
+    cache = SliceCache(args.output / "cache", processor.image_processor)
     results = evaluate(
         model,
         processor,
@@ -160,15 +167,33 @@ def measure(args: argparse.Namespace, folder: Path) -> Figures:
         GenerationSettings(batch_size=32, max_new_tokens=MAX_NEW_TOKENS),
         finding_names=DEMO_FINDINGS,
         scoring={"resamples": 0},
-        slice_cache=SliceCache(args.output / "cache", processor.image_processor),
+        slice_cache=cache,
     )["tasks"]
+    hidden = {}
+    if model.config.fusion_text_scope == "sequence":  # the logged loss had the answer in its image tokens
+        hidden["hidden_loss"] = loss_with_answers_hidden(model, processor, records, cache)
     names = {"own_loss": "eval_own_loss", "gap": "eval_gap", "train_loss": "loss"}
     names |= {name: f"eval_own_{name}" for name in COLUMNS if name.startswith(("alpha", "gamma"))}
     return {
         "accuracy": results["multiple_choice"]["multiple_choice"]["accuracy"],
         "finding_f1": results["report"]["findings"]["macro"]["f1"],
+        **hidden,
         **{name: values[-1] for name, key in names.items() if (values := logged(folder, key))},
     }
+
+
+@torch.no_grad()
+def loss_with_answers_hidden(
+    model: SamfForConditionalGeneration, processor: SamfProcessor, records: datasets.Dataset, cache: SliceCache
+) -> float:
+    """The answers' loss when the fusion reads the prompt alone, as it must when an answer is asked for."""
+    model.config.fusion_text_scope = "prompt"
+    records = records.select(range(min(len(records), LOSS_RECORDS))).remove_columns("finding_labels")
+    loss, tokens = 0.0, 0
+    for batch in DataLoader(records, batch_size=32, collate_fn=SamfCollator(processor, slice_cache=cache)):
+        count = int((batch["labels"] != -100).sum())
+        loss, tokens = loss + model(**batch).loss.item() * count, tokens + count
+    return loss / tokens
 
 
 def table_rows(results: Mapping[str, Sequence[Figures]], columns: Mapping[str, str]) -> Iterator[list[str]]:

@@ -4,8 +4,9 @@
     python -m samf.experiments.stages --data runs/phantoms --seeds 0 1 2 --output runs/stages
 
 Stage 1 trains a slice encoder by DINO (nearest neighbours before and after), stage 2 warms an aggregator up over it (retrieval
-before and after), stage 3 trains everything from both, and once more from random weights by as many steps. What is finished
-is kept, so a broken call goes on where it ended. `stages.md` has means and standard deviations over the seeds.
+before and after), stage 3 starts from both, or from random weights, and trains everything, or everything but the slice
+encoder, by as many steps. What is finished is kept, so a broken call goes on where it ended. `stages.md` has means and
+standard deviations over the seeds.
 """
 
 import argparse
@@ -30,10 +31,18 @@ from samf.experiments.phantoms import (
 )
 from samf.pretraining.dino import DinoArguments
 from samf.recipe import parse_recipe
+from samf.training.parts import PARTS
 
 DINO_RECIPE, WARMUP_RECIPE = RECIPES / "dino_phantoms.yaml", RECIPES / "warmup_phantoms.yaml"
 STAGE_3 = "slice_tokens"  # of recipes/table3: nothing frozen
-FIRST, LAST = 0, -1
+FROZEN = {"train_parts": [part for part in PARTS if part != "slice_encoder"], "cache_embeddings": True}
+RANDOM, PRETRAINED = "random weights", "stages 1 and 2"
+ROWS = {  # what stage 3 starts from, and options of it
+    "scratch": (RANDOM, {}),
+    "scratch_vit_frozen": (RANDOM, FROZEN),
+    "stages": (PRETRAINED, {}),
+    "stages_vit_frozen": (PRETRAINED, FROZEN),
+}
 SETTINGS = ("dino_steps", "max_steps", "language_steps", "warmup_steps", "valid_limit")
 STAGE_COLUMNS = {
     "knn": "kNN accuracy",
@@ -49,6 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_common_arguments(parser)
     parser.add_argument("--dino_steps", type=int, help="of the slice encoder; default: the recipe's")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="some of them; default: all")
     return parser.parse_args(argv)
 
 
@@ -64,25 +74,26 @@ def untrained_encoder(folder: Path, seed: int) -> Path:
 
 
 def train_stages(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
-    """Figures of one seed, by what stage 3 started from: both earlier stages, or random weights."""
+    """Figures of one seed, by row."""
     folder, cache = args.output / f"seed{seed}", args.output / "cache"
     common = {"data": [args.data], "slice_cache": cache, "seed": seed}
     options = {**common, "max_steps": args.dino_steps}
     encoder = run_stage(pretrain_encoder, [DINO_RECIPE], folder / "1_encoder", options)
     options = {**common, "slice_encoder": encoder, "max_steps": args.warmup_steps}
     aggregator = run_stage(warmup_aggregator, [WARMUP_RECIPE], folder / "2_aggregator", options)
-    random = untrained_encoder(folder / "untrained_encoder", seed)
-    starts = {  # and which value of the earlier stages' logs belongs to them
-        "random weights": (FIRST, {"slice_encoder": random}),
-        "stages 1 and 2": (LAST, {"slice_encoder": encoder, "aggregator": aggregator}),
+    starts = {
+        RANDOM: {"slice_encoder": untrained_encoder(folder / "untrained_encoder", seed)},
+        PRETRAINED: {"slice_encoder": encoder, "aggregator": aggregator},
     }
     figures = {}
-    for name, (moment, start) in starts.items():
-        figures[name] = {
+    for row in args.rows:
+        start, options = ROWS[row]
+        moment = 0 if start == RANDOM else -1  # of the earlier stages' logs: before their training, or after it
+        figures[row] = {
             "knn": logged(encoder, "eval_knn_accuracy")[moment],
             "retrieval_interleaved": logged(aggregator, "eval_retrieval_interleaved")[moment],
             "retrieval_contiguous": logged(aggregator, "eval_retrieval_contiguous")[moment],
-            **train_run(args, STAGE_3, folder / f"3_from_{name.replace(' ', '_')}", {**start, "seed": seed}),
+            **train_run(args, STAGE_3, folder / f"3_{row}", {**starts[start], **options, "seed": seed}),
         }
     return figures
 

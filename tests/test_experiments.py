@@ -10,6 +10,7 @@ from samf.data.phantom import PhantomSettings, write_dataset
 from samf.experiments import phantoms, stages, table3
 from samf.experiments.phantoms import COLUMNS, table_rows
 from samf.experiments.table3 import all_runs, main
+from samf.training.parts import PARTS
 
 
 def finish(output: Path, name: str, seed: int, **figures: float) -> None:
@@ -95,7 +96,7 @@ def write_log(folder: Path, **values: list[float]) -> None:
 
 
 def test_stages_compare_what_is_trained_with_what_is_not(tmp_path, monkeypatch, capsys):
-    """The first values of the logs stand beside stage 3 from random weights, the last beside stage 3 from both."""
+    """The first values of the logs stand beside stage 3 from random weights, the last beside stage 3 from both stages."""
     retrieval = {"eval_retrieval_interleaved": [0.1, 0.8], "eval_retrieval_contiguous": [0.2, 0.6]}
     write_log(tmp_path / "seed0" / "1_encoder", eval_knn_accuracy=[0.5, 0.4, 0.75])
     write_log(tmp_path / "seed0" / "2_aggregator", **retrieval)
@@ -105,13 +106,16 @@ def test_stages_compare_what_is_trained_with_what_is_not(tmp_path, monkeypatch, 
     monkeypatch.setattr(phantoms, "measure", lambda args, folder: {"accuracy": 0.5})
     monkeypatch.setattr(phantoms, "write_atomic", write_with_folder)
     stages.main(["--data", "phantoms", "--output", str(tmp_path), "--seeds", "0"])
-    random, both = started
-    assert random["slice_encoder"] == tmp_path / "seed0" / "untrained_encoder" and "aggregator" not in random
-    assert both["aggregator"] == tmp_path / "seed0" / "2_aggregator"
+    scratch, scratch_frozen, both, both_frozen = started
+    for run in (scratch, scratch_frozen):
+        assert run["slice_encoder"] == tmp_path / "seed0" / "untrained_encoder" and "aggregator" not in run
+    for run in (both, both_frozen):
+        assert run["aggregator"] == tmp_path / "seed0" / "2_aggregator"
+    assert ["slice_encoder" in run.get("train_parts", PARTS) for run in started] == [True, False, True, False]
     assert {run["max_steps"] for run in started} == {None} and {run["seed"] for run in started} == {0}
     table = capsys.readouterr().out
-    assert "| random weights | 1 | 0.500 | 0.100 | 0.200 | 0.500 |" in table
-    assert "| stages 1 and 2 | 1 | 0.750 | 0.800 | 0.600 | 0.500 |" in table
+    assert "| scratch_vit_frozen | 1 | 0.500 | 0.100 | 0.200 | 0.500 |" in table
+    assert "| stages | 1 | 0.750 | 0.800 | 0.600 | 0.500 |" in table
 
 
 def small_phantoms(folder: Path) -> Path:
@@ -157,6 +161,6 @@ def test_three_stages_run_from_phantoms_to_the_table(tmp_path):
     steps = [f"--{name}=2" for name in ("dino_steps", "max_steps", "language_steps", "warmup_steps")]
     stages.main(["--data", str(data), "--output", str(tmp_path / "out"), "--seeds", "0", *steps, "--valid_limit", "12"])
     found = json.loads((tmp_path / "out" / "stages.json").read_text(encoding="utf-8"))
-    assert list(found) == ["random weights", "stages 1 and 2"]
+    assert list(found) == list(stages.ROWS)
     for (figures,) in found.values():
         assert {"knn", "retrieval_interleaved", "retrieval_contiguous", "accuracy", "own_loss", "gap"} <= set(figures)

@@ -27,7 +27,7 @@ LAUNCHERS = sorted((RECIPES / "accelerate").glob("*.yaml"))
 
 def script_arguments(recipe: Path) -> tuple[type, ...]:
     """What the recipe's script reads, TrainingArguments last: by the recipe's name, stage 1, 2 or 3."""
-    if recipe.stem.startswith(("slice_encoder", "dino")):
+    if recipe.stem.startswith(("slice_encoder", "phantom_encoder", "dino")):
         return (EncoderArguments, DinoArguments, TrainingArguments)
     return (WarmupArguments, TrainingArguments) if recipe.stem.startswith("warmup") else ARGUMENTS
 
