@@ -92,9 +92,8 @@ def call(script: ModuleType, recipes: Sequence[Path], options: Mapping[str, Any]
 
 
 def run_stage(script: ModuleType, recipes: Sequence[Path], folder: Path, options: Mapping[str, Any]) -> Path:
-    """`call`, unless `folder` holds its whole result; returns the folder. What was cut off is done again."""
+    """`call`, unless `folder` holds its whole result; returns the folder."""
     if not (folder / "trainer_state.json").is_file():
-        shutil.rmtree(folder, ignore_errors=True)
         call(script, recipes, {**options, "output_dir": folder})
     return folder
 

@@ -76,7 +76,7 @@ def untrained_encoder(folder: Path, seed: int) -> Path:
 def train_stages(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
     """Figures of one seed, by row."""
     folder, cache = args.output / f"seed{seed}", args.output / "cache"
-    common = {"data": [args.data], "slice_cache": cache, "seed": seed}
+    common = {"data": [args.data], "slice_cache": cache, "seed": seed, "resume_from_checkpoint": "last"}
     options = {**common, "max_steps": args.dino_steps}
     encoder = run_stage(pretrain_encoder, [DINO_RECIPE], folder / "1_encoder", options)
     options = {**common, "slice_encoder": encoder, "max_steps": args.warmup_steps}

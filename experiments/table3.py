@@ -93,6 +93,7 @@ def prepare_warmup(args: argparse.Namespace, scope: str) -> Path:
         "slice_cache": args.output / "cache",
         "slice_position_scope": scope,
         "max_steps": args.warmup_steps,
+        "resume_from_checkpoint": "last",
     }
     recipes = [RECIPES / "warmup_phantoms.yaml"]
     return run_stage(warmup_aggregator, recipes, args.output / f"warmup_{scope}", options)

@@ -73,6 +73,12 @@ def test_sorted_steps_train_alike(work):
     assert sum(row["padding"] for row in ordered) < sum(row["padding"] for row in random)
 
 
+@pytest.mark.parametrize("strategy", ["group_by_length", "sequential"])
+def test_sorted_steps_are_those_of_a_random_order(work, strategy):
+    with pytest.raises(ValueError, match=f"train_sampling_strategy is {strategy}"):
+        train_here(work, "both", sort_steps=True, train_sampling_strategy=strategy)
+
+
 def test_fewer_records_than_a_batch_are_all_there():
     assert sorted(group_by_length([2, 0, 1], [5, 6, 7], 8, torch.Generator())) == [0, 1, 2]
 

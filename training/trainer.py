@@ -63,6 +63,11 @@ class SamfTrainer(StoppableTrainer):
         super().__init__(*args, **kwargs)
         self.card, self.rates, self.samples = dict(card or {}), dict(rates or {}), samples
         self.mixture, self.sort_steps = mixture, sort_steps
+        if sort_steps and self.args.train_sampling_strategy != "random":
+            raise ValueError(
+                f"sort_steps orders the steps of a random order, and train_sampling_strategy is "
+                f"{self.args.train_sampling_strategy}: leave out one of them."
+            )
         self.monitor = monitor or MonitorArguments()
         self.slice_weights = SliceWeights(self._base_model().config.fusion_type)
         flops = StepFlops(self.model) if can_count(self.model) else None
