@@ -45,17 +45,25 @@ COLUMNS = {
 Figures = dict[str, float]
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where phantoms lie, where results go, and how long stages take: read by `open_output` and the functions below."""
+def add_common_arguments(parser: argparse.ArgumentParser, steps: Mapping[str, int] | None = None) -> None:
+    """Where phantoms lie, where results go, and how long stages take: read by `open_output` and the functions below.
+
+    `steps` replace the recipes' numbers, by the names of the arguments.
+    """
     parser.add_argument("--data", type=Path, required=True, help="what python -m samf.data.phantom wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of all that is made")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--max_steps", type=int, help="of each run of stage 3; default: the recipe's")
-    parser.add_argument(
-        "--language_steps", type=int, help="of the language model's training on text; default: the recipe's"
-    )
-    parser.add_argument("--warmup_steps", type=int, help="of the aggregator's warm-up; default: the recipe's")
     parser.add_argument("--valid_limit", type=int, help="held-out records that are answered; default: all")
+    stages = {
+        "max_steps": "each run of stage 3",
+        "language_steps": "the language model's training on text",
+        "warmup_steps": "the aggregator's warm-up",
+    }
+    for name, stage in stages.items():
+        default = (steps or {}).get(name)
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"of {stage}; default: {default or 'as in the recipe'}"
+        )
 
 
 def open_output(args: argparse.Namespace, settings: Sequence[str]) -> None:

@@ -96,7 +96,7 @@ def write_log(folder: Path, **values: list[float]) -> None:
 
 
 def test_stages_compare_what_is_trained_with_what_is_not(tmp_path, monkeypatch, capsys):
-    """The first values of the logs stand beside stage 3 from random weights, the last beside stage 3 from both stages."""
+    """Beside each row stands what its encoder and its aggregator reached, trained or not."""
     retrieval = {"eval_retrieval_interleaved": [0.1, 0.8], "eval_retrieval_contiguous": [0.2, 0.6]}
     write_log(tmp_path / "seed0" / "1_encoder", eval_knn_accuracy=[0.5, 0.4, 0.75])
     write_log(tmp_path / "seed0" / "2_aggregator", **retrieval)
@@ -106,15 +106,18 @@ def test_stages_compare_what_is_trained_with_what_is_not(tmp_path, monkeypatch, 
     monkeypatch.setattr(phantoms, "measure", lambda args, folder: {"accuracy": 0.5})
     monkeypatch.setattr(phantoms, "write_atomic", write_with_folder)
     stages.main(["--data", "phantoms", "--output", str(tmp_path), "--seeds", "0"])
-    scratch, scratch_frozen, both, both_frozen = started
-    for run in (scratch, scratch_frozen):
-        assert run["slice_encoder"] == tmp_path / "seed0" / "untrained_encoder" and "aggregator" not in run
-    for run in (both, both_frozen):
-        assert run["aggregator"] == tmp_path / "seed0" / "2_aggregator"
-    assert ["slice_encoder" in run.get("train_parts", PARTS) for run in started] == [True, False, True, False]
-    assert {run["max_steps"] for run in started} == {None} and {run["seed"] for run in started} == {0}
+    folder = tmp_path / "seed0"
+    untrained, trained = folder / "untrained_encoder", folder / "1_encoder"
+    aggregator = folder / "2_aggregator"
+    starts = [(untrained, None)] * 2 + [(trained, None)] + [(trained, aggregator)] * 3
+    assert [(run["slice_encoder"], run.get("aggregator")) for run in started] == starts
+    frozen = ["slice_encoder" not in run.get("train_parts", PARTS) for run in started]
+    assert frozen == [name.endswith("vit_frozen") for name in stages.ROWS]
+    assert ["learning_rates" in run for run in started] == [name.endswith("vit_slow") for name in stages.ROWS]
+    assert {(run["max_steps"], run["seed"]) for run in started} == {(stages.STEPS["max_steps"], 0)}
     table = capsys.readouterr().out
-    assert "| scratch_vit_frozen | 1 | 0.500 | 0.100 | 0.200 | 0.500 |" in table
+    assert "| scratch_vit_frozen | 1 | 0.500 |  |  | 0.500 |" in table
+    assert "| stage_1_vit_frozen | 1 | 0.750 | 0.100 | 0.200 | 0.500 |" in table
     assert "| stages | 1 | 0.750 | 0.800 | 0.600 | 0.500 |" in table
 
 
@@ -162,5 +165,6 @@ def test_three_stages_run_from_phantoms_to_the_table(tmp_path):
     stages.main(["--data", str(data), "--output", str(tmp_path / "out"), "--seeds", "0", *steps, "--valid_limit", "12"])
     found = json.loads((tmp_path / "out" / "stages.json").read_text(encoding="utf-8"))
     assert list(found) == list(stages.ROWS)
-    for (figures,) in found.values():
-        assert {"knn", "retrieval_interleaved", "retrieval_contiguous", "accuracy", "own_loss", "gap"} <= set(figures)
+    for name, (figures,) in found.items():
+        assert {"knn", "accuracy", "own_loss", "gap"} <= set(figures)
+        assert ("retrieval_contiguous" in figures) == (not name.startswith("scratch"))

@@ -1,8 +1,10 @@
 """Several processes against one, sharded weights, and runs that were killed, against unbroken ones."""
 
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -78,6 +80,20 @@ def test_processes_train_on_batches_without_a_volume(work, tmp_path):
     settings = options_of(work, "", **options, per_device_train_batch_size=1)
     run_script("train.py", 2, {**settings, "output_dir": tmp_path / "out"})
     assert len(logged(tmp_path / "out")) == 8
+
+
+def test_processes_train_on_batches_without_labels_of_findings(work, tmp_path):
+    """A process whose record has none leaves the findings' head unused that its fellow's record uses."""
+    shutil.copytree(work / "phantoms", tmp_path / "phantoms")
+    table = tmp_path / "phantoms/dataset/multi_abnormality_labels/train_predicted_labels.csv"
+    header, *rows = table.read_text(encoding="utf-8").splitlines()
+    table.write_text("\n".join([header, *rows[::2]]) + "\n", encoding="utf-8")
+    options = {"finding_names": ["Cardiomegaly", "Pleural effusion"], "gradient_checkpointing": True}
+    options |= {"data": tmp_path / "phantoms", "aggregator_dropout": 0.0, "max_steps": 12, "logging_steps": 1}
+    options |= {"per_device_train_batch_size": 1, "train_sampling_strategy": "random"}
+    run_script("train.py", 2, options_of(work, "", **options, output_dir=tmp_path / "out"))
+    losses = logged(tmp_path / "out")
+    assert len(losses) == 12 and all(math.isfinite(loss) for loss in losses)
 
 
 def test_a_signal_to_the_whole_group_leaves_a_checkpoint(work, tmp_path, monkeypatch):
