@@ -39,4 +39,4 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache
+	rm -rf runs/demo .pytest_cache .ruff_cache

@@ -121,7 +121,12 @@ class SlicePositionEmbedding(nn.Module):
         self.depth = nn.Linear(2 * DEPTH_FREQUENCIES, dim, bias=False)
 
     def forward(self, planes: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """planes (B, S) in 0..2 and positions (B, S) in [0, 1] give (B, S, dim)."""
+        """planes (B, S) in 0..2 and positions (B, S) in [0, 1] give (B, S, dim).
+
+        Positions may also be the bits of float32 numbers as int32, which launchers that round floating inputs leave alone.
+        """
+        if positions.dtype == torch.int32:
+            positions = positions.view(torch.float32)
         octaves = torch.arange(DEPTH_FREQUENCIES, device=positions.device, dtype=torch.float32) / 2
         phases = positions.float()[..., None] * math.pi * 2**octaves  # (B, S, frequencies)
         waves = torch.cat([phases.sin(), phases.cos()], dim=-1).to(self.depth.weight.dtype)
@@ -736,12 +741,12 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
         Args:
             slice_encoder, text_model: Hub ids or folders, for example `facebook/dino-vitb16` and
                 `microsoft/Phi-3-mini-4k-instruct`.
-            dtype: of all weights; the components' own when None.
+            dtype: of all weights; the language model's own when None or "auto".
             config: further arguments of [`SamfConfig`].
         """
-        encoder = AutoModel.from_pretrained(slice_encoder, dtype=dtype)
         # Phi-3's repository points at modelling code that no longer runs: the library's own class is wanted.
-        text = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, trust_remote_code=False)
+        text = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype or "auto", trust_remote_code=False)
+        encoder = AutoModel.from_pretrained(slice_encoder, dtype=text.dtype)  # the parts between can't mix two
         for part, source in ((encoder.config, slice_encoder), (text.config, text_model)):
             # The card names base models by their Hub ids; a local path would stand in every saved configuration.
             part._name_or_path = hub_id(str(source)) or ""

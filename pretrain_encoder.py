@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments, ViTConfig, ViTModel, set_seed
 
-from samf.data.slice_images import SliceSets, slice_sets, some_slices
+from samf.data.slice_images import SLICES, SliceSets, slice_sets, some_slices
 from samf.data.slice_settings import has_slice_settings
 from samf.image_processing_samf import SamfImageProcessor
 from samf.pretraining.dino import DinoArguments
@@ -55,7 +55,7 @@ class EncoderArguments:
         default_factory=lambda: ["train"], metadata={"help": "of MedMNIST: train, val, test; all is the paper's choice"}
     )
     slice_cache: str | None = field(
-        default=None, metadata={"help": "folder that keeps the slices of CTs; default: slices, in the output folder"}
+        default=None, metadata={"help": "folder that keeps the slices of CTs; default: _slices, in the output folder"}
     )
     on_error: str = field(default="stop", metadata={"help": "stop, or skip: unreadable CTs are left out and counted"})
     on_missing: str = field(default="error", metadata={"help": "of CT-RATE's volumes: error, or skip (counted)"})
@@ -119,7 +119,7 @@ def load_slices(args: EncoderArguments, image_processor: SamfImageProcessor, out
         return slice_sets(
             data,
             image_processor,
-            args.slice_cache or Path(output_dir, "slices"),
+            args.slice_cache or Path(output_dir, SLICES),
             splits=args.splits,
             depth_bins=args.depth_bins,
             valid_share=args.valid_share,

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
 
 from samf.data.collator import SamfCollator, VolumeStore
 from samf.data.processes import Processes
@@ -79,7 +80,7 @@ def build_samples(
     training: TrainingArguments,
 ) -> SampleWriter | None:
     """What answers a few validation records at every evaluation, if anything shall."""
-    if not monitor.generate_samples:
+    if not monitor.generate_samples or data["eval_dataset"] is None:
         return None
     return SampleWriter(
         choose_samples(data["eval_dataset"]["own"], monitor.generate_samples),
@@ -104,19 +105,26 @@ def main(argv: list[str] | None = None) -> None:
     card, base = card_settings(model_args, data_args), Path(training.output_dir, BASE)
     if tuning.lora_rank and checkpoint_to_resume(training) and (base / "config.json").is_file():
         model_args.model = str(base.resolve())  # the adapter goes on from the model that it began with
+    # Or ZeRO-3 would shard each component as it loads, whatever its zero3_init_flag says; Trainer sets this again.
+    unset_hf_deepspeed_config()
     processor = build_processor(model_args)
     model = build_model(model_args, processor)
     by_length = data_args.sort_steps or training.train_sampling_strategy == "group_by_length"
     data = load_datasets(
-        data_args, processor, model.config.finding_names, with_lengths=by_length, output_dir=training.output_dir
+        data_args,
+        processor,
+        model.config.finding_names,
+        with_lengths=by_length,
+        with_valid=training.do_eval,
+        output_dir=training.output_dir,
     )
     # A batch without volumes or without labels uses less than the whole model; Trainer's choice with checkpointing is False.
     if training.ddp_find_unused_parameters is None and (
         model.config.finding_names or holds_text_alone(data["train_dataset"])
     ):
         training.ddp_find_unused_parameters = True
-    cached = (data["train_dataset"], data["eval_dataset"]["own"]) if data_args.cache_embeddings else ()
-    volumes = distinct_volumes(*cached)
+    measured = [data["eval_dataset"]["own"]] if training.do_eval else []
+    volumes = distinct_volumes(data["train_dataset"], *measured) if data_args.cache_embeddings else []
     store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes, training.device)
     collator = SamfCollator(processor, slice_cache=store, max_length=data_args.max_length, findings_only=findings_only)
     trainer = SamfTrainer(

@@ -17,10 +17,12 @@ import urllib.request
 import uuid
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .volume_files import CTReadError, is_disk_error
@@ -72,6 +74,23 @@ def local_copy(address: str) -> Path:
     if address.lower().startswith("hf://"):
         return _from_hub(address)
     return _from_web(address)
+
+
+@contextmanager
+def not_kept(address: Any) -> Iterator[None]:
+    """A file on the Hub that the block fetches is deleted afterwards, unless it was in the cache before.
+
+    For who keeps what was made of it: a data set's downloads are larger than its slices. Does nothing for other paths.
+    """
+    on_hub = is_address(address) and address.lower().startswith("hf://")
+    before = _in_hub_cache(address) if on_hub else None
+    try:
+        yield
+    finally:
+        if on_hub and before is None and (link := _in_hub_cache(address)) is not None:
+            blob = link.resolve()
+            for file in (link, blob):
+                file.unlink(missing_ok=True)
 
 
 def _limit() -> int:
@@ -164,7 +183,16 @@ def _copy(address: str, stream: BinaryIO, out: BinaryIO) -> int:
 # -------------------------------------------------------------------------------------------------------------- the Hub
 
 
-def _from_hub(address: str) -> Path:
+def _in_hub_cache(address: str) -> Path | None:
+    try:
+        found = try_to_load_from_cache(**_hub_file(address))
+    except HFValidationError:  # no name of a repository: fetching it says so
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _hub_file(address: str) -> dict[str, Any]:
+    """What the Hub's library takes: repository, its kind, revision, file. Raises CTReadError where one is missing."""
     parts = address[len("hf://") :].split("/")
     kind = _KINDS.get(parts[0], "model")
     if kind != "model":
@@ -175,7 +203,11 @@ def _from_hub(address: str) -> Path:
         )
     name, _, revision = parts[1].partition("@")
     where = {"repo_id": f"{parts[0]}/{name}", "filename": "/".join(parts[2:]), "repo_type": kind}
-    where["revision"] = urllib.parse.unquote(revision) or None
+    return {**where, "revision": urllib.parse.unquote(revision) or None}
+
+
+def _from_hub(address: str) -> Path:
+    where = _hub_file(address)
     try:
         _check_size(address, _hub_size(where))
         return Path(hf_hub_download(**where))

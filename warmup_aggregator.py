@@ -10,7 +10,7 @@ they are told from. No head stands between z_3d and the loss. Slices of differen
 asked of where the two runs lie; `adjacent_slices` says how long they are.
 
 The slice embeddings are computed once and kept in `slice_cache`, where `train.py` finds them again if it freezes the same
-encoder. The output folder holds the aggregator and its position embeddings, which
+encoder in the same `dtype`. The output folder holds the aggregator and its position embeddings, which
 `samf.pretraining.aggregator_weights.load_aggregator` puts into a model.
 """
 
@@ -24,7 +24,7 @@ from transformers import TrainingArguments, set_seed
 
 from samf.data.embedding_cache import EmbeddingCache
 from samf.data.slice_cache import SliceCache
-from samf.data.slice_images import Scan, fill_slice_cache, find_scans
+from samf.data.slice_images import SLICES, Scan, fill_slice_cache, find_scans
 from samf.data.slice_settings import load_image_processor
 from samf.modeling_samf import SamfModel
 from samf.pretraining.aggregator_arguments import AggregatorArguments
@@ -41,7 +41,7 @@ class WarmupArguments(AggregatorArguments):
 
     data: list[str] = field(default_factory=list, metadata={"help": "CT-RATE's folder, or folders of CTs"})
     slice_cache: str | None = field(
-        default=None, metadata={"help": "keeps slices and their embeddings; default: slices, in the output folder"}
+        default=None, metadata={"help": "keeps slices and their embeddings; default: _slices, in the output folder"}
     )
     on_error: str = field(default="stop", metadata={"help": "stop, or skip: unreadable CTs are left out and counted"})
     on_missing: str = field(default="error", metadata={"help": "of CT-RATE's volumes: error, or skip (counted)"})
@@ -61,7 +61,7 @@ def embed_scans(
     args: WarmupArguments, model: SamfModel, output_dir: str
 ) -> tuple[dict[str, list[Scan]], EmbeddingCache]:
     """The scans that can be read, and a cache with all their embeddings; each process makes its share."""
-    folder = args.slice_cache or Path(output_dir, "slices")
+    folder = args.slice_cache or Path(output_dir, SLICES)
     slices = SliceCache(folder, load_image_processor(args.slice_encoder, **args.slice_settings()))
     scans = find_scans(args.data, on_missing=args.on_missing, valid_share=args.valid_share)
     kept = set(

@@ -238,7 +238,8 @@ def check_volumes(dataset: datasets.Dataset, on_missing: str, tally: Tally) -> d
         more = f"\n  and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} volumes that the records name are missing:\n  {listed}{more}\n"
-            f"Complete the download, or pass on_missing='skip' to go without them."
+            f"Complete the download, or go without them: on_missing='skip' (--on_missing skip of preprocess.py, "
+            f"pretrain_encoder.py and warmup_aggregator.py; --on_error skip of train.py and eval.py)."
         )
     is_missing = pc.is_in(dataset.data.column("volume"), value_set=pa.array(missing)).to_numpy()
     tally.drop("volume file missing", missing[0], int(is_missing.sum()))
@@ -343,7 +344,12 @@ def check_patient_overlap(train: datasets.Dataset, valid: datasets.Dataset) -> N
     Raises:
         ValueError: names the patients.
     """
-    common = sorted(patients_of(train) & patients_of(valid))
+    refuse_common_patients(patients_of(train), patients_of(valid))
+
+
+def refuse_common_patients(train: Collection[str], valid: Collection[str]) -> None:
+    """`check_patient_overlap` of two sets of patients."""
+    common = sorted({*train} & {*valid})
     if common:
         more = f" and {len(common) - LISTED} more" if len(common) > LISTED else ""
         raise ValueError(

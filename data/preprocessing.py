@@ -5,7 +5,8 @@ on every file system; within that, and between runs over the same list, each vol
 (`samf.data.claims`). What has a record is done, so a killed run is simply started again, with any shards. A volume that
 can't be read, that crashes its process or that takes too long is noted (`samf.data.cache_ledger`) and costs nothing else;
 one that fails for want of memory or of a library, or because its disk or network does, is left to the next run.
-Volumes on the Hub or the web are fetched first: the downloads stay in $HF_HOME and are not counted in the estimate.
+Volumes on the Hub or the web are fetched first. Downloads from the Hub are deleted once a volume's slices are kept,
+unless $HF_HOME had them before; those from the web stay there. Neither is counted in the estimate.
 """
 
 import logging
@@ -104,7 +105,7 @@ class Estimate:
             f"{describe_bytes(self.free_bytes)} are free."
         )
         if self.fetched:
-            size += f" {self.fetched} volumes are fetched: the downloads stay in $HF_HOME and are not counted."
+            size += f" {self.fetched} volumes are fetched, which is not counted: they pass through $HF_HOME."
         if self.seconds is None:
             return size
         return (

@@ -4,10 +4,12 @@ They never exchange tensors: a rank takes its share of the batches, writes its o
 gloo is enough on any device, and the waiting may take as long as the slowest rank does.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +29,7 @@ class Processes:
         self.rank, self.count, self._group = 0, 1, None
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._group = _gloo_group(dist.group.WORLD)
 
     @property
     def is_first(self) -> bool:
@@ -46,6 +48,12 @@ class Processes:
         yield
         if self.is_first:
             self.wait()
+
+
+@functools.cache
+def _gloo_group(world: Any) -> Any:
+    """One for all: each has threads and connections of its own. `world` is what it belongs to."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def is_first_process() -> bool:

@@ -26,7 +26,7 @@ from safetensors.numpy import save
 from samf.ct_volume import CTReadError, read_ct
 from samf.dicom_volume import walk_once
 from samf.image_processing_samf import SamfImageProcessor
-from samf.volume_sources import is_address
+from samf.volume_sources import is_address, not_kept
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class SliceCache:
         """What `image_processor.extract` gives for the volume at `path`; its arrays are read-only maps of the record.
 
         Args:
-            path: as for `read_ct`, but one file, folder or address.
+            path: as for `read_ct`, but one file, folder or address. What is fetched from the Hub is deleted again.
             rescale: as for `read_ct`; part of the record's name.
 
         Raises:
@@ -72,7 +72,8 @@ class SliceCache:
         record_path = self.record_path(path, rescale=rescale)
         record = read_record(record_path)
         if record is None:
-            arrays = self.image_processor.extract(read_ct(path, rescale=rescale))
+            with not_kept(path):
+                arrays = self.image_processor.extract(read_ct(path, rescale=rescale))
             if self.record_path(path, rescale=rescale) != record_path:  # or it would stand under the old file's name
                 raise CTReadError(f"{path}: changed while it was read. Wait until it is written, then try again.")
             write_record(record_path, arrays)

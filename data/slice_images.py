@@ -28,7 +28,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from tqdm import tqdm
 
 from samf.ct_volume import CTReadError
-from samf.data.ct_rate import VolumeName, patient_of
+from samf.data.ct_rate import VolumeName, patient_of, refuse_common_patients
 from samf.data.processes import Processes
 from samf.data.slice_cache import SliceCache, read_record
 from samf.data.volume_lists import VolumeKey, find_volumes, volumes_by_split
@@ -189,6 +189,9 @@ class _Joined(ConcatDataset):
 # ---- scans ---------------------------------------------------------------------------------------------------------
 
 
+SLICES = "_slices"  # the slice cache within an output folder; Trainer pushes nothing that begins with an underscore
+
+
 @dataclass(frozen=True)
 class Scan:
     """One scan: its volumes (reconstructions of the same anatomy) and its patient."""
@@ -209,7 +212,7 @@ def find_scans(data: Sequence[str], *, on_missing: str = "error", valid_share: f
 
     Raises:
         FileNotFoundError: no volume under one of `data`; says what is looked for.
-        ValueError: too few patients to hold one out.
+        ValueError: too few patients to hold one out, or a patient in both splits.
     """
     found: dict[str, list[Scan]] = {"train": [], "valid": []}
     for source in data:
@@ -218,6 +221,7 @@ def find_scans(data: Sequence[str], *, on_missing: str = "error", valid_share: f
             found[split] += _group(volumes)
     if not found["valid"]:
         found["train"], found["valid"] = hold_out(found["train"], valid_share)
+    refuse_common_patients(*({scan.patient for scan in found[split]} for split in ("train", "valid")))
     return found
 
 

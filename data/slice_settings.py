@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers.utils import cached_file
 
 from samf.image_processing_samf import SamfImageProcessor
 
@@ -25,13 +25,11 @@ def load_image_processor(source: str | None, **settings: Any) -> SamfImageProces
 
 
 def has_slice_settings(source: str) -> bool:
-    """Whether slices are cut as this folder says, or this SAMF model on the Hub.
+    """Whether this folder, or this repository on the Hub, says how slices are cut.
 
     The settings that other encoders bring along, such as ViT's own, are about photographs.
     """
-    if not Path(source).is_dir():
-        return AutoConfig.from_pretrained(source).model_type == "samf"
-    files = [Path(source, name) for name in FILES]
-    saved = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    files = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in FILES]
+    saved = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files if file is not None]
     kinds = [settings.get("image_processor", settings).get("image_processor_type") for settings in saved]
     return SamfImageProcessor.__name__ in kinds

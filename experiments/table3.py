@@ -70,13 +70,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add_common_arguments(parser)
     parser.add_argument("--encoder_steps", type=int, help="of the slice encoder; default: the recipe's")
-    parser.add_argument("--runs", nargs="+", default=list(all_runs()), help="some of them; default: all")
-    parser.add_argument("--list", action="store_true", help="write the runs' names and stop")
-    args = parser.parse_args(argv)
-    unknown = sorted(set(args.runs) - set(all_runs()))
-    if unknown:
-        parser.error(f"--runs names {unknown}; the runs are {', '.join(all_runs())}")
-    return args
+    parser.add_argument("--runs", nargs="+", choices=all_runs(), default=list(all_runs()), help="default: all")
+    return parser.parse_args(argv)
 
 
 def prepare_encoder(args: argparse.Namespace) -> Path:
@@ -114,9 +109,6 @@ def figures_of(args: argparse.Namespace, run: Run, seed: int) -> Figures:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    if args.list:
-        sys.stdout.write("\n".join(args.runs) + "\n")
-        return
     open_output(args, SETTINGS)
     results: dict[str, list[Figures]] = {}
     for seed in args.seeds:  # every run once before any has a second seed

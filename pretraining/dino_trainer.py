@@ -29,7 +29,7 @@ class DinoTrainer(ResumableTrainer):
         bank, queries: labelled slices, and held-out ones whose labels their neighbours in the bank shall tell.
         image_processor: normalises pixels; saved beside the encoder.
         neighbours: that vote.
-        attention_slices: how many queries an evaluation draws attention maps of, below `output_dir`/attention.
+        attention_slices: how many queries an evaluation draws attention maps of, below `output_dir`/_attention.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class DinoTrainer(ResumableTrainer):
         slices = torch.stack([self.queries[index] for index in self.shown])
         attention = cls_attention(self.dino.teacher.encoder, self._pixels(slices))
         names = [self.queries.label_names[self.queries.labels[index]] for index in self.shown]
-        path = Path(self.args.output_dir, "attention", f"step_{self.state.global_step:07d}.png")
+        path = Path(self.args.output_dir, "_attention", f"step_{self.state.global_step:07d}.png")
         save_attention_picture(slices.numpy(), attention.cpu().numpy(), names, path)
 
     def save_encoder(self) -> None:

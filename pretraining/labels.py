@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 from samf.data.labelled_slices import LabelledSlices
 from samf.data.phantom_findings import DEMO_FINDINGS
 from samf.image_processing_samf import SamfImageProcessor
+from samf.pretraining.resumable import checkpoint_to_resume
 
 MAX_SHIFT = 3  # pixels
 
@@ -69,7 +70,7 @@ def train_on_labels(
         compute_metrics=mean_auc,
         image_processor=image_processor,
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
     trainer.log_metrics("eval", trainer.evaluate())
     model.vit.half().save_pretrained(training.output_dir)
     image_processor.save_pretrained(training.output_dir)

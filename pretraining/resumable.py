@@ -94,10 +94,17 @@ class ResumableTrainer(StoppableTrainer):
     """A StoppableTrainer whose training set is asked for (epoch, index).
 
     Raises:
-        ValueError: fewer rows than one step takes.
+        ValueError: fewer rows than one step takes, or `push_to_hub`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
+        training: TrainingArguments = kwargs["args"]
+        if training.push_to_hub:
+            out = training.output_dir
+            raise ValueError(
+                "push_to_hub would push the weights of checkpoints, which hold more than what this stage makes. Leave it "
+                f"out, and afterwards `hf upload OWNER/NAME {out} --exclude '_*' 'checkpoint-*'`."
+            )
         super().__init__(*args, **kwargs)
         self.args.dataloader_drop_last = True  # every step has a whole batch, whatever the number of processes
         step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps

@@ -7,13 +7,16 @@ import signal
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from sklearn.neighbors import KNeighborsClassifier
 from transformers import AutoModel, TrainerCallback, TrainingArguments, ViTConfig, ViTModel, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from samf import SamfImageProcessor, pretrain_encoder
-from samf.data.phantom import make_phantom, write_nifti
+from samf.data.phantom import PhantomSettings, make_phantom, write_dataset, write_nifti
 from samf.data.slice_cache import SliceCache
 from samf.data.slice_images import (
+    SLICES,
     LabelledSet,
     VolumeSlices,
     fill_slice_cache,
@@ -26,7 +29,8 @@ from samf.pretraining.attention_maps import cls_attention
 from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews, cosine
 from samf.pretraining.dino_trainer import DinoTrainer
 from samf.pretraining.neighbours import knn_accuracy, retrieval_accuracy
-from samf.pretraining.resumable import EpochSampler, last_checkpoint, written_whole
+from samf.pretraining.resumable import EpochSampler, ResumableTrainer, last_checkpoint, written_whole
+from samf.training.samples import FOLDER
 
 pytest.importorskip("lightly", reason="DINO needs lightly: pip install 'lightly>=1.6'")
 
@@ -310,7 +314,7 @@ def test_evaluation_gives_knn_accuracy_and_attention_maps(unbroken):
         expected = run.dino.teacher.encoder.eval()(pixels).last_hidden_state[:, 0].numpy()
     np.testing.assert_allclose(whole, expected, atol=1e-5)
     assert metrics["eval_knn_accuracy"] == 1.0  # bright or dark
-    assert (folder / "attention" / "step_0000006.png").stat().st_size > 1000
+    assert (folder / "_attention" / "step_0000006.png").stat().st_size > 1000
 
 
 def test_prototypes_stay_for_the_first_epochs_and_weight_decay_rises(tmp_path):
@@ -408,6 +412,27 @@ def test_scans_of_a_folder_keep_patients_apart(scans):
     assert hold_out(everyone[::-1], 0.4)[1] == [s for s in everyone[::-1] if s in found["valid"]]
     with pytest.raises(ValueError, match="1 patient"):
         hold_out(everyone[:1], 0.5)
+
+
+def test_a_patient_in_training_and_validation_is_an_error(tmp_path):
+    """CT-RATE's own splits are apart; a second source may have its validation patients among others."""
+    write_dataset(tmp_path / "set", train_patients=2, valid_patients=1, settings=PhantomSettings(voxel_mm=20.0))
+    (volume,) = (tmp_path / "set/dataset/valid_fixed").rglob("*.nii.gz")
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(volume, other)
+    assert len(find_scans([str(tmp_path / "set")])["valid"]) == 1
+    with pytest.raises(ValueError, match="1 patients are in both"):
+        find_scans([str(tmp_path / "set"), str(other)])
+
+
+def test_what_shows_patients_is_not_pushed(tmp_path):
+    """Trainer pushes its whole output folder but for names that begin with an underscore and checkpoints."""
+    for name in (SLICES, FOLDER, "_attention"):
+        assert not list(filter_repo_objects([f"{name}/a/b.png"], ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]))
+    arguments = TrainingArguments(str(tmp_path), push_to_hub=True, use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="hf upload OWNER/NAME"):
+        ResumableTrainer(args=arguments)
 
 
 def test_a_folder_without_volumes_says_what_is_looked_for(tmp_path):

@@ -7,7 +7,14 @@ from tiny import FUSION_TYPES, IMAGE_ID, SLICES, image_tokens, tiny_batch, tiny_
 from transformers import AutoModel, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, ViTConfig, ViTModel
 
 from samf import SamfConfig, SamfForConditionalGeneration
-from samf.modeling_samf import FewRowsLinear, SamfFusion, finding_loss, fusion_text_mask, place_image_tokens
+from samf.modeling_samf import (
+    FewRowsLinear,
+    SamfFusion,
+    SlicePositionEmbedding,
+    finding_loss,
+    fusion_text_mask,
+    place_image_tokens,
+)
 
 
 def softmax(scores: list[float]) -> np.ndarray:
@@ -370,6 +377,36 @@ def test_new_model_from_components_keeps_their_weights(tmp_path):
     z_2d = model.get_image_features(batch["pixel_values"]).last_hidden_state
     expected = encoder.eval()(batch["pixel_values"].flatten(0, 1)).last_hidden_state[:, 0]
     torch.testing.assert_close(z_2d.flatten(0, 1), expected)
+
+
+def test_a_new_model_has_one_precision_where_its_components_have_two(tmp_path):
+    """As DINO's float32 and Phi-3's bfloat16 are: the parts between couldn't mix them."""
+    config = tiny_config()
+    ViTModel(ViTConfig(**config.vision_config.to_dict())).save_pretrained(tmp_path / "encoder")
+    text = Phi3ForCausalLM(Phi3Config(**config.text_config.to_dict())).to(torch.bfloat16)
+    text.save_pretrained(tmp_path / "text")
+    for dtype, expected in ((None, torch.bfloat16), ("auto", torch.bfloat16), ("float32", torch.float32)):
+        model = SamfForConditionalGeneration.from_component_pretrained(
+            str(tmp_path / "encoder"),
+            str(tmp_path / "text"),
+            dtype,
+            image_token_id=IMAGE_ID,
+            num_image_tokens=4,
+            volume_dim=16,
+        )
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+        batch = tiny_batch("ao2d")
+        batch["pixel_values"] = batch["pixel_values"].to(expected)
+        assert model(**batch).logits.isfinite().all()
+
+
+def test_places_of_slices_survive_a_launcher_that_rounds_what_floats():
+    """FSDP and DeepSpeed cast floating inputs to bfloat16, where 0.9012 and 0.9001 are one number."""
+    embedding = SlicePositionEmbedding(8)
+    planes, positions = torch.zeros(1, 2, dtype=torch.long), torch.tensor([[0.9012, 0.9001]])
+    expected = embedding(planes, positions)
+    assert not torch.allclose(embedding(planes, positions.to(torch.bfloat16)), expected, atol=1e-3)
+    assert torch.equal(embedding(planes, positions.view(torch.int32)), expected)
 
 
 def test_defaults_are_the_papers_sizes():

@@ -428,9 +428,7 @@ def test_a_record_of_slices_is_as_large_as_is_said(phantoms, tmp_path):
     assert whole == pytest.approx(72 * 3 * 224 * 224, rel=1e-3)
     estimate = str(Estimate(47_000, 47_000, 2_938, whole, 10**12, 16, seconds=7 * 3600.0, sample=16))
     assert "$HF_HOME" not in estimate
-    assert "5 volumes are fetched: the downloads stay in $HF_HOME" in str(
-        Estimate(9, 7, 7, whole, 10**12, 1, fetched=5)
-    )
+    assert "5 volumes are fetched, which is not counted" in str(Estimate(9, 7, 7, whole, 10**12, 1, fetched=5))
     assert "47000 volumes" in estimate and "10.8 MB: 509.5 GB more" in estimate and "7.0 hours" in estimate
 
 
@@ -633,16 +631,31 @@ def save_with_text(model, text: dict, folder: Path) -> Path:
     return folder
 
 
-def test_a_models_own_slice_settings_count_by_its_name_on_the_hub(monkeypatch):
-    """Of a SAMF model; another encoder's settings aren't ours, and `train.py` doesn't take them either."""
-    kinds = {"someone/samf": "samf", "someone/vit": "vit"}
-    config = type("Config", (), {"from_pretrained": lambda name: type("C", (), {"model_type": kinds[name]})})
-    monkeypatch.setattr(slice_settings, "AutoConfig", config)
+def test_slice_settings_count_by_a_name_on_the_hub(monkeypatch, tmp_path):
+    """Those of a SAMF model and of our slice encoder; those for photographs aren't ours, and some have none."""
     ours = SamfImageProcessor(slices_per_plane=3, size=32)
-    monkeypatch.setattr(SamfImageProcessor, "from_pretrained", lambda name, **_: {"someone/samf": ours}[name])
-    for name, expected in (("someone/samf", ours), ("someone/vit", SamfImageProcessor())):
+    saved = {
+        "me/samf": ("processor_config.json", {"image_processor": ours.to_dict()}),
+        "me/encoder": ("preprocessor_config.json", ours.to_dict()),
+        "me/vit": ("preprocessor_config.json", {"image_processor_type": "ViTImageProcessor"}),
+        "me/bare": ("config.json", {}),
+    }
+
+    def cached_file(source, name, **_):
+        file, settings = saved[source]
+        if name != file:
+            return None
+        path = tmp_path / source.replace("/", "_")
+        path.write_text(json.dumps(settings), encoding="utf-8")
+        return str(path)
+
+    monkeypatch.setattr(slice_settings, "cached_file", cached_file)
+    own = {"me/samf": ours, "me/encoder": ours}
+    monkeypatch.setattr(SamfImageProcessor, "from_pretrained", lambda name, **_: own[name])
+    for name in saved:
         args = preprocess.parse_args(["data", "--cache=cache", f"--embeddings={name}"])
-        assert preprocess.build_image_processor(args).settings_hash() == expected.settings_hash()
+        expected = own.get(name, SamfImageProcessor())
+        assert preprocess.build_image_processor(args).settings_hash() == expected.settings_hash(), name
 
 
 def test_a_models_folder_has_its_slice_settings_within_those_of_its_processor(tmp_path):

@@ -1,5 +1,6 @@
 """The slice encoder's labels lie where the finding lies; both objectives end in a folder that train.py takes."""
 
+import json
 import shutil
 
 import numpy as np
@@ -53,6 +54,13 @@ def test_a_run_on_labels_ends_in_an_encoder_folder(tmp_path):
     assert (encoder.config.hidden_size, processor.size, processor.slices_per_plane) == (16, 32, 2)
     pixel_values = torch.zeros(1, len(processor.hu_windows), 32, 32)
     assert encoder.float()(pixel_values).last_hidden_state.shape == (1, 5, 16)
+
+    options |= {"save_strategy": "steps", "save_steps": 2, "output_dir": tmp_path / "saved"}
+    pretrain_encoder.main([f"--{key}={value}" for key, value in options.items()])
+    options |= {"max_steps": 3, "resume_from_checkpoint": "last"}
+    pretrain_encoder.main([f"--{key}={value}" for key, value in options.items()])
+    state = json.loads((tmp_path / "saved" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["global_step"] == 3 and (tmp_path / "saved" / "checkpoint-2").is_dir()
 
 
 # ---- DINO, from the command line -----------------------------------------------------------------------------------

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_run import history, prepare, run
 from tiny import TEXTS
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
+from transformers.integrations import deepspeed
 
-from samf import SamfForConditionalGeneration, SamfImageProcessor, SamfProcessor, preprocess
+from samf import SamfForConditionalGeneration, SamfImageProcessor, SamfProcessor, preprocess, train
 from samf.data.ct_rate import load_records
 from samf.data.embedding_cache import EmbeddingCache
 from samf.data.slice_cache import SliceCache
@@ -18,6 +21,7 @@ from samf.data.small_tokenizer import train_small_tokenizer
 from samf.training.arguments import DataArguments
 from samf.training.parts import PARTS
 from samf.training.records import load_datasets
+from samf.training.trainer import SamfTrainer
 
 FINDINGS = ("Cardiomegaly", "Pleural effusion")
 
@@ -112,6 +116,54 @@ def test_embeddings_in_the_cache_are_the_encoders_and_follow_its_weights(work, t
     torch.testing.assert_close(torch.tensor(moved.get(path)["slice_embeddings"]), expected + 1)
 
 
+def test_training_without_evaluation_needs_no_validation_volumes(work, tmp_path):
+    shutil.copytree(work / "phantoms", tmp_path / "phantoms")
+    shutil.rmtree(tmp_path / "phantoms/dataset/valid_fixed")
+    run(work, "unmeasured", data=tmp_path / "phantoms", max_steps=1)
+    assert "train_loss" in losses(work / "unmeasured")
+    with pytest.raises(FileNotFoundError, match="--on_error skip of train.py"):
+        run(work, "measured", data=tmp_path / "phantoms", max_steps=1, do_eval=True)
+
+
+def test_scans_without_a_report_have_unknown_labels_and_not_none(work, tmp_path):
+    """Under FSDP a process whose batch has no labels at all would have no gradient where its fellows have one."""
+    shutil.copytree(work / "phantoms", tmp_path / "phantoms")
+    dataset = tmp_path / "phantoms/dataset"
+    shutil.rmtree(dataset / "multi_abnormality_labels")
+    reports = dataset / "radiology_text_reports" / "train_reports.csv"
+    header, _, *rows = reports.read_text(encoding="utf-8").splitlines()
+    reports.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    processor = SamfProcessor(SamfImageProcessor(slices_per_plane=2, size=32), train_small_tokenizer(TEXTS, 400))
+    arguments = DataArguments(data=str(tmp_path / "phantoms"))
+    options = {"with_lengths": False, "with_valid": False, "output_dir": str(tmp_path)}
+    labels = load_datasets(arguments, processor, list(FINDINGS), **options)["train_dataset"]["finding_labels"][:]
+    assert [-100, -100] in labels and {len(row) for row in labels} == {2}
+
+
+def test_components_are_whole_while_a_model_is_put_together(work, monkeypatch):
+    """accelerate announces ZeRO-3 to the library before that, and each component would be sharded as it loads."""
+    config = SimpleNamespace(is_zero3=lambda: True)
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: config)
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    seen = []
+    monkeypatch.setattr(
+        train, "build_model", lambda *_: seen.append(deepspeed.is_deepspeed_zero3_enabled()) or sys.exit(7)
+    )
+    with pytest.raises(SystemExit):
+        run(work, "never")
+    assert seen == [False]
+
+
+def test_sharded_models_get_the_places_of_slices_as_bits(monkeypatch):
+    monkeypatch.setattr(Trainer, "_prepare_inputs", lambda self, inputs: inputs)
+    positions, trainer = torch.tensor([[0.25, 0.9012]]), SamfTrainer.__new__(SamfTrainer)
+    for fsdp, deepspeed_on in ((True, False), (False, True), (False, False)):
+        trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = fsdp, deepspeed_on
+        found = trainer._prepare_inputs({"slice_positions": positions})["slice_positions"]
+        assert found.is_floating_point() != (fsdp or deepspeed_on)
+        assert torch.equal(found.view(torch.float32), positions)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -139,8 +191,17 @@ def test_volumes_that_are_missing_or_cannot_be_read_are_left_out_when_asked(work
     processor = SamfProcessor(SamfImageProcessor(slices_per_plane=2, size=32), train_small_tokenizer(TEXTS, 400))
     options = {"data": str(tmp_path / "phantoms"), "slice_cache": str(tmp_path / "cache")}
     with pytest.raises(FileNotFoundError, match=gone.name):
-        load_datasets(DataArguments(**options), processor, [], False, str(tmp_path))
-    found = load_datasets(DataArguments(**options, on_error="skip"), processor, [], False, str(tmp_path))
+        load_datasets(
+            DataArguments(**options), processor, [], with_lengths=False, with_valid=True, output_dir=str(tmp_path)
+        )
+    found = load_datasets(
+        DataArguments(**options, on_error="skip"),
+        processor,
+        [],
+        with_lengths=False,
+        with_valid=True,
+        output_dir=str(tmp_path),
+    )
     kept = set(found["train_dataset"].unique("volume"))
     everything = load_records(str(work / "phantoms"), "train", tasks=DataArguments().tasks).unique("volume")
     assert {Path(path).name for path in kept} == {Path(path).name for path in everything} - {cut.name, gone.name}

@@ -214,7 +214,7 @@ def test_answers_are_scored_shown_and_change_nothing(work, monkeypatch):
     assert losses[0] == losses[1] == losses[2]  # dropout draws the same numbers
     logged = [row for row in history(work / "answering") if "eval_multiple_choice_accuracy" in row]
     assert len(logged) == 2 and {"eval_report_bleu_1", "eval_report_rouge_l"} <= set(logged[0])
-    folder = work / "answering" / "samples" / "step_0000004"
+    folder = work / "answering" / "_samples" / "step_0000004"
     answers = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted(row["task"] for row in answers) == ["multiple_choice"] * 2 + ["report"] * 2
     assert (folder / "report_1.png").stat().st_size > 1000 and not (folder / "report_2.png").exists()
@@ -248,7 +248,7 @@ def test_reports_and_slices_go_to_tensorboard(boards):
 def test_reports_and_slices_go_to_wandb(boards):
     pictures = sorted(boards.glob("wandb/offline-run-*/files/media/images/samples/*.png"))
     assert [picture.name.split("_slices")[0] for picture in pictures] == ["report_1", "report_2"]
-    drawn = boards / "samples" / "step_0000002" / "report_1.png"
+    drawn = boards / "_samples" / "step_0000002" / "report_1.png"
     assert pictures[0].read_bytes() == drawn.read_bytes()
     (text,) = boards.glob("wandb/offline-run-*/files/media/html/samples/report_1_*.html")
     assert "**Reference**" in text.read_text(encoding="utf-8")

@@ -83,7 +83,7 @@ def test_processes_train_on_batches_without_a_volume(work, tmp_path):
 
 
 def test_processes_train_on_batches_without_labels_of_findings(work, tmp_path):
-    """A process whose record has none leaves the findings' head unused that its fellow's record uses."""
+    """A process whose record has unknown findings alone beside one whose record has known ones."""
     shutil.copytree(work / "phantoms", tmp_path / "phantoms")
     table = tmp_path / "phantoms/dataset/multi_abnormality_labels/train_predicted_labels.csv"
     header, *rows = table.read_text(encoding="utf-8").splitlines()

@@ -212,6 +212,35 @@ def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
         read_ct("hf://me/model/c.nii.gz")
 
 
+def test_what_is_fetched_for_a_moment_is_deleted_unless_it_was_there(tmp_path, monkeypatch):
+    """The Hub's cache keeps a file as a blob that a snapshot's link names."""
+    monkeypatch.setattr(volume_sources.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(volume_sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(volume_sources, "get_hf_file_metadata", lambda url: Metadata)
+    repository = tmp_path / "datasets--me--scans"
+
+    def download(filename: str, **_: object) -> str:
+        blob, link = repository / "blobs" / filename, repository / "snapshots" / ("0" * 40) / filename
+        for file in (blob, link, repository / "refs" / "main"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(nifti_bytes())
+        (repository / "refs" / "main").write_text("0" * 40, encoding="utf-8")
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(blob, link.parent))
+        return str(link)
+
+    monkeypatch.setattr(volume_sources, "hf_hub_download", download)
+    first, second = (f"hf://datasets/me/scans/{name}.nii.gz" for name in "ab")
+    read_ct(first)  # and kept
+    for address in (first, second):
+        with volume_sources.not_kept(address):
+            assert read_ct(address).shape == (5, 4, 3)
+    assert [file.name for file in repository.rglob("*.nii.gz")] == ["a.nii.gz"] * 2
+    with pytest.raises(CTReadError, match="cannot be fetched"), volume_sources.not_kept("hf://no name/x/c.nii.gz"):
+        monkeypatch.undo()
+        read_ct("hf://no name/x/c.nii.gz")
+
+
 def test_hub_addresses_that_lead_nowhere(monkeypatch):
     for address in ("hf://", "hf://datasets/me", "hf://me/model", "hf://me//c.nii.gz", "hf://datasets/me/x"):
         with pytest.raises(CTReadError, match="expected hf://"):

@@ -27,7 +27,9 @@ class ModelArguments(AggregatorArguments):
     finding_names: list[str] = field(default_factory=list, metadata={"help": "labels of the findings head"})
     finding_loss_weight: float = field(default=1.0)
     aggregator: str | None = field(default=None, metadata={"help": "what warmup_aggregator.py wrote: start from it"})
-    dtype: str = field(default="auto", metadata={"help": "of the weights: auto, float32 or bfloat16"})
+    dtype: str = field(
+        default="auto", metadata={"help": "of the weights: float32, bfloat16, or auto: the language model's own"}
+    )
     train_parts: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": f"parts that are trained, of {', '.join(PARTS)}"}
     )

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from samf.data.cache_ledger import Ledger, look_at
 from samf.data.collator import VolumeStore
 from samf.data.ct_rate import CT_RATE_LABELS, check_patient_overlap, load_records
+from samf.data.ct_rate_tables import UNKNOWN_LABEL
 from samf.data.embedding_cache import EmbeddingCache
 from samf.data.lengths import add_lengths
 from samf.data.mixture import TaskMixture, parse_weights
@@ -29,35 +30,46 @@ COUNTS = "_records_{}.json"  # Trainer pushes nothing that begins with an unders
 
 
 def load_datasets(
-    args: DataArguments, processor: SamfProcessor, finding_names: list[str], with_lengths: bool, output_dir: str
+    args: DataArguments,
+    processor: SamfProcessor,
+    finding_names: list[str],
+    *,
+    with_lengths: bool,
+    with_valid: bool,
+    output_dir: str,
 ) -> dict:
     """Trainer's datasets: train, and validation twice, with each patient's own volume and with another's.
 
     A model that doesn't look at the volume has the same loss on both. With text, the validation loss is the text's alone.
     What was read and what was left out is counted in `output_dir`, in files that Trainer doesn't push: they name volumes.
+    Without `with_valid` the validation split isn't read, and `eval_dataset` is None.
     """
     options = {"tasks": args.tasks, "finding_names": finding_names, **chosen_options(args)}
     vqa_files = {"vqa_files": args.vqa_files} if args.vqa_files else {}
-    train = load_records(
-        args.data, "train", **options, **vqa_files, counts_file=Path(output_dir, COUNTS.format("train"))
-    )
-    valid = load_records(args.data, "valid", **options, counts_file=Path(output_dir, COUNTS.format("valid")))
-    check_patient_overlap(train, valid)
+    splits = {"train": vqa_files, "valid": {}} if with_valid else {"train": vqa_files}
+    data = {
+        name: load_records(args.data, name, **options, **own, counts_file=Path(output_dir, COUNTS.format(name)))
+        for name, own in splits.items()
+    }
+    if with_valid:
+        check_patient_overlap(data["train"], data["valid"])
     if args.on_error == "skip" and args.slice_cache is not None:
         cache = SliceCache(args.slice_cache, processor.image_processor)
-        train, valid = (without_failed(part, cache) for part in (train, valid))
-    train, valid = (
-        label_findings(part, args, name, finding_names) for name, part in (("train", train), ("valid", valid))
-    )
+        data = {name: without_failed(part, cache) for name, part in data.items()}
+    data = {name: label_findings(part, args, name, finding_names) for name, part in data.items()}
     if args.objective == "findings":
-        train, valid = one_record_a_volume(train), one_record_a_volume(valid)
-    else:
-        valid = valid.remove_columns("finding_labels")
-    train = repeat_tasks(train, args.repeat)
-    valid = valid.shuffle(seed=0).select(range(min(len(valid), args.valid_limit or len(valid))))
+        data = {name: one_record_a_volume(part) for name, part in data.items()}
+    elif with_valid:
+        data["valid"] = data["valid"].remove_columns("finding_labels")
+    data["train"] = repeat_tasks(data["train"], args.repeat)
+    if with_valid:
+        valid = data["valid"].shuffle(seed=0)
+        data["valid"] = valid.select(range(min(len(valid), args.valid_limit or len(valid))))
     if with_lengths:
-        train, valid = (add_lengths(split, processor.tokenizer) for split in (train, valid))
-    return {"train_dataset": train, "eval_dataset": {"own": valid, "shuffled": shuffle_volumes(valid, seed=0)}}
+        data = {name: add_lengths(part, processor.tokenizer) for name, part in data.items()}
+    valid = data.get("valid")
+    measured = None if valid is None else {"own": valid, "shuffled": shuffle_volumes(valid, seed=0)}
+    return {"train_dataset": data["train"], "eval_dataset": measured}
 
 
 def chosen_options(args: DataArguments) -> dict[str, Any]:
@@ -112,7 +124,8 @@ def label_findings(
     for scan, text in zip(reports["scan_id"][:], reports["answer"][:], strict=True):
         labels = label_report(text)
         found[scan] = [labels[name] for name in finding_names]
-    rows = [found.get(scan, []) for scan in records["scan_id"][:]]
+    unknown = [UNKNOWN_LABEL] * len(finding_names)  # and no empty row: under FSDP every process's head needs a gradient
+    rows = [found.get(scan, unknown) for scan in records["scan_id"][:]]
     logger.warning("%s: findings of %d scans labelled by rules from their reports", split, len(found))
     feature = records.features["finding_labels"]
     return records.remove_columns("finding_labels").add_column("finding_labels", rows, feature=feature)

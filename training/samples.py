@@ -25,7 +25,7 @@ from samf.view import save_slice_picture
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "samples"
+FOLDER = "_samples"  # Trainer pushes nothing that begins with an underscore, and these show patients
 TEXT_SCORES = ("bleu_1", "bleu_4", "rouge_l", "meteor")
 SHOWN_WINDOW = 1
 
@@ -36,7 +36,7 @@ class SampleWriter:
 
     Args:
         records: what is answered; see `choose_samples`.
-        folder: answers go to `folder`/samples/step_…, as predictions.jsonl and pictures of the slices.
+        folder: answers go to `folder`/_samples/step_…, as predictions.jsonl and pictures of the slices.
         shown: how many reports are shown beside their references.
         slice_cache: prepared volumes.
     """

@@ -123,6 +123,15 @@ class SamfTrainer(StoppableTrainer):
         self.throughput.count(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Trainer's; positions of slices go to sharded models as bits, because FSDP and DeepSpeed round what floats.
+
+        In bfloat16 the places of neighbouring slices would be off by up to a tenth of their distance.
+        """
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and "slice_positions" in inputs:
+            inputs = {**inputs, "slice_positions": inputs["slice_positions"].float().view(torch.int32)}
+        return super()._prepare_inputs(inputs)
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         inputs.pop(TRUNCATED, None)
         return super().prediction_step(model, inputs, *args, **kwargs)
