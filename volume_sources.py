@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,21 +78,27 @@ def local_copy(address: str) -> Path:
     return _from_web(address)
 
 
+# Where the Hub's files go within `not_kept`. Not the cache: another process could be reading what this one deletes.
+_passing: ContextVar[str | None] = ContextVar("_passing", default=None)
+
+
 @contextmanager
 def not_kept(address: Any) -> Iterator[None]:
-    """A file on the Hub that the block fetches is deleted afterwards, unless it was in the cache before.
+    """What the block fetches of this address on the Hub is deleted afterwards; what the cache has is read there and stays.
 
     For who keeps what was made of it: a data set's downloads are larger than its slices. Does nothing for other paths.
     """
-    on_hub = is_address(address) and address.lower().startswith("hf://")
-    before = _in_hub_cache(address) if on_hub else None
-    try:
+    if not (is_address(address) and address.lower().startswith("hf://")):
         yield
-    finally:
-        if on_hub and before is None and (link := _in_hub_cache(address)) is not None:
-            blob = link.resolve()
-            for file in (link, blob):
-                file.unlink(missing_ok=True)
+        return
+    parent = Path(constants.HF_HOME, "samf", "passing")
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        token = _passing.set(folder)
+        try:
+            yield
+        finally:
+            _passing.reset(token)
 
 
 def _limit() -> int:
@@ -183,14 +191,6 @@ def _copy(address: str, stream: BinaryIO, out: BinaryIO) -> int:
 # -------------------------------------------------------------------------------------------------------------- the Hub
 
 
-def _in_hub_cache(address: str) -> Path | None:
-    try:
-        found = try_to_load_from_cache(**_hub_file(address))
-    except HFValidationError:  # no name of a repository: fetching it says so
-        return None
-    return Path(found) if isinstance(found, str) else None
-
-
 def _hub_file(address: str) -> dict[str, Any]:
     """What the Hub's library takes: repository, its kind, revision, file. Raises CTReadError where one is missing."""
     parts = address[len("hf://") :].split("/")
@@ -210,6 +210,9 @@ def _from_hub(address: str) -> Path:
     where = _hub_file(address)
     try:
         _check_size(address, _hub_size(where))
+        passing = _passing.get()
+        if passing is not None and not isinstance(try_to_load_from_cache(**where), str):
+            return Path(hf_hub_download(**where, local_dir=passing))
         return Path(hf_hub_download(**where))
     except CTReadError:
         raise
