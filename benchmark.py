@@ -2,8 +2,8 @@
 
     python benchmark.py model                                   # every line at full size: about 20 GB of memory
     python benchmark.py model --lines vit,fusion --device cuda --json figures.json
-    SAMF_TEST_DATA=FOLDER python benchmark.py volumes          # a scan of 512 x 512 x 300: 2 GB, four minutes
-    SAMF_TEST_DATA=FOLDER python benchmark.py data             # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
+    SAMF_TEST_DATA=FOLDER python benchmark.py volumes           # a scan of 512 x 512 x 300: 2 GB, four minutes
+    SAMF_TEST_DATA=FOLDER python benchmark.py data              # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
     python benchmark.py training --device cuda                  # a step as recipes/ct_rate.yaml has it
 
 FOLDER has real scans in ct/, reports in reports/ and Phi-3's tokenizer in tokenizers/phi3; what is missing, phantoms stand for.

@@ -8,7 +8,7 @@
 
 DATA is CT-RATE's folder (v1 or v2) or its name on the Hub, folders of volumes or of DICOM series, one of the paper's CSVs,
 a .txt file with a path a line, or single volumes. `train.py --slice_cache` and `eval.py --slice_cache` with the same folder
-and settings find the records. Downloads of volumes on the Hub or the web stay in $HF_HOME and are not counted. A run that
+and settings find the records. Volumes on the Hub are fetched into $TMPDIR, cut, and deleted again. A run that
 was killed is started again by the same command, or with other shards: what has a record is done.
 """
 

@@ -26,6 +26,7 @@ from samf.processing_samf import SamfProcessor
 from samf.recipe import parse_recipe
 from samf.training.adapter import BASE, MERGED, add_lora, cast_trained, merge_adapter, save_base
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments, TuningArguments
+from samf.training.boards import keep_boards_private
 from samf.training.building import apply_liger, build_model, build_processor
 from samf.training.records import build_mixture, build_volume_store, holds_text_alone, load_datasets
 from samf.training.samples import SampleWriter, choose_samples
@@ -82,6 +83,8 @@ def build_samples(
     """What answers a few validation records at every evaluation, if anything shall."""
     if not monitor.generate_samples or data["eval_dataset"] is None:
         return None
+    if training.push_to_hub:
+        keep_boards_private(training.output_dir)
     return SampleWriter(
         choose_samples(data["eval_dataset"]["own"], monitor.generate_samples),
         processor,
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         processor,
         model.config.finding_names,
         with_lengths=by_length,
-        with_valid=training.do_eval,
+        with_valid=training.do_eval or training.eval_on_start,
         output_dir=training.output_dir,
     )
     # A batch without volumes or without labels uses less than the whole model; Trainer's choice with checkpointing is False.
@@ -123,7 +126,8 @@ def main(argv: list[str] | None = None) -> None:
         model.config.finding_names or holds_text_alone(data["train_dataset"])
     ):
         training.ddp_find_unused_parameters = True
-    measured = [data["eval_dataset"]["own"]] if training.do_eval else []
+    mixture = build_mixture(data_args, data["train_dataset"], training)
+    measured = [data["eval_dataset"]["own"]] if data["eval_dataset"] else []
     volumes = distinct_volumes(data["train_dataset"], *measured) if data_args.cache_embeddings else []
     store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes, training.device)
     collator = SamfCollator(processor, slice_cache=store, max_length=data_args.max_length, findings_only=findings_only)
@@ -131,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         card=card,
         rates=tuning.learning_rates,
         monitor=monitor,
-        mixture=build_mixture(data_args, data["train_dataset"], training),
+        mixture=mixture,
         sort_steps=data_args.sort_steps,
         samples=None if findings_only else build_samples(monitor, data, processor, store, training),
         model=wrap_model(model, processor, model_args, tuning, training),

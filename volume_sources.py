@@ -78,7 +78,7 @@ def local_copy(address: str) -> Path:
     return _from_web(address)
 
 
-# Where the Hub's files go within `not_kept`. Not the cache: another process could be reading what this one deletes.
+# Where the Hub's files go within `not_kept`: below $TMPDIR. Not the cache, where another process could be reading them.
 _passing: ContextVar[str | None] = ContextVar("_passing", default=None)
 
 
@@ -91,9 +91,7 @@ def not_kept(address: Any) -> Iterator[None]:
     if not (is_address(address) and address.lower().startswith("hf://")):
         yield
         return
-    parent = Path(constants.HF_HOME, "samf", "passing")
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="samf-") as folder:
         token = _passing.set(folder)
         try:
             yield

@@ -52,7 +52,8 @@ class TaskMixture:
         self.rows = {task: np.flatnonzero(pc.equal(tasks, task).to_numpy()) for task in weights}
         if empty := sorted(task for task, rows in self.rows.items() if not len(rows)):
             raise ValueError(
-                f"The mixture names {', '.join(empty)}; the records' tasks are {sorted(tasks.unique().to_pylist())}."
+                f"The mixture names {', '.join(empty)}; the records' tasks are {sorted(tasks.unique().to_pylist())}. "
+                "Weigh those alone, for example --mixture report=1."
             )
         if epoch_size is None:
             epoch_size = int(

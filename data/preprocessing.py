@@ -5,8 +5,8 @@ on every file system; within that, and between runs over the same list, each vol
 (`samf.data.claims`). What has a record is done, so a killed run is simply started again, with any shards. A volume that
 can't be read, that crashes its process or that takes too long is noted (`samf.data.cache_ledger`) and costs nothing else;
 one that fails for want of memory or of a library, or because its disk or network does, is left to the next run.
-Volumes on the Hub or the web are fetched first. Downloads from the Hub are deleted once a volume's slices are kept,
-unless $HF_HOME had them before; those from the web stay there. Neither is counted in the estimate.
+Volumes on the Hub or the web are fetched first. Those from the Hub come into $TMPDIR and are deleted once their slices are
+kept, but for what $HF_HOME had before; those from the web stay there. Neither is counted in the estimate.
 """
 
 import logging
@@ -27,7 +27,7 @@ from samf.data.embedding_cache import EmbeddingCache
 from samf.data.slice_cache import SliceCache, check_record, read_record, write_record
 from samf.data.worker_pool import WorkerDied, WorkerPool
 from samf.image_processing_samf import SamfImageProcessor
-from samf.volume_sources import is_address
+from samf.volume_sources import is_address, not_kept
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Estimate:
             f"{describe_bytes(self.free_bytes)} are free."
         )
         if self.fetched:
-            size += f" {self.fetched} volumes are fetched, which is not counted: they pass through $HF_HOME."
+            size += f" {self.fetched} volumes are fetched, which is not counted: from the Hub to $TMPDIR."
         if self.seconds is None:
             return size
         return (
@@ -206,7 +206,8 @@ def measure_slices(volume: Volume, *, cache: SliceCache) -> Outcome:
     """As long as making the record takes; nothing is written."""
     start = time.perf_counter()
     try:
-        cache.image_processor.extract(read_ct(volume.path, rescale=volume.rescale))
+        with not_kept(volume.path):
+            cache.image_processor.extract(read_ct(volume.path, rescale=volume.rescale))
     except (CTReadError, MemoryError, ImportError) as error:
         return Outcome("failed", error=type(error).__name__, message=str(error))
     return Outcome("done", seconds=time.perf_counter() - start)

@@ -29,6 +29,8 @@ def has_slice_settings(source: str) -> bool:
 
     The settings that other encoders bring along, such as ViT's own, are about photographs.
     """
+    if not Path(source).is_dir():
+        cached_file(source, "config.json")  # raises where there is no such repository, or no network to ask
     files = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in FILES]
     saved = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files if file is not None]
     kinds = [settings.get("image_processor", settings).get("image_processor_type") for settings in saved]

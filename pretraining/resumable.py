@@ -103,7 +103,7 @@ class ResumableTrainer(StoppableTrainer):
             out = training.output_dir
             raise ValueError(
                 "push_to_hub would push the weights of checkpoints, which hold more than what this stage makes. Leave it "
-                f"out, and afterwards `hf upload OWNER/NAME {out} --exclude '_*' 'checkpoint-*'`."
+                f"out, and afterwards `hf upload OWNER/NAME {out} --exclude '_*' --exclude 'checkpoint-*'`."
             )
         super().__init__(*args, **kwargs)
         self.args.dataloader_drop_last = True  # every step has a whole batch, whatever the number of processes

@@ -127,6 +127,7 @@ def test_the_papers_training_is_the_base_of_its_recipes():
             and recipe["warmup_steps"] == 0.03
         )
         assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 4
+        assert recipe["mixture"] == ["report=1", "multiple_choice=1"]  # every report, and as many questions
         assert recipe["lora_embeddings"] and recipe["lr_scheduler_type"] == "cosine"
 
 
@@ -136,7 +137,7 @@ def test_every_run_of_the_miniature_is_read_by_train(tmp_path):
         overrides = [f"--{key}={value}" for key, value in {**run.overrides, "output_dir": tmp_path}.items()]
         model, data, tuning, _, training = parse_recipe(ARGUMENTS, ["--config", *files, *overrides])
         assert tuning.lora_rank == 0 and not training.bf16 and training.max_steps > 0
-        assert data.cache_embeddings == ("slice_encoder" not in model.train_parts)
+        assert data.cache_embeddings == ("slice_encoder" not in model.train_parts) and not data.mixture
 
 
 def test_a_warmed_up_row_and_the_warm_up_have_the_same_positions():

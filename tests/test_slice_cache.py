@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from samf import volume_sources
 from samf.ct_volume import CTReadError, read_ct
 from samf.data import slice_cache
 from samf.data.slice_cache import SliceCache, check_record, read_record, volume_identity, write_record
@@ -128,7 +129,12 @@ def test_identity_follows_every_file_of_a_volume(tmp_path):
 def test_record_of_an_address_is_found_without_the_network(tmp_path, processor, scan, monkeypatch):
     address, cache = "hf://datasets/owner/name@revision/scan.nii.gz", SliceCache(tmp_path / "cache", processor)
     assert not cache.has(address)
-    monkeypatch.setattr(slice_cache, "read_ct", lambda path, **_: read_ct({address: scan}[path]))
+
+    def fetch(path, **_):
+        assert volume_sources._passing.get() is not None  # a download wouldn't be kept
+        return read_ct({address: scan}[path])
+
+    monkeypatch.setattr(slice_cache, "read_ct", fetch)
     expected = processor.extract(read_ct(scan))["slices"]
     np.testing.assert_array_equal(cache.get(address)["slices"], expected)
     monkeypatch.setattr(slice_cache, "read_ct", lambda *_, **__: pytest.fail("it was fetched again"))

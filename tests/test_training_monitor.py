@@ -16,7 +16,7 @@ import torch
 from small_run import history, prepare, train_here
 from tiny import tiny_batch, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.integrations import WandbCallback
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from samf import SamfConfig, SamfForConditionalGeneration
 from samf.data.ct_rate import load_records
@@ -26,7 +26,7 @@ from samf.pretraining.resumable import preserved_random_state
 from samf.training import samples
 from samf.training.adapter import add_lora
 from samf.training.arguments import DataArguments, TuningArguments
-from samf.training.boards import show_sample
+from samf.training.boards import keep_boards_private, show_sample
 from samf.training.building import apply_liger
 from samf.training.flops import StepFlops, Work, known_peak
 from samf.training.parts import PARTS, train_parts
@@ -262,6 +262,16 @@ def test_reports_and_slices_go_to_trackio(boards):
     assert "**Reference**" in json.dumps(shown[0]["samples/report_1"])
     assert len(list((boards / "trackio" / "media").rglob("*.png"))) == 2
     assert any("eval/gap" in row for row in rows)
+
+
+def test_tensorboards_files_are_not_pushed_with_the_reports_in_them(tmp_path, monkeypatch):
+    """Trainer pushes its whole output folder but for names that begin with an underscore; a folder that is named stays."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "mine")
+    keep_boards_private(str(tmp_path))
+    assert TensorBoardCallback().logging_dir == "mine"
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+    keep_boards_private(str(tmp_path))
+    assert Path(TensorBoardCallback().logging_dir).relative_to(tmp_path).parts[0].startswith("_")
 
 
 def test_a_board_shows_text_as_it_is():

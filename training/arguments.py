@@ -103,7 +103,8 @@ class DataArguments:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, choices))}.")
         if unknown := sorted(set(parse_weights(self.mixture)) - set(self.tasks)):
-            raise ValueError(f"mixture has {unknown}; expected some of tasks, {self.tasks}.")
+            weights = " ".join(f"{task}=1" for task in self.tasks)
+            raise ValueError(f"mixture has {unknown}; expected some of tasks, {self.tasks}: --mixture {weights}.")
         for item in self.repeat:
             task, _, times = item.partition("=")
             if task not in self.tasks or not times.isdigit() or int(times) < 1:

@@ -1,6 +1,7 @@
 """A report and its slices on the boards that Trainer logs to: TensorBoard, W&B and trackio."""
 
 import html
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 
 STEP = "train/global_step"  # what Trainer's callbacks call it
+
+
+def keep_boards_private(output_dir: str) -> None:
+    """Have TensorBoard's files go where Trainer doesn't push them, if no folder is named: they will show patients' slices."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output_dir, "_boards")))
 
 
 def show_sample(

@@ -124,8 +124,8 @@ def label_findings(
     for scan, text in zip(reports["scan_id"][:], reports["answer"][:], strict=True):
         labels = label_report(text)
         found[scan] = [labels[name] for name in finding_names]
-    unknown = [UNKNOWN_LABEL] * len(finding_names)  # and no empty row: under FSDP every process's head needs a gradient
-    rows = [found.get(scan, unknown) for scan in records["scan_id"][:]]
+    blank = [UNKNOWN_LABEL] * len(finding_names)  # and no empty row: under FSDP every process's head needs a gradient
+    rows = [found.get(scan, blank) for scan in records["scan_id"][:]]
     logger.warning("%s: findings of %d scans labelled by rules from their reports", split, len(found))
     feature = records.features["finding_labels"]
     return records.remove_columns("finding_labels").add_column("finding_labels", rows, feature=feature)
@@ -138,9 +138,9 @@ def holds_text_alone(*splits: datasets.Dataset | Mapping[str, datasets.Dataset] 
 
 
 def build_mixture(args: DataArguments, records: datasets.Dataset, training: TrainingArguments) -> TaskMixture | None:
-    """Which records each epoch has, if the tasks are weighed."""
+    """Which records each epoch has, if the tasks are weighed; for the findings' loss tasks don't matter."""
     weights = parse_weights(args.mixture)
-    if not weights:
+    if not weights or args.objective == "findings":
         return None
     if training.train_sampling_strategy not in ("random", "group_by_length"):
         raise ValueError(
