@@ -55,7 +55,7 @@ STAGE_COLUMNS = {
     "knn": "kNN accuracy",
     "retrieval_interleaved": "retrieval (every other slice)",
     "retrieval_contiguous": "retrieval (half the field)",
-    **{name: title for name, title in COLUMNS.items() if not name.startswith(("alpha", "gamma"))},
+    **{name: title for name, title in COLUMNS.items() if not name.startswith(("alpha", "gamma", "hidden"))},
 }
 
 
