@@ -200,8 +200,12 @@ def _hub_file(address: str) -> dict[str, Any]:
             f"{address}: expected hf://[datasets/]owner/name[@revision]/path of one file. Name the file in full."
         )
     name, _, revision = parts[1].partition("@")
-    where = {"repo_id": f"{parts[0]}/{name}", "filename": "/".join(parts[2:]), "repo_type": kind}
-    return {**where, "revision": urllib.parse.unquote(revision) or None}
+    return {
+        "repo_id": f"{parts[0]}/{name}",
+        "filename": "/".join(parts[2:]),
+        "repo_type": kind,
+        "revision": urllib.parse.unquote(revision) or None,
+    }
 
 
 def _from_hub(address: str) -> Path:

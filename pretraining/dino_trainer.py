@@ -18,6 +18,8 @@ from samf.pretraining.resumable import ResumableTrainer, share_rows, written_who
 
 logger = logging.getLogger(__name__)
 
+ATTENTION = "_attention"  # Trainer pushes nothing that begins with an underscore, and these pictures show patients
+
 
 class DinoTrainer(ResumableTrainer):
     """Trains a DinoModel. `evaluate` gives the teacher's `eval_knn_accuracy` on held-out labelled slices.
@@ -114,7 +116,7 @@ class DinoTrainer(ResumableTrainer):
         slices = torch.stack([self.queries[index] for index in self.shown])
         attention = cls_attention(self.dino.teacher.encoder, self._pixels(slices))
         names = [self.queries.label_names[self.queries.labels[index]] for index in self.shown]
-        path = Path(self.args.output_dir, "_attention", f"step_{self.state.global_step:07d}.png")
+        path = Path(self.args.output_dir, ATTENTION, f"step_{self.state.global_step:07d}.png")
         save_attention_picture(slices.numpy(), attention.cpu().numpy(), names, path)
 
     def save_encoder(self) -> None:

@@ -27,7 +27,7 @@ from samf.data.slice_images import (
 )
 from samf.pretraining.attention_maps import cls_attention
 from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews, cosine
-from samf.pretraining.dino_trainer import DinoTrainer
+from samf.pretraining.dino_trainer import ATTENTION, DinoTrainer
 from samf.pretraining.neighbours import knn_accuracy, retrieval_accuracy
 from samf.pretraining.resumable import EpochSampler, ResumableTrainer, last_checkpoint, written_whole
 from samf.training.samples import FOLDER
@@ -314,7 +314,7 @@ def test_evaluation_gives_knn_accuracy_and_attention_maps(unbroken):
         expected = run.dino.teacher.encoder.eval()(pixels).last_hidden_state[:, 0].numpy()
     np.testing.assert_allclose(whole, expected, atol=1e-5)
     assert metrics["eval_knn_accuracy"] == 1.0  # bright or dark
-    assert (folder / "_attention" / "step_0000006.png").stat().st_size > 1000
+    assert (folder / ATTENTION / "step_0000006.png").stat().st_size > 1000
 
 
 def test_prototypes_stay_for_the_first_epochs_and_weight_decay_rises(tmp_path):
@@ -428,7 +428,7 @@ def test_a_patient_in_training_and_validation_is_an_error(tmp_path):
 
 def test_what_shows_patients_is_not_pushed(tmp_path):
     """Trainer pushes its whole output folder but for names that begin with an underscore and checkpoints."""
-    for name in (SLICES, FOLDER, "_attention"):
+    for name in (SLICES, FOLDER, ATTENTION):
         assert not list(filter_repo_objects([f"{name}/a/b.png"], ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]))
     arguments = TrainingArguments(str(tmp_path), push_to_hub=True, use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="hf upload OWNER/NAME"):
