@@ -6,6 +6,7 @@ A Hub repository carries this file beside the classes, so it imports nothing of 
 import copy
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,17 @@ class PushToHubWithCard:
     The library's own gives a new repository an empty form as its card, and then keeps it. Here `model_card` makes the
     card of a repository that has none, or has one that nobody has changed since it was made.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let remote code be found by its name.
+
+        The library loads the module of a remote class without entering it in its package. dill, and so `datasets` when it
+        hashes a function that uses the class, then doesn't find the class and takes it apart, without end.
+        """
+        super().__init_subclass__(**kwargs)
+        package, _, name = cls.__module__.rpartition(".")
+        if package in sys.modules and cls.__module__ in sys.modules:
+            setattr(sys.modules[package], name, sys.modules[cls.__module__])
 
     def model_card(self, repository: str | None = None, tags: Sequence[str] = ()) -> ModelCard | None:
         """The card for what this object is; None = it is no model, and gives a repository no card."""

@@ -5,57 +5,47 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import BatchFeature
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
+from transformers.utils import logging
 
+from .chat_template_samf import (
+    CHAT_TEMPLATE,
+    IMAGE_TOKEN,
+    choose_chat_template,
+    has_generation_marks,
+    missing_phi3_tokens,
+    render,
+)
 from .configuration_samf import AUTO_MAP
+from .conversation_samf import OneVolume, read_conversation, texts_of
+from .ct_volume import CTVolume, to_ct_volume
 from .hub_samf import PushToHubWithCard
 
-IMAGE_TOKEN = "<image>"
-# `sanitize_control_tokens=True` sets this character before a token that a user wrote: plain text, no placeholder.
-_PLACEHOLDER = re.compile(f"(?<!\U000f0000){IMAGE_TOKEN}")
+logger = logging.get_logger(__name__)
 
-# Phi-3's format, walking content lists; the marked part is what training puts its loss on, `<|end|>` included.
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ '<|' + message['role'] + '|>\n' }}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}
-{%- if message['content'] is string -%}{{ message['content'] }}
-{%- else -%}{%- for block in message['content'] -%}{{ block['text'] }}{%- endfor -%}{%- endif -%}
-{{ '<|end|>' }}
-{%- endgeneration -%}
-{{ '\n' }}
-{%- else -%}
-{%- if message['content'] is string -%}{{ message['content'] }}
-{%- else -%}
-{%- for block in message['content'] -%}
-{%- if block['type'] in ('volume', 'image') -%}{{ '<image>\n' }}
-{%- elif block['type'] == 'text' -%}{{ block['text'] }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{{ '<|end|>\n' }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|assistant|>\n' }}{%- endif -%}
-"""
+# `sanitize_control_tokens=True` sets the first character before a token that a user wrote, and the second behind it.
+_MARKERS = re.compile("[\U000f0000\U000f0001]")
+_PLACEHOLDER = re.compile(f"(?<!\U000f0000){IMAGE_TOKEN}")
+# Of `__call__`, for `apply_chat_template`: a list that takes the prompts which the library made of a conversation.
+_RENDERED = "_rendered"
+
+
+class _Rendered(NamedTuple):
+    """A conversation's text, and the (start, end) of each answer in it; None = the template doesn't mark them."""
+
+    text: str
+    answers: list[tuple[int, int]] | None
 
 
 class SamfProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False}}
-
-
-class _Opaque:
-    """Carries a volume through the chat template's clean-up, which would take arrays and dataclasses apart."""
-
-    def __init__(self, value: Any):
-        self.value = value
 
 
 class SamfProcessor(ProcessorMixin, PushToHubWithCard):
@@ -65,9 +55,13 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
         image_processor (`SamfImageProcessor`): volumes to slice stacks.
         tokenizer (`PreTrainedTokenizerBase`): a fast tokenizer. `<image>` is added when it lacks it; for Phi-3 it takes
             the spare embedding row 32011, so the embeddings need no resize.
-        chat_template (`str`, *optional*): Phi-3's format with volumes by default.
+        chat_template (`str`, *optional*): by default Phi-3's format with volumes for a tokenizer that has its control
+            tokens, and for others their own chat template, adapted to volumes and with the answers marked.
         num_image_tokens (`int`, *optional*, defaults to 256): placeholders a volume takes in the prompt;
             `None` = as many as it has slices (`fusion_type="slice_tokens"`).
+
+    Raises:
+        ValueError: no chat template is given, and the tokenizer has none that can be adapted.
     """
 
     valid_processor_kwargs = SamfProcessorKwargs
@@ -89,7 +83,15 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
         self.num_image_tokens = num_image_tokens
         # Saving enters it, and loading would lose it again.
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        if chat_template is None:
+            chat_template = choose_chat_template(tokenizer)
+        elif chat_template == CHAT_TEMPLATE and (missing := missing_phi3_tokens(tokenizer)):
+            logger.warning(
+                "The chat template is Phi-3's, but the tokenizer lacks %s and reads them as plain text. Leave chat_template "
+                "out to use the tokenizer's own.",
+                ", ".join(missing),
+            )
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -135,6 +137,10 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
             raise ValueError("`volumes` and `images` are two names of one argument; pass one of them.")
         if any(kwargs.get(name) is not None for name in ("videos", "audio")):
             raise ValueError("SamfProcessor reads CT volumes and text; it has no videos or audio.")
+        rendered = kwargs.pop(_RENDERED, None)
+        if rendered is not None:
+            prompts = [text] if isinstance(text, str) else text
+            rendered.extend((prompt, kwargs.get("add_special_tokens", True)) for prompt in prompts)
         return super().__call__(images=images if volumes is None else volumes, text=text, **kwargs)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
@@ -144,16 +150,21 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
         volumes = _flatten(images)
         if text is None or not all(isinstance(prompt, str) for prompt in text):
             return volumes, text, None, None
+        if not text:
+            raise ValueError("`text` is an empty list; expected at least one prompt.")
         counts = [len(_PLACEHOLDER.findall(prompt)) for prompt in text]
-        if max(counts, default=0) > 1:
+        if max(counts) > 1:
             raise ValueError(
                 f"Prompt {counts.index(max(counts))} holds {max(counts)} {self.image_token} placeholders; a prompt takes "
                 "one volume. Ask about each volume in a prompt of its own."
             )
-        if sum(counts) != len(volumes or []):
+        # A chat's volumes come with one list a conversation: another's placeholder isn't theirs.
+        given = [len(item) for item in images] if _is_from_chats(images, text) else counts
+        if sum(counts) != len(volumes or []) or given != counts:
+            where = "" if given == counts else f" Prompt by prompt: {counts} placeholders, {given} volumes."
             raise ValueError(
                 f"The prompts hold {sum(counts)} {self.image_token} placeholders, but {len(volumes or [])} volumes were "
-                "passed. Each volume needs one placeholder: use apply_chat_template, or write it into the prompt."
+                f"passed.{where} Each volume needs one placeholder: use apply_chat_template, or write it into the prompt."
             )
         if volumes:
             remaining = iter(volumes)
@@ -187,47 +198,155 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
         tokenize: bool = False,
         return_dict: bool = False,
         return_assistant_tokens_mask: bool = False,
+        processor_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Render a conversation, or turn it into model inputs (`tokenize=True, return_dict=True`).
 
         A volume is a content block: `{"type": "volume", "path": "scan.nii.gz"}`, or under `"volume"` anything that
-        `__call__` takes. With `return_dict=True` the result also holds `prompt_mask` (B, T), True on the prompt's text:
-        what stands before the first assistant token and is neither image nor padding. The model's fusion reads these
-        tokens alone, so an answer in the conversation can't leak into the image tokens.
+        `__call__` takes, and the list of one DICOM series' files. OpenAI's names (`input_image`, `image_url`,
+        `input_text`) are read too. With `return_dict=True` the result also holds `prompt_mask` (B, T), True on the
+        prompt's text: the tokens of system and user turns before the first assistant token behind the volume, image
+        placeholders and padding aside. The model's fusion reads these tokens alone, so an answer in the conversation
+        can't leak into the image tokens. A template without `{% generation %}` can't tell an answer from the prompt: a
+        conversation that holds an answer then gets no `prompt_mask`.
+
+        Raises:
+            ValueError: a content block, role or `tools` that the template doesn't render; the message says which.
         """
-        conversation = _wrap_volumes(conversation)
-        # A template without generation marks can't tell the answer from the prompt: better no mask than one that leaks.
-        marked = "generation" in str(chat_template or self.chat_template).replace("add_generation_prompt", "")
-        # The library finds no assistant's tokens with either of these.
-        unmarkable = kwargs.get("continue_final_message") or kwargs.get("sanitize_control_tokens")
-        want_mask = tokenize and return_dict and marked and not unmarkable
+        conversation = read_conversation(conversation)
+        template = self._chat_template_named(chat_template)
+        texts = self._check_rendering(conversation, template, **kwargs)
+        rendered: list[tuple[str, bool]] = []
+        want_mask = tokenize and return_dict
+        # The library marks no answers with either of these.
+        unmarked = bool(kwargs.get("continue_final_message") or kwargs.get("sanitize_control_tokens"))
+        library_marks = want_mask and has_generation_marks(template) and not unmarked
+        if tokenize and unmarked:
+            processor_kwargs = {**(processor_kwargs or {}), _RENDERED: rendered}
         output = super().apply_chat_template(
             conversation,
             chat_template=chat_template,
             tokenize=tokenize,
             return_dict=return_dict,
-            return_assistant_tokens_mask=return_assistant_tokens_mask or want_mask,
+            return_assistant_tokens_mask=return_assistant_tokens_mask or library_marks,
+            processor_kwargs=processor_kwargs,
             **kwargs,
         )
-        if want_mask:
-            output["prompt_mask"] = self._prompt_mask(output)
-            if not return_assistant_tokens_mask:
-                output.pop("assistant_masks")
+        if not want_mask:
+            return output
+        if library_marks:
+            answers = output["assistant_masks"] if return_assistant_tokens_mask else output.pop("assistant_masks")
+        else:
+            answers = self._answer_masks(output, texts, rendered)
+        if answers is not None:
+            output["prompt_mask"] = self._prompt_mask(output, answers)
         return output
 
-    def _prompt_mask(self, output: BatchFeature) -> Any:
-        """In the form of `input_ids`: a tensor (B, T), or lists."""
-        ids, assistant = output["input_ids"], output["assistant_masks"]
+    def answer_end(self) -> int | None:
+        """Return the token that ends an answer in training: the last one that the chat template marks; None = it marks none."""
+        probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+        text, spans = render(self.tokenizer, self._chat_template_named(None), probe)
+        if not spans or "Answer" not in text[slice(*spans[-1])]:
+            return None
+        return self.tokenizer(text[slice(*spans[-1])], add_special_tokens=False)["input_ids"][-1]
+
+    def _chat_template_named(self, chat_template: str | None) -> str:
+        """The template itself, of the name of one or None for the default."""
+        templates = self.chat_template
+        if isinstance(templates, dict):
+            return templates.get("default" if chat_template is None else chat_template, chat_template)
+        return templates if chat_template is None else chat_template
+
+    def _check_rendering(self, conversation: list[Any], template: str, **kwargs: Any) -> list["_Rendered"]:
+        """Return each conversation's text and answers.
+
+        Raises:
+            ValueError: the text of a message, the tools or the documents don't come out of the template.
+        """
+        conversations = conversation if isinstance(conversation[0], list) else [conversation]
+        names = ("add_generation_prompt", "tools", "documents")
+        options = {name: value for name, value in kwargs.items() if name in names and value}
+        options |= {name: value for name, value in kwargs.items() if re.search(rf"\b{re.escape(name)}\b", template)}
+        found = []
+        for messages in conversations:
+            text, answers = render(self.tokenizer, template, messages, **options)
+            known = has_generation_marks(template) or not _holds_answer(messages)
+            found.append(_Rendered(text, answers if known else None))
+            for index, message in enumerate(messages):
+                # Templates of models that think leave a former turn's thoughts out.
+                if any(said.strip() not in text and "</think>" not in said for said in texts_of(message)):
+                    raise ValueError(
+                        f"Message {index} has the role {message['role']!r}, whose text the chat template leaves out or "
+                        "changes. Use roles that it renders, such as user and assistant."
+                    )
+            for name in ("tools", "documents"):
+                without = {key: value for key, value in options.items() if key != name}
+                if name in options and text == render(self.tokenizer, template, messages, **without)[0]:
+                    raise ValueError(f"The chat template doesn't render {name}; leave them out, or use one that does.")
+        return found
+
+    def _answer_masks(
+        self, output: BatchFeature, texts: list["_Rendered"], rendered: list[tuple[str, bool]]
+    ) -> list[torch.Tensor] | None:
+        """Where the answers are, by the texts that were tokenized; None where that can't be told.
+
+        Args:
+            texts: whole conversations.
+            rendered: what was tokenized of them: markers of sanitized tokens included, before placeholders were expanded,
+                and only up to the message that shall be continued.
+        """
+        masks = []
+        for row, whole in enumerate(texts):
+            if whole.answers is None:
+                return None
+            ids = torch.as_tensor(output["input_ids"][row])
+            mask = torch.zeros_like(ids, dtype=torch.bool)
+            attended = torch.as_tensor(output["attention_mask"][row]) == 1 if "attention_mask" in output else ~mask
+            if whole.answers and not (rendered and whole.text.startswith(_MARKERS.sub("", rendered[row][0]))):
+                return None
+            for span in whole.answers:
+                places = attended.nonzero()[:, 0]
+                first, last = (self._token_at(*rendered[row], place, ids[places].tolist()) for place in span)
+                mask[places[first:last]] = True
+            masks.append(mask)
+        return masks
+
+    def _token_at(self, text: str, special: bool, place: int, ids: list[int]) -> int:
+        """Which of a row's tokens is the first that reaches beyond character `place` of its text without markers."""
+        characters = [index for index, character in enumerate(text) if not _MARKERS.match(character)]
+        if place >= len(characters):
+            return len(ids)
+        count = ids.count(self.image_token_id)
+        before = _PLACEHOLDER.sub(self.image_token * count, text[: characters[place]])
+        options = {"sanitize_control_tokens": True} if _MARKERS.search(text) else {}
+        prefix = self.tokenizer(before, add_special_tokens=special, **options)["input_ids"]
+        differs = (index for index, pair in enumerate(zip(prefix, ids, strict=False)) if pair[0] != pair[1])
+        return next(differs, min(len(prefix), len(ids)))
+
+    def _prompt_mask(self, output: BatchFeature, answers: Any) -> Any:
+        """In the form of `input_ids`: a tensor or an array (B, T), or lists."""
+        ids = output["input_ids"]
         rows = []
-        for row, (tokens, answer) in enumerate(zip(ids, assistant, strict=True)):
-            tokens, answer = torch.as_tensor(tokens), torch.as_tensor(answer)
+        for row, (tokens, answer) in enumerate(zip(ids, answers, strict=True)):
+            tokens, answer = torch.as_tensor(tokens), torch.as_tensor(answer).bool()
+            image = tokens == self.image_token_id
+            behind = image.cumsum(0) == image.sum()  # the volume, its last placeholder included
             attended = torch.as_tensor(output["attention_mask"][row]) if "attention_mask" in output else 1
-            mask = (answer.cumsum(0) == 0) & (tokens != self.image_token_id) & (attended == 1)
-            rows.append(mask)
+            rows.append(((behind & answer).cumsum(0) == 0) & ~answer & ~image & (attended == 1))
         if isinstance(ids, torch.Tensor):
             return torch.stack(rows)
-        return [row.tolist() for row in rows]
+        return np.stack(rows) if isinstance(ids, np.ndarray) else [row.tolist() for row in rows]
+
+
+def _holds_answer(messages: list[dict[str, Any]]) -> bool:
+    return any(message["role"] not in ("system", "user") for message in messages)
+
+
+def _is_from_chats(images: Any, text: list[str]) -> bool:
+    """Whether the volumes are a chat template's: one list a prompt."""
+    nested = isinstance(images, list) and len(images) == len(text) and all(isinstance(item, list) for item in images)
+    return nested and any(isinstance(volume, OneVolume) for item in images for volume in item)
 
 
 def _flatten(volumes: Any) -> list[Any] | None:
@@ -235,24 +354,27 @@ def _flatten(volumes: Any) -> list[Any] | None:
     if volumes is None:
         return None
     if not isinstance(volumes, (list, tuple)):
-        return [volumes.value if isinstance(volumes, _Opaque) else volumes]
+        return [_read_one(volumes.value) if isinstance(volumes, OneVolume) else volumes]
     return [volume for item in volumes for volume in _flatten(item) or []]
 
 
-def _wrap_volumes(conversation: Any) -> Any:
-    """The conversation with each volume block as an image block whose content the chat template leaves alone."""
-    if isinstance(conversation, (list, tuple)):
-        return [_wrap_volumes(item) for item in conversation]
-    if not isinstance(conversation, Mapping):
-        return conversation
-    if isinstance(conversation.get("content"), (list, tuple)):
-        return {**conversation, "content": [_wrap_volumes(block) for block in conversation["content"]]}
-    if conversation.get("type") in ("volume", "image"):
-        for key in ("volume", "image", "path", "url"):
-            if conversation.get(key) is not None:
-                return {"type": "image", "image": _Opaque(conversation[key])}
-        return {"type": "image"}
-    return conversation
+def _read_one(volume: Any) -> Any:
+    """What one content block holds: a list is the files of one series.
+
+    Raises:
+        ValueError: it holds several volumes.
+    """
+    if not isinstance(volume, (list, tuple)):
+        return volume
+    if len(volume) == 1:
+        return _read_one(volume[0])
+    several = (CTVolume, Mapping, list, tuple, np.ndarray, torch.Tensor)
+    if not volume or any(isinstance(item, several) for item in volume):
+        raise ValueError(
+            f"A content block holds a list of {len(volume)} volumes; it takes one. Ask about each volume in a conversation "
+            "of its own. (A list of files is the DICOM files of one series.)"
+        )
+    return to_ct_volume(volume)
 
 
 def _stack_embeddings(volumes: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
