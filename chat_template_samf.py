@@ -77,10 +77,11 @@ _MARK_ANSWERS = """\
 {%- set samf_whole = samf_own(samf.messages, add_generation_prompt) ~ (samf_header if add_generation_prompt else '') -%}
 {%- for message in samf.messages -%}
 {%- if message['role'] == 'assistant' -%}
-{%- set before = samf_own(samf.messages[:loop.index0], true) ~ samf_header -%}
+{%- set before = samf_own(samf.messages[:loop.index0], true) -%}
 {%- if samf_whole[:before|length] != before -%}
 {{ raise_exception('the text before message ' ~ loop.index0 ~ ' depends on later messages: answers cannot be marked') }}
 {%- endif -%}
+{%- if samf_whole[before|length:].startswith(samf_header) -%}{%- set before = before ~ samf_header -%}{%- endif -%}
 {%- set rest = samf_whole[before|length:] -%}
 {%- set text = (message['content'] or '') | trim -%}
 {%- set said = (rest.split(text)[0] ~ text) | length if text and text in rest else 0 -%}
@@ -143,8 +144,8 @@ def adapt_chat_template(tokenizer: Any, own: str) -> str:
     """Return a tokenizer's own template with volumes and with answer marks, checked on conversations.
 
     Content lists are joined to strings, `<image>` and a line break for a volume, and given to the template as it is. If
-    it has no `{% generation %}`, the marks are added around it. A template that ignores `add_generation_prompt` gets the
-    header of an answer as its generation prompt.
+    it has no `{% generation %}`, the marks are added around it. What such a template puts between its generation prompt
+    and an answer joins the generation prompt: all of the header where it ignores `add_generation_prompt`.
 
     Args:
         tokenizer: gives the special tokens that the template names, and tells which token ends an answer.
@@ -223,13 +224,14 @@ def _quoted(text: str) -> str:
 
 
 def _missing_header(tokenizer: Any, own: str) -> str:
-    """What stands between a question's turn and the answer's text, where the template has no generation prompt."""
-    prompt, asked = (render(tokenizer, own, _PROBE[:1], add_generation_prompt=flag)[0] for flag in (False, True))
-    whole = render(tokenizer, own, _PROBE[:2])[0]
-    if asked != prompt or not whole.startswith(prompt):
-        return ""
-    header = whole.removeprefix(prompt).partition(_ANSWERS[0])[0]
-    return header if header.strip() else ""  # a blank belongs to the answer's first token
+    """What the template puts between its generation prompt and an answer, such as the header of its turn or an empty thought.
+
+    A blank at its end is left to the answer, with whose first word it makes one token.
+    """
+    asked = render(tokenizer, own, _PROBE[:1], add_generation_prompt=True)[0]
+    answered = render(tokenizer, own, _PROBE[:2])[0]
+    header = answered.removeprefix(asked).partition(_ANSWERS[0])[0] if answered.startswith(asked) else ""
+    return header.rstrip(" ") if header.strip() else ""
 
 
 def _check_adapted(tokenizer: Any, own: str, adapted: str, header: str, end: str) -> None:

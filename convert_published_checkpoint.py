@@ -12,7 +12,6 @@ options below, or the paper. Every tensor of the source is used, merged or left 
 """
 
 import argparse
-import json
 import logging
 import os
 import pickle
@@ -38,6 +37,18 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, ViTCo
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from samf.configuration_samf import DEFAULT_TEXT_CONFIG, SamfConfig
+from samf.conversion_checks import (
+    ADAPTER_CONFIG,
+    ConversionError,
+    UniqueNames,
+    as_object,
+    check_adapter,
+    check_adapter_config,
+    check_indexed,
+    check_tensors,
+    read_index,
+    read_json,
+)
 from samf.image_processing_samf import SamfImageProcessor
 from samf.model_card import make_card, write_model_card
 from samf.modeling_samf import SamfForConditionalGeneration
@@ -139,6 +150,19 @@ TEXT_SETTINGS = (
     "pad_token_id",
     "tie_word_embeddings",
 )
+RECORDED = re.compile(r"(input|output)/.*")  # beside the weights of a recorded run, which are then called weights/…
+# What a damaged or a foreign file makes torch.load raise.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    RuntimeError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
+DIMENSIONS = {"cls_token": 3, "position_embeddings": 3, "patch_embeddings.projection.weight": 4}
 WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.", "vit.")
 NOT_THE_BACKBONE = re.compile(
     r"((projection_|prediction_)?heads?|classifier|pooler|fc|criterion|dino_loss)\..*|(embeddings\.)?mask_token"
@@ -165,10 +189,6 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 """
-
-
-class ConversionError(ValueError):
-    """A checkpoint that can't be converted; the message names it, what was found, what was expected and the remedy."""
 
 
 @dataclass
@@ -211,6 +231,18 @@ class ConvertArguments:
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ConversionError(f"{name} is {getattr(self, name)!r}; expected one of {values}.")
+        positive = (
+            "lora_alpha",
+            "image_size",
+            "slice_encoder_heads",
+            "layer_norm_eps",
+            "aggregator_heads",
+            "text_heads",
+        )
+        for name in (*positive, "num_image_tokens"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConversionError(f"{name} is {value!r}; expected a positive number.")
 
 
 # ---------------------------------------------------------------------------------------------------------- the source
@@ -223,6 +255,7 @@ class Checkpoint:
     name: str
     files: tuple[Path, ...]
     folder: Path | None
+    places: Mapping[str, str] = field(default_factory=dict)  # which of several files an index says holds which tensor
 
 
 def find_checkpoint(args: ConvertArguments) -> Checkpoint:
@@ -231,7 +264,7 @@ def find_checkpoint(args: ConvertArguments) -> Checkpoint:
     if path.is_file() and not path.name.endswith(".index.json"):
         return Checkpoint(path.name, (path,), None)
     if path.is_file():
-        return Checkpoint(path.parent.name, _indexed_files(path), path.parent)
+        return Checkpoint(path.parent.name, *_indexed(path))
     if path.is_dir():
         names = [entry.name for entry in path.iterdir() if entry.is_file()]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", args.source):
@@ -241,12 +274,15 @@ def find_checkpoint(args: ConvertArguments) -> Checkpoint:
     chosen = choose_file(names, args.source, args.file)
     if not path.is_dir():
         weights = re.sub(r"(\.\w+)\.index\.json$", r"*\1", chosen)  # an index and all its shards
-        wanted = [chosen, weights, "config.json", "generation_config.json", *TOKENIZER_FILES]
+        wanted = [chosen, weights, "config.json", "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES]
         path = Path(snapshot_download(args.source, revision=args.revision, allow_patterns=wanted))
     name = path.resolve().name if Path(args.source).is_dir() else args.source
     chosen_path = path / chosen
-    files = _indexed_files(chosen_path) if chosen.endswith(".index.json") else (chosen_path,)
-    return Checkpoint(name, files, path)
+    return (
+        Checkpoint(name, *_indexed(chosen_path))
+        if chosen.endswith(".index.json")
+        else Checkpoint(name, (chosen_path,), path)
+    )
 
 
 def choose_file(names: Iterable[str], source: str, file: str | None = None) -> str:
@@ -268,12 +304,10 @@ def choose_file(names: Iterable[str], source: str, file: str | None = None) -> s
     return weights[0]
 
 
-def _indexed_files(index: Path) -> tuple[Path, ...]:
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    absent = [name for name in names if not (index.parent / name).is_file()]
-    if absent:
-        raise ConversionError(f"{index}: lists files that aren't there: {', '.join(absent)}. Fetch them too.")
-    return tuple(index.parent / name for name in names)
+def _indexed(index: Path) -> tuple[tuple[Path, ...], Path, dict[str, str]]:
+    """The files of an index, their folder, and which tensor is where."""
+    places = read_index(index)
+    return tuple(index.parent / name for name in sorted(set(places.values()))), index.parent, places
 
 
 def read_weights(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -292,32 +326,41 @@ def read_weights(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         with torch.serialization.safe_globals(plain):
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1]
+    except UNREADABLE as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise ConversionError(
             f"{file}: can't be read as tensors alone ({reason}). A file that pickles a whole model could run any code: "
             f"where you trust it, load it with its own code and save `model.state_dict()`; a damaged one, fetch anew."
         ) from error
     if not isinstance(loaded, Mapping):
         raise ConversionError(f"{file}: holds a {type(loaded).__name__}; expected a dictionary of tensors.")
+    odd = [name for name in loaded if not isinstance(name, str)]
+    if odd:
+        raise ConversionError(f"{file}: names an entry {odd[0]!r}, no text; expected a dictionary of tensors by name.")
     return dict(loaded), {}
 
 
-def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """All tensors by name, and what is known beside them: the settings of "text", "vision" and "aggregator"."""
+def read_checkpoint(checkpoint: Checkpoint, part: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """All tensors by name, and what is known beside them: the settings of "text", "vision" and "aggregator".
+
+    Of a "model" every tensor is checked here, file by file; of a slice encoder's file only some are the backbone's.
+    """
     weights: dict[str, Any] = {}
     facts: dict[str, dict[str, Any]] = {"text": {}, "vision": {}, "aggregator": {}}
     for file in checkpoint.files:
         loaded, metadata = read_weights(file)
+        check_indexed(file, loaded, checkpoint.places)
+        if part == "model":
+            check_tensors({name: value for name, value in loaded.items() if not RECORDED.fullmatch(name)}, file)
         twice = sorted(weights.keys() & loaded.keys())
         if twice:
             raise ConversionError(f"{file}: holds tensors that another file of its holds too: {', '.join(twice)}.")
         weights |= loaded
         for key, name in (("config", "text"), ("vision", "vision"), ("aggregator", "aggregator")):
-            facts[name] |= json.loads(metadata.get(key, "{}"))
+            facts[name] |= as_object(metadata.get(key, "{}"), f"{file}, its metadata {key!r}")
     config = checkpoint.folder and checkpoint.folder / "config.json"
     if config and config.is_file():
-        facts["text"] |= json.loads(config.read_text(encoding="utf-8"))
+        facts["text"] |= read_json(config)
     return weights, facts
 
 
@@ -343,16 +386,21 @@ def translate(name: str, names: Iterable[tuple[str, str]]) -> str | None:
 
 def rename(weights: Mapping[str, Any], names: tuple[tuple[str, str], ...], source: str) -> dict[str, torch.Tensor]:
     """`weights` under our names, stacked ones cut in three. Raises ConversionError that lists what has no name here."""
-    ours, unknown = {}, []
+    ours, unknown = UniqueNames(source), []
     for name, value in weights.items():
         target = translate(name, names)
         if target is None or not isinstance(value, torch.Tensor):
             unknown.append(name)
         elif "{qkv}" in target:
+            if value.ndim == 0 or len(value) % 3:
+                raise ConversionError(
+                    f"{source}: {name} has shape {list(value.shape)}; expected queries, keys and values."
+                )
             for letter, third in zip("qkv", value.tensor_split(3), strict=True):
-                ours[target.format(qkv=letter)] = third.clone()  # small; a file can't hold three views of one tensor
+                # Cloned, being small: a file can't hold three views of one tensor.
+                ours.add(target.format(qkv=letter), third.clone(), name)
         else:
-            ours[target] = value
+            ours.add(target, value, name)
     if unknown:
         raise ConversionError(f"{source}: holds what this conversion doesn't know: {', '.join(sorted(unknown))}.")
     return ours
@@ -382,32 +430,51 @@ def fill(model: PreTrainedModel, weights: dict[str, torch.Tensor], names: Iterab
     if dtype != "auto":
         for name in weights:
             weights[name] = weights[name].to(getattr(torch, dtype))  # one by one, so that few are there twice
+            if not weights[name].isfinite().all():
+                raise ConversionError(
+                    f"{source}: {translate(name, back) or name} is too large for {dtype}. Give --dtype bfloat16 or float32."
+                )
     model.load_state_dict(weights, strict=True, assign=True)
 
 
 def _need(weights: Mapping[str, torch.Tensor], wanted: Iterable[str], names: Iterable, source: str) -> list[torch.Size]:
-    """Shapes of the tensors that tell the model's sizes."""
+    """Shapes of the tensors that tell the model's sizes: matrices, but for the slice encoder's own."""
     back = tuple((ours, theirs) for theirs, ours in names)
     absent = [translate(name, back) or name for name in wanted if name not in weights]
     if absent:
         raise ConversionError(f"{source}: lacks {', '.join(absent)}. Is it a whole checkpoint of this kind?")
+    for name in wanted:
+        shape, dimensions = weights[name].shape, next((n for end, n in DIMENSIONS.items() if name.endswith(end)), 2)
+        if len(shape) != dimensions:
+            raise ConversionError(
+                f"{source}: {translate(name, back) or name} has shape {list(shape)}; expected {dimensions} dimensions."
+            )
     return [weights[name].shape for name in wanted]
 
 
-def _count_layers(weights: Iterable[str], prefix: str) -> int:
-    numbers = [int(match[1]) for name in weights if (match := re.match(re.escape(prefix) + r"(\d+)\.", name))]
-    return max(numbers, default=0) + 1
+def _count_layers(weights: Iterable[str], prefix: str, names: Iterable, source: str) -> int:
+    pattern, back = re.compile(re.escape(prefix) + r"(\d+)\."), tuple((ours, theirs) for theirs, ours in names)
+    numbers = {int(match[1]): name for name in weights if (match := pattern.match(name))}
+    absent = next(number for number in range(len(numbers) + 1) if number not in numbers)
+    if absent < len(numbers):
+        last = numbers[max(numbers)]
+        raise ConversionError(
+            f"{source}: lacks layer {absent}, though it holds {translate(last, back) or last}. Is it a whole checkpoint?"
+        )
+    return len(numbers)
 
 
 # -------------------------------------------------------------------------------------------------- the published model
 
 
-def plain_names(weights: Mapping[str, Any]) -> dict[str, Any]:
+def plain_names(weights: Mapping[str, Any], source: str) -> dict[str, Any]:
     """`weights` without the marks of parallel training, and without inputs and outputs recorded beside them."""
     if any(name.startswith("weights/") for name in weights):
-        recorded = re.compile(r"(input|output)/.*")
-        weights = {name.removeprefix("weights/"): v for name, v in weights.items() if not recorded.fullmatch(name)}
-    return {_strip(name, ("module.", "_orig_mod.")): value for name, value in weights.items()}
+        weights = {name.removeprefix("weights/"): v for name, v in weights.items() if not RECORDED.fullmatch(name)}
+    plain = UniqueNames(source)
+    for name, value in weights.items():
+        plain.add(_strip(name, ("module.", "_orig_mod.")), value, name)
+    return plain
 
 
 def merge_lora(weights: Mapping[str, Any], alpha: float, source: str, dtype: str = "auto") -> dict[str, Any]:
@@ -416,21 +483,24 @@ def merge_lora(weights: Mapping[str, Any], alpha: float, source: str, dtype: str
     Of a module that was trained whole (`modules_to_save`) the trained copy is kept and the original left out. Sums are
     made in float32, then rounded to `dtype`; "auto" = that of W.
     """
-    merged: dict[str, Any] = {}
-    adapters: dict[str, dict[str, torch.Tensor]] = {"A": {}, "B": {}}
-    for name, value in weights.items():
-        name = name.removeprefix("base_model.model.")
+    merged = UniqueNames(source)
+    adapters = {"A": UniqueNames(source), "B": UniqueNames(source)}
+    for full_name, value in weights.items():
+        name = full_name.removeprefix("base_model.model.")
         adapter = re.fullmatch(r"(.+)\.lora_([AB])\.default\.weight", name)
         if adapter:
-            adapters[adapter[2]][f"{adapter[1]}.weight"] = value
+            adapters[adapter[2]].add(f"{adapter[1]}.weight", value, full_name)
         elif ".original_module." in name:
             logger.info("%s: left out %s, of which a trained copy is there", source, name)
         else:
-            merged[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = value
+            plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+            merged.add(plain, value, full_name)
     down, up = adapters["A"], adapters["B"]
     halves = sorted((down.keys() ^ up.keys()) | (down.keys() - merged.keys()))
     if halves:
         raise ConversionError(f"{source}: LoRA adapters without their other half or weight: {', '.join(halves)}.")
+    for name in down:
+        check_adapter(name, merged[name], down[name], up[name], source)
     if down:
         ranks = sorted({value.shape[0] for value in down.values()})
         logger.info("%s: merges %d LoRA adapters of rank %s, alpha %g", source, len(down), ranks, alpha)
@@ -438,6 +508,7 @@ def merge_lora(weights: Mapping[str, Any], alpha: float, source: str, dtype: str
         weight, scale = merged[name], alpha / down[name].shape[0]
         whole = torch.addmm(weight.float(), up[name].float(), down[name].float(), alpha=scale)
         merged[name] = whole.to(weight.dtype if dtype == "auto" else getattr(torch, dtype))
+        check_tensors({name: merged[name]}, f"{source}, with its adapters merged")
     return merged
 
 
@@ -472,7 +543,7 @@ def vision_config(
         patch_size=patch,
         num_channels=channels,
         hidden_size=hidden,
-        num_hidden_layers=_count_layers(weights, "layers."),
+        num_hidden_layers=_count_layers(weights, "layers.", names, source),
         num_attention_heads=int(heads),
         intermediate_size=up[0],
         hidden_act=known.get("hidden_act", "gelu"),
@@ -509,7 +580,7 @@ def text_config(
         "vocab_size": rows,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
-        "num_hidden_layers": _count_layers(weights, "layers."),
+        "num_hidden_layers": _count_layers(weights, "layers.", TEXT_NAMES, source),
         "num_attention_heads": heads,
         "num_key_value_heads": int(key_values),
     }
@@ -537,7 +608,7 @@ def model_config(
         text_config=text_config(text, facts["text"], args, source),
         num_image_tokens=args.num_image_tokens,
         slice_position_scope="none",
-        aggregator_num_layers=_count_layers(weights, "model.aggregator.layers."),
+        aggregator_num_layers=_count_layers(weights, "model.aggregator.layers.", MODEL_NAMES, source),
         aggregator_num_heads=args.aggregator_heads or facts["aggregator"].get("nhead", 8),
         aggregator_ffn_dim=ffn,
         volume_dim=volume_dim,
@@ -621,8 +692,9 @@ def convert_model(args: ConvertArguments) -> None:
     """A checkpoint of the published code → `args.output_dir`, a complete Hub repository."""
     with new_folder(args.output_dir) as folder:
         checkpoint = find_checkpoint(args)
-        weights, facts = read_checkpoint(checkpoint)
-        weights = merge_lora(plain_names(weights), args.lora_alpha, checkpoint.name, args.dtype)
+        weights, facts = read_checkpoint(checkpoint, args.part)
+        check_adapter_config(checkpoint.files[0].parent, weights, args.lora_alpha, alone=checkpoint.folder is None)
+        weights = merge_lora(plain_names(weights, checkpoint.name), args.lora_alpha, checkpoint.name, args.dtype)
         weights = rename(weights, MODEL_NAMES, checkpoint.name)
         config = model_config(weights, facts, args, checkpoint.name)
         processor = build_processor(checkpoint, config, args)
@@ -653,7 +725,7 @@ def _take_token_ids(generation_config: GenerationConfig, folder: Path | None) ->
     """Where the published folder says with which tokens texts begin and end, say it too. Its sampling is left behind."""
     file = folder and folder / "generation_config.json"
     if file and file.is_file():
-        theirs = json.loads(file.read_text(encoding="utf-8"))
+        theirs = read_json(file)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if name in theirs:
                 setattr(generation_config, name, theirs[name])
@@ -700,13 +772,14 @@ def convert_slice_encoder(args: ConvertArguments) -> None:
     """A DINO backbone, timm's or transformers' ViT → `args.output_dir`, for `train.py --slice_encoder`."""
     with new_folder(args.output_dir) as folder:
         checkpoint = find_checkpoint(args)
-        loaded, facts = read_checkpoint(checkpoint)
+        loaded, facts = read_checkpoint(checkpoint, args.part)
         known = facts["text"]  # config.json, which here is the ViT's
         if known.get("model_type", "vit") != "vit":
             raise ConversionError(
                 f"{checkpoint.name}: its config.json is of a {known['model_type']!r}; expected 'vit'."
             )
         weights = backbone_weights(loaded, args.branch, checkpoint.name)
+        check_tensors(weights, checkpoint.files[0] if len(checkpoint.files) == 1 else checkpoint.name)
         names = VIT_NAMES if "embeddings.cls_token" in weights else DINO_NAMES
         weights = rename(weights, names, checkpoint.name)
         config = vision_config(weights, known, args, names, checkpoint.name)

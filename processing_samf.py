@@ -78,6 +78,9 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
             raise ValueError(f"num_image_tokens is {num_image_tokens}; it must be at least 1, or None for one a slice.")
         if IMAGE_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        if tokenizer.pad_token is None:
+            # Llama and Mistral have none, and batches need one; the attention mask tells it from an answer's end.
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.num_image_tokens = num_image_tokens

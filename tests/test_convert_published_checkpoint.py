@@ -442,6 +442,192 @@ def test_bad_sources_are_named(tmp_path):
         convert.convert_model(arguments(tmp_path / "whole.bin", tmp_path))
 
 
+DOWN = "model.layers.0.mlp.down_proj"  # [64, 48]
+WRAPPED = f"base_model.model.{DOWN}"
+
+
+@pytest.fixture(scope="module")
+def state():
+    return dict(published_model("ao2d").state_dict())
+
+
+def adapter(rank=4, other_rank=None):
+    names = (f"{WRAPPED}.lora_A.default.weight", f"{WRAPPED}.lora_B.default.weight")
+    return dict(zip(names, (torch.ones(rank, 48), torch.ones(64, other_rank or rank)), strict=True))
+
+
+def changed(state, name, place, value):
+    tensor = state[name].clone()
+    tensor.view(-1)[place] = value
+    return {name: tensor}
+
+
+# What is added to, or put over, a whole checkpoint, and what the error must name.
+BAD_TENSORS = {
+    "a parallel copy": (
+        lambda state: {"module.lm_head.weight": state["lm_head.weight"] * 0},
+        ["module.lm_head.weight"],
+    ),
+    "a wrapped copy": (
+        lambda state: {f"{WRAPPED}.base_layer.weight": torch.zeros(64, 48)},
+        ["base_layer", f"{DOWN}.weight"],
+    ),
+    "a trained copy": (
+        lambda state: {"lm_head.modules_to_save.default.weight": torch.zeros(40, 64)},
+        ["modules_to_save", "lm_head.weight"],
+    ),
+    "one adapter twice": (
+        lambda state: adapter() | {name.removeprefix("base_model.model."): v for name, v in adapter().items()},
+        ["lora_A", WRAPPED],
+    ),
+    "ZeRO-3's placeholder": (lambda state: adapter(rank=0), ["without values", f"{WRAPPED}.lora_A.default.weight"]),
+    "an empty weight": (lambda state: {"lm_head.weight": torch.zeros(0)}, ["without values", "lm_head.weight"]),
+    "ranks that differ": (lambda state: adapter(4, 8), [DOWN, "[4, 48]", "[64, 8]"]),
+    "an adapter of another width": (
+        lambda state: adapter() | {f"{WRAPPED}.lora_A.default.weight": torch.ones(4, 50)},
+        [DOWN, "[4, 50]"],
+    ),
+    "NaN": (lambda state: changed(state, "lm_head.weight", 7, float("nan")), ["NaN or infinite", "lm_head.weight"]),
+    "infinity": (
+        lambda state: changed(state, f"{DOWN}.weight", -1, float("-inf")),
+        ["NaN or infinite", f"{DOWN}.weight"],
+    ),
+    "NaN in an adapter": (
+        lambda state: adapter() | {f"{WRAPPED}.lora_B.default.weight": torch.full((64, 4), float("nan"))},
+        ["NaN or infinite", "lora_B"],
+    ),
+    "whole numbers": (
+        lambda state: {"lm_head.weight": torch.ones(40, 64, dtype=torch.int8)},
+        ["torch.int8", "lm_head.weight"],
+    ),
+    "a missing dimension": (
+        lambda state: {f"{DOWN}.weight": torch.zeros(48)},
+        ["layers.0.mlp.down_proj.weight", "2 dimensions"],
+    ),
+    "qkv that isn't three": (
+        lambda state: {"model.vision_tower.vision_tower.blocks.0.attn.qkv.bias": torch.zeros(385)},
+        ["blocks.0.attn.qkv.bias", "[385]"],
+    ),
+    "a layer left out": (
+        lambda state: {"model.layers.9.mlp.down_proj.weight": torch.zeros(64, 48)},
+        ["lacks layer 2", "layers.9"],
+    ),
+    "a number as a name": (lambda state: {3: torch.zeros(1)}, ["names an entry 3"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_bad_tensors_are_named(case, state, tmp_path):
+    make, words = BAD_TENSORS[case]
+    torch.save({**state, **make(state)}, tmp_path / "model.bin")
+    with pytest.raises(ConversionError) as error:
+        convert.convert_model(arguments(tmp_path / "model.bin", tmp_path))
+    assert "model.bin" in str(error.value) and all(word in str(error.value) for word in words), error.value
+    assert not (tmp_path / "converted").exists()
+
+
+def test_values_too_large_for_the_wanted_type_are_named(state, tmp_path):
+    torch.save({**state, **changed(state, "lm_head.weight", 0, 1e5)}, tmp_path / "model.bin")
+    with pytest.raises(ConversionError, match=r"lm_head\.weight is too large for float16"):
+        convert.convert_model(arguments(tmp_path / "model.bin", tmp_path, dtype="float16"))
+
+
+def test_two_names_of_one_weight_of_a_backbone(dinos, tmp_path):
+    """transformers' ViT under its old and its new names."""
+    state = old_vit_names(dinos["teacher"].state_dict())
+    torch.save({**state, "layers.0.mlp.fc1.bias": torch.zeros(256)}, tmp_path / "dino.pth")
+    with pytest.raises(
+        ConversionError, match=r"encoder\.layer\.0\.intermediate\.dense\.bias and layers\.0\.mlp\.fc1\.bias"
+    ):
+        convert_encoder(tmp_path / "dino.pth", tmp_path)
+    torch.save(
+        changed(state, "layernorm.bias", 0, float("nan")) | {"head.weight": torch.zeros(0)}, tmp_path / "dino.pth"
+    )
+    with pytest.raises(ConversionError, match=r"dino\.pth: holds NaN.*layernorm\.bias"):
+        convert_encoder(tmp_path / "dino.pth", tmp_path)
+
+
+BAD_JSON = {
+    "model.safetensors.index.json": [
+        '{"weight_map": {',
+        "[]",
+        "{}",
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../b"}}',
+    ],
+    "config.json": ["{", "[1]", b"\xff\xfe{\x00"],
+    "generation_config.json": ['{"eos_token_id": ', "3"],
+    "adapter_config.json": ["{"],
+}
+
+
+@pytest.mark.parametrize("name", BAD_JSON)
+def test_broken_json_is_named(name, state, tmp_path):
+    (tmp_path / "source").mkdir()
+    write_sharded_safetensors(published_model("ao2d"), tmp_path / "source")
+    for text in BAD_JSON[name]:
+        (tmp_path / "source" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ConversionError, match=name.replace(".", r"\.")):
+            convert.convert_model(arguments(tmp_path / "source", tmp_path))
+
+
+def test_shards_are_what_their_index_says(tmp_path):
+    (tmp_path / "source").mkdir()
+    write_sharded_safetensors(published_model("ao2d"), tmp_path / "source")
+    first = tmp_path / "source" / "model-00001-of-00002.safetensors"
+    tensors = load_file(first)
+    name = next(iter(tensors))
+    save_file({key: value for key, value in tensors.items() if key != name}, first)
+    with pytest.raises(ConversionError, match=f"model-00001-of-00002.safetensors: lacks tensors.*{name}"):
+        convert.convert_model(arguments(tmp_path / "source", tmp_path))
+    save_file({**tensors, "lm_head.weight": torch.full((40, 64), torch.inf)}, first)
+    with pytest.raises(
+        ConversionError, match=r"model-00001-of-00002.safetensors: holds NaN or infinite.*lm_head\.weight"
+    ):
+        convert.convert_model(arguments(tmp_path / "source", tmp_path))
+    first.unlink()
+    with pytest.raises(ConversionError, match="aren't there: model-00001"):
+        convert.convert_model(arguments(tmp_path / "source", tmp_path))
+
+
+def test_an_adapter_config_beside_the_weights_must_be_theirs(state, tmp_path):
+    """It says how the adapters were scaled; or that there is an adapter, which conversion would leave out."""
+
+    def convert_with(settings, weights, name="model_with_lora.bin", **options):
+        shutil.rmtree(tmp_path / "source", ignore_errors=True)
+        shutil.rmtree(tmp_path / "converted", ignore_errors=True)
+        (tmp_path / "source").mkdir()
+        torch.save(weights, tmp_path / "source" / name)
+        (tmp_path / "source" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, **settings}))
+        convert.convert_model(arguments(tmp_path / "source", tmp_path, **options))
+
+    whole = {**state, **adapter()}
+    convert_with({"lora_alpha": 32}, whole)
+    convert_with({"lora_alpha": 8}, whole, lora_alpha=8.0)
+    merged = load_file(tmp_path / "converted" / "model.safetensors")[
+        f"model.language_model.{DOWN.removeprefix('model.')}.weight"
+    ]
+    torch.testing.assert_close(merged, state[f"{DOWN}.weight"] + 8 / 4 * 4)  # B A of ones is the rank everywhere
+    for settings, weights, words in [
+        ({"lora_alpha": 16}, whole, "lora_alpha is 16.*with 32.*--lora_alpha 16"),
+        ({"lora_alpha": 32, "use_rslora": True}, whole, "use_rslora"),
+        ({"lora_alpha": 32, "rank_pattern": {"down_proj": 8}}, whole, "rank_pattern"),
+        ({"peft_type": "IA3"}, whole, "IA3"),
+        ({"lora_alpha": 32}, state, "not in these weights"),
+    ]:
+        with pytest.raises(ConversionError, match=f"adapter_config.json.*{words}"):
+            convert_with(settings, weights)
+    convert.convert_model(
+        arguments(tmp_path / "source" / "model_with_lora.bin", tmp_path)
+    )  # by its own name: without it
+
+
+@pytest.mark.parametrize("option", [{"lora_alpha": 0.0}, {"lora_alpha": float("nan")}, {"text_heads": -4}])
+def test_options_that_cannot_be_are_named(option):
+    with pytest.raises(ConversionError, match=next(iter(option))):
+        ConvertArguments("a", "b", **option)
+
+
 def test_choice_among_several_files():
     files = [
         "model.safetensors.index.json",

@@ -40,7 +40,10 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 
 def used_by_worker(processor, scan):
-    return type(processor).__module__, processor.image_processor(scan)["pixel_values"].sum().item()
+    from datasets.fingerprint import Hasher
+
+    pixels = processor.image_processor(scan)["pixel_values"].sum().item()
+    return type(processor).__module__, pixels, Hasher.hash(processor)
 
 def load(folder, scan):
     import torch
@@ -48,16 +51,20 @@ def load(folder, scan):
                               AutoModelForImageTextToText, AutoProcessor)
 
     autos = [AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM, AutoProcessor, AutoImageProcessor]
+    from datasets.fingerprint import Hasher
+
     loaded = {auto.__name__: auto.from_pretrained(folder, trust_remote_code=True) for auto in autos}
     model, processor = loaded["AutoModelForImageTextToText"], loaded["AutoProcessor"]
     content = [{"type": "volume", "path": scan}, {"type": "text", "text": "Which finding is present?"}]
     options = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    unused = Hasher.hash(processor)
     inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
     with torch.no_grad():
         states = [loaded["AutoModel"](**inputs).last_hidden_state, model.model(**inputs).last_hidden_state]
     return processor, {
         "classes": {name: [type(item).__module__, type(item).__name__] for name, item in loaded.items()},
         "tokens": model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist(),
+        "hashes": [unused, Hasher.hash(processor), Hasher.hash(AutoProcessor.from_pretrained(folder, trust_remote_code=True))],
         "base_is_whole": torch.equal(*states),
         "image_processor": loaded["AutoImageProcessor"].to_dict() == processor.image_processor.to_dict(),
     }
@@ -111,7 +118,8 @@ def saved(work) -> dict[str, tuple[Path, torch.Tensor]]:
     def keep(name: str, folder: Path, model, processor) -> None:
         content = [{"type": "volume", "path": str(work / "scan.nii.gz")}]
         content.append({"type": "text", "text": "Which finding is present?"})
-        inputs = processor.apply_chat_template([{"role": "user", "content": content}], **CHAT)
+        unused = Hasher.hash(processor)
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **CHAT)
         found[name] = folder, model.eval().generate(**inputs, **GREEDY)
 
     for fusion_type in FUSION_TYPES:
@@ -195,6 +203,15 @@ def test_an_adapter_changes_what_its_base_model_writes(saved):
 def test_a_spawned_worker_gets_the_processor(loaded):
     assert loaded["worker"][0].startswith("transformers_modules.")
     assert loaded["worker"] == loaded["here"]
+
+
+def test_datasets_gives_the_processor_one_hash(loaded):
+    """Unused and used, loaded twice, and in another process: else `map` would never find its cache."""
+    results = list(loaded["folders"].values())
+    assert all(len(set(result["hashes"])) == 1 for result in results)
+    assert loaded["worker"][2] == results[-1]["hashes"][0]
+    by_slices = {results[index]["hashes"][0] for index in (0, FUSION_TYPES.index("slice_tokens"))}
+    assert len(by_slices) == 2  # another setting, another hash
 
 
 def test_loading_says_nothing_of_missing_backends(loaded):

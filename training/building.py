@@ -44,8 +44,37 @@ def build_model(args: ModelArguments, processor: SamfProcessor) -> SamfForCondit
             f"The placeholder {processor.image_token} has id {model.config.image_token_id}, but {args.text_model} embeds "
             f"{rows} tokens. Use a tokenizer that has the token, or a language model with a spare row."
         )
+    agree_on_stop_tokens(model, processor)
     train_parts(model, args.train_parts)
     return model
+
+
+def agree_on_stop_tokens(model: SamfForConditionalGeneration, processor: SamfProcessor) -> None:
+    """Make the token that ends a trained answer one that generation stops at.
+
+    A chat model often ends its turns with another token than its configuration names (ChatML's `<|im_end|>` on a base
+    model, Gemma's `<end_of_turn>`): what training teaches as the end must be an end.
+
+    Raises:
+        ValueError: the chat template marks no answers, or their end is plain text.
+    """
+    end, tokenizer = processor.answer_end(), processor.tokenizer
+    if end is None or end not in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}:
+        found = "marks no answers" if end is None else f"ends an answer with {tokenizer.decode([end])!r}, plain text"
+        raise ValueError(
+            f"The processor's chat template {found}: nothing could be learned, or no end. Put {{% generation %}} around the "
+            "assistant's content and its end token, a control token of the tokenizer."
+        )
+    stops = model.generation_config.eos_token_id
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    if end not in stops:
+        logger.warning(
+            "Answers end with %s (%d), at which generation didn't stop (%s); now it does.",
+            tokenizer.decode([end]),
+            end,
+            stops,
+        )
+        model.generation_config.eos_token_id = [*stops, end]
 
 
 def apply_liger(model: SamfForConditionalGeneration) -> None:
