@@ -168,8 +168,8 @@ def test_several_turns_are_the_models_own_and_each_answer_is_marked(family):
     ]
     own, _ = render(processor.tokenizer, template, [{"role": role, "content": text} for role, text in turns])
     chat = [turn(role, text, volume=text == "Heart?") for role, text in turns]
-    text = processor.apply_chat_template(chat).replace("<image>\n", "")
-    assert text == own.removesuffix("<|endoftext|>") if template is PHI3 else own
+    own = own.removesuffix("<|endoftext|>") if template is PHI3 else own
+    assert processor.apply_chat_template(chat).replace("<image>\n", "") == own
     inputs = processor.apply_chat_template(chat, return_assistant_tokens_mask=True, **TENSORS)
     ids, decode = inputs["input_ids"][0], processor.tokenizer.decode
     assert decode(ids[inputs["assistant_masks"][0] == 1]) == answer.format("Send the CT.") + answer.format("Normal.")

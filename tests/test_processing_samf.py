@@ -28,8 +28,8 @@ def conversation(*, with_volume: bool = True, answer: str | None = None) -> list
 
 
 def encode(processor: SamfProcessor, conversations: list, **options) -> dict:
-    options = {"add_generation_prompt": True, "processor_kwargs": {"padding": True}} | options
-    return processor.apply_chat_template(conversations, tokenize=True, return_dict=True, return_tensors="pt", **options)
+    options = {"add_generation_prompt": True, "processor_kwargs": {"padding": True}, "return_tensors": "pt"} | options
+    return processor.apply_chat_template(conversations, tokenize=True, return_dict=True, **options)
 
 
 @pytest.mark.parametrize("num_image_tokens", [IMAGE_TOKENS, None])
@@ -64,6 +64,67 @@ def test_prompt_mask_covers_the_prompt_and_never_the_answer():
         assert text.endswith(f"{PROMPT}<|end|>\n<|assistant|>\n")
         assert "<image>" not in text and "<|endoftext|>" not in text
     assert inputs["slice_mask"].tolist() == [[True] * 6, [False] * 6]
+
+
+ASK = conversation()[0]
+ALONE = f"<|user|>\n\n{PROMPT}<|end|>\n<|assistant|>\n"  # of the fusion's text, without the placeholders
+
+
+def fused(processor: SamfProcessor, chat: list, **options) -> str:
+    """The text that the fusion reads."""
+    inputs = encode(processor, chat, **options)
+    return processor.tokenizer.decode(inputs["input_ids"][0][inputs["prompt_mask"][0]])
+
+
+def said(role: str, text: str) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def test_the_fusion_reads_the_turns_of_user_and_system_up_to_the_first_answer_behind_the_volume():
+    processor = tiny_processor()
+    system = {"role": "system", "content": "Be brief."}
+    head = "<|system|>\nBe brief.<|end|>\n"
+    first = [system, ASK]
+    late = [system, said("user", "Hello"), said("assistant", "Send the CT."), ASK]
+    before = f"{head}<|user|>\nHello<|end|>\n<|assistant|>\n"
+    for chat, expected in ((first, head + ALONE), (late, f"{before}\n{ALONE}")):
+        assert fused(processor, chat) == expected
+        later = [said("assistant", "emphysema"), said("user", "Sure?")]
+        for more in ([later[0]], later, [*later, said("assistant", "Yes.")]):
+            assert fused(processor, [*chat, *more], add_generation_prompt=False) == expected
+
+
+@pytest.mark.parametrize("begun", ["The finding is emphysema", "The finding is ", "\nemphysema", "e"])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_a_continued_answer_is_no_text_of_the_fusion(begun, padding_side):
+    """It reads what it reads in training on the whole answer, and the conversation ends where the model goes on."""
+    processor = tiny_processor()
+    earlier = [said("user", "Hello"), said("assistant", "Send the CT.")]
+    chats = [[*earlier, ASK, said("assistant", begun)], [ASK, said("assistant", begun)]]
+    options = {"processor_kwargs": {"padding": True, "padding_side": padding_side}, "add_generation_prompt": False}
+    inputs = encode(processor, chats, continue_final_message=True, **options)
+    training = [chat[:-1] + [said("assistant", begun + " and more")] for chat in chats]
+    trained = encode(processor, training, **options)
+    for row in range(2):
+        masks = [found["prompt_mask"][row][found["attention_mask"][row] == 1] for found in (inputs, trained)]
+        assert masks[0].tolist() == masks[1][: len(masks[0])].tolist()
+        assert processor.tokenizer.decode(inputs["input_ids"][row], skip_special_tokens=True).endswith(begun)
+    # Where the answer begins is where the model would begin it, unless its first token takes a line break along.
+    if not begun.startswith("\n"):
+        assert fused(processor, chats[1], continue_final_message=True, add_generation_prompt=False) == ALONE
+
+
+def test_the_prompt_mask_has_the_form_of_the_ids():
+    for form, kind in (("pt", torch.Tensor), ("np", np.ndarray)):
+        inputs = encode(tiny_processor(), [conversation()], return_tensors=form)
+        assert type(inputs["prompt_mask"]) is type(inputs["input_ids"]) is kind
+        assert inputs["prompt_mask"].shape == inputs["input_ids"].shape
+
+
+def test_without_an_answer_a_template_needs_no_marks_for_the_prompt_mask():
+    processor = tiny_processor()
+    plain = processor.chat_template.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    assert fused(processor, conversation(), chat_template=plain) == ALONE
 
 
 def test_a_template_without_generation_marks_gives_no_prompt_mask():
@@ -209,6 +270,17 @@ def test_tokens_that_a_user_wrote_are_text_when_sanitized():
     assert (inputs["input_ids"] == processor.image_token_id).sum() == IMAGE_TOKENS
     assert (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|end|>")).sum() == 1
     assert "Is <image> a token? <|end|>" in processor.tokenizer.decode(inputs["input_ids"][0])
+    fused = processor.tokenizer.decode(inputs["input_ids"][0][inputs["prompt_mask"][0]])
+    assert fused == "<|user|>\n\nIs <image> a token? <|end|><|end|>\n<|assistant|>\n"
+    late = [said("user", "<|end|>"), said("assistant", "<image> first"), {"role": "user", "content": content}]
+    chats = [[*late, said("assistant", "Yes. <|end|>")], [{"role": "user", "content": content}]]
+    inputs = encode(processor, chats, sanitize_control_tokens=True, add_generation_prompt=False)
+    texts = [
+        processor.tokenizer.decode(ids[mask])
+        for ids, mask in zip(inputs["input_ids"], inputs["prompt_mask"], strict=True)
+    ]
+    before = "<|user|>\n<|end|><|end|>\n<|assistant|>\n\n"
+    assert texts == [before + fused, fused.removesuffix("<|assistant|>\n")]
 
 
 def test_saving_changes_nothing_and_loading_loses_nothing(tmp_path):
@@ -219,6 +291,130 @@ def test_saving_changes_nothing_and_loading_loses_nothing(tmp_path):
     assert again.to_dict() == processor.to_dict()
     assert again.to_dict()["auto_map"] == {"AutoProcessor": "processing_samf.SamfProcessor"}
     assert tiny_processor().to_dict()["auto_map"] == again.to_dict()["auto_map"]
+
+
+def chat_of(*blocks, role: str = "user") -> list:
+    return [{"role": role, "content": list(blocks)}]
+
+
+class Message:
+    """As the messages of OpenAI's client."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def model_dump(self) -> dict:
+        return self.values
+
+
+def test_blocks_of_other_apis_are_read(tmp_path):
+    import nibabel
+
+    path = str(tmp_path / "scan.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(volume(), np.eye(4)), path)
+    processor = tiny_processor()
+    text = {"type": "text", "text": PROMPT}
+    expected = encode(processor, chat_of({"type": "volume", "path": path}, text))
+    nothing = dict.fromkeys(("volume", "image", "url", "text", "path"))  # as a data set's rows have it
+    for chat in [
+        chat_of({"type": "image", "url": path}, text),
+        chat_of({"type": "image_url", "image_url": {"url": path, "detail": "high"}}, text),
+        chat_of({"type": "input_image", "image_url": path, "detail": "auto"}, {"type": "input_text", "text": PROMPT}),
+        chat_of({**nothing, "type": "volume", "path": path}, {**nothing, **text}),
+        chat_of({"type": "volume", "volume": [path]}, text),
+        [Message(role="user", content=[{"type": "volume", "path": path}, text], tool_calls=None)],
+        [chat_of({"type": "volume", "path": path}, text)],
+    ]:
+        inputs = encode(processor, chat)
+        assert torch.equal(inputs["input_ids"], expected["input_ids"])
+        assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+
+
+def test_the_files_of_one_series_are_one_volume(tmp_path):
+    from dicom_series import write_series
+
+    files = sorted(map(str, write_series(tmp_path).iterdir()))
+    chat = chat_of({"type": "volume", "volume": files}, {"type": "text", "text": PROMPT})
+    inputs, folder = (
+        encode(tiny_processor(), chat),
+        encode(tiny_processor(), chat_of({"type": "volume", "path": tmp_path})),
+    )
+    assert len(files) > 1 and torch.equal(inputs["pixel_values"], folder["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ([{"type": "ct", "path": "x"}], "message 0, block 0 is of type 'ct'.*input_image.*input_text"),
+        ([{"type": "video", "video": "x"}], "'video'"),
+        ([{"text": "What?"}], r"block 0 has no type \(keys \['text'\]\)"),
+        (["What?"], "block 0 is a str"),
+        ([[{"type": "text", "text": "What?"}]], "block 0 is a list"),
+        ([{"type": "text", "text": None}], "as its text None"),
+        ([{"type": "text", "text": ["What?"]}], "as its text list"),
+        ([{"type": "text", "text": "What?", "path": "x"}], "a volume under 'path'"),
+        ([{"type": "volume", "path": "x", "text": "What?"}], "'path', 'text'"),
+        ([{"type": "volume", "path": "x", "volume": volume()}], "'volume', 'path'"),
+        ([{"type": "volume", "file": "x"}], "'file'"),
+        ([{"type": "input_image", "file_id": "x"}], "'file_id'"),
+        ([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}], "data: URL"),
+        ([{"type": "volume", "volume": [volume(), volume()]}], "a list of 2 volumes"),
+        ([{"type": "volume", "volume": []}], "a list of 0 volumes"),
+        ([{"type": "volume", "volume": volume()}] * 2, "2 <image> placeholders"),
+    ],
+)
+def test_blocks_that_no_template_renders_are_errors(blocks, words):
+    with pytest.raises(ValueError, match=words):
+        encode(tiny_processor(), chat_of(*blocks))
+
+
+@pytest.mark.parametrize(
+    ("chat", "words"),
+    [
+        ([{"role": "user", "content": None}], "message 0 .user. has no content"),
+        ([{"role": "user"}], "no content"),
+        ([{"role": "user", "content": {"type": "text", "text": "What?"}}], "a dict as content"),
+        ([{"content": "What?"}], "role None"),
+        ([{"role": "user", "content": "Q"}, {"role": "tool", "content": "T"}], "role tool; expected system, user"),
+        ([{"role": "User", "content": "Q"}], "role User"),
+        (chat_of({"type": "volume", "volume": volume()}, role="assistant"), "the assistant's and holds a volume"),
+        ([], "conversation is empty"),
+        ([conversation(), [{"role": "user"}]], "Conversation 1: message 0"),
+    ],
+)
+def test_messages_that_no_template_renders_are_errors(chat, words):
+    with pytest.raises(ValueError, match=words):
+        encode(tiny_processor(), chat)
+
+
+def test_what_a_template_leaves_out_is_an_error():
+    """Whatever the template: a role that it passes over, tools and documents that it doesn't render."""
+    processor = tiny_processor()
+    users = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}{{ tools if x else '' }}"
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
+    with pytest.raises(ValueError, match="Message 0 has the role 'system'"):
+        processor.apply_chat_template(chat, chat_template=users)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for template in (None, users):
+        with pytest.raises(ValueError, match="doesn't render tools"):
+            processor.apply_chat_template(chat[1:], chat_template=template, tools=[tool])
+    with pytest.raises(ValueError, match="doesn't render documents"):
+        processor.apply_chat_template(chat, documents=[{"title": "a", "text": "b"}])
+    assert "'f'" in processor.apply_chat_template(chat[1:], chat_template=users, tools=[tool], x=True)
+
+
+def test_a_volume_never_goes_to_another_conversations_placeholder():
+    """One placeholder and one volume in all, but not in one conversation."""
+    template = (
+        "{% for m in messages %}{{ m['content'] if m['content'] is string else m['content'][1]['text'] }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"\[0, 1\] placeholders, \[1, 0\] volumes"):
+        encode(tiny_processor(), [conversation(), [{"role": "user", "content": "<image>"}]], chat_template=template)
+
+
+def test_no_prompts_are_an_error():
+    with pytest.raises(ValueError, match="empty list"):
+        tiny_processor()(text=[])
 
 
 def test_what_it_does_not_read_is_no_argument_and_an_error():

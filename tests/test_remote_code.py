@@ -118,8 +118,7 @@ def saved(work) -> dict[str, tuple[Path, torch.Tensor]]:
     def keep(name: str, folder: Path, model, processor) -> None:
         content = [{"type": "volume", "path": str(work / "scan.nii.gz")}]
         content.append({"type": "text", "text": "Which finding is present?"})
-        unused = Hasher.hash(processor)
-    inputs = processor.apply_chat_template([{"role": "user", "content": content}], **CHAT)
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}], **CHAT)
         found[name] = folder, model.eval().generate(**inputs, **GREEDY)
 
     for fusion_type in FUSION_TYPES:
