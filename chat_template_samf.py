@@ -177,7 +177,8 @@ def render(
     """Return a conversation's text, and the (start, end) of each marked answer in it.
 
     Raises:
-        ValueError: the template raises an exception, as many do for roles that they don't know.
+        ValueError: the template can't render it, as those of text alone can't content lists; or it raises an exception
+            itself, as many do for roles that they don't know.
     """
     marked = has_generation_marks(template)
     try:
@@ -187,7 +188,7 @@ def render(
             return_assistant_tokens_mask=marked,
             **{**tokenizer.special_tokens_map, **options},
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # such as a list that shall be joined to a string
         raise ValueError(f"The chat template can't render this conversation: {error}") from error
     return texts[0], [tuple(span) for span in spans[0]] if marked else []
 
@@ -208,7 +209,8 @@ def _end_token(tokenizer: Any, own: str) -> str:
     """The control token that the template puts behind each answer."""
     text = render(tokenizer, own, _PROBE)[0]
     first, last = (text.partition(answer)[2] for answer in _ANSWERS)
-    control = {**tokenizer.added_tokens_decoder}
+    # Some tokenizers have line breaks among their added tokens.
+    control = {id: token for id, token in tokenizer.added_tokens_decoder.items() if not token.content.isspace()}
     ids = tokenizer(last, add_special_tokens=False)["input_ids"]
     end = next((control[token].content for token in ids if token in control), None)
     if end is None or end not in first.partition(_QUESTIONS[1])[0]:

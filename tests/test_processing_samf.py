@@ -394,6 +394,9 @@ def test_what_a_template_leaves_out_is_an_error():
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
     with pytest.raises(ValueError, match="Message 0 has the role 'system'"):
         processor.apply_chat_template(chat, chat_template=users)
+    texts = "{% for m in messages %}{{ 'U: ' + m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="can't render this conversation"):
+        encode(processor, conversation(), chat_template=texts)
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     for template in (None, users):
         with pytest.raises(ValueError, match="doesn't render tools"):

@@ -59,7 +59,8 @@ def agree_on_stop_tokens(model: SamfForConditionalGeneration, processor: SamfPro
         ValueError: the chat template marks no answers, or their end is plain text.
     """
     end, tokenizer = processor.answer_end(), processor.tokenizer
-    if end is None or end not in {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}:
+    control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    if end is None or end not in control or tokenizer.decode([end]).isspace():
         found = "marks no answers" if end is None else f"ends an answer with {tokenizer.decode([end])!r}, plain text"
         raise ValueError(
             f"The processor's chat template {found}: nothing could be learned, or no end. Put {{% generation %}} around the "
