@@ -107,13 +107,13 @@ VOLUME = np.zeros((12, 14, 16), np.int16)
 TENSORS = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
 
-def make_tokenizer(template, special, eos, bos=None):
+def make_tokenizer(template, special, eos, bos=None, texts=TEXTS):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"initial_alphabet": alphabet, "special_tokens": special, "show_progress": False}
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, **options))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, **options))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos)
     tokenizer.chat_template = template
     return tokenizer
@@ -202,6 +202,18 @@ def test_training_labels_end_where_generation_stops(family):
     agree_on_stop_tokens(model, processor)
     stops = model.generation_config.eos_token_id
     assert labels[-1] in (stops if isinstance(stops, list) else [stops])
+
+
+def test_a_token_across_the_answers_beginning_is_the_answers():
+    """Continued or whole, the prompt's text ends before a token of which a part is the answer's."""
+    tokenizer = make_tokenizer(PHI3, PHI, "<|endoftext|>", texts=["\n\n\nNormal."] * 9)
+    processor = SamfProcessor(SamfImageProcessor(slices_per_plane=2, size=32), tokenizer, num_image_tokens=4)
+    chats = [[turn("user", "Heart?", volume=True), turn("assistant", text)] for text in ("\n\nNormal", "\n\nNormal.")]
+    continued = processor.apply_chat_template(chats[0], continue_final_message=True, **TENSORS)
+    trained = processor.apply_chat_template(chats[1], **TENSORS)
+    fused = [inputs["input_ids"][0][inputs["prompt_mask"][0]] for inputs in (continued, trained)]
+    assert torch.equal(*fused)
+    assert tokenizer.decode(fused[0]) == "<|user|>\n\nHeart?<|end|>\n<|assistant|>"  # the line break went along
 
 
 def test_real_phi3(test_data):
