@@ -1,0 +1,362 @@
+"""What a clause says about the findings in it: clauses of a sentence, and the scopes of negation, doubt and history.
+
+Abbreviations are written out first ("e/o" → "evidence of", "isn't" → "is not", "rul" → "right upper lobe"), so that the
+cues below know one form of each. Every expression is bounded, and a sentence has at most 200 words: the work is linear.
+"""
+
+import re
+from bisect import bisect_right
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Status(Enum):
+    """What a report says about a finding where it mentions it."""
+
+    AFFIRMED = "affirmed"
+    UNCERTAIN = "uncertain"
+    NEGATED = "negated"
+
+
+# --- abbreviations ------------------------------------------------------------------------------------------------
+
+_LOBES = {
+    f"{side[0]}{part[0]}{kind}": f"{side} {part} {'lobes' if kind == 'ls' else 'lobe'}"
+    for side in ("right", "left")
+    for part in ("upper", "middle", "lower")
+    for kind in ("l", "ls")
+}
+ABBREVIATIONS: dict[str, str] = _LOBES | {
+    "e/o": "evidence of",
+    "s/o": "suggestive of",
+    "c/w": "consistent with",
+    "h/o": "history of",
+    "k/c/o": "known case of",
+    "r/o": "rule out",
+    "s/p": "status post",
+    "w/o": "without",
+    "w/": "with",
+    "f/u": "follow-up",
+    "d/t": "due to",
+    "b/l": "bilateral",
+    "bil": "bilateral",
+    "rt": "right",
+    "rt.": "right",
+    "lt": "left",
+    "lt.": "left",
+    "nad": "normal",
+    "wnl": "within normal limits",
+    "nil": "none",
+    "(-)": "absent",
+    "(+)": "present",
+    "-ve": "negative",
+    "ggo": "ground glass opacity",
+    "ggos": "ground glass opacities",
+    "can't": "cannot",
+    "cannot": "cannot",
+    "won't": "will not",
+    "shan't": "shall not",
+    "there's": "there is",
+    "it's": "it is",
+    "that's": "that is",
+    "imp": "impression",
+}
+_TOKEN = re.compile(r"([\"'\[]*)(.*?)([\"',:;\])]*)\Z", re.DOTALL)
+
+
+def _write_out(word: str) -> str:
+    if word in ABBREVIATIONS:
+        return ABBREVIATIONS[word]
+    before, core, after = _TOKEN.match(word).groups()
+    if core in ABBREVIATIONS:
+        return before + ABBREVIATIONS[core] + after
+    if core.endswith("n't") and len(core) > 4:
+        return f"{before}{core[:-3]} not{after}"
+    if "/" in core:
+        return before + _write_out_parts(core) + after
+    return word
+
+
+def _write_out_parts(core: str) -> str:
+    """ "rll/lll" and "collapse/consolidation": both words; other slashes ("12/03/2021", "and/or") stay."""
+    parts = core.split("/")
+    if core == "and/or" or not all(part.isalpha() and len(part) > 2 for part in parts):
+        return core
+    return " and ".join(ABBREVIATIONS.get(part, part) for part in parts)
+
+
+class WrittenOut:
+    """A sentence with its abbreviations written out, and the way back to its own words.
+
+    Attributes:
+        text: the sentence written out.
+        first: the place in `text` where the sentence begins behind its prefix (the heading that it stands under).
+    """
+
+    def __init__(self, sentence: str, prefix: str = ""):
+        self._words = sentence.split()
+        pieces = [f"{prefix}:"] if prefix else []
+        self.first = len(prefix) + 2 if prefix else 0
+        self._starts, place = [], self.first
+        for word in self._words:
+            self._starts.append(place)
+            pieces.append(_write_out(word))
+            place += len(pieces[-1]) + 1
+        self.text = " ".join(pieces)
+
+    def original(self, start: int, end: int) -> str:
+        """The sentence's own words of which [start, end) of `text` was made."""
+        if not self._words or end <= self.first:
+            return ""
+        first = max(0, bisect_right(self._starts, start) - 1)
+        last = bisect_right(self._starts, end - 1)
+        return " ".join(self._words[first:last]).strip(" ,")
+
+
+# --- clauses ------------------------------------------------------------------------------------------------------
+
+SEEN = (
+    r"observ\w+|detect\w+|seen|encounter\w+|identif\w+|found|present|visuali[sz]\w+|visible|distinguish\w+|evident|noted"
+    r"|select\w+|monitor\w+|determin\w+|track\w+|demonstrat\w+|appreciat\w+|available|considered|in question|follow\w+"
+    r"|discern\w+|recogni[sz]\w+|apparent|recorded|delineated|depicted|shown|appreciable"
+)
+# Words at which a new statement begins, whether or not it has a verb.
+EXCEPT = (
+    r"except(?: for| that)?|excepting|other than|apart from|aside from|besides|with the exception of|save for"
+    r"|but for|outside of"
+)
+BREAK = re.compile(rf"\b(?:but(?! for)|however|although|though|whereas|while|nevertheless|nonetheless|yet(?= there)|{EXCEPT})\b")
+_EXCEPTION = re.compile(rf"(?:{EXCEPT})\Z")
+# How a noun phrase begins that is there: after "no effusion, " the words "mild cardiomegaly" affirm.
+FRESH = (
+    r"(?:there (?:is|are)|an?|mild\w*|moderate\w*|small(?!-? vessel)|tiny|trace|minimal\w*|minor|marked\w*|severe\w*|few|several|multiple"
+    r"|scattered|patchy|stable|unchanged|persist\w+|residual|known|slight\w*|subtle|extensive|bibasal|bibasilar"
+    r"|borderline|old|chronic|mildly|early|dependent|linear|plate-?like|subsegmental|some|one|two|three|likely|possible|probable"
+    r"|coarse|advanced|heavy|widespread|progress\w+|increas\w+|improv\w+|status post|post)"
+)
+_FRESH_START = re.compile(rf"(?:and |with )?{FRESH}\b")
+JOINT = re.compile(rf"(,\s+|\s+and\s+|\s+with\s+(?={FRESH}\b)|\s+-\s+(?!(?:none|no|absent|present|normal|negative)\b))")
+VERB = re.compile(
+    rf"\b(?:is|are|was|were|has|have|had|{SEEN}|shows?|showed|increased|decreased|continues?|measur\w+|persists?"
+    r"|normal|natural|unremarkable|clear|appears?|resolved|cleared|absent)\b|:\s*(?:none|no|yes)\b"
+)
+CONTINUES = re.compile(r"^(?:which|that|whose|is|are|was|were|has|have|not)\b(?! (?:any|an?|no|mild|small)\b)")
+PLACE = re.compile(r"^(?:in|on|at) (?:the|both)\b")
+_NONE_HERE = re.compile(r"^(?:none|no|not|nor)\b")
+_OR = re.compile(r"\b(?:or|nor)\b")
+
+
+def split_clauses(sentence: str) -> list[str]:
+    """Cut a sentence where a statement with a verb of its own begins, so that a negation reaches no further.
+
+    Lists stay together: "no mass, nodule or effusion was seen" is one clause, "effusion is seen, and no nodule was
+    detected" is two, and so is "no effusion, mild cardiomegaly".
+    """
+    return [sentence[start:end] for start, end in clause_spans(sentence)]
+
+
+def clause_spans(sentence: str) -> list[tuple[int, int]]:
+    """Start and end of each clause of a sentence whose abbreviations are written out."""
+    breaks = [*BREAK.finditer(sentence)]
+    starts = [0, *(match.end() for match in breaks)]
+    ends = [*(match.start() for match in breaks), len(sentence)]
+    spans = []
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        is_exception = number > 0 and _EXCEPTION.search(breaks[number - 1][0])
+        leads = number > 0 and not sentence[: breaks[number - 1].start()].strip(" ,")
+        comma = sentence.find(", ", start, end) if is_exception and leads else -1
+        parts = [(start, comma), (comma + 2, end)] if comma >= 0 else [(start, end)]
+        for part in parts:
+            spans += _statements(sentence, *part)
+    trimmed = [_trim(sentence, *span) for span in spans]
+    return [span for span in trimmed if span[0] < span[1]]
+
+
+def _trim(text: str, start: int, end: int) -> tuple[int, int]:
+    while start < end and text[start] in " ,":
+        start += 1
+    while end > start and text[end - 1] in " ,":
+        end -= 1
+    return start, end
+
+
+def _statements(sentence: str, start: int, end: int) -> list[tuple[int, int]]:
+    """Join the pieces of [start, end), which commas and "and" part, into statements with one verb each.
+
+    A piece without a verb belongs to the statement before it when "and" joins it ("plaques are seen in the aorta and
+    coronary arteries") or a negation has begun there ("there is no effusion, nodule"), else to the one that follows
+    ("effusion, nodule were not seen"). After a negation, a piece that begins as what is there begins ("mild …", "a …")
+    is a statement of its own, unless an "or" shows that the list of what is denied goes on.
+    """
+    joints = [*JOINT.finditer(sentence, start, end)]
+    begins = [start, *(joint.end() for joint in joints)]
+    stops = [*(joint.start() for joint in joints), end]
+    pieces = [sentence[begin:stop] for begin, stop in zip(begins, stops, strict=True)]
+    spans = [(begins[0], stops[0])]
+    complete, negated = bool(VERB.search(pieces[0])), bool(_denies(pieces[0]))
+    for number in range(1, len(pieces)):
+        piece, joint = pieces[number], joints[number - 1][0]
+        has_verb = bool(VERB.search(piece))
+        fresh = negated and _FRESH_START.match(piece) and not _list_goes_on(pieces, number)
+        if fresh or (complete and _NONE_HERE.match(piece)):
+            belongs = False
+        elif " - " in joint:
+            belongs = not (complete or negated)
+        elif has_verb and not CONTINUES.match(piece):
+            belongs = not complete
+        else:
+            belongs = not complete or "and" in joint or negated or CONTINUES.match(piece) or PLACE.match(piece)
+        if belongs:
+            spans[-1] = (spans[-1][0], stops[number])
+            complete, negated = complete or has_verb, negated or bool(_denies(piece))
+        else:
+            spans.append((begins[number], stops[number]))
+            complete, negated = has_verb, bool(_denies(piece))
+    return spans
+
+
+def _list_goes_on(pieces: list[str], number: int) -> bool:
+    """Whether an "or" follows in the list of what is denied, before another denial or verb begins."""
+    for later in pieces[number:]:
+        if _denies(later):
+            return False
+        if _OR.search(later):
+            return True
+        if VERB.search(later):
+            return False
+    return False
+
+
+# --- negation -----------------------------------------------------------------------------------------------------
+
+_GAP = (
+    r"(?:(?:significant|significantly|interval|appreciable|definite|major|substantial|obvious|further|considerable|notable"
+    r"|gross|other|recent|relevant|evident|marked|important|clear|real|visible|meaningful|size|apparent|any|convincing) ){0,3}"
+)
+# "no significant change in the effusion" and "no increase in the effusion" speak of an effusion that is there;
+# "no increase in heart size" denies that the heart is large.
+_CHANGE = (
+    r"(?:change[ds]?|differences?|decrease[ds]?|progress\w+|regress\w+|improve\w+|worsen\w+|reduc\w+|doubts?|contrast"
+    r"|enhance\w+|longer|resolution|clearing|evolution|interval (?:change|growth|increase))"
+)
+_GROWTH = r"(?:increase[ds]?|growth|enlargement|widening|expansion|enlarging)"
+_CONTRAST_MEDIUM = r"(?:(?:iv|i\.v\.?|intravenous|oral|the use of|any|administration of|injection of) )*(?:contrast|enhancement)"
+_PARTIAL = (
+    r"(?:partial|partially|incomplete|incompletely|near[- ]complete|nearly complete|almost complete|subtotal|some|ongoing"
+    r"|gradual|slow|nearly|almost|mostly|largely|not|not yet|not completely|not fully|yet to|near[- ]completely)"
+)
+_SHOW = (
+    r"(?:show|demonstrate|reveal|contain|exhibit|have|suggest|display|indicate|identify|see|detect|depict|include|observe"
+    r"|represent|support|meet|find)"
+)
+_NOT_A_DENIAL = r"(?:only|just|merely|simply|necessarily|uncommon|yet|excluded|ruled out|rule out|exclude|be excluded|be ruled)"
+_FORWARD = re.compile(
+    rf"\b(?P<neutral>(?:no|without|not|lack of)(?: any)? {_GAP}{_CHANGE}\b|without {_CONTRAST_MEDIUM}"
+    rf"|not (?:\w+ )?{_NOT_A_DENIAL}\b|no\. ?\d|{_PARTIAL} (?:resolution|clearing|disappearance|removal) of)"
+    rf"|\b(?P<growth>(?:no|without|not|not significantly) {_GAP}{_GROWTH}\b)"
+    r"|\b(?P<hard>no(?!-)(?! longer)|without|absence of|lack of|lacking|free (?:of|from)|devoid of|clear of|negative (?:for|of)|neither|nor"
+    r"|nothing|rather than|instead of|as opposed to|unlikely to (?:be|represent|reflect)|none of|rules out|excludes"
+    r"|(?:complete |interval |near )?(?:resolution|clearing|disappearance|removal) of"
+    rf"|(?:do|does|did) not (?:appear to )?{_SHOW}|fail(?:s|ed)? to {_SHOW}|no longer (?:shows?|contains?|has|have)"
+    rf"|(?:not|cannot) (?:\w+ )?(?:{SEEN}) (?:any|an?)\b|(?:not|cannot) {_SHOW} (?:any|an?|the|evidence)\b"
+    r"|(?:is|are|was|were) not (?:any|an?)\b|not (?:any|those of|that of|suggestive|consistent|compatible|indicative|typical"
+    r"|characteristic|in keeping|diagnostic|due to|because of|representing))\b"
+    rf"|\b(?P<short>not)\b(?! (?:\w+ )?(?:{SEEN})\b)"
+)
+# How many characters behind a bare "not" it reaches ("not significantly enlarged", "not consolidation").
+_REACH_OF_NOT = 30
+
+_BACKWARD = re.compile(
+    rf"\b(?:(?:not|never|cannot be|could not be|no longer) (?:\w+ )?(?:{SEEN})"
+    r"(?! (?:in|on|at) (?:the |his |her |a )?(?:previous|prior|old))(?! (?:any|an?)\b)"
+    rf"|(?<!not )absent|(?P<partial>{_PARTIAL} |to be )?(?:completely |totally |fully |entirely |also |now |since )*"
+    r"(?:been )?(?:resolved|cleared|resorbed|dissolved|disappeared|vanished|subsided)(?! (?:partial|incomplete))"
+    r"|(?:completely|totally|fully) (?:regressed|resorbed|drained|evacuated)|(?:regressed|resorbed|drained) (?:completely|totally|fully)"
+    r"|(?:has|have|had|was|were|been|is|are) (?:since |now |surgically )?(?:been )?(?:removed|extracted|resected|excised|evacuated)"
+    r"|(?<!be )(?<!not )(?<!not been )(?<!completely )(?:ruled out|excluded)|(?:is|are|was|were|thought|considered|felt|appears?|seems?)"
+    r" (?:to be )?(?:\w+ )?unlikely|no more|(?:is|are|was|were) negative|not (?:a feature|the case)|non-?visuali[sz]\w+"
+    r"|(?:has|have|did) not (?:yet )?(?:develop\w*|occur\w*|recur\w*|form\w*))\b"
+    r"|\b(?:none|absent|no|negative)[ .)]*\Z|\(none\)|\((?:no|absent)\)|\bnone (?:seen|noted|detected|observed|identified|present)\b"
+    r"|[:=] ?(?:none|absent|negative)\b"
+)
+# "Effusion: no …", "Effusion - none …": what stands before the colon is denied.
+_FORM = re.compile(
+    r"[^:=]{2,60}?(?P<end>\s*[:=]|\s+-(?=\s))\s*(?:there (?:is|are|was|were) )?(?:none|nil|absent|negative|without|free|no(?! \w+ (?:change|increase)"
+    rf"| (?:change|increase|interval|signific\w+ (?:change|interval)))|not (?:{SEEN}))\b"
+)
+_NORMAL = re.compile(
+    r"\b(?:(?:is|are|was|were|appears?|remains?|:|-) (?:within |in |at |of )?(?:\w+ ){0,2}?"
+    r"(?:normal|natural|unremarkable|physiological)|within (?:the )?normal|normal (?:in|limits)"
+    r"|(?<!that )(?<!which )(?:is|are|was|were|:|-|appears?|remains?) not (?:\w+ )?"
+    r"(?:enlarged|pathological\w*|increased|prominent|thickened|dilated|significant\w*|remarkable|abnormal\w*))\b"
+    r"|: ?(?:normal|not|unremarkable|natural|clear)\b|\bnormal\Z"
+)
+
+# --- doubt and history --------------------------------------------------------------------------------------------
+
+_DOUBT_FORWARD = re.compile(
+    r"(?:^|[\s(])\?(?=\s?\w)|\b(?:may|might|could|possibl\w+|probabl\w+|suspect\w*|suspicious|likely|suggest\w*|questionable"
+    r"|presumed|concern\w*|rule out|exclude|equivocal|query|differential\w*|versus|vs|doubtful|cannot exclude)\b"
+)
+_DOUBT_BACKWARD = re.compile(
+    r"\w\s?\?|\b(?:may|might|could|suspect\w*|questionable|cannot be (?:\w+ )?(?:excluded|ruled out)|not (?:be )?(?:\w+ )?(?:excluded|ruled out)"
+    r"|(?:is|are|was|were|also|most|very|more) (?:\w+ )?(?:possible|probable|likely|suspected|equivocal|considered)|possible|probable"
+    r"|suggested|doubtful)\b"
+)
+_OPEN = re.compile(
+    r"\b(?:cannot|not|can not|difficult to|hard to|does not|to) (?:be )?(?:\w+ )?(?:excluded?|rule[d]? out)\b|\brule out\b|^\?"
+)
+_HISTORY = re.compile(
+    r"\b(?:history of|known case of|family history|anamnesis of|previously (?:treated|operated) for|treated for|screening for"
+    r"|(?:operat\w+|surgery|lobectomy|resection|segmentectomy|pneumonectomy|excision|treatment|underwent [a-z ]{0,40})"
+    r" (?:\w+ )?(?:for|due to|because of)|(?:referred|evaluate|evaluation) for|(?:resection|excision|removal|ablation) of)\b"
+)
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """A stretch of a clause, [start, end), of which a cue says something."""
+
+    start: int
+    end: int
+
+    def holds(self, start: int, end: int) -> bool:
+        return start >= self.start and end <= self.end
+
+
+class Cues:
+    """What a clause denies, doubts, or tells of the past, and where: "no" forwards, "was not seen" backwards."""
+
+    def __init__(self, clause: str):
+        size = len(clause)
+        forward = [match for match in _FORWARD.finditer(clause) if match.lastgroup != "neutral"]
+        self._denied = [_Scope(m.end(), size) for m in forward if m["hard"]][:1]
+        self._denied += [_Scope(m.end(), m.end() + _REACH_OF_NOT) for m in forward if m["short"]]
+        self._denied_measures = [_Scope(m.start(), size) for m in forward if m["growth"]][:1]
+        backward = [match.start() for match in _BACKWARD.finditer(clause) if not match["partial"]]
+        form = _FORM.match(clause)
+        self._denied += [_Scope(0, max([*backward, form.start("end") if form else 0]))]
+        normal = [match.start() for match in _NORMAL.finditer(clause)]
+        self._denied_measures += [_Scope(0, max(normal, default=0))]
+        self._doubted = [_Scope(match.start(), size) for match in _DOUBT_FORWARD.finditer(clause)][:1]
+        self._doubted += [_Scope(0, max((match.end() for match in _DOUBT_BACKWARD.finditer(clause)), default=0))]
+        self._open = bool(_OPEN.search(clause))
+        history = _HISTORY.search(clause)
+        self._history = _Scope(history.end() if history else size, size)
+
+    def status(self, start: int, end: int, *, is_measure: bool = False) -> Status:
+        """What the clause says about the expression at [start, end)."""
+        denied = self._denied + (self._denied_measures if is_measure else [])
+        if any(scope.holds(start, end) for scope in denied) and not self._open:
+            return Status.NEGATED
+        if self._open or any(scope.holds(start, end) for scope in self._doubted):
+            return Status.UNCERTAIN
+        return Status.AFFIRMED
+
+    def is_history(self, start: int, end: int) -> bool:
+        """Whether the expression at [start, end) belongs to the past: what a patient had, or had removed."""
+        return self._history.holds(start, end)
+
+
+def _denies(piece: str) -> bool:
+    return any(match["hard"] or match["growth"] for match in _FORWARD.finditer(piece))

@@ -1,0 +1,276 @@
+"""Typography and layout of reports: from a report as it was typed, wrapped or exported to its sentences.
+
+A line end is layout and not grammar: text that was wrapped at some column is joined again, words that were hyphenated
+at the margin are made whole, while list items, headings and one-line statements stay apart. All work is linear in the
+length of the text.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+# --- typography ---------------------------------------------------------------------------------------------------
+
+# What NFKC leaves as it is: typographic quotes, dashes and the minus sign.
+_PLAIN = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-", "\u00d7": "x", "\u0131": "i"}
+_PLAIN |= {chr(code): "-" for code in range(0x2010, 0x2016)}
+_BULLET = "\u2022"
+_PLAIN |= dict.fromkeys("\u2023\u2043\u2219\u25aa\u25ab\u25cf\u25e6\u25a0\u25a1\u2713\u27a2\u00b7\uf0b7", _BULLET)
+_LINE_ENDS = dict.fromkeys("\x0b\x0c\x85\u2028\u2029", "\n")
+# A character that isn't plain ASCII, a carriage return, or a word broken at the end of a line.
+_ODD = re.compile(r"[^\x00-\x7f]|[\r\x0b\x0c]\n?|(?<=[^\W\d_])-[ \t]{0,8}\r?\n[ \t]{0,40}(?=[^\W\d_])")
+_WORD_BEFORE, _WORD_AFTER = re.compile(r"[^\W\d_]{1,40}\Z"), re.compile(r"[^\W\d_]{1,40}")
+# Words that keep their hyphen when a line ends behind them ("ground-\nglass") or begins with them.
+_HYPHENATED = re.compile(
+    r"(?:right|left|upper|lower|middle|mid|ground|glass|sided|like|based|shaped|related|occupying|pleural|effusion"
+    r"|thicken\w*|thickness|density|densities|mass|nodul(?:e|es|ar)|infiltrat\w+|consolidation|atelectasis|scar|band"
+    r"|bud|tree|bilateral|hilar|axillary|well|non|wall|walled|soft|tissue|defined|contrast|enhanced|lung|lobe|node"
+    r"|nodes|calcified|lateral|medial|posterior|anterior|dual|long|short|high|low|follow|up|air|space|free)\Z"
+)
+
+
+def _plain_character(character: str) -> str:
+    """The plain equivalent of a character outside ASCII, in lower case; "" for what has no width (soft hyphens)."""
+    if character in _PLAIN:
+        return _PLAIN[character]
+    if character in _LINE_ENDS:
+        return "\n"
+    if unicodedata.category(character) == "Cf":
+        return ""
+    composed = unicodedata.normalize("NFKC", character).lower()
+    return "".join(_PLAIN.get(part, part) for part in composed)
+
+
+def _edits(report: str) -> Iterator[tuple[int, int, str]]:
+    """(start, end, replacement) of all that plain text writes differently, in order."""
+    for match in _ODD.finditer(report):
+        found = match[0]
+        if found[0] == "-":
+            yield *match.span(), _at_line_end(report, match.start(), match.end())
+        elif found[0] in "\r\x0b\x0c":
+            yield *match.span(), "\n"
+        else:
+            yield *match.span(), _plain_character(found)
+
+
+def _at_line_end(report: str, start: int, end: int) -> str:
+    """What stands for the hyphen at the end of a line: a hyphen between two words, nothing within one."""
+    before = _WORD_BEFORE.search(report, max(0, start - 40), start)
+    after = _WORD_AFTER.match(report, end)
+    halves = [half[0].lower() for half in (before, after) if half]
+    return "-" if any(_HYPHENATED.match(half) for half in halves) else ""
+
+
+def plain_text(report: str) -> str:
+    """A report in lower case and plain characters: ligatures, quotes, dashes, soft hyphens, broken words, CR LF."""
+    return "".join(piece for piece, _, _ in _pieces(report))
+
+
+def aligned_text(report: str) -> tuple[str, list[int]]:
+    """`plain_text` and, for each of its characters, the place in the report that it stands for; then the report's end."""
+    text, origins = [], []
+    for piece, start, is_copy in _pieces(report):
+        text.append(piece)
+        origins += range(start, start + len(piece)) if is_copy else [start] * len(piece)
+    return "".join(text), [*origins, len(report)]
+
+
+def _pieces(report: str) -> Iterator[tuple[str, int, bool]]:
+    """(plain text, its start in the report, whether it is copied letter by letter)."""
+    end = 0
+    for start, stop, replacement in _edits(report):
+        yield report[end:start].lower(), end, True
+        yield replacement, start, False
+        end = stop
+    yield report[end:].lower(), end, True
+
+
+# --- layout -------------------------------------------------------------------------------------------------------
+
+_ITEM = re.compile(rf"(?:[-*+>{_BULLET}]+(?=[\s\w])|\(?\d{{1,2}}[.)](?=\s)|\(?[a-h]\)(?=\s))")
+_ITEM_AND_BLANKS = re.compile(rf"(?:[-*+>{_BULLET}]+\s*(?=\w|[(?.])|\(?\d{{1,2}}[.)]\s+|\(?[a-h]\)\s+)")
+_HEADING_LINE = re.compile(r"[^\W\d_][\w /&,()'-]{1,50}:")
+_STATEMENT_END = (".", "!", ";", ":", '"')
+_UNFINISHED = re.compile(
+    r"(?:,|-|\b(?:the|a|an|of|in|on|at|and|or|nor|with|without|no|not|to|for|from|by|is|are|was|were|which|that|than|as"
+    r"|both|bilateral|right|left|upper|lower|middle|measuring|approximately|mild|moderate|small|minimal))\Z",
+    re.IGNORECASE,
+)
+# Nobody wraps text in narrower columns than this.
+NARROWEST_COLUMN = 30
+# Of the lines that don't end a sentence, how many must reach the margin for a paragraph to be wrapped text.
+WRAPPED_SHARE = 0.6
+
+
+def logical_lines(report: str) -> list[str]:
+    """The lines that a report has as text: those that were wrapped at a column joined; "" between paragraphs.
+
+    A line is joined to the one above where that one was filled to the margin (the next word would not have fitted), ends
+    within a phrase, or is followed by a small letter in a text with capitals. Items of lists and headings begin a line.
+    """
+    raw = [line.strip() for line in _replaced_typography(report).split("\n")]
+    margin = max(map(len, raw), default=0)
+    has_capitals = any(line[:1].isupper() for line in raw) and not report.isupper()
+    lines: list[str] = []
+    for paragraph in _paragraphs(raw):
+        is_wrapped = _is_wrapped(paragraph, margin)
+        for number, line in enumerate(paragraph):
+            above = paragraph[number - 1] if number else ""
+            if number and _continues(above, line, margin, is_wrapped, has_capitals):
+                lines[-1] += " " + line
+            else:
+                lines.append(line)
+        lines.append("")
+    return [_ITEM_AND_BLANKS.sub("", line, count=1) if _ITEM.match(line) else line for line in lines[:-1]]
+
+
+def _replaced_typography(report: str) -> str:
+    """As `plain_text`, but with the capitals that tell where a statement begins."""
+    pieces, end = [], 0
+    for start, stop, replacement in _edits(report):
+        pieces += [report[end:start], replacement]
+        end = stop
+    return "".join([*pieces, report[end:]])
+
+
+def _paragraphs(lines: list[str]) -> list[list[str]]:
+    paragraphs: list[list[str]] = [[]]
+    for line in lines:
+        if line:
+            paragraphs[-1].append(line)
+        elif paragraphs[-1]:
+            paragraphs.append([])
+    return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def _reaches_margin(line: str, following: str, margin: int) -> bool:
+    return len(line) + 1 + len(following.split(maxsplit=1)[0]) > margin
+
+
+def _is_wrapped(paragraph: list[str], margin: int) -> bool:
+    """Whether lines of a paragraph end because they were full, and not because a statement did."""
+    if margin < NARROWEST_COLUMN:
+        return False
+    pairs = zip(paragraph, paragraph[1:], strict=False)
+    inner = [pair for pair in pairs if not pair[0].endswith(_STATEMENT_END) and not _begins_line(pair[1])]
+    full = sum(_reaches_margin(line, following, margin) for line, following in inner)
+    ends_in_stop = sum(line.endswith(_STATEMENT_END) for line in paragraph)
+    return bool(inner) and full >= WRAPPED_SHARE * len(inner) and (len(inner) >= 3 or ends_in_stop > 0)
+
+
+def _begins_line(line: str) -> bool:
+    return bool(_ITEM.match(line) or _HEADING_LINE.match(line))
+
+
+def _continues(above: str, line: str, margin: int, is_wrapped: bool, has_capitals: bool) -> bool:
+    """Whether a line goes on with the sentence of the line above."""
+    if _HEADING_LINE.match(line) or (_ITEM.match(line) and not (line[0] == "(" or _UNFINISHED.search(above))):
+        return False
+    if is_wrapped and _reaches_margin(above, line, margin):
+        return True
+    if above.endswith(_STATEMENT_END):
+        return False
+    return bool(_UNFINISHED.search(above)) or (has_capitals and line[0].islower())
+
+
+# --- sentences ----------------------------------------------------------------------------------------------------
+
+LONGEST_SENTENCE = 200  # words
+LONGEST_WORD = 60
+_ABBREVIATIONS = r"(?<!\brt)(?<!\blt)(?<!\bdr)(?<!\bvs)(?<!\bca)(?<!\be\.g)(?<!\bi\.e)(?<!\bincl)(?<!approx)(?<!\bfig)"
+SENTENCE_END = re.compile(
+    rf"{_ABBREVIATIONS}(?:(?<!\d)\.(?=\s|$|[A-Za-z\"])|(?<=\d)\.(?=\s|$))|[;\n\"{_BULLET}!]|\.{{2,}}"
+)
+# "Effusion: none  Consolidation: left base": a statement in a form ends where the next field begins.
+_FIELD_END = re.compile(r"(?<=:)( {0,3}(?:none|no|nil|absent|normal|yes|present|\(-\)|\(\+\)))[ ,]{1,3}(?=[a-z][a-z ]{2,30}:)")
+_HEADING = re.compile(r"\s*([a-z][a-z /&,'-]{1,60}?)\s*:")
+_HISTORY = re.compile(
+    r"(?:(?:brief |relevant |past |medical |surgical |family |social |clinical )*"
+    r"(?:history|details?|informations?|indications?|data|notes?|questions?|summary|background|diagnosis|features|profile)"
+    r"|clinical|reason for (?:the )?\w+|referral|requests?|(?:presenting |chief )?complaints?|exam|examination|study"
+    r"|comparisons?(?: \w+)?|prior (?:study|studies|exam)|techniques?|protocols?|procedures?|h/o|c/o)\Z"
+)
+_FINDINGS = re.compile(
+    r"\b(?:findings?|reports?|impressions?|imp|conclusions?|observations?|opinions?|results?|description|summary"
+    r"|lungs?|pleura\w*|heart|mediastinum)\Z"
+)
+_ORGAN = re.compile(
+    r"\b(?:heart|cardi\w+|pericardi\w+|pleura\w*|lungs?|parenchyma|mediastin\w+|nodes?|thyroid|abdom\w+|bones?|liver"
+    r"|adrenals?|kidneys?|airways?|trachea\w*|aorta|vascular|vessels?|coronar\w+|chest wall|soft tissues?|o?esophagus"
+    r"|hila|hilum|breasts?|spleen)\b"
+)
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence in lower case, and the heading of an organ that it stands under ("heart and pericardium"), or ""."""
+
+    text: str
+    organ: str = ""
+
+
+def split_sentences(report: str) -> list[str]:
+    """Sentences of a report in lower case; dates and decimals ("26.02.2015", "4.5 mm", ".5 cm") stay whole.
+
+    What runs on for more than LONGEST_SENTENCE words, as a model caught in a loop does, is cut there.
+    """
+    return [sentence for line in logical_lines(report) for sentence in _line_sentences(line.lower())]
+
+
+def read_findings(report: str) -> list[Sentence]:
+    """The sentences of a report that state findings: without history, indication, comparison and technique."""
+    lines = [_line_sentences(line.lower()) for line in logical_lines(report)]
+    sections = [_section(sentence) for line in lines for sentence in line]
+    sentences: list[Sentence] = []
+    number, is_history, organ = 0, False, ""
+    for line in lines:
+        if not line:
+            is_history, organ = False, ""
+        for place, text in enumerate(line):
+            section, begins = sections[number], bool(sections[number])
+            number += 1
+            if begins:
+                is_history = section == "history"
+                organ = _heading(text) if section == "organ" else ""
+            if not is_history:
+                sentences.append(Sentence(text, "" if begins else organ))
+            if is_history and not _ends_later(text, sections[number:]):
+                is_history = False
+            is_last = place == len(line) - 1
+            if is_last and not (begins and text.endswith(":")):
+                organ = ""
+    return sentences
+
+
+def _heading(sentence: str) -> str:
+    match = _HEADING.match(sentence)
+    return match[1] if match else ""
+
+
+@lru_cache(maxsize=1 << 14)
+def _section(sentence: str) -> str:
+    """What a sentence's heading opens: "history", "findings", "organ", "other", or "" without a heading."""
+    heading = _heading(sentence)
+    if not heading:
+        return ""
+    if _HISTORY.match(heading):
+        return "history"
+    if _FINDINGS.search(heading):
+        return "organ" if _ORGAN.search(heading) else "findings"
+    return "organ" if _ORGAN.search(heading) else "other"
+
+
+def _ends_later(sentence: str, following: list[str]) -> bool:
+    """Whether a history goes on behind this sentence: it has only begun, or another heading ends it."""
+    return sentence.endswith(":") or any(following)
+
+
+def _line_sentences(line: str) -> list[str]:
+    sentences = []
+    for piece in SENTENCE_END.split(_FIELD_END.sub(r"\1;", line)):
+        words = [word[:LONGEST_WORD] for word in piece.split()]
+        starts = range(0, len(words), LONGEST_SENTENCE)
+        sentences += [" ".join(words[start : start + LONGEST_SENTENCE]) for start in starts]
+    return sentences
