@@ -194,11 +194,13 @@ def _statements(sentence: str, start: int, end: int) -> list[tuple[int, int]]:
     pieces = [sentence[begin:stop] for begin, stop in zip(begins, stops, strict=True)]
     spans = [(begins[0], stops[0])]
     complete, negated = bool(VERB.search(pieces[0])), bool(_denies(pieces[0]))
+    stands_alone = False
     for number in range(1, len(pieces)):
         piece, joint = pieces[number], joints[number - 1][0]
         has_verb = bool(VERB.search(piece))
         fresh = negated and _FRESH_START.match(piece) and not _list_goes_on(pieces, number)
-        if fresh or (complete and _NONE_HERE.match(piece)):
+        begins_anew = bool(fresh or (complete and _NONE_HERE.match(piece)))
+        if begins_anew:
             belongs = False
         elif " - " in joint:
             belongs = not (complete or negated)
@@ -211,7 +213,9 @@ def _statements(sentence: str, start: int, end: int) -> list[tuple[int, int]]:
             complete, negated = complete or has_verb, negated or bool(_denies(piece))
         else:
             spans.append((begins[number], stops[number]))
-            complete, negated = has_verb, bool(_denies(piece))
+            complete, negated, stands_alone = has_verb, bool(_denies(piece)), begins_anew
+    if len(spans) > 1 and not complete and not stands_alone:
+        spans[-2:] = [(spans[-2][0], spans[-1][1])]
     return spans
 
 

@@ -48,7 +48,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
             r"|chemoport|portacath|prosthe\w+|sternotomy|clips?|sutures?|staples?|staple line|cannula\w*|tubes?|picc"
             r"|valvuloplasty|cerclage|osteosynthes\w+|icd|electrodes?|screws?|drains?|pigtail|hickman|permcath"
             r"|surg\w+ materials?|metal\w*(?: \w+)? (?:materials?|density|densities|clips?|artifacts?|sutures?|hardware)"
-            r"|breast implant\w*|implants?|defibrillator\w*|(?:aortic|vascular|bypass|endovascular) grafts?|stent-?grafts?"
+            r"|(?:breast|silicone|cochlear|orthopa?edic|metal\w*) implants?|defibrillator\w*|(?:aortic|vascular|bypass|endovascular) grafts?|stent-?grafts?"
             r"|(?:sternal|cerclage|metal\w*|wire) (?:wires?|sutures?)|(?:ivc|vena cava\w*) filters?|vertebroplasty|cement"
             r"|(?:fixation|orthopa?edic|surgical|spinal) (?:hardware|rods?|plates?)|hardware|embolization coils?"
             r"|(?:vp|ventriculo\w+) shunt|(?:tavi|tavr)\b|loop recorder|balloon pump|ecmo|(?:mechanical|bioprosthetic) valves?"
@@ -105,7 +105,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
     ),
     "Lymphadenopathy": (
         Term(r"(?:lymph)?adenopath\w*|lymphadenomegal\w*|\blaps?\b|lymph node enlargement|nodal enlargement"),
-        Term(r"lymph nodes?|lymphadeni\w*", unless=r"\b(?:evaluation|assessment) of", is_measure=True),
+        Term(r"(?<!intrapulmonary )(?<!intra-pulmonary )lymph nodes?|lymphadeni\w*", unless=r"\b(?:evaluation|assessment) of", is_measure=True),
         Term(
             r"\b(?:enlarged|hilar|mediastinal|axillary|paratracheal|subcarinal|supraclavicular|prevascular|necrotic|pathological"
             r"|prominent) (?:[a-z]+ ){0,3}?(?P<head>nodes)\b",
@@ -159,8 +159,9 @@ TERMS: dict[str, tuple[Term, ...]] = {
         Term(r"pleural[- ](?:[\w-]+[- ]){0,3}?(?:effusion|fluid|collection)\w*|pleurisy|h(?:a)?emothorax|hydrothorax"),
         Term(r"hydropneumothorax|(?:fluid|liquid) (?:\w+ ){0,3}(?:pleural|hemithora\w+|fissure)"),
         Term(
-            r"(?P<other>pericardial[- ](?:[\w-]+[- ]){0,3}?|(?:joint|knee|shoulder|hip|subdural|peritoneal) (?:\w+ )?)?"
-            r"\beffusion\w*(?! (?:\w+ ){0,3}?(?:pericardi|joint|around the heart))",
+            r"(?P<other>pericardial[- ](?:[\w-]+[- ]){0,3}?|(?:joint|knee|shoulder|hip|subdural|peritoneal|abdominal|pelvic) (?:\w+ )?)?"
+            r"\beffusions?\b(?![\w ,]{0,40}?\b(?:pericardi(?:um|al (?:space|sac|cavity|area|region))|joint|around the heart"
+            r"|peri(?:splen|hepat|ton)|abdom|pelvi))",
             unless=r"pericardi(?:um|al (?:space|cavity|sac))\b[^;]{0,40}effusion",
         ),
         Term(r"effusion\w*", near=r"hemithora\w*|pleura\w*|lung", unless=r"pericardi"),
@@ -169,7 +170,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
     ),
     "Mosaic attenuation pattern": (Term(r"mosaic"),),
     "Peribronchial thickening": (
-        Term(rf"peri-?bronch\w+ (?:\w+ ){{0,3}}?(?P<head>{THICK}|cuff\w+)|(?:cuff\w+)(?= of the (?:\w+ )?bronch)"),
+        Term(rf"peri-?bronch\w+ (?:\w+ ){{0,5}}?(?P<head>{THICK}|cuff\w+)|(?:cuff\w+)(?= of the (?:\w+ )?bronch)"),
         Term(rf"(?P<head>{THICK}) (?:\w+ ){{0,4}}?(?:peri-?bronch\w+|bronch\w+)", near=r"peri-?bronch|wall"),
         Term(rf"(?:bronch\w+|airways?) walls? ?(?:[\w:,-]+ ){{0,6}}?(?P<head>{THICK})"),
         Term(rf"(?P<head>{THICK})(?: of| in)? (?:the )?(?:\w+ )?(?:bronch\w+|airways?) walls?"),

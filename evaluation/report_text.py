@@ -21,6 +21,8 @@ _PLAIN |= dict.fromkeys("\u2023\u2043\u2219\u25aa\u25ab\u25cf\u25e6\u25a0\u25a1\
 _LINE_ENDS = dict.fromkeys("\x0b\x0c\x85\u2028\u2029", "\n")
 # A character that isn't plain ASCII, a carriage return, or a word broken at the end of a line.
 _ODD = re.compile(r"[^\x00-\x7f]|[\r\x0b\x0c]\n?|(?<=[^\W\d_])-[ \t]{0,8}\r?\n[ \t]{0,40}(?=[^\W\d_])")
+_ODD_BREAK = re.compile(r"[\r\x0b\x0c]|-[ \t]{1,8}\n")
+_BROKEN = re.compile(r"[^\W\d_]-\Z")
 _WORD_BEFORE, _WORD_AFTER = re.compile(r"[^\W\d_]{1,40}\Z"), re.compile(r"[^\W\d_]{1,40}")
 # Words that keep their hyphen when a line ends behind them ("ground-\nglass") or begins with them.
 _HYPHENATED = re.compile(
@@ -45,6 +47,8 @@ def _plain_character(character: str) -> str:
 
 def _edits(report: str) -> Iterator[tuple[int, int, str]]:
     """(start, end, replacement) of all that plain text writes differently, in order."""
+    if report.isascii() and "-\n" not in report and not _ODD_BREAK.search(report):
+        return
     for match in _ODD.finditer(report):
         found = match[0]
         if found[0] == "-":
@@ -118,7 +122,10 @@ def logical_lines(report: str) -> list[str]:
         is_wrapped = _is_wrapped(paragraph, margin)
         for number, line in enumerate(paragraph):
             above = paragraph[number - 1] if number else ""
-            if number and _continues(above, line, margin, is_wrapped, has_capitals):
+            if number and _BROKEN.search(above) and line[0].isalpha():
+                joined = f"{lines[-1]}\n{line}"
+                lines[-1] = lines[-1][:-1] + _at_line_end(joined, len(lines[-1]) - 1, len(lines[-1]) + 1) + line
+            elif number and _continues(above, line, margin, is_wrapped, has_capitals):
                 lines[-1] += " " + line
             else:
                 lines.append(line)
@@ -127,10 +134,11 @@ def logical_lines(report: str) -> list[str]:
 
 
 def _replaced_typography(report: str) -> str:
-    """As `plain_text`, but with the capitals that tell where a statement begins."""
+    """As `plain_text`, but with the capitals and line ends that tell where a statement begins."""
     pieces, end = [], 0
     for start, stop, replacement in _edits(report):
-        pieces += [report[end:start], replacement]
+        is_line_end = report[start] == "-"
+        pieces += [report[end:start], "-\n" if is_line_end else replacement]
         end = stop
     return "".join([*pieces, report[end:]])
 
@@ -179,9 +187,9 @@ def _continues(above: str, line: str, margin: int, is_wrapped: bool, has_capital
 
 LONGEST_SENTENCE = 200  # words
 LONGEST_WORD = 60
-_ABBREVIATIONS = r"(?<!\brt)(?<!\blt)(?<!\bdr)(?<!\bvs)(?<!\bca)(?<!\be\.g)(?<!\bi\.e)(?<!\bincl)(?<!approx)(?<!\bfig)"
+_ABBREVIATIONS = r"(?<!\b[rl]t\.)(?<!\bdr\.)(?<!\bvs\.)(?<!\bca\.)(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bincl\.)(?<!approx\.)(?<!\bfig\.)"
 SENTENCE_END = re.compile(
-    rf"{_ABBREVIATIONS}(?:(?<!\d)\.(?=\s|$|[A-Za-z\"])|(?<=\d)\.(?=\s|$))|[;\n\"{_BULLET}!]|\.{{2,}}"
+    rf"[;\n\"{_BULLET}!.](?:(?<!\.)|(?:(?<!\d\.)(?=\s|$|[A-Za-z\"])|(?<=\d\.)(?=\s|$)){_ABBREVIATIONS}|\.+)"
 )
 # "Effusion: none  Consolidation: left base": a statement in a form ends where the next field begins.
 _FIELD_END = re.compile(r"(?<=:)( {0,3}(?:none|no|nil|absent|normal|yes|present|\(-\)|\(\+\)))[ ,]{1,3}(?=[a-z][a-z ]{2,30}:)")
