@@ -5,7 +5,6 @@ Labels come from the rule-based labeller, or from CT-RATE's own RadBERT classifi
 
 import logging
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from samf.data.ct_rate import CT_RATE_LABELS
 from samf.evaluation.finding_labeller import effusion_sides, finding_sides, label_reports
+from samf.evaluation.report_sizes import read_sizes
 from samf.evaluation.statistics import SampledMetric, divide, ratio
 
 logger = logging.getLogger(__name__)
@@ -103,18 +103,6 @@ def crg_metric(truth: np.ndarray, found: np.ndarray) -> SampledMetric:
 
 
 # --- sides and sizes ----------------------------------------------------------------------------------------------
-
-_NUMBER = r"\d+(?:[.,]\d+)?"
-_SIZE = re.compile(rf"({_NUMBER}(?:\s*(?:x|×|\*|by|-|and)\s*{_NUMBER})*)\s*-?(mm|cm|millimet|centimet)", re.IGNORECASE)
-
-
-def read_sizes(report: str) -> Counter[float]:
-    """Every length that a report states, in mm to a tenth: "a 4 x 5.5 cm mass" → 40 and 55."""
-    sizes: Counter[float] = Counter()
-    for numbers, unit in _SIZE.findall(report):
-        factor = 10 if unit.lower().startswith("c") else 1
-        sizes.update(round(factor * float(number.replace(",", ".")), 1) for number in re.findall(_NUMBER, numbers))
-    return sizes
 
 
 def _multiset_counts(predicted: Counter, expected: Counter) -> list[int]:

@@ -60,6 +60,10 @@ ABBREVIATIONS: dict[str, str] = _LOBES | {
     "it's": "it is",
     "that's": "that is",
     "imp": "impression",
+    "pl.": "pleural",
+    "l/n": "lymph node",
+    "ln": "lymph node",
+    "lns": "lymph nodes",
 }
 _TOKEN = re.compile(r"([\"'\[]*)(.*?)([\"',:;\])]*)\Z", re.DOTALL)
 
@@ -140,7 +144,9 @@ VERB = re.compile(
     rf"\b(?:is|are|was|were|has|have|had|{SEEN}|shows?|showed|increased|decreased|continues?|measur\w+|persists?"
     r"|normal|natural|unremarkable|clear|appears?|resolved|cleared|absent)\b|:\s*(?:none|no|yes)\b"
 )
-CONTINUES = re.compile(r"^(?:which|that|whose|is|are|was|were|has|have|not)\b(?! (?:any|an?|no|mild|small)\b)")
+CONTINUES = re.compile(
+    r"^(?:which|that|whose|is|are|was|were|has|have|not)\b(?! (?:any|an?|no|mild|small)\b)|^[\d.]+ ?[mc]m (?:on|in|at)\b"
+)
 PLACE = re.compile(r"^(?:in|on|at) (?:the|both)\b")
 _NONE_HERE = re.compile(r"^(?:none|no|not|nor)\b")
 _OR = re.compile(r"\b(?:or|nor)\b")
@@ -199,7 +205,7 @@ def _statements(sentence: str, start: int, end: int) -> list[tuple[int, int]]:
         piece, joint = pieces[number], joints[number - 1][0]
         has_verb = bool(VERB.search(piece))
         fresh = negated and _FRESH_START.match(piece) and not _list_goes_on(pieces, number)
-        begins_anew = bool(fresh or (complete and _NONE_HERE.match(piece)))
+        begins_anew = bool(fresh or piece.startswith("none ") or (complete and _NONE_HERE.match(piece)))
         if begins_anew:
             belongs = False
         elif " - " in joint:
@@ -241,7 +247,7 @@ _GAP = (
 # "no increase in heart size" denies that the heart is large.
 _CHANGE = (
     r"(?:change[ds]?|differences?|decrease[ds]?|progress\w+|regress\w+|improve\w+|worsen\w+|reduc\w+|doubts?|contrast"
-    r"|enhance\w+|longer|resolution|clearing|evolution|interval (?:change|growth|increase))"
+    r"|enhance\w+|longer(?! (?:any|an?|evidence|signs?|shows?|contains?|has|have)\b)|resolution|clearing|evolution|interval (?:change|growth|increase))"
 )
 _GROWTH = r"(?:increase[ds]?|growth|enlargement|widening|expansion|enlarging)"
 _CONTRAST_MEDIUM = r"(?:(?:iv|i\.v\.?|intravenous|oral|the use of|any|administration of|injection of) )*(?:contrast|enhancement)"
@@ -258,10 +264,10 @@ _FORWARD = re.compile(
     rf"\b(?P<neutral>(?:no|without|not|lack of)(?: any)? {_GAP}{_CHANGE}\b|without {_CONTRAST_MEDIUM}"
     rf"|not (?:\w+ )?{_NOT_A_DENIAL}\b|no\. ?\d|{_PARTIAL} (?:resolution|clearing|disappearance|removal) of)"
     rf"|\b(?P<growth>(?:no|without|not|not significantly) {_GAP}{_GROWTH}\b)"
-    r"|\b(?P<hard>no(?!-)(?! longer)|without|absence of|lack of|lacking|free (?:of|from)|devoid of|clear of|negative (?:for|of)|neither|nor"
+    r"|\b(?P<hard>no(?!-)(?! longer)|(?<!. )absent(?= [a-z])|without|absence of|lack of|lacking|free (?:of|from)|devoid of|clear of|negative (?:for|of)|neither|nor"
     r"|nothing|rather than|instead of|as opposed to|unlikely to (?:be|represent|reflect)|none of|rules out|excludes"
     r"|(?:complete |interval |near )?(?:resolution|clearing|disappearance|removal) of"
-    rf"|(?:do|does|did) not (?:appear to )?{_SHOW}|fail(?:s|ed)? to {_SHOW}|no longer (?:shows?|contains?|has|have)"
+    rf"|(?:do|does|did) not (?:appear to )?{_SHOW}|fail(?:s|ed)? to {_SHOW}|no longer (?:shows?|contains?|has|have|any|an?|evidence|signs?)\b"
     rf"|(?:not|cannot) (?:\w+ )?(?:{SEEN}) (?:any|an?)\b|(?:not|cannot) {_SHOW} (?:any|an?|the|evidence)\b"
     r"|(?:is|are|was|were) not (?:any|an?)\b|not (?:any|those of|that of|suggestive|consistent|compatible|indicative|typical"
     r"|characteristic|in keeping|diagnostic|due to|because of|representing))\b"
@@ -272,13 +278,13 @@ _REACH_OF_NOT = 30
 
 _BACKWARD = re.compile(
     rf"\b(?:(?:not|never|cannot be|could not be|no longer) (?:\w+ )?(?:{SEEN})"
-    r"(?! (?:in|on|at) (?:the |his |her |a )?(?:previous|prior|old))(?! (?:any|an?)\b)"
+    r"(?! (?:(?:in|on|at) (?:the |his |her |a )?(?:previous|prior|old)|previously|before|earlier))(?! (?:any|an?)\b)"
     rf"|(?<!not )absent|(?P<partial>{_PARTIAL} |to be )?(?:completely |totally |fully |entirely |also |now |since )*"
     r"(?:been )?(?:resolved|cleared|resorbed|dissolved|disappeared|vanished|subsided)(?! (?:partial|incomplete))"
     r"|(?:completely|totally|fully) (?:regressed|resorbed|drained|evacuated)|(?:regressed|resorbed|drained) (?:completely|totally|fully)"
     r"|(?:has|have|had|was|were|been|is|are) (?:since |now |surgically )?(?:been )?(?:removed|extracted|resected|excised|evacuated)"
     r"|(?<!be )(?<!not )(?<!not been )(?<!completely )(?:ruled out|excluded)|(?:is|are|was|were|thought|considered|felt|appears?|seems?)"
-    r" (?:to be )?(?:\w+ )?unlikely|no more|(?:is|are|was|were) negative|not (?:a feature|the case)|non-?visuali[sz]\w+"
+    r" (?:to be )?(?:\w+ )?unlikely|unlikely(?=[ .)]*\Z)|no more|(?:is|are|was|were) negative|not (?:a feature|the case)|non-?visuali[sz]\w+"
     r"|(?:has|have|did) not (?:yet )?(?:develop\w*|occur\w*|recur\w*|form\w*))\b"
     r"|\b(?:none|absent|no|negative)[ .)]*\Z|\(none\)|\((?:no|absent)\)|\bnone (?:seen|noted|detected|observed|identified|present)\b"
     r"|[:=] ?(?:none|absent|negative)\b"
@@ -360,6 +366,27 @@ class Cues:
     def is_history(self, start: int, end: int) -> bool:
         """Whether the expression at [start, end) belongs to the past: what a patient had, or had removed."""
         return self._history.holds(start, end)
+
+
+# "It has resolved", "this is no longer seen", "they are present now": what a clause says of the finding that was named last.
+_PRONOUN = (
+    r"(?:it|they|this|these|those|(?:this|the said|the described|the mentioned|these|the aforementioned)"
+    r" (?:finding|lesion|area|appearance|abnormality|change)s?)"
+)
+_REFERS_BACK = re.compile(
+    rf"{_PRONOUN} (?:(?P<denied>(?:has|have|is|are) (?:since |now |completely |fully |totally |also )*"
+    r"(?:resolved|cleared|disappeared|vanished|resorbed)|(?:is|are|was|were) (?:now )?(?:no longer|not) (?:\w+ )?"
+    rf"(?:{SEEN})(?: (?:in|on|at) (?:the |this )?(?:current|present|today's|this)\b.*| now| today| any ?more)?[ .)]*\Z)"
+    rf"|(?:is|are|was|were) (?:now )?(?:present|seen|observed|noted)\b(?! that| in the (?:prev|prior|old)))"
+)
+
+
+def refers_back(clause: str) -> Status | None:
+    """What a clause without a finding of its own says of the one that was named last; None where it says nothing."""
+    match = _REFERS_BACK.match(clause)
+    if not match:
+        return None
+    return Status.NEGATED if match["denied"] else Status.AFFIRMED
 
 
 def _denies(piece: str) -> bool:

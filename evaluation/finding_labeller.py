@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from samf.data.ct_rate import CT_RATE_LABELS
-from samf.evaluation.finding_cues import Cues, Status, WrittenOut, clause_spans, split_clauses
+from samf.evaluation.finding_cues import Cues, Status, WrittenOut, clause_spans, refers_back, split_clauses
 from samf.evaluation.finding_terms import TERMS, Term
 from samf.evaluation.laterality import ClauseSides, named_sides
 from samf.evaluation.report_text import Sentence, read_findings, split_sentences
@@ -98,23 +98,56 @@ def find_mentions(report: str) -> list[Mention]:
 
 @lru_cache(maxsize=1 << 14)  # a report is asked for its labels, its sides, and again beside each baseline
 def _report_mentions(report: str) -> tuple[Mention, ...]:
-    return tuple(mention for sentence in read_findings(report) for mention in _sentence_mentions(sentence))
+    clauses: list[tuple[Mention, ...]] = []
+    for sentence in read_findings(report):
+        for clause in _sentence_clauses(sentence):
+            if clause.refers_back is None:
+                clauses.append(clause.mentions)
+            elif clauses:
+                clauses[-1:] = _refer_back(clauses[-1], clause)
+    return tuple(mention for mentions in clauses for mention in mentions)
+
+
+@dataclass(frozen=True)
+class _Clause:
+    """The mentions of a clause; of one that only refers back ("it has resolved"), what it says of the one before."""
+
+    mentions: tuple[Mention, ...]
+    words: str = ""
+    refers_back: Status | None = None
+    sides: frozenset[str] = frozenset()
+
+
+def _refer_back(before: tuple[Mention, ...], clause: _Clause) -> list[tuple[Mention, ...]]:
+    """The mentions of the clause before, and those that a clause about "it" adds: what is denied now is denied."""
+    said = tuple(
+        Mention(mention.label, clause.refers_back, clause.words, frozenset() if mention.label in MIDLINE else clause.sides)
+        for mention in before
+        if (mention.status is Status.NEGATED) != (clause.refers_back is Status.NEGATED)
+    )
+    if clause.refers_back is Status.NEGATED:
+        before = tuple(mention for mention in before if mention.status is Status.NEGATED)
+    return [before, said] if said else [before]
 
 
 @lru_cache(maxsize=1 << 15)  # and reports repeat each other's sentences
-def _sentence_mentions(sentence: Sentence) -> tuple[Mention, ...]:
+def _sentence_clauses(sentence: Sentence) -> tuple[_Clause, ...]:
     written = WrittenOut(sentence.text, sentence.organ)
     colon = written.text.find(":")
     heading_sides = frozenset(side for _, side in named_sides(written.text, 0, colon)) if colon > 0 else frozenset()
-    mentions = []
+    clauses = []
     for start, end in clause_spans(written.text):
         clause = written.text[start:end]
         words = written.original(start, end)
         found = _clause_mentions(clause, max(0, written.first - start))
-        for (label, status), sides in found.items():
-            sides = frozenset() if label in MIDLINE else sides or heading_sides
-            mentions.append(Mention(label, status, words, sides))
-    return tuple(mentions)
+        mentions = tuple(
+            Mention(label, status, words, frozenset() if label in MIDLINE else sides or heading_sides)
+            for (label, status), sides in found.items()
+        )
+        status = None if found else refers_back(clause)
+        sides = frozenset(side for _, side in named_sides(clause)) if status else frozenset()
+        clauses.append(_Clause(mentions, words, status, sides))
+    return tuple(clauses)
 
 
 def _clause_mentions(clause: str, first: int) -> dict[tuple[str, Status], frozenset[str]]:

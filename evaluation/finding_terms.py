@@ -25,7 +25,7 @@ class Term:
 
 
 CALCIFICATION = (
-    r"(?:calcif\w*(?! (?:\w+ )?(?:lymph|nod|granulom|pleura|thyroid))|calcium|athero\w*|(?<!pleural )plaques?\b(?!-like))"
+    r"(?:calcif\w*\b(?! (?:\w+ )?(?:lymph|nod|granulom|pleura|thyroid))|calcium|athero\w*|(?<!pleural )plaques?\b(?!-like))"
 )
 AORTA = r"aort(?!o-?pulm|ico-?pulm)\w*"  # and not the aortopulmonary window, where lymph nodes are
 ARTERY = rf"{AORTA}|arter\w*|vascular|vessel\w*|supra-?aortic"
@@ -92,9 +92,10 @@ TERMS: dict[str, tuple[Term, ...]] = {
     "Pericardial effusion": (
         Term(r"pericardial[- ](?:[\w-]+[- ]){0,3}?(?:effusion|fluid|collection)\w*"),
         Term(r"(?<!pleural )(?:effusion|fluid)\w* (?:\w+ ){0,4}(?:pericardi\w+|around the heart)"),
+        Term(r"(?<!pleural )(?P<head>effusion|fluid)\b[\w ]{0,45}?\bpericardi(?:um|al (?:area|space|sac|cavity|region))"),
         Term(r"(?:pleural|pleuro)\w*(?:,| and| or|-)? ?(?:and |or )?pericardial (?:effusion|fluid)"),
         Term(r"pericardium\b[^;]{0,40}?(?<!pleural )(?P<head>effusion\w*|fluid)"),
-        Term(r"h(?:a)?emopericardium|pericardial[ /]+pleural effusions?"),
+        Term(r"(?P<head>pericardial)(?: and| or|-|/) ?(?:[\w-]+ ){0,3}?pleural (?:effusion|fluid)|ha?emopericardium"),
     ),
     "Coronary artery wall calcification": (Term(CALCIFICATION, near=CORONARY),),
     "Hiatal hernia": (
@@ -105,7 +106,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
     ),
     "Lymphadenopathy": (
         Term(r"(?:lymph)?adenopath\w*|lymphadenomegal\w*|\blaps?\b|lymph node enlargement|nodal enlargement"),
-        Term(r"(?<!intrapulmonary )(?<!intra-pulmonary )lymph nodes?|lymphadeni\w*", unless=r"\b(?:evaluation|assessment) of", is_measure=True),
+        Term(r"(?<!intrapulmonary )(?<!intra-pulmonary )lymph[- ]?nodes?|lymphadeni\w*", unless=r"\b(?:evaluation|assessment) of", is_measure=True),
         Term(
             r"\b(?:enlarged|hilar|mediastinal|axillary|paratracheal|subcarinal|supraclavicular|prevascular|necrotic|pathological"
             r"|prominent) (?:[a-z]+ ){0,3}?(?P<head>nodes)\b",
@@ -116,8 +117,9 @@ TERMS: dict[str, tuple[Term, ...]] = {
     "Emphysema": (
         Term(
             r"(?P<other>(?:subcutaneous|surgical|mediastinal|soft tissue|interstitial|skin|chest wall)(?: \w+)? )?"
-            r"(?:emphysem\w*|\bbullae?\b|\bbullous|\bblebs?\b)"
-            r"(?! (?:\w+ ){0,4}(?:skin|subcutan|soft tissue|chest wall|muscles))"
+            r"(?:emphysem\w*\b|\bbullae?\b|\bbullous|\bblebs?\b)"
+            r"(?! (?:(?:is|are|was|seen|noted|observed|present|in|of|within|under|along|over|at|involving|the|right|left|both|bilateral"
+            r"|anterior|lateral|posterior) ){0,7}(?:skin|subcutan|soft tissue|chest wall|muscle|neck|axilla|mediastin))"
         ),
     ),
     "Atelectasis": (
@@ -137,7 +139,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
     ),
     "Lung opacity": (
         Term(
-            r"ground[- ]?glass(?! nodul)|(?<!contrast )opacit\w+|(?<!contrast )opacifi\w+(?! with contrast)|crazy[- ]paving"
+            r"ground[- ]?glass(?! nodul)|(?<!contrast )opacit\w+|(?<!contrast )opacifi\w+\b(?! with contrast)|crazy[- ]paving"
             r"|(?<!fatty )(?<!fat )infiltrat\w+",
             unless=r"(?:infiltrat\w+|opaci\w+) (?:of|in) (?:the )?(?:liver|fat|muscle|bladder|vessel|sinus)"
             r"|opacif\w+ of the pulmonary arter",
@@ -165,13 +167,17 @@ TERMS: dict[str, tuple[Term, ...]] = {
             unless=r"pericardi(?:um|al (?:space|cavity|sac))\b[^;]{0,40}effusion",
         ),
         Term(r"effusion\w*", near=r"hemithora\w*|pleura\w*|lung", unless=r"pericardi"),
-        Term(r"(?:pleural|pleuro)\w*(?: and| or|-|/) ?pericardial (?:effusion|fluid)"),
-        Term(r"pericardial(?: and| or|-|/) ?(?:pleural|pleuro)\w* (?:effusion|fluid)"),
+        Term(r"(?:pleural|pleuro)\w*(?: and| or|-|/) ?(?:an? |\w+ ){0,2}?pericardial (?:effusion|fluid)"),
+        Term(r"pericardial(?: and| or|-|/) ?(?:an? |[\w-]+ ){0,3}?(?:pleural|pleuro)\w* (?:effusion|fluid)"),
     ),
     "Mosaic attenuation pattern": (Term(r"mosaic"),),
     "Peribronchial thickening": (
         Term(rf"peri-?bronch\w+ (?:\w+ ){{0,5}}?(?P<head>{THICK}|cuff\w+)|(?:cuff\w+)(?= of the (?:\w+ )?bronch)"),
-        Term(rf"(?P<head>{THICK}) (?:\w+ ){{0,4}}?(?:peri-?bronch\w+|bronch\w+)", near=r"peri-?bronch|wall"),
+        Term(
+            rf"(?P<head>{THICK}) (?:(?:of|in|is|are|was|were|has|been|observed|seen|noted|detected|present|the|both|bilateral|walls?"
+            r"|central|segmental|subsegmental|lobar|main|some|lower|lobe) ){0,9}(?:peri-?bronch\w+|bronch\w+)",
+            near=r"peri-?bronch|wall",
+        ),
         Term(rf"(?:bronch\w+|airways?) walls? ?(?:[\w:,-]+ ){{0,6}}?(?P<head>{THICK})"),
         Term(rf"(?P<head>{THICK})(?: of| in)? (?:the )?(?:\w+ )?(?:bronch\w+|airways?) walls?"),
         Term(r"peri-?bronchial cuff\w*|bronchial cuff\w*"),

@@ -14,7 +14,7 @@ _NO_SIDE = (
     r"|adrenal|renal|hepatic|brachioceph|aortic|of midline|descending))"
 )
 _PAIRED = (
-    r"(?:lungs?|hemithora\w*|sides?|ap(?:ices|exes|ex)|bases?|lobes?|hila|axilla\w*|pleura\w*|upper|lower|mid|apical|basal|hilar"
+    r"(?:lungs?|hemithora\w*|sides?|ap(?:ices|exes|ex)|bases?|lobes?|hila|axilla\w*|pleurae|pleural (?:spaces?|cavit\w+)|upper|lower|mid|apical|basal|hilar"
     r"|zones?|parenchyma\w*|segments?|costophrenic|breasts?|chest|posterior|anterior|central|main bronch|diaphragm\w*)"
 )
 _SIDES = re.compile(
@@ -26,9 +26,10 @@ _PHRASE_END = re.compile(
     r",\s+|\s+(?:and|with|plus|as well as|accompan\w+ by|associated with|along with|causing|together with)\s+|[:;]\s+|\s+-\s+|\s+\(|\)\s*"
 )
 _SHARES_PLACE = re.compile(
-    r"\b(?:adjacent|underlying|overlying|accompanying|compress\w+|passive|relaxation|neighbou?ring|subjacent|secondary)\b"
+    r"\b(?:adjacent|underlying|overlying|accompanying|compress\w+|passive|relaxation|neighbou?ring|subjacent|secondary|surrounding|around it|within it)\b"
 )
 _FRESH_START = re.compile(rf"{FRESH}\b")
+_SIDE_ALONE = re.compile(r"(?:^|\b(?:the|in|of|from|at) )(?:right|left)\Z")
 RIGHT_LEFT = ("right", "left")
 
 
@@ -67,6 +68,8 @@ class ClauseSides:
         """The sides of the finding that starts at `head`."""
         here = self._phrase(head)
         own = {side for _, side in self._own(head, here)} | self._following(here)
+        if own and here and self._joints[here] == "and" and _SIDE_ALONE.search(self._texts[here - 1]):
+            own |= {side for _, side in self._sides[here - 1][-1:]}
         return frozenset(own or self._shared_after(here) or self._shared_before(here))
 
     def _own(self, head: int, here: int) -> list[tuple[int, str]]:

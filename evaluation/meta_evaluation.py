@@ -23,6 +23,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from samf.data.ct_rate import CT_RATE_LABELS
 from samf.evaluation.clinical_metrics import confusion_counts, finding_samples, make_labeller, micro_metrics
+from samf.evaluation.report_sizes import find_lengths
 from samf.evaluation.results_table import TEXT_NAMES, figure, markdown_table
 from samf.evaluation.scoring import write_atomic
 from samf.evaluation.statistics import RESAMPLES, SampledMetric, bootstrap_intervals
@@ -36,7 +37,6 @@ _SENTENCE = re.compile(r"(?<=\.)\s+")
 _NEGATION = re.compile(r"\b(?:not |no (?=\w))", re.IGNORECASE)
 _VERB = re.compile(r"\b(is|are|was|were)\b(?! not)")
 _SIDE = re.compile(r"\b(left|right)\b", re.IGNORECASE)
-_LENGTH = re.compile(r"\d+(?:\.\d+)?(?=(?:\s*x\s*\d+(?:\.\d+)?)*\s*(?:mm|cm))")
 
 
 def flip_negations(report: str) -> str:
@@ -57,7 +57,12 @@ def swap_sides(report: str) -> str:
 
 def change_sizes(report: str) -> str:
     """Every length in mm or cm becomes three times as long."""
-    return _LENGTH.sub(lambda m: f"{3 * float(m[0]):g}", report)
+    pieces, end = [], 0
+    for length in find_lengths(report):
+        number = report[length.start : length.end].replace(",", ".")
+        pieces += [report[end : length.start], f"{3 * float(number):g}"]
+        end = length.end
+    return "".join([*pieces, report[end:]])
 
 
 PERTURBATIONS: dict[str, Callable[[str], str]] = {

@@ -187,7 +187,7 @@ def _continues(above: str, line: str, margin: int, is_wrapped: bool, has_capital
 
 LONGEST_SENTENCE = 200  # words
 LONGEST_WORD = 60
-_ABBREVIATIONS = r"(?<!\b[rl]t\.)(?<!\bdr\.)(?<!\bvs\.)(?<!\bca\.)(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bincl\.)(?<!approx\.)(?<!\bfig\.)"
+_ABBREVIATIONS = r"(?<!\b[rl]t\.)(?<!\bdr\.)(?<!\bvs\.)(?<!\bca\.)(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bincl\.)(?<!approx\.)(?<!\bfig\.)(?<!\bpl\.)"
 SENTENCE_END = re.compile(
     rf"[;\n\"{_BULLET}!.](?:(?<!\.)|(?:(?<!\d\.)(?=\s|$|[A-Za-z\"])|(?<=\d\.)(?=\s|$)){_ABBREVIATIONS}|\.+)"
 )
