@@ -5,6 +5,7 @@ Labels come from the rule-based labeller, or from CT-RATE's own RadBERT classifi
 
 import logging
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence

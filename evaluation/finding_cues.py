@@ -120,8 +120,10 @@ class WrittenOut:
 # --- clauses ------------------------------------------------------------------------------------------------------
 
 SEEN = (
-    r"observ\w+|detect\w+|seen|encounter\w+|identif\w+|found|present|visuali[sz]\w+|visible|distinguish\w+|evident|noted"
-    r"|select\w+|monitor\w+|determin\w+|track\w+|demonstrat\w+|appreciat\w+|available|considered|in question|follow\w+"
+    r"observ\w+|detect\w+|seen|encounter\w+|identif\w+|found|present|visuali[sz]\w+|visible|distinguish\w+"
+    r"|evident|noted"
+    r"|select\w+|monitor\w+|determin\w+|track\w+|demonstrat\w+|appreciat\w+|available|considered|in question"
+    r"|follow\w+"
     r"|discern\w+|recogni[sz]\w+|apparent|recorded|delineated|depicted|shown|appreciable"
 )
 # Words at which a new statement begins, whether or not it has a verb.
@@ -129,13 +131,17 @@ EXCEPT = (
     r"except(?: for| that)?|excepting|other than|apart from|aside from|besides|with the exception of|save for"
     r"|but for|outside of"
 )
-BREAK = re.compile(rf"\b(?:but(?! for)|however|although|though|whereas|while|nevertheless|nonetheless|yet(?= there)|{EXCEPT})\b")
+BREAK = re.compile(
+    rf"\b(?:but(?! for)|however|although|though|whereas|while|nevertheless|nonetheless|yet(?= there)|{EXCEPT})\b"
+)
 _EXCEPTION = re.compile(rf"(?:{EXCEPT})\Z")
 # How a noun phrase begins that is there: after "no effusion, " the words "mild cardiomegaly" affirm.
 FRESH = (
-    r"(?:there (?:is|are)|an?|mild\w*|moderate\w*|small(?!-? vessel)|tiny|trace|minimal\w*|minor|marked\w*|severe\w*|few|several|multiple"
+    r"(?:there (?:is|are)|an?|mild\w*|moderate\w*|small(?!-? vessel)|tiny|trace|minimal\w*|minor|marked\w*"
+    r"|severe\w*|few|several|multiple"
     r"|scattered|patchy|stable|unchanged|persist\w+|residual|known|slight\w*|subtle|extensive|bibasal|bibasilar"
-    r"|borderline|old|chronic|mildly|early|dependent|linear|plate-?like|subsegmental|some|one|two|three|likely|possible|probable"
+    r"|borderline|old|chronic|mildly|early|dependent|linear|plate-?like|subsegmental|some|one|two|three|likely"
+    r"|possible|probable"
     r"|coarse|advanced|heavy|widespread|progress\w+|increas\w+|improv\w+|status post|post)"
 )
 _FRESH_START = re.compile(rf"(?:and |with )?{FRESH}\b")
@@ -145,7 +151,8 @@ VERB = re.compile(
     r"|normal|natural|unremarkable|clear|appears?|resolved|cleared|absent)\b|:\s*(?:none|no|yes)\b"
 )
 CONTINUES = re.compile(
-    r"^(?:which|that|whose|is|are|was|were|has|have|not)\b(?! (?:any|an?|no|mild|small)\b)|^[\d.]+ ?[mc]m (?:on|in|at)\b"
+    r"^(?:which|that|whose|is|are|was|were|has|have|not)\b(?! (?:any|an?|no|mild|small)\b)|^[\d.]+ ?[mc]m (?:on"
+    r"|in|at)\b"
 )
 PLACE = re.compile(r"^(?:in|on|at) (?:the|both)\b")
 _NONE_HERE = re.compile(r"^(?:none|no|not|nor)\b")
@@ -240,36 +247,48 @@ def _list_goes_on(pieces: list[str], number: int) -> bool:
 # --- negation -----------------------------------------------------------------------------------------------------
 
 _GAP = (
-    r"(?:(?:significant|significantly|interval|appreciable|definite|major|substantial|obvious|further|considerable|notable"
-    r"|gross|other|recent|relevant|evident|marked|important|clear|real|visible|meaningful|size|apparent|any|convincing) ){0,3}"
+    r"(?:(?:significant|significantly|interval|appreciable|definite|major|substantial|obvious|further"
+    r"|considerable|notable"
+    r"|gross|other|recent|relevant|evident|marked|important|clear|real|visible|meaningful|size|apparent|any"
+    r"|convincing) ){0,3}"
 )
 # "no significant change in the effusion" and "no increase in the effusion" speak of an effusion that is there;
 # "no increase in heart size" denies that the heart is large.
 _CHANGE = (
     r"(?:change[ds]?|differences?|decrease[ds]?|progress\w+|regress\w+|improve\w+|worsen\w+|reduc\w+|doubts?|contrast"
-    r"|enhance\w+|longer(?! (?:any|an?|evidence|signs?|shows?|contains?|has|have)\b)|resolution|clearing|evolution|interval (?:change|growth|increase))"
+    r"|enhance\w+|longer(?! (?:any|an?|evidence|signs?|shows?|contains?|has|have)\b)|resolution|clearing"
+    r"|evolution|interval (?:change|growth|increase))"
 )
 _GROWTH = r"(?:increase[ds]?|growth|enlargement|widening|expansion|enlarging)"
-_CONTRAST_MEDIUM = r"(?:(?:iv|i\.v\.?|intravenous|oral|the use of|any|administration of|injection of) )*(?:contrast|enhancement)"
+_CONTRAST_MEDIUM = (
+    r"(?:(?:iv|i\.v\.?|intravenous|oral|the use of|any|administration of|injection of) )*(?:contrast|enhancement)"
+)
 _PARTIAL = (
-    r"(?:partial|partially|incomplete|incompletely|near[- ]complete|nearly complete|almost complete|subtotal|some|ongoing"
+    r"(?:partial|partially|incomplete|incompletely|near[- ]complete|nearly complete|almost complete|subtotal"
+    r"|some|ongoing"
     r"|gradual|slow|nearly|almost|mostly|largely|not|not yet|not completely|not fully|yet to|near[- ]completely)"
 )
 _SHOW = (
-    r"(?:show|demonstrate|reveal|contain|exhibit|have|suggest|display|indicate|identify|see|detect|depict|include|observe"
+    r"(?:show|demonstrate|reveal|contain|exhibit|have|suggest|display|indicate|identify|see|detect|depict"
+    r"|include|observe"
     r"|represent|support|meet|find)"
 )
-_NOT_A_DENIAL = r"(?:only|just|merely|simply|necessarily|uncommon|yet|excluded|ruled out|rule out|exclude|be excluded|be ruled)"
+_NOT_A_DENIAL = (
+    r"(?:only|just|merely|simply|necessarily|uncommon|yet|excluded|ruled out|rule out|exclude|be excluded|be ruled)"
+)
 _FORWARD = re.compile(
     rf"\b(?P<neutral>(?:no|without|not|lack of)(?: any)? {_GAP}{_CHANGE}\b|without {_CONTRAST_MEDIUM}"
     rf"|not (?:\w+ )?{_NOT_A_DENIAL}\b|no\. ?\d|{_PARTIAL} (?:resolution|clearing|disappearance|removal) of)"
     rf"|\b(?P<growth>(?:no|without|not|not significantly) {_GAP}{_GROWTH}\b)"
-    r"|\b(?P<hard>no(?!-)(?! longer)|(?<!. )absent(?= [a-z])|without|absence of|lack of|lacking|free (?:of|from)|devoid of|clear of|negative (?:for|of)|neither|nor"
+    r"|\b(?P<hard>no(?!-)(?! longer)|(?<!. )absent(?= [a-z])|without|absence of|lack of|lacking|free (?:of|from)"
+    r"|devoid of|clear of|negative (?:for|of)|neither|nor"
     r"|nothing|rather than|instead of|as opposed to|unlikely to (?:be|represent|reflect)|none of|rules out|excludes"
     r"|(?:complete |interval |near )?(?:resolution|clearing|disappearance|removal) of"
-    rf"|(?:do|does|did) not (?:appear to )?{_SHOW}|fail(?:s|ed)? to {_SHOW}|no longer (?:shows?|contains?|has|have|any|an?|evidence|signs?)\b"
+    rf"|(?:do|does|did) not (?:appear to )?{_SHOW}|fail(?:s|ed)? to {_SHOW}|no longer (?:shows?|contains?|has"
+    rf"|have|any|an?|evidence|signs?)\b"
     rf"|(?:not|cannot) (?:\w+ )?(?:{SEEN}) (?:any|an?)\b|(?:not|cannot) {_SHOW} (?:any|an?|the|evidence)\b"
-    r"|(?:is|are|was|were) not (?:any|an?)\b|not (?:any|those of|that of|suggestive|consistent|compatible|indicative|typical"
+    r"|(?:is|are|was|were) not (?:any|an?)\b|not (?:any|those of|that of|suggestive|consistent|compatible"
+    r"|indicative|typical"
     r"|characteristic|in keeping|diagnostic|due to|because of|representing))\b"
     rf"|\b(?P<short>not)\b(?! (?:\w+ )?(?:{SEEN})\b)"
 )
@@ -281,17 +300,23 @@ _BACKWARD = re.compile(
     r"(?! (?:(?:in|on|at) (?:the |his |her |a )?(?:previous|prior|old)|previously|before|earlier))(?! (?:any|an?)\b)"
     rf"|(?<!not )absent|(?P<partial>{_PARTIAL} |to be )?(?:completely |totally |fully |entirely |also |now |since )*"
     r"(?:been )?(?:resolved|cleared|resorbed|dissolved|disappeared|vanished|subsided)(?! (?:partial|incomplete))"
-    r"|(?:completely|totally|fully) (?:regressed|resorbed|drained|evacuated)|(?:regressed|resorbed|drained) (?:completely|totally|fully)"
-    r"|(?:has|have|had|was|were|been|is|are) (?:since |now |surgically )?(?:been )?(?:removed|extracted|resected|excised|evacuated)"
-    r"|(?<!be )(?<!not )(?<!not been )(?<!completely )(?:ruled out|excluded)|(?:is|are|was|were|thought|considered|felt|appears?|seems?)"
-    r" (?:to be )?(?:\w+ )?unlikely|unlikely(?=[ .)]*\Z)|no more|(?:is|are|was|were) negative|not (?:a feature|the case)|non-?visuali[sz]\w+"
+    r"|(?:completely|totally|fully) (?:regressed|resorbed|drained|evacuated)|(?:regressed|resorbed"
+    r"|drained) (?:completely|totally|fully)"
+    r"|(?:has|have|had|was|were|been|is|are) (?:since |now |surgically )?(?:been )?(?:removed|extracted|resected"
+    r"|excised|evacuated)"
+    r"|(?<!be )(?<!not )(?<!not been )(?<!completely )(?:ruled out|excluded)|(?:is|are|was|were|thought"
+    r"|considered|felt|appears?|seems?)"
+    r" (?:to be )?(?:\w+ )?unlikely|unlikely(?=[ .)]*\Z)|no more|(?:is|are|was|were) negative|not (?:a feature"
+    r"|the case)|non-?visuali[sz]\w+"
     r"|(?:has|have|did) not (?:yet )?(?:develop\w*|occur\w*|recur\w*|form\w*))\b"
-    r"|\b(?:none|absent|no|negative)[ .)]*\Z|\(none\)|\((?:no|absent)\)|\bnone (?:seen|noted|detected|observed|identified|present)\b"
+    r"|\b(?:none|absent|no|negative)[ .)]*\Z|\(none\)|\((?:no|absent)\)|\bnone (?:seen|noted|detected|observed"
+    r"|identified|present)\b"
     r"|[:=] ?(?:none|absent|negative)\b"
 )
 # "Effusion: no …", "Effusion - none …": what stands before the colon is denied.
 _FORM = re.compile(
-    r"[^:=]{2,60}?(?P<end>\s*[:=]|\s+-(?=\s))\s*(?:there (?:is|are|was|were) )?(?:none|nil|absent|negative|without|free|no(?! \w+ (?:change|increase)"
+    r"[^:=]{2,60}?(?P<end>\s*[:=]|\s+-(?=\s))\s*(?:there (?:is|are|was|were) )?(?:none|nil|absent|negative"
+    r"|without|free|no(?! \w+ (?:change|increase)"
     rf"| (?:change|increase|interval|signific\w+ (?:change|interval)))|not (?:{SEEN}))\b"
 )
 _NORMAL = re.compile(
@@ -305,21 +330,28 @@ _NORMAL = re.compile(
 # --- doubt and history --------------------------------------------------------------------------------------------
 
 _DOUBT_FORWARD = re.compile(
-    r"(?:^|[\s(])\?(?=\s?\w)|\b(?:may|might|could|possibl\w+|probabl\w+|suspect\w*|suspicious|likely|suggest\w*|questionable"
+    r"(?:^|[\s(])\?(?=\s?\w)|\b(?:may|might|could|possibl\w+|probabl\w+|suspect\w*|suspicious|likely|suggest\w*"
+    r"|questionable"
     r"|presumed|concern\w*|rule out|exclude|equivocal|query|differential\w*|versus|vs|doubtful|cannot exclude)\b"
 )
 _DOUBT_BACKWARD = re.compile(
-    r"\w\s?\?|\b(?:may|might|could|suspect\w*|questionable|cannot be (?:\w+ )?(?:excluded|ruled out)|not (?:be )?(?:\w+ )?(?:excluded|ruled out)"
-    r"|(?:is|are|was|were|also|most|very|more) (?:\w+ )?(?:possible|probable|likely|suspected|equivocal|considered)|possible|probable"
+    r"\w\s?\?|\b(?:may|might|could|suspect\w*|questionable|cannot be (?:\w+ )?(?:excluded|ruled out)"
+    r"|not (?:be )?(?:\w+ )?(?:excluded|ruled out)"
+    r"|(?:is|are|was|were|also|most|very|more) (?:\w+ )?(?:possible|probable|likely|suspected|equivocal"
+    r"|considered)|possible|probable"
     r"|suggested|doubtful)\b"
 )
 _OPEN = re.compile(
-    r"\b(?:cannot|not|can not|difficult to|hard to|does not|to) (?:be )?(?:\w+ )?(?:excluded?|rule[d]? out)\b|\brule out\b|^\?"
+    r"\b(?:cannot|not|can not|difficult to|hard to|does not|to) (?:be )?(?:\w+ )?(?:excluded?|rule[d]? out)\b"
+    r"|\brule out\b|^\?"
 )
 _HISTORY = re.compile(
-    r"\b(?:history of|known case of|family history|anamnesis of|previously (?:treated|operated) for|treated for|screening for"
-    r"|(?:operat\w+|surgery|lobectomy|resection|segmentectomy|pneumonectomy|excision|treatment|underwent [a-z ]{0,40})"
-    r" (?:\w+ )?(?:for|due to|because of)|(?:referred|evaluate|evaluation) for|(?:resection|excision|removal|ablation) of)\b"
+    r"\b(?:history of|known case of|family history|anamnesis of|previously (?:treated|operated) for|treated for"
+    r"|screening for"
+    r"|(?:operat\w+|surgery|lobectomy|resection|segmentectomy|pneumonectomy|excision|treatment"
+    r"|underwent [a-z ]{0,40})"
+    r" (?:\w+ )?(?:for|due to|because of)|(?:referred|evaluate|evaluation) for|(?:resection|excision|removal"
+    r"|ablation) of)\b"
 )
 
 
@@ -376,7 +408,8 @@ _PRONOUN = (
 _REFERS_BACK = re.compile(
     rf"{_PRONOUN} (?:(?P<denied>(?:has|have|is|are) (?:since |now |completely |fully |totally |also )*"
     r"(?:resolved|cleared|disappeared|vanished|resorbed)|(?:is|are|was|were) (?:now )?(?:no longer|not) (?:\w+ )?"
-    rf"(?:{SEEN})(?: (?:in|on|at) (?:the |this )?(?:current|present|today's|this)\b.*| now| today| any ?more)?[ .)]*\Z)"
+    rf"(?:{SEEN})(?: (?:in|on|at) (?:the |this )?(?:current|present|today's|this)\b.*| now| today"
+    rf"| any ?more)?[ .)]*\Z)"
     rf"|(?:is|are|was|were) (?:now )?(?:present|seen|observed|noted)\b(?! that| in the (?:prev|prior|old)))"
 )
 

@@ -121,7 +121,9 @@ class _Clause:
 def _refer_back(before: tuple[Mention, ...], clause: _Clause) -> list[tuple[Mention, ...]]:
     """The mentions of the clause before, and those that a clause about "it" adds: what is denied now is denied."""
     said = tuple(
-        Mention(mention.label, clause.refers_back, clause.words, frozenset() if mention.label in MIDLINE else clause.sides)
+        Mention(
+            mention.label, clause.refers_back, clause.words, frozenset() if mention.label in MIDLINE else clause.sides
+        )
         for mention in before
         if (mention.status is Status.NEGATED) != (clause.refers_back is Status.NEGATED)
     )

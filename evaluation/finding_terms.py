@@ -25,7 +25,8 @@ class Term:
 
 
 CALCIFICATION = (
-    r"(?:calcif\w*\b(?! (?:\w+ )?(?:lymph|nod|granulom|pleura|thyroid))|calcium|athero\w*|(?<!pleural )plaques?\b(?!-like))"
+    r"(?:calcif\w*\b(?! (?:\w+ )?(?:lymph|nod|granulom|pleura|thyroid))|calcium|athero\w*"
+    r"|(?<!pleural )plaques?\b(?!-like))"
 )
 AORTA = r"aort(?!o-?pulm|ico-?pulm)\w*"  # and not the aortopulmonary window, where lymph nodes are
 ARTERY = rf"{AORTA}|arter\w*|vascular|vessel\w*|supra-?aortic"
@@ -44,14 +45,19 @@ LARGE = r"(?:enlarg\w+|increas\w+|larger?(?! vess)|greater|above normal|dilated|
 TERMS: dict[str, tuple[Term, ...]] = {
     "Medical material": (
         Term(
-            r"\b(?:catheter\w*|stents?|stented|stenting|pacemaker\w*|pace(?:r|rs|r? wires?)|port|port-?a-?cath|mediport"
+            r"\b(?:catheter\w*|stents?|stented|stenting|pacemaker\w*|pace(?:r|rs|r? wires?)|port|port-?a-?cath"
+            r"|mediport"
             r"|chemoport|portacath|prosthe\w+|sternotomy|clips?|sutures?|staples?|staple line|cannula\w*|tubes?|picc"
             r"|valvuloplasty|cerclage|osteosynthes\w+|icd|electrodes?|screws?|drains?|pigtail|hickman|permcath"
-            r"|surg\w+ materials?|metal\w*(?: \w+)? (?:materials?|density|densities|clips?|artifacts?|sutures?|hardware)"
-            r"|(?:breast|silicone|cochlear|orthopa?edic|metal\w*) implants?|defibrillator\w*|(?:aortic|vascular|bypass|endovascular) grafts?|stent-?grafts?"
-            r"|(?:sternal|cerclage|metal\w*|wire) (?:wires?|sutures?)|(?:ivc|vena cava\w*) filters?|vertebroplasty|cement"
+            r"|surg\w+ materials?|metal\w*(?: \w+)? (?:materials?|density|densities|clips?|artifacts?|sutures?"
+            r"|hardware)"
+            r"|(?:breast|silicone|cochlear|orthopa?edic|metal\w*) implants?|defibrillator\w*|(?:aortic|vascular"
+            r"|bypass|endovascular) grafts?|stent-?grafts?"
+            r"|(?:sternal|cerclage|metal\w*|wire) (?:wires?|sutures?)|(?:ivc|vena cava\w*) filters?"
+            r"|vertebroplasty|cement"
             r"|(?:fixation|orthopa?edic|surgical|spinal) (?:hardware|rods?|plates?)|hardware|embolization coils?"
-            r"|(?:vp|ventriculo\w+) shunt|(?:tavi|tavr)\b|loop recorder|balloon pump|ecmo|(?:mechanical|bioprosthetic) valves?"
+            r"|(?:vp|ventriculo\w+) shunt|(?:tavi|tavr)\b|loop recorder|balloon pump|ecmo|(?:mechanical"
+            r"|bioprosthetic) valves?"
             r"|valve (?:replacement|prosthe\w+)|tracheostomy|(?:cardiac|pacing|pacemaker|ventricular|icd|dual) leads?"
             r"|leads? in the (?:right|heart)"
             r"|(?:central|venous|arterial|femoral|jugular|subclavian|picc|hickman|support) lines?"
@@ -92,7 +98,10 @@ TERMS: dict[str, tuple[Term, ...]] = {
     "Pericardial effusion": (
         Term(r"pericardial[- ](?:[\w-]+[- ]){0,3}?(?:effusion|fluid|collection)\w*"),
         Term(r"(?<!pleural )(?:effusion|fluid)\w* (?:\w+ ){0,4}(?:pericardi\w+|around the heart)"),
-        Term(r"(?<!pleural )(?P<head>effusion|fluid)\b[\w ]{0,45}?\bpericardi(?:um|al (?:area|space|sac|cavity|region))"),
+        Term(
+            r"(?<!pleural )(?P<head>effusion|fluid)\b[\w ]{0,45}?\bpericardi(?:um|al (?:area|space|sac|cavity"
+            r"|region))"
+        ),
         Term(r"(?:pleural|pleuro)\w*(?:,| and| or|-)? ?(?:and |or )?pericardial (?:effusion|fluid)"),
         Term(r"pericardium\b[^;]{0,40}?(?<!pleural )(?P<head>effusion\w*|fluid)"),
         Term(r"(?P<head>pericardial)(?: and| or|-|/) ?(?:[\w-]+ ){0,3}?pleural (?:effusion|fluid)|ha?emopericardium"),
@@ -106,9 +115,14 @@ TERMS: dict[str, tuple[Term, ...]] = {
     ),
     "Lymphadenopathy": (
         Term(r"(?:lymph)?adenopath\w*|lymphadenomegal\w*|\blaps?\b|lymph node enlargement|nodal enlargement"),
-        Term(r"(?<!intrapulmonary )(?<!intra-pulmonary )lymph[- ]?nodes?|lymphadeni\w*", unless=r"\b(?:evaluation|assessment) of", is_measure=True),
         Term(
-            r"\b(?:enlarged|hilar|mediastinal|axillary|paratracheal|subcarinal|supraclavicular|prevascular|necrotic|pathological"
+            r"(?<!intrapulmonary )(?<!intra-pulmonary )lymph[- ]?nodes?|lymphadeni\w*",
+            unless=r"\b(?:evaluation|assessment) of",
+            is_measure=True,
+        ),
+        Term(
+            r"\b(?:enlarged|hilar|mediastinal|axillary|paratracheal|subcarinal|supraclavicular|prevascular"
+            r"|necrotic|pathological"
             r"|prominent) (?:[a-z]+ ){0,3}?(?P<head>nodes)\b",
             unless=r"\b(?:evaluation|assessment) of",
             is_measure=True,
@@ -118,8 +132,10 @@ TERMS: dict[str, tuple[Term, ...]] = {
         Term(
             r"(?P<other>(?:subcutaneous|surgical|mediastinal|soft tissue|interstitial|skin|chest wall)(?: \w+)? )?"
             r"(?:emphysem\w*\b|\bbullae?\b|\bbullous|\bblebs?\b)"
-            r"(?! (?:(?:is|are|was|seen|noted|observed|present|in|of|within|under|along|over|at|involving|the|right|left|both|bilateral"
-            r"|anterior|lateral|posterior) ){0,7}(?:skin|subcutan|soft tissue|chest wall|muscle|neck|axilla|mediastin))"
+            r"(?! (?:(?:is|are|was|seen|noted|observed|present|in|of|within|under|along|over|at|involving|the"
+            r"|right|left|both|bilateral"
+            r"|anterior|lateral|posterior) ){0,7}(?:skin|subcutan|soft tissue|chest wall|muscle|neck|axilla"
+            r"|mediastin))"
         ),
     ),
     "Atelectasis": (
@@ -139,7 +155,8 @@ TERMS: dict[str, tuple[Term, ...]] = {
     ),
     "Lung opacity": (
         Term(
-            r"ground[- ]?glass(?! nodul)|(?<!contrast )opacit\w+|(?<!contrast )opacifi\w+\b(?! with contrast)|crazy[- ]paving"
+            r"ground[- ]?glass(?! nodul)|(?<!contrast )opacit\w+|(?<!contrast )opacifi\w+\b(?! with contrast)"
+            r"|crazy[- ]paving"
             r"|(?<!fatty )(?<!fat )infiltrat\w+",
             unless=r"(?:infiltrat\w+|opaci\w+) (?:of|in) (?:the )?(?:liver|fat|muscle|bladder|vessel|sinus)"
             r"|opacif\w+ of the pulmonary arter",
@@ -161,8 +178,10 @@ TERMS: dict[str, tuple[Term, ...]] = {
         Term(r"pleural[- ](?:[\w-]+[- ]){0,3}?(?:effusion|fluid|collection)\w*|pleurisy|h(?:a)?emothorax|hydrothorax"),
         Term(r"hydropneumothorax|(?:fluid|liquid) (?:\w+ ){0,3}(?:pleural|hemithora\w+|fissure)"),
         Term(
-            r"(?P<other>pericardial[- ](?:[\w-]+[- ]){0,3}?|(?:joint|knee|shoulder|hip|subdural|peritoneal|abdominal|pelvic) (?:\w+ )?)?"
-            r"\beffusions?\b(?![\w ,]{0,40}?\b(?:pericardi(?:um|al (?:space|sac|cavity|area|region))|joint|around the heart"
+            r"(?P<other>pericardial[- ](?:[\w-]+[- ]){0,3}?|(?:joint|knee|shoulder|hip|subdural|peritoneal"
+            r"|abdominal|pelvic) (?:\w+ )?)?"
+            r"\beffusions?\b(?![\w ,]{0,40}?\b(?:pericardi(?:um|al (?:space|sac|cavity|area|region))|joint"
+            r"|around the heart"
             r"|peri(?:splen|hepat|ton)|abdom|pelvi))",
             unless=r"pericardi(?:um|al (?:space|cavity|sac))\b[^;]{0,40}effusion",
         ),
@@ -174,7 +193,8 @@ TERMS: dict[str, tuple[Term, ...]] = {
     "Peribronchial thickening": (
         Term(rf"peri-?bronch\w+ (?:\w+ ){{0,5}}?(?P<head>{THICK}|cuff\w+)|(?:cuff\w+)(?= of the (?:\w+ )?bronch)"),
         Term(
-            rf"(?P<head>{THICK}) (?:(?:of|in|is|are|was|were|has|been|observed|seen|noted|detected|present|the|both|bilateral|walls?"
+            rf"(?P<head>{THICK}) (?:(?:of|in|is|are|was|were|has|been|observed|seen|noted|detected|present|the"
+            rf"|both|bilateral|walls?"
             r"|central|segmental|subsegmental|lobar|main|some|lower|lobe) ){0,9}(?:peri-?bronch\w+|bronch\w+)",
             near=r"peri-?bronch|wall",
         ),
@@ -187,12 +207,14 @@ TERMS: dict[str, tuple[Term, ...]] = {
         Term(r"bronchi(?:olo)?[- ]?ecta\w+|ectatic bronch\w+"),
         Term(
             r"bronchi\w* (?:dil(?:a|ata)tion|dilatation|enlargement|widening)\w*"
-            r"|(?:dilat\w+|enlargement|ectasia) (?:(?:is|are|was|were) (?:\w+ )?)?(?:of|in) (?:the )?(?:\w+ ){0,2}bronchi\w*"
+            r"|(?:dilat\w+|enlargement|ectasia) (?:(?:is|are|was|were) (?:\w+ )?)?(?:of"
+            r"|in) (?:the )?(?:\w+ ){0,2}bronchi\w*"
             r"|(?:dilated|ectatic) (?:\w+ ){0,2}bronch\w+",
             is_measure=True,
         ),
         Term(
-            r"(?:bronchi|airways) (?:(?:is|are|was|were|appears?|look) )(?:\w+ ){0,2}?(?P<head>dilated|ectatic|widened)",
+            r"(?:bronchi|airways) (?:(?:is|are|was|were|appears?|look) )(?:\w+ ){0,2}?(?P<head>dilated|ectatic"
+            r"|widened)",
             is_measure=True,
         ),
     ),

@@ -10,23 +10,30 @@ from collections.abc import Sequence
 from samf.evaluation.finding_cues import FRESH
 
 _NO_SIDE = (
-    r"(?! (?:atri|ventric|heart|main cor|main pulmonary|main stem cor|anterior descending|coronary|circumflex|thyroid|kidney"
+    r"(?! (?:atri|ventric|heart|main cor|main pulmonary|main stem cor|anterior descending|coronary|circumflex"
+    r"|thyroid|kidney"
     r"|adrenal|renal|hepatic|brachioceph|aortic|of midline|descending))"
 )
 _PAIRED = (
-    r"(?:lungs?|hemithora\w*|sides?|ap(?:ices|exes|ex)|bases?|lobes?|hila|axilla\w*|pleurae|pleural (?:spaces?|cavit\w+)|upper|lower|mid|apical|basal|hilar"
-    r"|zones?|parenchyma\w*|segments?|costophrenic|breasts?|chest|posterior|anterior|central|main bronch|diaphragm\w*)"
+    r"(?:lungs?|hemithora\w*|sides?|ap(?:ices|exes|ex)|bases?|lobes?|hila|axilla\w*|pleurae|pleural (?:spaces?"
+    r"|cavit\w+)|upper|lower|mid|apical|basal|hilar"
+    r"|zones?|parenchyma\w*|segments?|costophrenic|breasts?|chest|posterior|anterior|central|main bronch"
+    r"|diaphragm\w*)"
 )
 _SIDES = re.compile(
-    rf"\b(?:(?P<right>right(?:-sided|ward)?{_NO_SIDE}|(?<!left )middle lobe)|(?P<left>left(?:-sided)?{_NO_SIDE}(?! main)|lingul\w*)"
-    rf"|(?P<both>bi-?lateral\w*|bi-?bas\w+|bi-?ap\w+|bi-?hilar|(?:both|either|each)(?: of the)? (?:\w+ ){{0,2}}?{_PAIRED}\b"
+    rf"\b(?:(?P<right>right(?:-sided|ward)?{_NO_SIDE}|(?<!left )middle lobe)"
+    rf"|(?P<left>left(?:-sided)?{_NO_SIDE}(?! main)|lingul\w*)"
+    rf"|(?P<both>bi-?lateral\w*|bi-?bas\w+|bi-?ap\w+|bi-?hilar|(?:both|either"
+    rf"|each)(?: of the)? (?:\w+ ){{0,2}}?{_PAIRED}\b"
     r"|both(?: sides)?\Z|on both))"
 )
 _PHRASE_END = re.compile(
-    r",\s+|\s+(?:and|with|plus|as well as|accompan\w+ by|associated with|along with|causing|together with)\s+|[:;]\s+|\s+-\s+|\s+\(|\)\s*"
+    r",\s+|\s+(?:and|with|plus|as well as|accompan\w+ by|associated with|along with|causing|together with)\s+"
+    r"|[:;]\s+|\s+-\s+|\s+\(|\)\s*"
 )
 _SHARES_PLACE = re.compile(
-    r"\b(?:adjacent|underlying|overlying|accompanying|compress\w+|passive|relaxation|neighbou?ring|subjacent|secondary|surrounding|around it|within it)\b"
+    r"\b(?:adjacent|underlying|overlying|accompanying|compress\w+|passive|relaxation|neighbou?ring|subjacent"
+    r"|secondary|surrounding|around it|within it)\b"
 )
 _FRESH_START = re.compile(rf"{FRESH}\b")
 _SIDE_ALONE = re.compile(r"(?:^|\b(?:the|in|of|from|at) )(?:right|left)\Z")

@@ -1,6 +1,7 @@
 """How far the measures themselves can be trusted: the figures of docs/evaluation.md, on anybody's labelled reports.
 
     python -m samf.evaluation.meta_evaluation labeller reports.csv --from 100     # the labeller against given labels
+    python -m samf.evaluation.meta_evaluation sentences tests/labeller_sentences.txt      # and against labelled sentences
     python -m samf.evaluation.meta_evaluation perturbations reports.csv           # which metrics notice which error
     python -m samf.evaluation.meta_evaluation coverage                            # how often intervals hold the truth
     python -m samf.evaluation.meta_evaluation predictions reports.csv --count 3039 --output predictions.jsonl
@@ -23,6 +24,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from samf.data.ct_rate import CT_RATE_LABELS
 from samf.evaluation.clinical_metrics import confusion_counts, finding_samples, make_labeller, micro_metrics
+from samf.evaluation.labelled_sentences import read_labelled_sentences, sentence_table
 from samf.evaluation.report_sizes import find_lengths
 from samf.evaluation.results_table import TEXT_NAMES, figure, markdown_table
 from samf.evaluation.scoring import write_atomic
@@ -231,6 +233,10 @@ def _labeller(args: argparse.Namespace) -> str:
     return labeller_table(truth, found, args.first_untouched)
 
 
+def _sentences(args: argparse.Namespace) -> str:
+    return sentence_table(read_labelled_sentences(args.sentences))
+
+
 def _perturbations(args: argparse.Namespace) -> str:
     return perturbation_table([row[TEXT] for row in read_reports(args.reports)])
 
@@ -259,6 +265,10 @@ def _parser() -> argparse.ArgumentParser:
     labeller = add("labeller", _labeller, "each label's precision, recall and F1 against given labels")
     labeller.add_argument("--labeller", default="rules", help="rules, radbert, or a path of RadBertClassifier.pth")
     labeller.add_argument("--from", dest="first_untouched", type=int, default=0, help="number of the first test report")
+    sentences = add(
+        "sentences", _sentences, "the labeller's precision and recall on sentences with labels", reads=False
+    )
+    sentences.add_argument("sentences", type=Path, help="lines of: manner | part | findings | lengths in mm | sentence")
     add("perturbations", _perturbations, "which metrics notice flipped negations, swapped sides, changed sizes")
     add("coverage", lambda args: coverage_table(), "how often 95 %% intervals hold the true figure", reads=False)
     predictions = add("predictions", _predictions, "a predictions.jsonl of the usual length, to time scoring with")

@@ -16,13 +16,15 @@ _NUMBER = r"(?<![\w.,/])(?:\d{1,4}(?:[.,]\d{1,3})?|[.,]\d{1,3})(?![\d/]|[.,]\d)"
 _NEXT_NUMBER = r"(?:\d{1,4}(?:[.,]\d{1,3})?|[.,]\d{1,3})(?![\d/]|[.,]\d)"
 _UNIT = r"(?P<unit>mms?|cms?|millimet(?:er|re|ric)s?|centimet(?:er|re|ric)s?)(?![a-z\d^]|\s{0,2}hg\b)"
 _JOINER = (
-    r"(?:\s{0,3}(?:x|\*|by|-|~|-?\s?to|and|or|up\sto)\s{0,3}|,\s(?=\d{1,3}(?:\.\d)?(?:,\s\d|,?\s(?:and|or|to)\s\d))|,\s(?:and|or)\s)"
+    r"(?:\s{0,3}(?:x|\*|by|-|~|-?\s?to|and|or|up\sto)\s{0,3}|,\s(?=\d{1,3}(?:\.\d)?(?:,\s\d|,?\s(?:and|or"
+    r"|to)\s\d))|,\s(?:and|or)\s)"
 )
 _LENGTHS = re.compile(rf"(?P<numbers>{_NUMBER}(?:{_JOINER}{_NEXT_NUMBER}){{0,3}})\s{{0,3}}-?\s?{_UNIT}", re.IGNORECASE)
 _VALUE = re.compile(r"\d{0,4}[.,]\d{1,3}|\d{1,4}")
 # "image 112 and 6 mm", "segment 4 - 5 mm": the number behind such a word counts or names something.
 _NAMES_A_PLACE = re.compile(
-    r"(?:images?|im|slices?|series|se|segments?|levels?|stations?|grade|stage|type|since|in|year|dated|section|rib|no\.?|#)\s{0,2}\Z",
+    r"(?:images?|im|slices?|series|se|segments?|levels?|stations?|grade|stage|type|since|in|year|dated|section"
+    r"|rib|no\.?|#)\s{0,2}\Z",
     re.IGNORECASE,
 )
 _LOOK_BACK = 12

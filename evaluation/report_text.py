@@ -98,7 +98,8 @@ _ITEM_AND_BLANKS = re.compile(rf"(?:[-*+>{_BULLET}]+\s*(?=\w|[(?.])|\(?\d{{1,2}}
 _HEADING_LINE = re.compile(r"[^\W\d_][\w /&,()'-]{1,50}:")
 _STATEMENT_END = (".", "!", ";", ":", '"')
 _UNFINISHED = re.compile(
-    r"(?:,|-|\b(?:the|a|an|of|in|on|at|and|or|nor|with|without|no|not|to|for|from|by|is|are|was|were|which|that|than|as"
+    r"(?:,|-|\b(?:the|a|an|of|in|on|at|and|or|nor|with|without|no|not|to|for|from|by|is|are|was|were|which|that"
+    r"|than|as"
     r"|both|bilateral|right|left|upper|lower|middle|measuring|approximately|mild|moderate|small|minimal))\Z",
     re.IGNORECASE,
 )
@@ -187,16 +188,22 @@ def _continues(above: str, line: str, margin: int, is_wrapped: bool, has_capital
 
 LONGEST_SENTENCE = 200  # words
 LONGEST_WORD = 60
-_ABBREVIATIONS = r"(?<!\b[rl]t\.)(?<!\bdr\.)(?<!\bvs\.)(?<!\bca\.)(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bincl\.)(?<!approx\.)(?<!\bfig\.)(?<!\bpl\.)"
+_ABBREVIATIONS = (
+    r"(?<!\b[rl]t\.)(?<!\bdr\.)(?<!\bvs\.)(?<!\bca\.)(?<!\be\.g\.)(?<!\bi\.e\.)"
+    r"(?<!\bincl\.)(?<!approx\.)(?<!\bfig\.)(?<!\bpl\.)"
+)
 SENTENCE_END = re.compile(
     rf"[;\n\"{_BULLET}!.](?:(?<!\.)|(?:(?<!\d\.)(?=\s|$|[A-Za-z\"])|(?<=\d\.)(?=\s|$)){_ABBREVIATIONS}|\.+)"
 )
 # "Effusion: none  Consolidation: left base": a statement in a form ends where the next field begins.
-_FIELD_END = re.compile(r"(?<=:)( {0,3}(?:none|no|nil|absent|normal|yes|present|\(-\)|\(\+\)))[ ,]{1,3}(?=[a-z][a-z ]{2,30}:)")
+_FIELD_END = re.compile(
+    r"(?<=:)( {0,3}(?:none|no|nil|absent|normal|yes|present|\(-\)|\(\+\)))[ ,]{1,3}(?=[a-z][a-z ]{2,30}:)"
+)
 _HEADING = re.compile(r"\s*([a-z][a-z /&,'-]{1,60}?)\s*:")
 _HISTORY = re.compile(
     r"(?:(?:brief |relevant |past |medical |surgical |family |social |clinical )*"
-    r"(?:history|details?|informations?|indications?|data|notes?|questions?|summary|background|diagnosis|features|profile)"
+    r"(?:history|details?|informations?|indications?|data|notes?|questions?|summary|background|diagnosis"
+    r"|features|profile)"
     r"|clinical|reason for (?:the )?\w+|referral|requests?|(?:presenting |chief )?complaints?|exam|examination|study"
     r"|comparisons?(?: \w+)?|prior (?:study|studies|exam)|techniques?|protocols?|procedures?|h/o|c/o)\Z"
 )

@@ -13,6 +13,7 @@ import numpy as np
 from samf.evaluation.clinical_metrics import finding_samples
 from samf.evaluation.finding_labeller import Mention, Status, find_mentions, finding_sides
 from samf.evaluation.multiple_choice import parse_choice, reference_choice
+from samf.evaluation.report_text import aligned_text
 from samf.evaluation.text_metrics import bleu_samples, combine_bleu
 
 AGREES, CONTRADICTS, UNSUPPORTED = "agrees", "contradicts", "unsupported"
@@ -79,12 +80,13 @@ def _other_side(mention: Mention, sides: Collection[tuple[str, str]]) -> bool:
 
 def _cut(report: str, verdicts: Mapping[str, str]) -> tuple[Span, ...]:
     """The report cut at the clauses that have a verdict; a clause is found again by its words."""
-    # The labeller reads in lower case with plain quotes and dashes; each stands for one character.
-    plain = report.replace("\u2019", "'").replace("\u2013", "-").replace("\u2014", "-")
+    # The labeller reads plain characters in lower case, and words that a line end broke as one.
+    plain, origins = aligned_text(report)
     places: list[tuple[int, int, str]] = []
     for clause, verdict in verdicts.items():
         pattern = r"\s+".join(map(re.escape, clause.split()))
-        places += [(*match.span(), verdict) for match in re.finditer(pattern, plain, re.IGNORECASE)]
+        found = re.finditer(pattern, plain) if pattern else ()
+        places += [(origins[match.start()], origins[match.end()], verdict) for match in found]
     spans, end = [], 0
     for start, stop, verdict in sorted(places):
         if start < end:

@@ -15,6 +15,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, RobertaConfig
 from samf.data.ct_rate import CT_RATE_LABELS
 from samf.evaluation import clinical_metrics as clinical
 from samf.evaluation.finding_labeller import label_reports
+from samf.evaluation.meta_evaluation import change_sizes
+from samf.evaluation.report_sizes import read_sizes
 from samf.evaluation.statistics import bootstrap_intervals, bootstrap_values
 
 # --- F1 ---------------------------------------------------------------------------------------------------------
@@ -116,12 +118,30 @@ def test_one_invented_finding_costs_less_where_findings_are_rare():
         ("between 4 and 6 mm; 7-8 mm", {4: 1, 6: 1, 7: 1, 8: 1}),
         ("3,5 mm", {3.5: 1}),
         ("12-mm nodule, 1 centimeter, 2 millimetric nodules", {12: 1, 10: 1, 2: 1}),
+        (".5 cm, 0.5cm", {5: 2}),
+        ("5 to 10 mm, 5- to 10-mm", {5: 2, 10: 2}),
+        ("4 \u00d7 3 \u00d7 2.5 cm; 7\u20138 mm; 1,5x2 cm", {40: 1, 30: 1, 25: 1, 7: 1, 8: 1, 15: 1, 20: 1}),
+        ("4, 6 and 9 mm nodules", {4: 1, 6: 1, 9: 1}),
+        ("15mm x 10mm (previously 12 x 8 mm)", {15: 1, 10: 1, 12: 1, 8: 1}),
+        ("since 2019 and 6 mm, in 2015 - 5 mm, dated 12.05.2020 4 mm, 2021 mm", {6: 1, 5: 1, 4: 1}),
+        ("image 112 and 6 mm, segment 4 - 5 mm", {6: 1, 5: 1}),
+        ("35 mmHg, 5 cm3, 4 cm\u00b2, 400 cc, 3 cmH2O", {}),
         ("dated 26.02.2015, T12, 40 HU, series 3", {}),
         ("", {}),
     ],
 )
 def test_sizes(report, sizes):
     assert clinical.read_sizes(report) == Counter(sizes)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "text", ["1" * 20_000, "1 " * 25_000, "5 to " * 10_000, "1x" * 25_000, "1" + " " * 50_000 + "mm"]
+)
+def test_sizes_of_any_text_are_read_in_the_end(text):
+    """Linear in the text's length; 20,000 digits took more than a minute by an expression that backtracks."""
+    assert read_sizes(text) == Counter()
+    assert change_sizes(text) == text
 
 
 def test_sides_and_sizes_by_hand():
