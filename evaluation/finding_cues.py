@@ -338,8 +338,7 @@ _DOUBT_BACKWARD = re.compile(
     r"\w\s?\?|\b(?:may|might|could|suspect\w*|questionable|cannot be (?:\w+ )?(?:excluded|ruled out)"
     r"|not (?:be )?(?:\w+ )?(?:excluded|ruled out)"
     r"|(?:is|are|was|were|also|most|very|more) (?:\w+ )?(?:possible|probable|likely|suspected|equivocal"
-    r"|considered)|possible|probable"
-    r"|suggested|doubtful)\b"
+    r"|considered)|suggested|doubtful|(?:possible|probable)(?=[ .)]*\Z))\b"
 )
 _OPEN = re.compile(
     r"\b(?:cannot|not|can not|difficult to|hard to|does not|to) (?:be )?(?:\w+ )?(?:excluded?|rule[d]? out)\b"

@@ -125,7 +125,7 @@ def _refer_back(before: tuple[Mention, ...], clause: _Clause) -> list[tuple[Ment
             mention.label, clause.refers_back, clause.words, frozenset() if mention.label in MIDLINE else clause.sides
         )
         for mention in before
-        if (mention.status is Status.NEGATED) != (clause.refers_back is Status.NEGATED)
+        if clause.sides or (mention.status is Status.NEGATED) != (clause.refers_back is Status.NEGATED)
     )
     if clause.refers_back is Status.NEGATED:
         before = tuple(mention for mention in before if mention.status is Status.NEGATED)

@@ -35,6 +35,10 @@ NOT_LUNG = (
     r"thyroid|adrenal|liver|hepat|spleen|splenic|kidney|renal|breast|subcutan|pancrea|periton|omental|mesenter"
     r"|gallbladder|bone|vertebra|goit|isthmus|axilla|skin|lymph(?:atic)? nodul"
 )
+NOT_CHEST = (
+    r"abdom|pelvi|perihepat|perisplen|perirenal|perinephr|periton|bowel|intestin|gallbladder|\bliver|hepat|spleen|renal"
+    r"|morrison|bursa|\bjoint|sinus(?:es)?\b|\bknee|shoulder|\bhip\b|subdural|scrot"
+)
 LUNG = r"\blungs?\b|pulmonary|(?:upper|lower|middle) lobe|lingul|parenchym"
 THICK = (
     r"thicken\w*|thickness(?:es)?[- ]increas\w*|thickness(?:es)? (?:is|are|was|were|has|have) increased"
@@ -68,7 +72,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
         Term(CALCIFICATION, near=ARTERY, unless=CORONARY),
         Term(
             CALCIFICATION,
-            near=rf"{AORTA}|vascular|supra-?aortic|carotid|iliac|subclavian",
+            near=rf"{AORTA}|vascular(?!:)|supra-?aortic|carotid|iliac|subclavian",
         ),
         Term(r"atherosclerosis|atherosclerotic (?:changes|calcif\w*)", unless=CORONARY),
     ),
@@ -176,14 +180,13 @@ TERMS: dict[str, tuple[Term, ...]] = {
     ),
     "Pleural effusion": (
         Term(r"pleural[- ](?:[\w-]+[- ]){0,3}?(?:effusion|fluid|collection)\w*|pleurisy|h(?:a)?emothorax|hydrothorax"),
-        Term(r"hydropneumothorax|(?:fluid|liquid) (?:\w+ ){0,3}(?:pleural|hemithora\w+|fissure)"),
+        Term(r"hydropneumothorax|(?:fluid|liquid) (?:\w+ ){0,5}(?:pleural|hemithora\w+|fissure)"),
         Term(
             r"(?P<other>pericardial[- ](?:[\w-]+[- ]){0,3}?|(?:joint|knee|shoulder|hip|subdural|peritoneal"
             r"|abdominal|pelvic) (?:\w+ )?)?"
-            r"\beffusions?\b(?![\w ,]{0,40}?\b(?:pericardi(?:um|al (?:space|sac|cavity|area|region))|joint"
-            r"|around the heart"
-            r"|peri(?:splen|hepat|ton)|abdom|pelvi))",
-            unless=r"pericardi(?:um|al (?:space|cavity|sac))\b[^;]{0,40}effusion",
+            r"\beffusions?\b(?![\w ,]{0,40}?\b(?:joint|around the heart)|[\w ]{0,40}?\bpericardi(?!\w* (?:effusion|fluid)))",
+            unless=rf"pericardi(?:um|al (?:space|cavity|sac))\b[^;]{{0,40}}effusion|{NOT_CHEST}",
+            despite=r"pleura|thora|\blungs?\b|costophren|\b(?:right|left|bilateral)(?:-sided)? (?:\w+ )?effusion",
         ),
         Term(r"effusion\w*", near=r"hemithora\w*|pleura\w*|lung", unless=r"pericardi"),
         Term(r"(?:pleural|pleuro)\w*(?: and| or|-|/) ?(?:an? |\w+ ){0,2}?pericardial (?:effusion|fluid)"),
