@@ -118,20 +118,22 @@ def logical_lines(report: str) -> list[str]:
     raw = [line.strip() for line in _replaced_typography(report).split("\n")]
     margin = max(map(len, raw), default=0)
     has_capitals = any(line[:1].isupper() for line in raw) and not report.isupper()
-    lines: list[str] = []
+    lines: list[list[str]] = []  # the pieces of each
     for paragraph in _paragraphs(raw):
         is_wrapped = _is_wrapped(paragraph, margin)
         for number, line in enumerate(paragraph):
             above = paragraph[number - 1] if number else ""
             if number and _BROKEN.search(above) and line[0].isalpha():
-                joined = f"{lines[-1]}\n{line}"
-                lines[-1] = lines[-1][:-1] + _at_line_end(joined, len(lines[-1]) - 1, len(lines[-1]) + 1) + line
+                hyphen = _at_line_end(f"{above}\n{line}", len(above) - 1, len(above) + 1)
+                lines[-1][-1] = lines[-1][-1][:-1]
+                lines[-1] += [hyphen, line]
             elif number and _continues(above, line, margin, is_wrapped, has_capitals):
-                lines[-1] += " " + line
+                lines[-1] += [" ", line]
             else:
-                lines.append(line)
-        lines.append("")
-    return [_ITEM_AND_BLANKS.sub("", line, count=1) if _ITEM.match(line) else line for line in lines[:-1]]
+                lines.append([line])
+        lines.append([])
+    joined = ["".join(pieces) for pieces in lines[:-1]]
+    return [_ITEM_AND_BLANKS.sub("", line, count=1) if _ITEM.match(line) else line for line in joined]
 
 
 def _replaced_typography(report: str) -> str:
@@ -238,24 +240,25 @@ def read_findings(report: str) -> list[Sentence]:
     """The sentences of a report that state findings: without history, indication, comparison and technique."""
     lines = [_line_sentences(line.lower()) for line in logical_lines(report)]
     sections = [_section(sentence) for line in lines for sentence in line]
+    last_heading = max((number for number, section in enumerate(sections) if section), default=-1)
     sentences: list[Sentence] = []
-    number, is_history, organ = 0, False, ""
+    number, is_history, organ, is_open = 0, False, "", False
     for line in lines:
-        if not line:
+        if not line and not is_open:  # a paragraph ends
             is_history, organ = False, ""
         for place, text in enumerate(line):
-            section, begins = sections[number], bool(sections[number])
-            number += 1
-            if begins:
+            section = sections[number]
+            if section:
                 is_history = section == "history"
                 organ = _heading(text) if section == "organ" else ""
             if not is_history:
-                sentences.append(Sentence(text, "" if begins else organ))
-            if is_history and not _ends_later(text, sections[number:]):
-                is_history = False
-            is_last = place == len(line) - 1
-            if is_last and not (begins and text.endswith(":")):
+                sentences.append(Sentence(text, "" if section else organ))
+            is_open = bool(section) and text.endswith(":")  # a heading with nothing behind it yet
+            # A history ends at the next heading, or with its first sentence where there is no other.
+            is_history = is_history and (is_open or number < last_heading)
+            if place == len(line) - 1 and not is_open:
                 organ = ""
+            number += 1
     return sentences
 
 
@@ -275,11 +278,6 @@ def _section(sentence: str) -> str:
     if _FINDINGS.search(heading):
         return "organ" if _ORGAN.search(heading) else "findings"
     return "organ" if _ORGAN.search(heading) else "other"
-
-
-def _ends_later(sentence: str, following: list[str]) -> bool:
-    """Whether a history goes on behind this sentence: it has only begun, or another heading ends it."""
-    return sentence.endswith(":") or any(following)
 
 
 def _line_sentences(line: str) -> list[str]:
