@@ -50,6 +50,8 @@ ABBREVIATIONS: dict[str, str] = _LOBES | {
     "(-)": "absent",
     "(+)": "present",
     "-ve": "negative",
+    "+ve": "positive",
+    "+": "present",
     "ggo": "ground glass opacity",
     "ggos": "ground glass opacities",
     "can't": "cannot",
@@ -69,8 +71,9 @@ _TOKEN = re.compile(r"([\"'\[]*)(.*?)([\"',:;\])]*)\Z", re.DOTALL)
 
 
 def _write_out(word: str) -> str:
-    if word in ABBREVIATIONS:
-        return ABBREVIATIONS[word]
+    bare = word.rstrip(",;:")
+    if bare in ABBREVIATIONS:
+        return ABBREVIATIONS[bare] + word[len(bare) :]
     before, core, after = _TOKEN.match(word).groups()
     if core in ABBREVIATIONS:
         return before + ABBREVIATIONS[core] + after
@@ -256,7 +259,7 @@ _GAP = (
 # "no increase in heart size" denies that the heart is large.
 _CHANGE = (
     r"(?:change[ds]?|differences?|decrease[ds]?|progress\w+|regress\w+|improve\w+|worsen\w+|reduc\w+|doubts?|contrast"
-    r"|enhance\w+|longer(?! (?:any|an?|evidence|signs?|shows?|contains?|has|have)\b)|resolution|clearing"
+    r"|enhance\w+|resolution|clearing"
     r"|evolution|interval (?:change|growth|increase))"
 )
 _GROWTH = r"(?:increase[ds]?|growth|enlargement|widening|expansion|enlarging)"
@@ -280,7 +283,7 @@ _FORWARD = re.compile(
     rf"\b(?P<neutral>(?:no|without|not|lack of)(?: any)? {_GAP}{_CHANGE}\b|without {_CONTRAST_MEDIUM}"
     rf"|not (?:\w+ )?{_NOT_A_DENIAL}\b|no\. ?\d|{_PARTIAL} (?:resolution|clearing|disappearance|removal) of)"
     rf"|\b(?P<growth>(?:no|without|not|not significantly) {_GAP}{_GROWTH}\b)"
-    r"|\b(?P<hard>no(?!-)(?! longer)|(?<!. )absent(?= [a-z])|without|absence of|lack of|lacking|free (?:of|from)"
+    r"|\b(?P<hard>no(?!-)(?! longer)|(?<!. )absent(?= [a-z])|without|absence of|lack(?:s|ing)?(?: of)?|free (?:of|from)"
     r"|devoid of|clear of|negative (?:for|of)|neither|nor"
     r"|nothing|rather than|instead of|as opposed to|unlikely to (?:be|represent|reflect)|none of|rules out|excludes"
     r"|(?:complete |interval |near )?(?:resolution|clearing|disappearance|removal) of"
@@ -290,7 +293,7 @@ _FORWARD = re.compile(
     r"|(?:is|are|was|were) not (?:any|an?)\b|not (?:any|those of|that of|suggestive|consistent|compatible"
     r"|indicative|typical"
     r"|characteristic|in keeping|diagnostic|due to|because of|representing))\b"
-    rf"|\b(?P<short>not)\b(?! (?:\w+ )?(?:{SEEN})\b)"
+    rf"|\b(?P<short>not|no longer)\b(?! (?:\w+ )?(?:{SEEN})\b)"
 )
 # How many characters behind a bare "not" it reaches ("not significantly enlarged", "not consolidation").
 _REACH_OF_NOT = 30
@@ -311,7 +314,7 @@ _BACKWARD = re.compile(
     r"|(?:has|have|did) not (?:yet )?(?:develop\w*|occur\w*|recur\w*|form\w*))\b"
     r"|\b(?:none|absent|no|negative)[ .)]*\Z|\(none\)|\((?:no|absent)\)|\bnone (?:seen|noted|detected|observed"
     r"|identified|present)\b"
-    r"|[:=] ?(?:none|absent|negative)\b"
+    r"|[:=] ?(?:none|absent|negative)\b|[:=] ?-[ .]*\Z|\b(?:is|are) lacking\b|\b(?:removed|extracted)[ .)]*\Z"
 )
 # "Effusion: no …", "Effusion - none …": what stands before the colon is denied.
 _FORM = re.compile(

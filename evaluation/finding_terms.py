@@ -91,7 +91,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
             is_measure=True,
         ),
         Term(
-            r"\b(?:heart|silhouette|contours?)(?: size)? ?(?:is|are|was|were|appears?|seems?|:|-)"
+            r"\b(?:heart|silhouette|contours?)(?: size)? ?(?:is|are|was|were|appears?|seems?|remains?|:|-)"
             rf" (?:(?!not\b|normal|limits)[\w-]+ ){{0,3}}?(?:not )?(?:\w+ )?(?P<head>{LARGE})",
             near=r"heart|cardiac",
             is_measure=True,
@@ -216,7 +216,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
             is_measure=True,
         ),
         Term(
-            r"(?:bronchi|airways) (?:(?:is|are|was|were|appears?|look) )(?:\w+ ){0,2}?(?P<head>dilated|ectatic"
+            r"(?:bronchi|airways) (?:\w+ ){0,6}?(?:(?:is|are|was|were|appears?|look) )(?:\w+ ){0,2}?(?P<head>dilated|ectatic"
             r"|widened)",
             is_measure=True,
         ),

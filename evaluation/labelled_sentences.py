@@ -14,7 +14,7 @@ from samf.evaluation.report_sizes import read_sizes
 from samf.evaluation.results_table import figure, markdown_table
 
 COLUMNS = ("manner", "part", "findings", "lengths", "sentence")
-OPEN_MARKS, ANY_SIDE = "?~", "*"
+OPEN_MARKS, NOT_SCORED = "?~", "*"
 SIDES = ("right", "left")
 
 
@@ -29,7 +29,7 @@ class LabelledSentence:
         not_scored: labels that the sentence leaves open, or that readers differ on.
         sides: (label, "right" or "left") that it names.
         sides_not_scored: labels whose sides aren't scored.
-        lengths: lengths in mm, sorted.
+        lengths: lengths in mm, sorted; None where they aren't scored.
     """
 
     manner: str
@@ -38,7 +38,7 @@ class LabelledSentence:
     not_scored: frozenset[str]
     sides: frozenset[tuple[str, str]]
     sides_not_scored: frozenset[str]
-    lengths: tuple[float, ...]
+    lengths: tuple[float, ...] | None
     text: str
 
 
@@ -73,16 +73,17 @@ def _parse(line: str) -> LabelledSentence:
         label, _, side = item.partition(": ")
         name = label.rstrip(OPEN_MARKS)
         named = {word for word in side.split("+") if word}
-        if name not in CT_RATE_LABELS or not named <= {*SIDES, ANY_SIDE}:
+        if name not in CT_RATE_LABELS or not named <= {*SIDES, NOT_SCORED}:
             raise ValueError(
                 f"{item!r} is no finding with a side; expected a label of CT-RATE, right, left, right+left or *."
             )
         (not_scored if label != name else present).add(name)
-        if label != name or ANY_SIDE in named:
+        if label != name or NOT_SCORED in named:
             any_side.add(name)
         else:
             sides |= {(name, word) for word in named}
-    sizes = tuple(sorted(float(length) for length in lengths.split()))
+    sizes = None if lengths == NOT_SCORED else tuple(sorted(float(length) for length in lengths.split()))
+    text = text.replace("\\n", "\n").replace("\\t", "\t")
     return LabelledSentence(
         manner, part, frozenset(present), frozenset(not_scored), frozenset(sides), frozenset(any_side), sizes, text
     )
@@ -105,7 +106,7 @@ def read_as(sentence: LabelledSentence) -> Errors:
     findings = (frozenset(hits), frozenset(found - hits - sentence.not_scored), sentence.present - hits)
     lengths = tuple(sorted(read_sizes(sentence.text).elements()))
     pairs = (frozenset(sides & sentence.sides), frozenset(sides - sentence.sides), sentence.sides - sides)
-    return Errors(findings, pairs, lengths == sentence.lengths)
+    return Errors(findings, pairs, sentence.lengths in (None, lengths))
 
 
 def counted(errors: Iterable[Errors], of: Callable[[Errors], tuple[frozenset, ...]]) -> tuple[int, int, int]:

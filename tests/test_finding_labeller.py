@@ -396,6 +396,12 @@ def test_precision_and_recall_on_labelled_sentences(sentences, part):
     assert sum(not error.lengths_agree for error in errors) <= 1
 
 
+def test_sentences_that_were_read_right_once():
+    errors = [(s.text, read_as(s)) for s in read_labelled_sentences(SENTENCES.with_name("labeller_regressions.txt"))]
+    assert len(errors) > 400
+    assert [text for text, e in errors if any((*e.findings[1:], *e.sides[1:]))] == []
+
+
 def test_counts_of_labelled_sentences_by_hand(tmp_path):
     path = tmp_path / "sentences.txt"
     path.write_text(
