@@ -112,7 +112,7 @@ class WrittenOut:
         self.text = " ".join(pieces)
 
     def original(self, start: int, end: int) -> str:
-        """The sentence's own words of which [start, end) of `text` was made."""
+        """Return the sentence's own words of which [start, end) of `text` was made."""
         if not self._words or end <= self.first:
             return ""
         first = max(0, bisect_right(self._starts, start) - 1)
@@ -172,7 +172,7 @@ def split_clauses(sentence: str) -> list[str]:
 
 
 def clause_spans(sentence: str) -> list[tuple[int, int]]:
-    """Start and end of each clause of a sentence whose abbreviations are written out."""
+    """Return start and end of each clause of a sentence whose abbreviations are written out."""
     breaks = [*BREAK.finditer(sentence)]
     starts = [0, *(match.end() for match in breaks)]
     ends = [*(match.start() for match in breaks), len(sentence)]
@@ -389,7 +389,7 @@ class Cues:
         self._history = _Scope(history.end() if history else size, size)
 
     def status(self, start: int, end: int, *, is_measure: bool = False) -> Status:
-        """What the clause says about the expression at [start, end)."""
+        """Return what the clause says about the expression at [start, end)."""
         denied = self._denied + (self._denied_measures if is_measure else [])
         if any(scope.holds(start, end) for scope in denied) and not self._open:
             return Status.NEGATED
@@ -417,7 +417,7 @@ _REFERS_BACK = re.compile(
 
 
 def refers_back(clause: str) -> Status | None:
-    """What a clause without a finding of its own says of the one that was named last; None where it says nothing."""
+    """Return what a clause without a finding says of the one that was named last; None where it says nothing."""
     match = _REFERS_BACK.match(clause)
     if not match:
         return None

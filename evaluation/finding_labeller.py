@@ -66,7 +66,7 @@ class _Compiled:
         self._has_head, self._has_other = ("head" in self.head.groupindex, "other" in self.head.groupindex)
 
     def spans(self, clause: str) -> Iterator[tuple[int, int]]:
-        """Start and end of each place in a clause where the term names its finding."""
+        """Yield start and end of each place in a clause where the term names its finding."""
         if self._near and not self._near.search(clause):
             return
         excluded = bool(self._unless and self._unless.search(clause))

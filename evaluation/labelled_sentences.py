@@ -110,19 +110,19 @@ def read_as(sentence: LabelledSentence) -> Errors:
 
 
 def counted(errors: Iterable[Errors], of: Callable[[Errors], tuple[frozenset, ...]]) -> tuple[int, int, int]:
-    """Right, wrong and missed in all sentences together, of `Errors.findings` or `Errors.sides`."""
+    """Count right, wrong and missed in all sentences together, of `Errors.findings` or `Errors.sides`."""
     totals = [sum(map(len, column)) for column in zip(*map(of, errors), strict=True)]
     return tuple(totals) if totals else (0, 0, 0)
 
 
 def precision_recall(counts: tuple[int, int, int]) -> tuple[float | None, float | None]:
-    """Precision and recall of right, wrong and missed; None where nothing was found, or there was nothing to find."""
+    """Return precision and recall of right, wrong and missed; None where nothing was found, or there was nothing to find."""
     right, wrong, missed = counts
     return tuple(right / total if (total := right + other) else None for other in (wrong, missed))
 
 
 def sentence_table(sentences: Sequence[LabelledSentence]) -> str:
-    """Precision and recall of findings and sides by part and manner, and the sentences whose lengths differ; Markdown."""
+    """Tabulate precision and recall of findings and sides by part and manner, and the sentences whose lengths differ; Markdown."""
     rows = []
     for name, group in _groups(sentences):
         errors = [read_as(sentence) for sentence in group]

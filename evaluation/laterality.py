@@ -41,7 +41,7 @@ RIGHT_LEFT = ("right", "left")
 
 
 def named_sides(text: str, start: int = 0, end: int | None = None) -> list[tuple[int, str]]:
-    """(place, "right" or "left") of every side that text[start:end] names."""
+    """Return (place, "right" or "left") of every side that text[start:end] names."""
     sides = []
     for match in _SIDES.finditer(text, start, len(text) if end is None else end):
         names = RIGHT_LEFT if match.lastgroup == "both" else (match.lastgroup,)
@@ -72,7 +72,7 @@ class ClauseSides:
         return max(number for number, start in enumerate(self._starts) if start <= place)
 
     def of(self, head: int) -> frozenset[str]:
-        """The sides of the finding that starts at `head`."""
+        """Return the sides of the finding that starts at `head`."""
         here = self._phrase(head)
         own = {side for _, side in self._own(head, here)} | self._following(here)
         if own and here and self._joints[here] == "and" and _SIDE_ALONE.search(self._texts[here - 1]):

@@ -44,7 +44,7 @@ class Length:
 
 
 def find_lengths(text: str) -> Iterator[Length]:
-    """Every length in a text of plain characters (or one that may hold × and dashes), in order."""
+    """Yield every length in a text of plain characters (or one that may hold × and dashes), in order."""
     plain = text.translate(_PLAIN)
     for match in _LENGTHS.finditer(plain):
         factor = 10 if match["unit"][0] in "cC" else 1
@@ -55,7 +55,7 @@ def find_lengths(text: str) -> Iterator[Length]:
 
 
 def read_sizes(report: str) -> Counter[float]:
-    """Every length that a report states, in mm to a tenth: "a 4 x 5.5 cm mass" → 40 and 55."""
+    """Read every length that a report states, in mm to a tenth: "a 4 x 5.5 cm mass" → 40 and 55."""
     return Counter(length.mm for length in find_lengths(unicodedata.normalize("NFKC", report)))
 
 

@@ -68,12 +68,12 @@ def _at_line_end(report: str, start: int, end: int) -> str:
 
 
 def plain_text(report: str) -> str:
-    """A report in lower case and plain characters: ligatures, quotes, dashes, soft hyphens, broken words, CR LF."""
+    """Return a report in lower case and plain characters: ligatures, quotes, dashes, soft hyphens, broken words, CR LF."""
     return "".join(piece for piece, _, _ in _pieces(report))
 
 
 def aligned_text(report: str) -> tuple[str, list[int]]:
-    """`plain_text` and, for each of its characters, the place in the report that it stands for; then the report's end."""
+    """Return `plain_text` and, for each of its characters, its place in the report; the last entry is the report's end."""
     text, origins = [], []
     for piece, start, is_copy in _pieces(report):
         text.append(piece)
@@ -110,7 +110,7 @@ WRAPPED_SHARE = 0.6
 
 
 def logical_lines(report: str) -> list[str]:
-    """The lines that a report has as text: those that were wrapped at a column joined; "" between paragraphs.
+    """Return the lines that a report has as text: those that were wrapped at a column joined; "" between paragraphs.
 
     A line is joined to the one above where that one was filled to the margin (the next word would not have fitted), ends
     within a phrase, or is followed by a small letter in a text with capitals. Items of lists and headings begin a line.
@@ -229,7 +229,7 @@ class Sentence:
 
 
 def split_sentences(report: str) -> list[str]:
-    """Sentences of a report in lower case; dates and decimals ("26.02.2015", "4.5 mm", ".5 cm") stay whole.
+    """Split a report into sentences in lower case; dates and decimals ("26.02.2015", "4.5 mm", ".5 cm") stay whole.
 
     What runs on for more than LONGEST_SENTENCE words, as a model caught in a loop does, is cut there.
     """
@@ -237,7 +237,7 @@ def split_sentences(report: str) -> list[str]:
 
 
 def read_findings(report: str) -> list[Sentence]:
-    """The sentences of a report that state findings: without history, indication, comparison and technique."""
+    """Return the sentences of a report that state findings: without history, indication, comparison and technique."""
     lines = [_line_sentences(line.lower()) for line in logical_lines(report)]
     sections = [_section(sentence) for line in lines for sentence in line]
     last_heading = max((number for number, section in enumerate(sections) if section), default=-1)

@@ -31,6 +31,7 @@ from samf.evaluation.labelled_sentences import (
     read_labelled_sentences,
 )
 from samf.evaluation.report_text import aligned_text, logical_lines, plain_text
+from samf.evaluation.side_by_side import mark_report
 
 
 def positives(report: str, **options) -> set[str]:
@@ -277,6 +278,14 @@ def test_words_broken_at_the_margin():
     plain, origins = aligned_text(text)
     assert plain == plain_text(text) and len(origins) == len(plain) + 1
     assert text[origins[plain.index("dation")] :].startswith("dation") and origins[-1] == len(text)
+
+
+@pytest.mark.parametrize("statement", ["There is consoli-\ndation in the\nRLL", "Consol\u00adidation isn\u2019t  seen"])
+def test_marked_statements_are_found_in_the_report_as_it_was_typed(statement):
+    report = f"The trachea is open. {statement}. No nodule."
+    spans = mark_report(report, "Consolidation in the right lower lobe.").spans
+    assert "".join(span.text for span in spans) == report
+    assert [span.text for span in spans if span.verdict] == [statement]
 
 
 def test_mentions_keep_the_words_of_the_report():
