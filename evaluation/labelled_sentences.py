@@ -122,7 +122,7 @@ def precision_recall(counts: tuple[int, int, int]) -> tuple[float | None, float 
 
 
 def sentence_table(sentences: Sequence[LabelledSentence]) -> str:
-    """Tabulate precision and recall of findings and sides by part and manner, and the sentences whose lengths differ; Markdown."""
+    """Tabulate precision and recall of findings and sides by part and manner, and how often lengths differ, as Markdown."""
     rows = []
     for name, group in _groups(sentences):
         errors = [read_as(sentence) for sentence in group]
