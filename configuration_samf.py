@@ -75,6 +75,16 @@ class SamfConfig(PretrainedConfig):
     model_type = "samf"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     has_no_defaults_at_init = False
+    # What Trainer's predict and compute_metrics get is then the logits alone.
+    keys_to_ignore_at_inference = [
+        "cache",
+        "past_key_values",
+        "hidden_states",
+        "attentions",
+        "image_outputs",
+        "slice_attentions",
+        "finding_logits",
+    ]
 
     def __init__(
         self,

@@ -4,7 +4,6 @@ Paper: "From Slices to Volumes: Multi-Scale Fusion of 2D and 3D Features for CT 
 Equation numbers in this file are the paper's. Shapes: B volumes (and prompts), S slices, T tokens, d = d_proj.
 """
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,36 +13,31 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import torch_compilable_check
 
 from .configuration_samf import SamfConfig
+from .generation_samf import SamfGenerationMixin, cached_tokens, warn_of_length
 from .hub_samf import HubModel
 from .model_card import hub_id
 
 logger = logging.get_logger(__name__)
 
-# What generate() needs at the first step alone: the prompt's cache already holds what they gave.
-VOLUME_INPUTS = (
-    "pixel_values",
-    "slice_embeddings",
-    "slice_mask",
-    "slice_planes",
-    "slice_positions",
-    "prompt_mask",
-    "extra_values",
-    "extra_mask",
-)
+# What forward hands on to the language model; another name among its arguments may be a misspelt one.
+NOT_MISSPELT = {"cache", "past_key_values", "use_cache", "cache_position", "return_dict", "output_router_logits"}
 RECORDED = ("output_attentions", "output_hidden_states")  # asked of the slice encoder too
 MANY_ROWS, LARGE_WEIGHT = 16, 1 << 20
+IGNORED = -100
 NUM_PLANES = 3  # axial, coronal, sagittal
 DEPTH_FREQUENCIES = 16
 
@@ -243,9 +237,13 @@ def attend(
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over dim 1 of x (B, T, d) where `mask` (B, T) is True: (B, 1, d)."""
-    mask = mask.unsqueeze(-1).to(x.dtype)
-    return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    """Mean over dim 1 of x (B, T, d) where `mask` (B, T) is True: (B, 1, d).
+
+    Summed in float32: in float16 the sum over a long prompt would overflow, and in bfloat16 lose its last terms.
+    """
+    mask = mask.unsqueeze(-1)
+    total = x.masked_fill(~mask, 0).sum(1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 
 class FewRowsLinear(nn.Linear):
@@ -362,7 +360,8 @@ def fusion_text_mask(
     """Which tokens are the fusion's text: (B, T) bool.
 
     With `text_scope="prompt"`: the explicit `prompt_mask`; else, with labels, the tokens before the first label that
-    counts; else all. Image and padding tokens never count. No logit can then depend on a later answer token.
+    counts behind the volume, without those that are labels themselves (answers of earlier turns); else all. Image and
+    padding tokens never count. No logit can then depend on a later answer token.
     With `"sequence"` (the published code): every token, padding, placeholders and answer included.
 
     Tokens beyond the end of `prompt_mask` were made by generate() and never count, so that the fused vector stays the
@@ -373,6 +372,9 @@ def fusion_text_mask(
         labels (B, T), -100 = doesn't count.
     """
     batch, length = image_mask.shape
+    attention_mask, prompt_mask, labels = (
+        None if value is None else value.to(image_mask.device) for value in (attention_mask, prompt_mask, labels)
+    )
     given = torch.ones_like(image_mask)
     if prompt_mask is not None:
         made = length - prompt_mask.shape[1]
@@ -388,7 +390,11 @@ def fusion_text_mask(
     if prompt_mask is not None:
         mask = prompt_mask
     elif labels is not None:
-        mask = (labels != -100).cumsum(dim=1) == 0
+        answers = labels != IGNORED
+        behind = (image_mask.cumsum(dim=1) > 0) | ~image_mask.any(
+            dim=1, keepdim=True
+        )  # (B, T), the volume stands before
+        mask = ~answers & ((answers & behind).cumsum(dim=1) == 0)
     else:
         mask = given
     mask = mask & ~image_mask
@@ -403,9 +409,11 @@ def place_image_tokens(
     """Put the image tokens where the placeholders stand.
 
     inputs_embeds (B, T, D), image_mask (B, T); tokens (B, 1, D): the same vector everywhere, or (B, S, D): the k-th
-    placeholder of a row takes the token of its k-th slice that `slice_mask` (B, S) keeps.
+    placeholder of a row takes the token of its k-th slice that `slice_mask` (B, S) keeps. The parts of a model may lie on
+    different devices: the result is where inputs_embeds are.
     """
-    tokens = tokens.to(inputs_embeds.dtype)
+    tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+    image_mask, slice_mask = image_mask.to(inputs_embeds.device), slice_mask.to(inputs_embeds.device)
     if tokens.shape[1] > 1:
         kept_first = slice_mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # (B, S)
         order = (image_mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, T), which placeholder of its row
@@ -419,7 +427,7 @@ class SamfPreTrainedModel(HubModel, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SamfAggregator", "SamfFusion"]
+    _no_split_modules = ["SamfAggregator", "SamfFusion", "SlicePositionEmbedding"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -514,10 +522,12 @@ class SamfModel(SamfPreTrainedModel):
             outputs = self.encode_slices(pixel_values, **kwargs)
         else:
             outputs = BaseModelOutputWithPooling(last_hidden_state=slice_embeddings.to(self.aggregator.cls_token.dtype))
+        _check_slice_facts(slice_planes, slice_positions)
         _check_slice_shapes(
             outputs.last_hidden_state, slice_mask=slice_mask, slice_planes=slice_planes, slice_positions=slice_positions
         )
-        slices = outputs.last_hidden_state + self._positions(outputs.last_hidden_state, slice_planes, slice_positions)
+        slices = outputs.last_hidden_state
+        slices = slices + self._positions(slices, slice_planes, slice_positions)
         outputs.pooler_output = self.aggregator(slices, slice_mask).unsqueeze(1)
         return outputs
 
@@ -537,7 +547,7 @@ class SamfModel(SamfPreTrainedModel):
             per_plane = math.ceil(count / NUM_PLANES)
             planes = (index // per_plane).expand(slices.shape[0], -1)
             positions = ((index % per_plane + 0.5) / per_plane).expand(slices.shape[0], -1)
-        return self.slice_position(planes, positions).to(slices.dtype)
+        return self.slice_position(planes, positions).to(slices.device, slices.dtype)
 
     def pack_extra_sources(self, rows: Sequence[Mapping[str, Any] | None]) -> dict[str, torch.Tensor]:
         """Named vectors of each volume as `forward` takes them.
@@ -589,17 +599,48 @@ class SamfModel(SamfPreTrainedModel):
                 f"{slice_mask.shape[0]} volumes for {image_mask.shape[0]} prompts; give one volume a prompt, and an "
                 "all-False row of slice_mask for a prompt without one."
             )
-        expected = slice_mask.sum(dim=1)
+        expected = slice_mask.to(image_mask.device).sum(dim=1)
         if self.config.fusion_type != "slice_tokens":
             expected = (expected > 0) * self.config.num_image_tokens
         found = image_mask.sum(dim=1)
-        if torch.compiler.is_compiling():
-            return  # comparing values would break the graph
-        if not torch.equal(found, expected):
-            raise ValueError(
+        torch_compilable_check(
+            found == expected,
+            lambda: (
                 f"Image features and image tokens do not match: the prompts hold {found.tolist()} placeholder tokens "
                 f"(id {self.config.image_token_id}), the volumes give {expected.tolist()}. Let the processor expand the "
                 "placeholder, and don't truncate its output."
+            ),
+        )
+
+    def _check_no_placeholders(self, image_mask: torch.Tensor, others: dict[str, Any]) -> None:
+        """Without a volume no placeholder may stand in image_mask (B, T); `others` are further arguments of forward."""
+
+        def message() -> str:
+            unknown = sorted(set(others) - TransformersKwargs.__optional_keys__ - NOT_MISSPELT)
+            also = f" (forward got {', '.join(unknown)}, which it doesn't know)" if unknown else ""
+            return (
+                f"Image features and image tokens do not match: the prompts hold {image_mask.sum(dim=1).tolist()} "
+                f"placeholder tokens (id {self.config.image_token_id}), but no volume came with them{also}. Pass all that "
+                "the processor gives, pixel_values too, or leave the placeholder out of a prompt without a volume."
+            )
+
+        torch_compilable_check(~image_mask.any(), message)
+
+    def _check_text_is_known(self, prompt_mask: Any, labels: Any, prefix_ids: Any, length: int, cached: int) -> None:
+        """Refuse to guess what the fusion's text is: in training the answer is among the tokens, and a cache hides some."""
+        if self.training and prompt_mask is None and labels is None and self.config.fusion_text_scope == "prompt":
+            raise ValueError(
+                "A training forward with a volume got neither labels nor prompt_mask: the fusion would read the answer, "
+                "which leaks into the image tokens. Pass prompt_mask (B, T), True on the prompt's tokens: the processor "
+                "gives it for a conversation or a text with an answer in it. Losses that are computed outside the model "
+                "(label_smoothing_factor, compute_loss_func, preference and reward training) take the labels away and "
+                "need it. For inference call model.eval()."
+            )
+        if cached and prefix_ids is None and (prompt_mask is None or prompt_mask.shape[1] != length):
+            raise ValueError(
+                f"The cache holds {cached} tokens before the volume, and the fusion reads the whole prompt's text: pass "
+                "their ids as prefix_ids (generate() does, given the whole sequence), or a prompt_mask for these "
+                f"{length} tokens alone."
             )
 
     @can_return_tuple
@@ -615,6 +656,7 @@ class SamfModel(SamfPreTrainedModel):
         slice_planes: torch.LongTensor | None = None,
         slice_positions: torch.FloatTensor | None = None,
         prompt_mask: torch.Tensor | None = None,
+        prefix_ids: torch.LongTensor | None = None,
         extra_values: torch.FloatTensor | None = None,
         extra_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -627,7 +669,10 @@ class SamfModel(SamfPreTrainedModel):
             pixel_values (B, S, C, H, W) or slice_embeddings (B, S, slice width); neither = text only.
             slice_mask, slice_planes, slice_positions (B, S): see `get_image_features`. A row of slice_mask that is all
                 False is a prompt without a volume.
-            prompt_mask (B, T) bool: the fusion's text; see `fusion_text_mask`, which also says what labels do.
+            prompt_mask (B, T) bool: the fusion's text; see `fusion_text_mask`, which also says what labels do. Training
+                needs it or labels. Placeholders beyond its end are tokens that were made, not the volume's.
+            prefix_ids (B, P): what a cache that isn't empty holds before these tokens. The fusion reads it too, and
+                prompt_mask and attention_mask are then (B, P + T).
             extra_values (B, sum of widths), extra_mask (B, sources) bool: vectors of `config.extra_sources` in that order,
                 and which are present (see `pack_extra_sources`). They enter with the volume: a row without one has no
                 fused token for them. extra_values alone = all present; neither = all absent.
@@ -657,16 +702,23 @@ class SamfModel(SamfPreTrainedModel):
 
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         if has_volume:
-            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-            text_mask = fusion_text_mask(self.config.fusion_text_scope, image_mask, attention_mask, prompt_mask, labels)
+            length = image_mask.shape[1]
+            cached = 0 if torch.compiler.is_compiling() else cached_tokens(kwargs)
+            self._check_text_is_known(prompt_mask, labels, prefix_ids, length, cached)
+            if not torch.compiler.is_compiling():
+                warn_of_length(self.config.text_config, cached + length, "Sequences with a volume")
             slices = image_outputs.last_hidden_state
             if self.config.slice_position_scope == "all":
                 slices = slices + self._positions(slices, slice_planes, slice_positions)
             volume = image_outputs.pooler_output[:, 0]
+            text = self._fusion_text(inputs_embeds, image_mask, attention_mask, prompt_mask, labels, prefix_ids)
             inputs_embeds, slice_attentions = self._fuse(
-                inputs_embeds, image_mask, text_mask, slices, volume, slice_mask, extra_values, extra_mask
+                inputs_embeds, text, slices, volume, slice_mask, extra_values, extra_mask
             )
+        elif input_ids is not None:
+            self._check_no_placeholders(image_mask, kwargs)
 
         outputs = self.language_model(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
@@ -678,23 +730,58 @@ class SamfModel(SamfPreTrainedModel):
             finding_logits=finding_logits,
         )
 
-    def _fuse(
+    def _fusion_text(
         self,
         inputs_embeds: torch.Tensor,
         image_mask: torch.Tensor,
-        text_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        prompt_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        prefix_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The text's embeddings (B, P + T, text width), which of them the fusion reads, and the placeholders (B, T)."""
+        length, prefix = image_mask.shape[1], 0
+        text, placeholders = inputs_embeds, image_mask
+        if prefix_ids is not None:
+            prefix = prefix_ids.shape[1]
+            before = self.get_input_embeddings()(prefix_ids).to(text.device, text.dtype)
+            text = torch.cat([before, text], dim=1)
+            prefix_mask = (prefix_ids == self.config.image_token_id).to(image_mask.device)
+            placeholders = torch.cat([prefix_mask, image_mask], dim=1)
+            labels = None if labels is None else F.pad(labels, (prefix, 0), value=IGNORED)
+        text_mask = fusion_text_mask(self.config.fusion_text_scope, placeholders, attention_mask, prompt_mask, labels)
+        if prompt_mask is not None and prompt_mask.shape[1] < prefix + length:  # the rest was made, or is proposed
+            image_mask = image_mask.clone()
+            image_mask[:, max(prompt_mask.shape[1] - prefix, 0) :] = False
+        return text, text_mask, image_mask
+
+    def _fuse(
+        self,
+        inputs_embeds: torch.Tensor,
+        text: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
         slices: torch.Tensor,
         volume: torch.Tensor,
         slice_mask: torch.Tensor | None,
         extra_values: torch.Tensor | None,
         extra_mask: torch.Tensor | None,
     ) -> tuple[torch.Tensor, SamfSliceAttentions]:
-        """inputs_embeds (B, T, text width) with the image tokens in place, and the fusion's weights."""
+        """inputs_embeds (B, T, text width) with the image tokens in place, and the fusion's weights.
+
+        `text` is what `_fusion_text` gives.
+        """
+        text_embeds, text_mask, image_mask = text
         if slice_mask is None:
             slice_mask = torch.ones(slices.shape[:2], dtype=torch.bool, device=slices.device)
         self._check_placeholders(image_mask, slice_mask)
+        device = slices.device  # a device map may put encoder, fusion and language model in different places
         tokens, slice_attentions = self.fusion(
-            slices, volume, inputs_embeds.to(slices.dtype), slice_mask.bool(), text_mask, extra_values, extra_mask
+            slices,
+            volume.to(device),
+            text_embeds.to(device, slices.dtype),
+            slice_mask.to(device).bool(),
+            text_mask.to(device),
+            extra_values,
+            extra_mask,
         )
         return place_image_tokens(inputs_embeds, image_mask, tokens, slice_mask), slice_attentions
 
@@ -709,18 +796,38 @@ def _check_slice_shapes(slices: torch.Tensor, **given: torch.Tensor | None) -> N
             )
 
 
+def _check_slice_facts(planes: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+    """Planes and positions come together, and positions unrounded: bfloat16 moves a slice by a tenth of its distance."""
+    if (planes is None) != (positions is None):
+        given, missing = (
+            ("slice_planes", "slice_positions") if positions is None else ("slice_positions", "slice_planes")
+        )
+        raise ValueError(f"{given} came without {missing}. Pass both, as the processor gives them, or neither.")
+    if positions is not None and positions.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"slice_positions are {positions.dtype}, which rounds away where neighbouring slices lie. Keep them float32 "
+            "(the processor's outputs do under .to(device, dtype)), or pass the bits: positions.float().view(torch.int32)."
+        )
+
+
 def _has_positions(config: SamfConfig) -> bool:
     return config.slice_position_scope != "none"
 
 
-def finding_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean binary cross-entropy of logits (B, L) over the labels (B, L) that are 0 or 1; -100 = unknown."""
-    known = labels != -100
-    losses = F.binary_cross_entropy_with_logits(logits.float(), labels.clamp(min=0).float(), reduction="none")
-    return (losses * known).sum() / known.sum().clamp(min=1)
+def finding_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Binary cross-entropy of logits (B, L) against targets (B, L) of 0, 1 or -100 (unknown, which adds nothing).
+
+    A row's loss is the sum over its known findings by L, the result the mean over rows, or their sum weighed by `weights`
+    (B,). Divided by what every micro-batch knows, and not by how many findings happen to be known in it, the losses of
+    micro-batches add up to that of the whole batch.
+    """
+    known = targets != IGNORED
+    losses = F.binary_cross_entropy_with_logits(logits.float(), targets.clamp(min=0).float(), reduction="none")
+    rows = (losses * known).mean(dim=1)  # (B,)
+    return rows.mean() if weights is None else (rows * weights).sum()
 
 
-class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
+class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
     """SAMF with its language modelling head: writes the report of a volume, or answers a question about it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -826,10 +933,11 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
         slice_planes: torch.LongTensor | None = None,
         slice_positions: torch.FloatTensor | None = None,
         prompt_mask: torch.Tensor | None = None,
+        prefix_ids: torch.LongTensor | None = None,
         extra_values: torch.FloatTensor | None = None,
         extra_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        finding_labels: torch.LongTensor | None = None,
+        finding_targets: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_slice_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
@@ -839,11 +947,24 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
 
         Args:
             labels (B, T): token ids, -100 = no loss. `loss` is the library's causal language modelling loss.
-            finding_labels (B, L): 0, 1, or -100 for unknown, in the order of `config.finding_names`. Adds
-                `config.finding_loss_weight` times their binary cross-entropy to the loss; with a volume and no text it
-                is the whole loss.
+            finding_targets (B, L): 0, 1, or -100 for unknown, in the order of `config.finding_names`. Adds
+                `config.finding_loss_weight` times their binary cross-entropy to the loss, each row's weighed by its share
+                of the label tokens; with a volume and no text it is the whole loss. (No "label" in the name: Trainer
+                would ask every evaluation batch for it. The old name, finding_labels, still works.)
             logits_to_keep: compute logits for the last so many tokens only (0 = all), or for these indices.
         """
+        finding_targets = _renamed(finding_targets, kwargs)
+        if (
+            self.training
+            and finding_targets is not None
+            and labels is None
+            and (input_ids, inputs_embeds) != (None, None)
+        ):
+            raise ValueError(
+                "finding_targets came with a text and no labels: a loss that is computed outside the model "
+                "(label_smoothing_factor, compute_loss_func) would drop the findings' loss. Leave that out, or take "
+                "finding_targets out of the batch, or train the findings on volumes alone."
+            )
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -855,6 +976,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
             slice_planes=slice_planes,
             slice_positions=slice_positions,
             prompt_mask=prompt_mask,
+            prefix_ids=prefix_ids,
             extra_values=extra_values,
             extra_mask=extra_mask,
             labels=labels,
@@ -870,64 +992,75 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
                 )
-        if finding_labels is not None and outputs.finding_logits is not None:
-            loss = self._add_finding_loss(loss, outputs.finding_logits, finding_labels, labels, **kwargs)
+        if finding_targets is not None:
+            self._check_finding_targets(finding_targets, outputs.image_outputs, slice_mask)
+            if outputs.finding_logits is not None:
+                loss = self._add_finding_loss(loss, outputs.finding_logits, finding_targets, labels, **kwargs)
         rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
         return SamfCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+
+    def _check_finding_targets(
+        self, targets: torch.Tensor, image_outputs: Any, slice_mask: torch.Tensor | None
+    ) -> None:
+        """Raise ValueError where there is no head for targets (B, L), or where known ones stand beside no volume."""
+        names = self.config.finding_names
+        if not names or targets.ndim != 2 or targets.shape[1] != len(names):
+            raise ValueError(
+                f"finding_targets has shape {tuple(targets.shape)}, and config.finding_names has {len(names)} names: a model "
+                "with a findings head takes (volumes, names), one without takes none."
+            )
+        known = targets != IGNORED
+        torch_compilable_check(
+            (targets == 0) | (targets == 1) | ~known, lambda: "finding_targets holds other values than 0, 1 and -100."
+        )
+        present = torch.zeros_like(known[:, :1]) if image_outputs is None else torch.ones_like(known[:, :1])
+        if slice_mask is not None:
+            present = present & slice_mask.to(known.device).bool().any(dim=1, keepdim=True)
+        torch_compilable_check(
+            present | ~known, lambda: "finding_targets holds 0 or 1 for a prompt without a volume; give -100 for it."
+        )
 
     def _add_finding_loss(
         self,
         loss: torch.Tensor | None,
         finding_logits: torch.Tensor,
-        finding_labels: torch.Tensor,
+        targets: torch.Tensor,
         labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The text's loss (None = there is none) plus the weighted loss of the findings.
 
-        Trainer sums the losses of accumulated micro-batches when it passes `num_items_in_batch`. A micro-batch's mean
-        over findings is then weighed by its share of the label tokens, as its text loss is.
+        Trainer sums the losses of accumulated micro-batches when it passes `num_items_in_batch`, the label tokens of all
+        of them. Each row's findings are weighed by its share of those, as its text loss is: how the rows are split into
+        micro-batches makes no difference.
         """
-        findings = self.config.finding_loss_weight * finding_loss(finding_logits, finding_labels)
-        if loss is None:
-            return findings
-        if num_items_in_batch is not None:
-            findings = findings * (labels != -100).sum() / num_items_in_batch
-        return loss + findings.to(loss.device)
+        targets, weights = targets.to(finding_logits.device), None
+        if loss is not None:
+            items = (labels[:, 1:] != IGNORED).sum(dim=1).to(finding_logits.device)  # (B,); the first token has no loss
+            total = items.sum() if num_items_in_batch is None else num_items_in_batch
+            total = total.to(items.device) if isinstance(total, torch.Tensor) else total
+            weights = items / total
+        findings = self.config.finding_loss_weight * finding_loss(finding_logits, targets, weights)
+        return findings if loss is None else loss + findings.to(loss.device)
 
-    def _prepare_model_inputs(
-        self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, str | None, dict[str, torch.Tensor]]:
-        """Before generate() adds tokens, mark what it was given as the prompt.
+    def _get_name(self) -> str:
+        """Trainer looks this name up for label smoothing: that of the table below, for subclasses and sharded models too."""
+        return SamfForConditionalGeneration.__name__
 
-        Without this a step that reads the whole sequence again (cache off, assisted decoding) would count made tokens
-        as the fusion's text, and the fused vector would move.
-        """
-        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        has_volume = any(model_kwargs.get(key) is not None for key in ("pixel_values", "slice_embeddings"))
-        if has_volume and model_kwargs.get("prompt_mask") is None:
-            mask = model_kwargs.get("attention_mask")
-            if mask is None or mask.ndim != 2:
-                mask = torch.ones(inputs.shape[:2], device=inputs.device)
-            model_kwargs["prompt_mask"] = mask.bool()
-        return inputs, name, model_kwargs
 
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() looks the cache's name up in it
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The library's inputs, without the volume once the cache holds the prompt."""
-        first = kwargs.get("is_first_iteration", False)
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        if kwargs.get("use_cache", True) and not (first and self._reads_volume(inputs)):
-            inputs = {key: value for key, value in inputs.items() if key not in VOLUME_INPUTS}
-        return inputs
+def _renamed(finding_targets: torch.Tensor | None, others: dict[str, Any]) -> torch.Tensor | None:
+    """`finding_targets`, or what came under its old name; that is taken out of `others`."""
+    old = others.pop("finding_labels", None)
+    if old is None:
+        return finding_targets
+    if finding_targets is not None:
+        raise ValueError("finding_labels is the old name of finding_targets; pass one of them.")
+    logger.warning_once("finding_labels is now called finding_targets; the old name will go.")
+    return old
 
-    def _reads_volume(self, inputs: dict[str, Any]) -> bool:
-        """Whether a first step has the volume still to read: not so when the cache that it was passed holds it."""
-        cache = inputs.get("cache", inputs.get("past_key_values"))  # the name before transformers 5.24
-        if cache is None or cache.get_seq_length() == 0 or inputs.get("input_ids") is None:
-            return True
-        return bool((inputs["input_ids"] == self.config.image_token_id).any())
 
+# Trainer's label smoothing shifts logits and labels for the classes of this table alone; without it, it trains copying.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(SamfConfig.model_type, SamfForConditionalGeneration.__name__)
 
 __all__ = ["SamfForConditionalGeneration", "SamfModel", "SamfPreTrainedModel"]

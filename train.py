@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     training.prediction_loss_only = True
     findings_only = data_args.objective == "findings"
     # Trainer would ask each evaluation batch for both, and report no loss where one is missing.
-    training.label_names = ["finding_labels"] if findings_only else ["labels"]
+    training.label_names = ["finding_targets"] if findings_only else ["labels"]
 
     card, base = card_settings(model_args, data_args), Path(training.output_dir, BASE)
     if tuning.lora_rank and checkpoint_to_resume(training) and (base / "config.json").is_file():

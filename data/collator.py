@@ -30,7 +30,7 @@ class SamfCollator:
         slice_cache: a store whose `get(path)` gives a volume's slices or embeddings; None reads the file each time.
         max_length: longest sequence in training. A longer record loses the end of its answer, but never the end token,
             the prompt or an image token; `truncated` counts them. None = no limit.
-        findings_only: volumes and `finding_labels` without any text, for training the findings head.
+        findings_only: volumes and `finding_targets` without any text, for training the findings head.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SamfCollator:
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Tensors with one row a record: `input_ids`, `attention_mask`, `prompt_mask` (B, T), the volumes' tensors,
-        in training `labels` (B, T), and `finding_labels` (B, L) where a record has them."""
+        in training `labels` (B, T), and `finding_targets` (B, L) where a record has finding labels."""
         volumes = [self._volume(record) for record in records]
         if self.findings_only:
             batch = self._volumes_alone(records, volumes)
@@ -61,7 +61,7 @@ class SamfCollator:
         labels = [record.get("finding_labels") or [] for record in records]
         if not self.generation and any(labels):
             unknown = [IGNORED] * max(map(len, labels))
-            batch["finding_labels"] = torch.tensor([row or unknown for row in labels])
+            batch["finding_targets"] = torch.tensor([row or unknown for row in labels])
         return batch
 
     def _volume(self, record: Mapping[str, Any]) -> Any:

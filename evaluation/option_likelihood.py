@@ -58,7 +58,7 @@ def answer_log_likelihoods(model: nn.Module, batch: Mapping[str, torch.Tensor]) 
     if batch.get("prompt_mask") is None:
         raise ValueError("The batch has no prompt_mask; without it the image tokens would depend on the answer.")
     labels = batch["labels"]
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "finding_labels")}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "finding_targets")}
     columns = (labels != IGNORED).any(dim=0).nonzero()[:, 0]  # (A,), where an answer of the batch has a token
     logits = model(**inputs, logits_to_keep=columns - 1, use_cache=False).logits  # (B, A, vocabulary)
     tokens = labels[:, columns]  # (B, A)

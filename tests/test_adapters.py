@@ -64,7 +64,7 @@ def test_an_adapter_trains_itself_and_the_parts_beside_it(checkpointing):
     model = adapted().train()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    model(**tiny_batch("ao2d"), finding_labels=torch.tensor([[1, 0], [0, 1]])).loss.backward()
+    model(**tiny_batch("ao2d"), finding_targets=torch.tensor([[1, 0], [0, 1]])).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained == with_gradient

@@ -305,10 +305,10 @@ def test_finding_loss_by_hand_and_in_the_models_loss():
     model, batch = tiny_model(finding_names=["a", "b"], finding_loss_weight=0.3), tiny_batch("ao2d")
     with torch.no_grad():
         text = model(**batch)
-        both = model(**batch, finding_labels=labels)
-        alone = model(pixel_values=batch["pixel_values"], finding_labels=labels)
+        both = model(**batch, finding_targets=labels)
+        alone = model(pixel_values=batch["pixel_values"], finding_targets=labels)
         items = (batch["labels"] != -100).sum()
-        half = model(**batch, finding_labels=labels, num_items_in_batch=2 * items)
+        half = model(**batch, finding_targets=labels, num_items_in_batch=2 * items)
     expected = 0.3 * finding_loss(text.finding_logits, labels)
     torch.testing.assert_close(both.loss, text.loss + expected)
     torch.testing.assert_close(alone.loss, expected)
@@ -318,7 +318,7 @@ def test_finding_loss_by_hand_and_in_the_models_loss():
 
 @pytest.mark.parametrize("fusion_type", FUSION_TYPES)
 def test_every_parameter_gets_a_gradient_with_and_without_checkpointing(fusion_type):
-    batch = tiny_batch(fusion_type) | {"finding_labels": torch.tensor([[1, 0], [0, 1]])}
+    batch = tiny_batch(fusion_type) | {"finding_targets": torch.tensor([[1, 0], [0, 1]])}
     gradients = []
     for checkpointing in (False, True):
         model = tiny_model(fusion_type=fusion_type, finding_names=["a", "b"], aggregator_dropout=0.0).train()

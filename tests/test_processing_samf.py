@@ -219,7 +219,7 @@ def test_collator_puts_the_loss_on_the_answer_and_its_end_token():
     answers = [processor.tokenizer.decode(row[row != IGNORED]) for row in batch["labels"]]
     assert answers == ["(b) emphysema<|end|>", "emphysema<|end|>"]
     assert not (batch["prompt_mask"] & (batch["labels"] != IGNORED)).any()
-    assert batch["finding_labels"].tolist() == [[1, 0], [IGNORED, IGNORED]]
+    assert batch["finding_targets"].tolist() == [[1, 0], [IGNORED, IGNORED]]
     assert batch["attention_mask"][:, 0].tolist() == [1, 1]  # right padding
     assert f"{PROMPT} (a) consolidation (b) emphysema" in processor.tokenizer.decode(batch["input_ids"][0])
     assert model_for(processor, finding_names=["x", "y"])(**batch).loss.isfinite()
@@ -247,7 +247,7 @@ def test_collator_for_generation_pads_left_and_holds_no_answer():
         [record(0), record(1, volume=None, answer="nothing of this")]
     )
     assert batch["attention_mask"][:, -1].tolist() == [1, 1]
-    assert "labels" not in batch and "finding_labels" not in batch
+    assert "labels" not in batch and "finding_targets" not in batch
     texts = processor.batch_decode(batch["input_ids"])
     assert all(text.endswith("<|assistant|>\n") for text in texts)
 

@@ -50,7 +50,7 @@ def by_peft(folder: Path) -> PeftModel:
 @torch.no_grad()
 def logits(model, batch) -> torch.Tensor:
     model.eval()
-    return model(**{name: value for name, value in batch.items() if name != "finding_labels"}).logits
+    return model(**{name: value for name, value in batch.items() if name != "finding_targets"}).logits
 
 
 def test_folder_and_merged_folder_give_equal_logits(trained, batch):
