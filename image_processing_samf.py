@@ -81,6 +81,20 @@ _DESCRIPTIONS: dict[str, dict[str, Any]] = {
 _SLICE_KEYS = ("slice_planes", "slice_positions", "slice_indices", "slice_mm")
 
 
+class SliceFeatures(BatchFeature):
+    """Model inputs whose slice positions stay as exact as they were under `.to(device, dtype)`.
+
+    In bfloat16 they would be rounded by up to a tenth of the distance between neighbouring slices.
+    """
+
+    def to(self, *args: Any, **kwargs: Any) -> "SliceFeatures":
+        exact = self.data.get("slice_positions")
+        super().to(*args, **kwargs)
+        if isinstance(exact, torch.Tensor):
+            self.data["slice_positions"] = exact.to(self.data["slice_positions"].device)
+        return self
+
+
 class SamfImagesKwargs(ImagesKwargs, total=False):
     """Settings that a call may override: those below, and of the library's `size`, `do_rescale`, `rescale_factor`,
     `do_normalize`, `image_mean`, `image_std` and `return_tensors`."""
@@ -263,7 +277,7 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
             data["slice_mask"][row, :count] = True
             for key in _SLICE_KEYS:
                 data[key][row, :count] = stack[key]
-        return BatchFeature(data, tensor_type=return_tensors)
+        return SliceFeatures(data, tensor_type=return_tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings and the library's keys: what else was set on the object, loading would refuse."""

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.import_utils import torch_compilable_check
+from transformers.utils.import_utils import is_torchdynamo_exporting, torch_compilable_check
 
 from .configuration_samf import SamfConfig
 from .generation_samf import SamfGenerationMixin, cached_tokens, warn_of_length
@@ -40,6 +40,17 @@ MANY_ROWS, LARGE_WEIGHT = 16, 1 << 20
 IGNORED = -100
 NUM_PLANES = 3  # axial, coronal, sagittal
 DEPTH_FREQUENCIES = 16
+
+
+def check(condition: torch.Tensor, message: str | Callable[[], str], compiled_message: str | None = None) -> None:
+    """Raise ValueError with `message` unless all of `condition` holds; in a compiled graph RuntimeError, without a break.
+
+    A graph can't write numbers into a message: it says `compiled_message`, by default `message`, which is then a string.
+    """
+    if torch.compiler.is_compiling() and not is_torchdynamo_exporting():
+        torch._assert_async(condition.all(), compiled_message or message)
+    else:
+        torch_compilable_check(condition, message)
 
 
 @dataclass
@@ -603,13 +614,14 @@ class SamfModel(SamfPreTrainedModel):
         if self.config.fusion_type != "slice_tokens":
             expected = (expected > 0) * self.config.num_image_tokens
         found = image_mask.sum(dim=1)
-        torch_compilable_check(
+        check(
             found == expected,
             lambda: (
                 f"Image features and image tokens do not match: the prompts hold {found.tolist()} placeholder tokens "
                 f"(id {self.config.image_token_id}), the volumes give {expected.tolist()}. Let the processor expand the "
                 "placeholder, and don't truncate its output."
             ),
+            "Image features and image tokens do not match: other numbers of placeholder tokens than the volumes give",
         )
 
     def _check_no_placeholders(self, image_mask: torch.Tensor, others: dict[str, Any]) -> None:
@@ -621,10 +633,15 @@ class SamfModel(SamfPreTrainedModel):
             return (
                 f"Image features and image tokens do not match: the prompts hold {image_mask.sum(dim=1).tolist()} "
                 f"placeholder tokens (id {self.config.image_token_id}), but no volume came with them{also}. Pass all that "
-                "the processor gives, pixel_values too, or leave the placeholder out of a prompt without a volume."
+                "the processor gives, pixel_values too (TRL's trainers do so for a data set whose `images` column names the "
+                "volumes), or leave the placeholder out of a prompt without a volume."
             )
 
-        torch_compilable_check(~image_mask.any(), message)
+        check(
+            ~image_mask.any(),
+            message,
+            "Image features and image tokens do not match: placeholder tokens, but no volume",
+        )
 
     def _check_text_is_known(self, prompt_mask: Any, labels: Any, prefix_ids: Any, length: int, cached: int) -> None:
         """Refuse to guess what the fusion's text is: in training the answer is among the tokens, and a cache hides some."""
@@ -1010,15 +1027,11 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
                 "with a findings head takes (volumes, names), one without takes none."
             )
         known = targets != IGNORED
-        torch_compilable_check(
-            (targets == 0) | (targets == 1) | ~known, lambda: "finding_targets holds other values than 0, 1 and -100."
-        )
+        check((targets == 0) | (targets == 1) | ~known, "finding_targets holds other values than 0, 1 and -100.")
         present = torch.zeros_like(known[:, :1]) if image_outputs is None else torch.ones_like(known[:, :1])
         if slice_mask is not None:
             present = present & slice_mask.to(known.device).bool().any(dim=1, keepdim=True)
-        torch_compilable_check(
-            present | ~known, lambda: "finding_targets holds 0 or 1 for a prompt without a volume; give -100 for it."
-        )
+        check(present | ~known, "finding_targets holds 0 or 1 for a prompt without a volume; give -100 for it.")
 
     def _add_finding_loss(
         self,

@@ -27,6 +27,7 @@ from .configuration_samf import AUTO_MAP
 from .conversation_samf import OneVolume, read_conversation, texts_of
 from .ct_volume import CTVolume, to_ct_volume
 from .hub_samf import PushToHubWithCard
+from .image_processing_samf import SliceFeatures
 
 logger = logging.get_logger(__name__)
 
@@ -131,7 +132,8 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
 
         Returns:
             `input_ids`, `attention_mask` (B, T) and the image processor's tensors, one row a prompt. A prompt without
-            a volume has an all-False row of `slice_mask`.
+            a volume has an all-False row of `slice_mask`. Texts in the chat template's format that hold an answer also
+            get `prompt_mask` (B, T), as `apply_chat_template` gives it. `.to(device, dtype)` leaves slice positions float32.
 
         Raises:
             ValueError: more than one `<image>` in a prompt, or numbers of placeholders and volumes that differ.
@@ -144,7 +146,15 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
         if rendered is not None:
             prompts = [text] if isinstance(text, str) else text
             rendered.extend((prompt, kwargs.get("add_special_tokens", True)) for prompt in prompts)
-        return super().__call__(images=images if volumes is None else volumes, text=text, **kwargs)
+        images = images if volumes is None else volumes
+        output = SliceFeatures(super().__call__(images=images, text=text, **kwargs).data)
+        output.skip_tensor_conversion = self.skip_tensor_conversion
+        texts = [text] if isinstance(text, str) else list(text or [])
+        if texts and images is not None and not _is_from_chats(images, texts):
+            answers = self._find_answers(output["input_ids"])
+            if answers is not None:
+                output["prompt_mask"] = self._prompt_mask(output, answers)
+        return output
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple:
         """Texts as a list, and volumes as a list with one entry a text (None where the text has no placeholder)."""
@@ -254,6 +264,37 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
             return None
         return self.tokenizer(text[slice(*spans[-1])], add_special_tokens=False)["input_ids"][-1]
 
+    def _find_answers(self, ids: Any) -> list[torch.Tensor] | None:
+        """Where the answers stand in texts that came ready: behind the template's header of an answer, to its end token.
+
+        Args:
+            ids: token ids (B, T), or lists of different lengths.
+
+        Returns:
+            A mask (T,) a row; None where no text holds an answer, or where one with a volume has no header behind it.
+        """
+        header, end = self._answer_header(), self.answer_end()
+        masks = []
+        for row in map(torch.as_tensor, ids):
+            starts = [place + len(header) for place in _places(row.tolist(), header)]
+            volume = (row == self.image_token_id).nonzero()
+            if len(volume) and (not starts or starts[-1] <= int(volume[-1]) or (end is None and len(starts) > 1)):
+                return None
+            mask = torch.zeros_like(row, dtype=torch.bool)
+            for start in starts:
+                ends = (row[start:] == end).nonzero() if end is not None else ()
+                mask[start : start + int(ends[0]) + 1 if len(ends) else None] = True
+            pad = self.tokenizer.pad_token_id
+            masks.append(mask & (row != pad) if pad != end else mask)
+        return masks if any(mask.any() for mask in masks) else None
+
+    def _answer_header(self) -> list[int]:
+        """Token ids that the chat template sets before an answer; none for a template that sets nothing."""
+        template, probe = self._chat_template_named(None), [{"role": "user", "content": "Question"}]
+        without = render(self.tokenizer, template, probe)[0]
+        header = render(self.tokenizer, template, probe, add_generation_prompt=True)[0].removeprefix(without)
+        return self.tokenizer(header, add_special_tokens=False)["input_ids"] if header else []
+
     def _chat_template_named(self, chat_template: str | None) -> str:
         """The template itself, of the name of one or None for the default."""
         templates = self.chat_template
@@ -340,6 +381,11 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
         if isinstance(ids, torch.Tensor):
             return torch.stack(rows)
         return np.stack(rows) if isinstance(ids, np.ndarray) else [row.tolist() for row in rows]
+
+
+def _places(ids: list[int], part: list[int]) -> list[int]:
+    """Where `part` begins within `ids`."""
+    return [place for place in range(len(ids)) if part and ids[place : place + len(part)] == part]
 
 
 def _holds_answer(messages: list[dict[str, Any]]) -> bool:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import FUSION_TYPES, tiny_batch, tiny_model
+from tiny import FUSION_TYPES, IMAGE_ID, tiny_batch, tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
@@ -187,3 +187,88 @@ def test_a_second_turn_goes_on_from_the_first_ones_cache():
     assert torch.equal(model.generate(**second, **cache, **GREEDY), expected)
     with pytest.raises(ValueError, match="do not match"):
         model.generate(**{**first, "input_ids": first["input_ids"].clamp(min=6)}, **GREEDY)
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_text_in_the_cache_before_the_volume_changes_no_token(fusion_type):
+    """A shared system prompt, or a first turn without a volume: the tokens of the whole sequence without a cache."""
+    model = tiny_model(fusion_type=fusion_type)
+    single = prompts(fusion_type)[0][0]
+    start = torch.randint(6, 99, (1, 5), generator=torch.Generator().manual_seed(3))
+    turn = model.generate(start, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    name = "cache" if "cache" in turn else "past_key_values"
+    ids = torch.cat([turn.sequences, single["input_ids"]], dim=1)
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": single["pixel_values"]}
+    options = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
+    for mask in (None, torch.arange(ids.shape[1])[None] != 5):  # all of the prompt, and all but one token
+        whole["prompt_mask"] = mask
+        expected = model.generate(**whole, **options)
+        found = model.generate(**whole, **options, **{name: copy.deepcopy(turn[name])})
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_no_strategy_makes_a_placeholder(fusion_type):
+    """Neither a processor that demands it nor a proposal brings it in, and the other tokens are those made without it."""
+    model = tiny_model(fusion_type=fusion_type)
+    single = prompts(fusion_type)[0][0]
+
+    def demand(ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores.index_fill(1, torch.tensor([IMAGE_ID]), 1e4)
+
+    expected = made(model, single)
+    beams = made(model, single, num_beams=3)
+    for options in ({}, {"use_cache": False}, {"num_beams": 3}, {"num_beams": 3, "use_cache": False}):
+        found = made(model, single, logits_processor=LogitsProcessorList([demand]), **options)
+        assert torch.equal(found, beams if options.get("num_beams") else expected)
+        assert not (found == IMAGE_ID).any()
+    # A prompt that says again what stands before its image tokens: look-up proposes them.
+    again = torch.cat([torch.tensor([[40, 41]]), single["input_ids"], torch.tensor([[40, 41]])], dim=1)
+    looked_up = {"input_ids": again, "attention_mask": torch.ones_like(again), "pixel_values": single["pixel_values"]}
+    assert torch.equal(made(model, looked_up, prompt_lookup_num_tokens=3), made(model, looked_up))
+
+
+def test_a_proposal_is_no_volume_of_a_second_turn():
+    """The cache holds the volume; look-up then proposes its placeholders in the second turn's first step."""
+    model = tiny_model()
+    first = prompts("ao2d")[0][0]
+    first["input_ids"] = torch.cat([torch.tensor([[40, 41]]), first["input_ids"]], dim=1)
+    first["attention_mask"] = torch.ones_like(first["input_ids"])
+    turn = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+    name = "cache" if "cache" in turn else "past_key_values"
+    more = torch.cat([turn.sequences, torch.tensor([[9, 40, 41]])], dim=1)
+    second = {**first, "input_ids": more, "attention_mask": torch.ones_like(more)}
+    second["prompt_mask"] = first["attention_mask"].bool()
+    found = model.generate(**second, **GREEDY, **{name: turn[name]}, prompt_lookup_num_tokens=3)
+    assert torch.equal(found, model.generate(**second, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 5}, {"do_sample": True, "num_return_sequences": 4}, {"use_cache": False}]
+)
+def test_the_slices_of_a_volume_are_encoded_once(options):
+    model, read = tiny_model(), []
+    single = prompts("ao2d")[0][0]
+    model.model.slice_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    made(model, single, **options)
+    assert read == [single["pixel_values"].shape[1]]
+
+
+def test_what_the_language_model_cannot_see_is_said(caplog):
+    single = prompts("ao2d")[0][0]  # 13 tokens, of which 4 are image tokens
+    for text, told in (
+        ({"sliding_window": 21}, ""),
+        ({"sliding_window": 20}, "20 tokens back"),
+        ({"max_position_embeddings": 20}, "the 20 positions"),
+    ):
+        caplog.clear()
+        made(tiny_model(text=text), single)
+        assert told in caplog.text and bool(caplog.text) is bool(told)
+    caplog.clear()
+    tiny_model(text={"sliding_window": 12})(**single)
+    assert "12 tokens back" in caplog.text
+    with pytest.raises(ValueError, match="prefill_chunk_size=4"):
+        made(tiny_model(), single, prefill_chunk_size=4)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from tiny import FUSION_TYPES, IMAGE_ID, SLICES, image_tokens, tiny_batch, tiny_config, tiny_model
+from tiny import FUSION_TYPES, IMAGE_ID, SLICES, image_tokens, tiny_batch, tiny_config, tiny_model, tiny_processor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, ViTConfig, ViTModel
 
 from samf import SamfConfig, SamfForConditionalGeneration
@@ -13,6 +14,7 @@ from samf.modeling_samf import (
     SlicePositionEmbedding,
     finding_loss,
     fusion_text_mask,
+    masked_mean,
     place_image_tokens,
 )
 
@@ -297,23 +299,43 @@ def test_slice_attentions_are_distributions_over_what_is_kept():
 
 
 def test_finding_loss_by_hand_and_in_the_models_loss():
-    logits, labels = torch.tensor([[0.5, -1.0], [2.0, 3.0]]), torch.tensor([[1, -100], [0, 1]])
-    probabilities = [1 / (1 + np.exp(-0.5)), 1 - 1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(-3.0))]
-    assert finding_loss(logits, labels).item() == pytest.approx(-np.mean(np.log(probabilities)), rel=1e-6)
+    """A known finding counts 1/L of its row, whatever else is known; a row counts by its share of the label tokens."""
+    logits, targets = torch.tensor([[0.5, -1.0], [2.0, 3.0]]), torch.tensor([[1, -100], [0, 1]])
+    first = -np.log(1 / (1 + np.exp(-0.5))) / 2
+    second = -(np.log(1 - 1 / (1 + np.exp(-2.0))) + np.log(1 / (1 + np.exp(-3.0)))) / 2
+    assert finding_loss(logits, targets).item() == pytest.approx((first + second) / 2, rel=1e-6)
+    weighed = finding_loss(logits, targets, torch.tensor([0.25, 0.75])).item()
+    assert weighed == pytest.approx(0.25 * first + 0.75 * second, rel=1e-6)
     assert finding_loss(logits, torch.full((2, 2), -100)).item() == 0
 
     model, batch = tiny_model(finding_names=["a", "b"], finding_loss_weight=0.3), tiny_batch("ao2d")
+    batch["labels"][0, :-2] = -100  # 2 label tokens and 5
     with torch.no_grad():
         text = model(**batch)
-        both = model(**batch, finding_targets=labels)
-        alone = model(pixel_values=batch["pixel_values"], finding_targets=labels)
-        items = (batch["labels"] != -100).sum()
-        half = model(**batch, finding_targets=labels, num_items_in_batch=2 * items)
-    expected = 0.3 * finding_loss(text.finding_logits, labels)
-    torch.testing.assert_close(both.loss, text.loss + expected)
-    torch.testing.assert_close(alone.loss, expected)
-    assert alone.logits is None
+        both = model(**batch, finding_targets=targets)
+        alone = model(pixel_values=batch["pixel_values"], finding_targets=targets)
+        half = model(**batch, finding_targets=targets, num_items_in_batch=torch.tensor(14))
+        old_name = model(**batch, finding_labels=targets)
+    rows = [finding_loss(text.finding_logits[row : row + 1], targets[row : row + 1]) for row in range(2)]
+    torch.testing.assert_close(both.loss, text.loss + 0.3 * (2 * rows[0] + 5 * rows[1]) / 7)
+    torch.testing.assert_close(alone.loss, 0.3 * (rows[0] + rows[1]) / 2)
+    assert alone.logits is None and torch.equal(old_name.loss, both.loss)
     torch.testing.assert_close(half.loss, both.loss / 2)  # two such micro-batches make one batch's loss
+
+
+def test_finding_targets_that_mean_nothing_are_errors():
+    batch, targets = tiny_batch("ao2d"), torch.tensor([[1, 0], [0, 1]])
+    text = {"input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_ID, 7), "labels": batch["labels"]}
+    model = tiny_model(finding_names=["a", "b"])
+    with pytest.raises(ValueError, match="0 names"):
+        tiny_model()(**batch, finding_targets=targets)
+    with pytest.raises(ValueError, match=r"\(2, 1\), and config.finding_names has 2"):
+        model(**batch, finding_targets=targets[:, :1])
+    with pytest.raises(ValueError, match="other values"):
+        model(**batch, finding_targets=targets - 1)
+    with pytest.raises(ValueError, match="without a volume"):
+        model(**text, finding_targets=targets)
+    assert model(**text, finding_targets=torch.full((2, 2), -100)).loss == model(**text).loss
 
 
 @pytest.mark.parametrize("fusion_type", FUSION_TYPES)
@@ -488,3 +510,117 @@ def test_a_layer_for_few_rows_is_a_linear_layer(rows):
         strict=True,
     ):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_forward_does_not_guess_where_the_answer_begins():
+    model, batch = tiny_model().train(), tiny_batch("ao2d")
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match="neither labels nor prompt_mask"):
+            part(**given)
+        part(**given, prompt_mask=batch["labels"] == -100)
+    model(**batch)
+    model.eval()(**given)
+    tiny_model(fusion_text_scope="sequence").train()(**given)  # the published code reads all
+
+
+def test_the_text_of_a_late_volume_lies_before_the_first_answer_behind_it():
+    """By labels alone: an answer of an earlier turn is no text, and what the user says behind it is."""
+    #                     user  answer  user  volume  user  answer  user
+    image = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0]]).bool()
+    labels = torch.tensor([[-100, -100, 8, 9, -100, -100, -100, -100, 8, 9, -100]])
+    mask = fusion_text_mask("prompt", image, labels=labels)
+    assert mask[0].nonzero().flatten().tolist() == [0, 1, 4, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_over_a_long_prompt_is_the_mean_in_half_precision(dtype):
+    x = torch.rand(2, 3000, 3, generator=torch.Generator().manual_seed(0)).add(60).to(dtype)
+    mask = torch.arange(3000)[None] < torch.tensor([[3000], [2000]])
+    expected = torch.stack([row[:count].double().mean(0) for row, count in zip(x, (3000, 2000), strict=True)])
+    assert torch.equal(masked_mean(x, mask)[:, 0], expected.to(dtype))
+
+
+def test_half_given_and_rounded_slice_facts_are_errors():
+    model, pixels = tiny_model(), tiny_batch("ao2d")["pixel_values"]
+    planes, positions = torch.zeros(2, SLICES).long(), torch.full((2, SLICES), 0.5)
+    with pytest.raises(ValueError, match="slice_planes came without slice_positions"):
+        model.get_image_features(pixels, slice_planes=planes)
+    with pytest.raises(ValueError, match="slice_positions came without slice_planes"):
+        model.get_image_features(pixels, slice_positions=positions)
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(ValueError, match="rounds away where neighbouring slices lie"):
+            model.get_image_features(pixels, slice_planes=planes, slice_positions=positions.to(dtype))
+
+
+def test_inputs_in_bfloat16_keep_the_places_of_slices():
+    """The usual `inputs.to(device, dtype)`: the depth embedding is that of the exact positions."""
+    processor = tiny_processor(slices_per_plane=24)
+    inputs = processor(volumes=[np.zeros((12, 14, 16), np.int16)], text=["<image> Which finding?"], return_tensors="pt")
+    alone = processor.image_processor([np.zeros((12, 14, 16), np.int16)])
+    expected = ((torch.arange(24) + 0.5) / 24).repeat(3)[None]
+    for features in (inputs, alone):
+        moved = features.to("cpu", torch.bfloat16)
+        assert moved["pixel_values"].dtype == torch.bfloat16
+        torch.testing.assert_close(moved["slice_positions"], expected, rtol=0, atol=1e-6)
+
+
+def test_a_compiled_graph_checks_the_placeholders_without_a_break():
+    model, batch = tiny_model(), tiny_batch("ao2d")
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+        wrong = {**batch, "input_ids": batch["input_ids"].clone()}
+        wrong["input_ids"][:, 3] = 7
+        with pytest.raises(RuntimeError, match="do not match"):
+            compiled(**wrong)
+
+
+def test_parts_of_a_model_may_lie_on_several_devices():
+    """Three GPUs that aren't there: only where each tensor lies is computed."""
+    with FakeTensorMode():
+        image_mask = torch.empty(2, 9, dtype=torch.bool, device="cuda:0")
+        embeds = torch.empty(2, 9, 8, device="cuda:1")
+        slice_mask = torch.ones(2, 6, dtype=torch.bool, device="cuda:0")
+        for width in (1, 6):  # one vector a volume, and one a slice
+            placed = place_image_tokens(embeds, image_mask, torch.empty(2, width, 8, device="cuda:2"), slice_mask)
+            assert placed.device == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_a_cache_before_the_volume_changes_nothing(fusion_type):
+    """Logits of the whole sequence in one pass are those behind a cached beginning, given the beginning's ids."""
+    model, batch = tiny_model(fusion_type=fusion_type), tiny_batch(fusion_type)
+    start = torch.randint(6, 99, (2, 5), generator=torch.Generator().manual_seed(3))
+    whole = torch.cat([start, batch["input_ids"]], dim=1)
+    labels = torch.nn.functional.pad(batch["labels"], (5, 0), value=-100)
+    given = {"pixel_values": batch["pixel_values"], "attention_mask": torch.ones_like(whole)}
+    mask = labels == -100
+    with torch.no_grad():
+        expected = model(input_ids=whole, prompt_mask=mask, **given).logits[:, 5:]
+        by_labels = model(input_ids=whole, labels=labels, **given).loss
+
+        def behind_cache(**options):
+            name = "cache" if "cache" in model(input_ids=start[:, :1], use_cache=True) else "past_key_values"
+            cache = model(input_ids=start, use_cache=True)[name]
+            return model(input_ids=batch["input_ids"], use_cache=True, **{name: cache}, **given, **options)
+
+        torch.testing.assert_close(behind_cache(prefix_ids=start, prompt_mask=mask).logits, expected, rtol=0, atol=1e-5)
+        again = behind_cache(prefix_ids=start, labels=batch["labels"]).loss
+        torch.testing.assert_close(again, by_labels, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match="The cache holds 5 tokens before the volume"):
+            behind_cache()
+
+
+def test_placeholders_behind_the_prompts_mask_were_made():
+    """They take no image token, and leave those of the prompt as they are."""
+    model, batch = tiny_model(), tiny_batch("ao2d", answer=0)
+    batch.pop("labels")
+    made = {**batch, "prompt_mask": batch["attention_mask"].bool()}
+    for name, value in (("input_ids", IMAGE_ID), ("attention_mask", 1)):
+        made[name] = torch.nn.functional.pad(batch[name], (0, 2), value=value)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**made).logits[:, :-2], model(**batch).logits, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match="do not match"):
+            model(**{name: value for name, value in made.items() if name != "prompt_mask"})
