@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PretrainedConfig
 from transformers.generation import SuppressTokensLogitsProcessor
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -46,21 +47,35 @@ class SamfGenerationMixin(GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """The library's, after the slices are encoded once: neither each beam nor each step without a cache repeats it."""
-        again = expand_size > 1 or model_kwargs.get("use_cache") is False
-        if again and model_kwargs.get("pixel_values") is not None:
-            pixel_values = model_kwargs.pop("pixel_values").to(self.model.slice_encoder.device)
-            model_kwargs["slice_embeddings"] = self.model.encode_slices(pixel_values).last_hidden_state
+        """The library's, after the slices are encoded: not again for each beam."""
+        if expand_size > 1:
+            self._encode_once(model_kwargs)
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
 
+    def _encode_once(self, model_kwargs: dict[str, Any]) -> None:
+        """Put slice embeddings in the place of pixels."""
+        if model_kwargs.get("pixel_values") is not None:
+            pixel_values = model_kwargs.pop("pixel_values").to(self.model.slice_encoder.device)
+            model_kwargs["slice_embeddings"] = self.model.encode_slices(pixel_values).last_hidden_state
+
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """The library's, where the lengths are known and nothing has been computed yet.
 
         Raises:
-            ValueError: a volume with `prefill_chunk_size`.
+            ValueError: a volume with `prefill_chunk_size`, or assisted decoding behind a cache that isn't empty.
         """
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and cached_tokens(model_kwargs):
+            raise ValueError(
+                "Prompt look-up and assisted decoding read the whole prompt again behind a cache that isn't empty, and "
+                "give other tokens. Leave out the cache, or prompt_lookup_num_tokens and assistant_model."
+            )
         if has_volume(model_kwargs):
             if generation_config.prefill_chunk_size is not None:
                 raise ValueError(
@@ -71,7 +86,9 @@ class SamfGenerationMixin(GenerationMixin):
             warn_of_length(
                 self.config.text_config, length, f"Image tokens, prompt and answer, {length} tokens together,"
             )
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            if not generation_config.use_cache:  # each step then reads the whole prompt again
+                self._encode_once(model_kwargs)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """The library's, and the image placeholder is never made.
