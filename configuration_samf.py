@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.activations import ACT2CLS
 
 # Every class that a saved folder can be loaded as. Kept whole in each saved configuration: `save_pretrained` alone would
 # only enter the class that was saved.
@@ -148,6 +149,12 @@ class SamfConfig(PretrainedConfig):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"SamfConfig.{name} is {getattr(self, name)!r}; it must be one of {choices}.")
+        if self.num_image_tokens < 1:
+            raise ValueError(f"SamfConfig.num_image_tokens is {self.num_image_tokens}; it must be at least 1.")
+        if self.aggregator_activation not in ACT2CLS:
+            raise ValueError(
+                f"SamfConfig.aggregator_activation is {self.aggregator_activation!r}; it must be one of {sorted(ACT2CLS)}."
+            )
         if self.vision_config.hidden_size % self.aggregator_num_heads:
             raise ValueError(
                 f"The aggregator's width is the slice encoder's, {self.vision_config.hidden_size}, which "

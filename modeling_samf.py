@@ -298,6 +298,11 @@ class SamfFusion(nn.Module):
         self.project_slices = nn.Linear(config.vision_config.hidden_size, dim)  # W_2d, eq. 3
         self.project_volume = nn.Linear(config.volume_dim, dim)  # W_3d, eq. 4
         self.project_text = nn.Linear(text_dim, dim) if config.project_text else nn.Identity()
+        taken = sorted(name for name in config.extra_sources if hasattr(nn.ModuleDict(), name))
+        if taken:
+            raise ValueError(
+                f"SamfConfig.extra_sources has the names {taken}, which torch's modules use themselves; rename."
+            )
         self.project_extra = nn.ModuleDict(
             {name: nn.Linear(width, dim) for name, width in config.extra_sources.items()}
         )
@@ -624,6 +629,15 @@ class SamfModel(SamfPreTrainedModel):
             "Image features and image tokens do not match: other numbers of placeholder tokens than the volumes give",
         )
 
+    def _check_rows(self) -> None:
+        """Raise ValueError where the placeholder has no embedding: torch would only say that an index is out of range."""
+        rows = getattr(self.get_input_embeddings(), "num_embeddings", None)
+        if rows is not None and self.config.image_token_id >= rows:
+            raise ValueError(
+                f"config.image_token_id is {self.config.image_token_id}, but the language model embeds {rows} tokens. Call "
+                "resize_token_embeddings, or take a placeholder among its tokens."
+            )
+
     def _check_no_placeholders(self, image_mask: torch.Tensor, others: dict[str, Any]) -> None:
         """Without a volume no placeholder may stand in image_mask (B, T); `others` are further arguments of forward."""
 
@@ -718,6 +732,7 @@ class SamfModel(SamfPreTrainedModel):
             return SamfModelOutputWithPast(image_outputs=image_outputs, finding_logits=finding_logits)
 
         if inputs_embeds is None:
+            self._check_rows()
             inputs_embeds = self.get_input_embeddings()(input_ids)
         image_mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         if has_volume:

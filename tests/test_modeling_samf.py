@@ -452,11 +452,25 @@ def test_defaults_are_the_papers_sizes():
 
 
 @pytest.mark.parametrize(
-    "setting", [{"fusion_type": "sum"}, {"aggregator_num_heads": 7}, {"project_text": False, "fusion_dim": 8}]
+    "setting",
+    [
+        {"fusion_type": "sum"},
+        {"aggregator_num_heads": 7},
+        {"project_text": False, "fusion_dim": 8},
+        {"num_image_tokens": 0},
+        {"aggregator_activation": "rellu"},
+    ],
 )
 def test_a_wrong_setting_is_an_error_that_names_it(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):
         tiny_config(**setting)
+
+
+def test_names_and_ids_that_a_model_cannot_have_are_errors():
+    with pytest.raises(ValueError, match=r"\['type', 'values'\]"):
+        tiny_model(extra_sources={"values": 3, "age": 1, "type": 2})
+    with pytest.raises(ValueError, match="image_token_id is 500, but the language model embeds 99"):
+        tiny_model(image_token_id=500)(**tiny_batch("ao2d"))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
