@@ -20,7 +20,6 @@ import math
 import os
 import re
 import tempfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,19 +27,16 @@ from typing import Any
 
 import numpy as np
 
-from .dicom_volume import dicom_files, looks_like_dicom, read_dicom
+from .dicom_volume import dicom_files, is_dicomdir, looks_like_dicom, read_dicom
 from .volume_files import (
     AIR_HU,
-    DEFLATE_MAX_RATIO,
-    LPS_TO_RAS,
     MAX_VOXELS,
     CTReadError,
     StoredVolume,
     check_dtype,
-    is_disk_error,
-    nifti_affines,
+    is_plausible,
     nifti_header_size,
-    nifti_zooms,
+    other_half,
     read_metaimage,
     read_nifti,
     read_npy,
@@ -50,17 +46,8 @@ from .volume_files import (
     seen,
     squeezed_shape,
 )
+from .volume_memory import is_file, local_files, source_of, stored_image
 from .volume_sources import is_address, local_copy, shown, unpack_zip
-
-try:
-    import nibabel as nib
-except ImportError:
-    nib = None
-
-try:
-    import SimpleITK as sitk
-except ImportError:
-    sitk = None
 
 try:  # for volumes that must be resampled
     from scipy.ndimage import affine_transform
@@ -72,13 +59,15 @@ logger = logging.getLogger(__name__)
 __all__ = ["AIR_HU", "CTReadError", "CTVolume", "judge_intensity", "read_ct", "to_ct_volume"]
 
 _DIRECTIONS = ("LR", "PA", "IS")  # of the axes R, A and S: where they come from and where they run to
+_AXIS_OF = {letter: axis for axis, pair in enumerate(_DIRECTIONS) for letter in pair}
+_OPPOSITE = {pair[side]: pair[1 - side] for pair in _DIRECTIONS for side in (0, 1)}
+_SIDES = {"L": "left", "R": "right", "P": "back", "A": "front", "I": "foot", "S": "head"}
 _MAX_OBLIQUE_DEGREES = 10.0
 _MAX_SHEAR_DEGREES = 0.5
 _MAX_MENDED_SHEAR_DEGREES = 40.0  # gantries tilt up to 30°
 _PADDING_HU = -1500  # noise and streaks reach down to some -1300; nothing measured lies below this
 _SAMPLE = 1 << 18
 _MAX_UPRIGHT, _MAX_GROWTH = 50_000_000, 20  # voxels, and times as many as before: what resampling may make of a volume
-_PLAUSIBLE_MM = (0.05, 50.0)
 _MIN_JUDGED = 10_000  # voxels: fewer say nothing about the whole
 
 
@@ -122,10 +111,11 @@ class CTVolume:
 
 
 def read_ct(
-    path: str | os.PathLike | Sequence[str | os.PathLike],
+    path: Any,
     *,
     rescale: Sequence[float] | None = None,
     spacing: Sequence[float] | None = None,
+    axes: str | None = None,
     series_uid: str | None = None,
     allow_non_ct: bool = False,
 ) -> CTVolume:
@@ -133,14 +123,21 @@ def read_ct(
 
     Args:
         path: a file (NIfTI, NRRD, MetaImage, NumPy, DICOM, or a zip of one of them), a folder with DICOM slices in it or
-            in its sub-folders, a list of DICOM files, or an http(s):// or hf:// address of a file.
+            in its sub-folders, a list of the DICOM files of one volume, or an http(s):// or hf:// address of a file. In
+            place of a path: a file that is open for reading bytes, the bytes themselves, a pydicom dataset, or a row of
+            an undecoded column of `datasets`, {"bytes": …, "path": …}. An open file is read from its beginning, and
+            stays open at the position where it was.
         rescale: (slope, intercept) for a file that holds raw stored values under a header that says nothing, as in
             CT-RATE's first release. Never for values that are HU already: that is noticed and refused. Five numbers are
             slope, intercept and spacing: what a record of such a volume carries.
         spacing: voxel size in mm along the stored axes, for a file whose header has no geometry, as in the same
-            release. Its axes are then taken as DICOM's: to the patient's left, back and head.
-        series_uid: which series of a DICOM study to read, by its SeriesInstanceUID or by the label that the log gives it.
-            Default: the largest axial CT series.
+            release. Without `axes`, these are then taken as DICOM's: to the patient's left, back and head (those of a
+            NumPy file as RAS+).
+        axes: where the stored axes run to, for a file whose header does not say: three of the letters R or L, A or P,
+            S or I. Slices from head to foot, rows from front to back, columns from right to left are "IPL". Without
+            `spacing`, the header's sizes count, or 1 mm.
+        series_uid: which series of a DICOM study to read, or which stack of an enhanced file, by the label that the log
+            gives it, or a series by its SeriesInstanceUID. Default: the largest axial CT series.
         allow_non_ct: take other modalities, and values that are no Hounsfield units.
 
     Returns:
@@ -150,16 +147,19 @@ def read_ct(
         CTReadError: the path holds no single CT volume; says what was found, what was expected and what to do.
         TypeError: no path at all.
     """
-    if not isinstance(path, (str, os.PathLike, list, tuple)):
-        raise TypeError(f"expected a path, an address or a list of DICOM files; got {type(path)}")
-    source = _shown_source(path)
+    if not is_file(path):
+        raise TypeError(f"expected a path, an address, a list of DICOM files, an open file or bytes; got {type(path)}")
+    source = source_of(path)
     if rescale is not None:
         if len(rescale) not in (2, 5):
             raise CTReadError(f"{source}: rescale={rescale}; expected (slope, intercept), or those and three sizes.")
         rescale, spacing = tuple(rescale[:2]), (tuple(rescale[2:]) or spacing)
     try:
-        stored = _read_stored(path, source, rescale, series_uid, allow_non_ct)
-        return _build(stored, rescale=rescale, spacing=spacing, judge=not allow_non_ct)
+        with local_files(path) as (local, passing):
+            stored = _read_stored(local, source, rescale, series_uid, allow_non_ct)
+            if passing:
+                stored = _unmapped(stored)
+        return _build(stored, rescale=rescale, spacing=spacing, axes=axes, judge=not allow_non_ct)
     except CTReadError as error:
         if source in str(error):
             raise
@@ -172,50 +172,30 @@ def read_ct(
         ) from error
 
 
-def to_ct_volume(image: Any) -> CTVolume:
-    """CTVolume from what people hold in memory, or a path.
+def to_ct_volume(image: Any, *, spacing: Sequence[float] | None = None, axes: str | None = None) -> CTVolume:
+    """Return a CTVolume of what people hold in memory, or of a path.
 
     Args:
-        image: a CTVolume (returned as it is), whatever `read_ct` takes, a nibabel or SimpleITK image, or an array or
-            tensor (X, Y, Z) of HU, taken as RAS+ with voxels of 1 mm. Values in memory that are no Hounsfield units are
-            warned of, not refused.
+        image: a CTVolume (returned as it is); whatever `read_ct` takes; an image of nibabel, SimpleITK, MONAI (a
+            MetaTensor), TorchIO or highdicom, with its own geometry; or an array or tensor (X, Y, Z) of HU, taken as RAS+
+            with voxels of 1 mm. Values in memory that are no Hounsfield units are warned of, not refused.
+        spacing, axes: as for `read_ct`, for what has no geometry of its own.
+
+    Returns:
+        CTVolume in RAS+ order, HU in int16.
 
     Raises:
         CTReadError: not one 3-D volume.
-        TypeError: none of these.
+        TypeError: none of these, or an affine in coordinates that nothing tells; says what to do.
     """
     if isinstance(image, CTVolume):
         return image
-    if isinstance(image, (str, os.PathLike)) or _is_file_list(image):
-        return read_ct(image)
-    if nib is not None and isinstance(image, nib.spatialimages.SpatialImage):
-        return _build(_from_nibabel(image))
-    if sitk is not None and isinstance(image, sitk.Image):
-        return _build(_from_itk(image))
-    if hasattr(image, "detach"):
-        image = image.detach().cpu()
-        image = (image.float() if image.dtype.is_floating_point else image).numpy()  # NumPy has no bfloat16
-    if isinstance(image, np.ndarray):
-        source = f"array of shape {image.shape}"
-        image = image.reshape(squeezed_shape(image.shape, source, leading=True), order="A")
-        return _build(StoredVolume(image, source, [np.eye(4)], own=False))
-    raise TypeError(
-        f"a volume is a path, a list of DICOM files, a CTVolume, an array (X, Y, Z) in HU, a nibabel or a SimpleITK "
-        f"image; got {type(image)}"
-    )
-
-
-def _is_file_list(image: Any) -> bool:
-    return isinstance(image, (list, tuple)) and all(isinstance(file, (str, os.PathLike)) for file in image)
+    if is_file(image):
+        return read_ct(image, spacing=spacing, axes=axes)
+    return _build(stored_image(image), spacing=spacing, axes=axes)
 
 
 # ------------------------------------------------------------------------------------------------ telling formats apart
-
-
-def _shown_source(path: Any) -> str:
-    if isinstance(path, (list, tuple)):
-        return f"{path[0]} and {len(path) - 1} more files" if path else "an empty list of files"
-    return shown(path) if is_address(path) else str(path)
 
 
 def _read_stored(
@@ -226,16 +206,21 @@ def _read_stored(
         missing = next((file for file in files if not file.is_file()), None)
         if missing is not None or not files:
             raise CTReadError(f"{missing or source}: no such file. Expected a list of the DICOM files of one series.")
-        return _dicom(source, files, rescale, series_uid, allow_non_ct)
+        return _dicom(source, files, rescale, series_uid, allow_non_ct, listed=True)
     _check_path(path)
     path = local_copy(path) if is_address(path) else Path(path)
     if path.is_dir():
         return _read_folder(path, source, rescale, series_uid, allow_non_ct)
     if not path.is_file():
         raise CTReadError(f"{path}: no such file or folder. Check the path; a relative one starts at {Path.cwd()}.")
+    if path.suffix.lower() in (".img", ".gz") and _is_pair(header := other_half(path)):
+        path = header
     kind = _sniff(path)
     if kind == "zip":
         return _read_zip(path, source, rescale, series_uid, allow_non_ct)
+    if kind == "dicom" and is_dicomdir(path):
+        logger.info("%s: the directory of a disc; reads the folder that it lies in", source)
+        return _read_folder(path.parent, source, rescale, series_uid, allow_non_ct)
     if kind == "dicom":
         return _dicom(source, [path], rescale, series_uid, allow_non_ct)
     if series_uid is not None:
@@ -267,8 +252,7 @@ _READERS = {
 
 def _sniff(path: Path) -> str:
     """One of `_READERS`, "dicom" or "zip", from the first bytes."""
-    with open(path, "rb") as stream:
-        head = stream.read(512)
+    head = _head(path)
     if head[:2] == b"\x1f\x8b":
         return "compressed NIfTI"  # what is inside is checked where it is unpacked
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
@@ -287,6 +271,19 @@ def _sniff(path: Path) -> str:
         f"{path}: found {seen(head)}; expected NIfTI, NRRD, MetaImage, NumPy, DICOM or a zip. "
         f"Unpack an archive, convert a scan (e.g. with dcm2niix), or fetch the file anew if it was one of these."
     )
+
+
+def _is_pair(header: Path | None) -> bool:
+    """Whether it is the `.hdr` of a pair: the `.img` beside it may hold any bytes."""
+    if header is None or ".hdr" not in header.name.lower():
+        return False
+    head = _head(header)
+    return head.startswith(b"\x1f\x8b") or nifti_header_size(head) is not None
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(512)
 
 
 def _first_member(head: bytes) -> bytes:
@@ -321,14 +318,18 @@ def _read_zip(
         if files:
             return _dicom(source, files, rescale, series_uid, allow_non_ct)
         volumes = [file for file in sorted(Path(folder).iterdir()) if _is_volume(file)]
+        volumes = [file for file in volumes if not _is_pair(other_half(file))]  # the .hdr stands for both
         if len(volumes) != 1:
             raise CTReadError(
                 f"{source}: a zip with {len(volumes)} volumes; expected DICOM slices or one volume file. "
                 f"Unpack it and name one."
             )
-        stored = replace(_READERS[_sniff(volumes[0])](volumes[0]), source=source)
-        # A map would outlive its file.
-        return stored if stored.own else replace(stored, array=np.array(stored.array, order="K"), own=True)
+        return _unmapped(replace(_READERS[_sniff(volumes[0])](volumes[0]), source=source))
+
+
+def _unmapped(stored: StoredVolume) -> StoredVolume:
+    """The volume in memory of its own: a map would outlive its file."""
+    return stored if stored.own else replace(stored, array=np.array(stored.array, order="K"), own=True)
 
 
 def _is_volume(file: Path) -> bool:
@@ -344,76 +345,11 @@ def _dicom(
     rescale: tuple[float, float] | None,
     series_uid: str | None,
     allow_non_ct: bool,
+    listed: bool = False,
 ) -> StoredVolume:
     if rescale is not None:
         raise CTReadError(f"{source}: DICOM slices carry their own slope and intercept; leave rescale out.")
-    return read_dicom(source, files, series_uid=series_uid, allow_non_ct=allow_non_ct)
-
-
-# ------------------------------------------------------------------------------------------------------ images in memory
-
-
-def _from_nibabel(image: Any) -> StoredVolume:
-    """The values before scaling, slope and intercept: get_fdata would make a float64 volume."""
-    name, proxy = image.get_filename(), image.dataobj
-    source = f"nibabel image {name}" if name else "nibabel image"
-    affines = [] if image.affine is None else [np.asarray(image.affine, dtype=np.float64)]
-    zooms = (1.0, 1.0, 1.0)
-    if isinstance(image.header, nib.Nifti1Header):
-        affines, zooms = nifti_affines(source, image.header, *affines), nifti_zooms(image.header)
-    lazy = hasattr(proxy, "get_unscaled")
-    if lazy:  # only now does nibabel read the voxels
-        check_dtype(proxy.dtype, source)
-        voxels = math.prod(squeezed_shape(image.shape, source))
-    try:
-        # A header that claims more than deflate can pack lies, and nibabel would take the memory for it.
-        if lazy and name and voxels * proxy.dtype.itemsize > DEFLATE_MAX_RATIO * os.path.getsize(name):
-            raise EOFError
-        array = np.asanyarray(proxy.get_unscaled() if lazy else proxy)
-    except (EOFError, MemoryError, OSError, OverflowError, ValueError, zlib.error) as error:
-        if is_disk_error(error) and not isinstance(error, FileNotFoundError):
-            raise CTReadError(
-                f"{source}: its file cannot be read ({error.strerror}). Check its permissions and its disk."
-            ) from error
-        raise CTReadError(
-            f"{source}: its voxels cannot be read ({type(error).__name__}): its file ends early, is damaged or has gone. "
-            f"Fetch or write it anew."
-        ) from error
-    slope, intercept = (float(proxy.slope), float(proxy.inter)) if lazy else (1.0, 0.0)
-    return StoredVolume(array, source, affines, zooms, slope, intercept, own=False)
-
-
-def _from_itk(image: Any) -> StoredVolume:
-    """SimpleITK counts in LPS and its arrays run z, y, x: both are turned round here."""
-    source = "SimpleITK image"
-    kind = image.GetPixelIDTypeAsString()
-    if kind.startswith("label"):  # its library ends the process when it is asked for such an image's voxels
-        raise CTReadError(f"{source}: found a label map ({kind}); expected HU values. Pass the scan itself.")
-    components = image.GetNumberOfComponentsPerPixel()
-    if components > 1:
-        raise CTReadError(
-            f"{source}: found {components} values a voxel (colour, vectors or several volumes in one file); "
-            f"expected one HU value. Save a single volume."
-        )
-    dimension = image.GetDimension()
-    shape = squeezed_shape(image.GetSize(), source)
-    direction = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3]
-    affine = np.eye(4)
-    affine[:3, :3] = direction * np.array(image.GetSpacing()[:3])
-    affine[:3, 3] = image.GetOrigin()[:3]
-    array = _itk_array(image).T.reshape(shape, order="F")
-    return StoredVolume(array, source, [LPS_TO_RAS @ affine], own=False)
-
-
-def _itk_array(image: Any) -> np.ndarray:
-    """A view of the image's own buffer that keeps the image alive, as SimpleITK's own view does not."""
-    view = sitk.GetArrayViewFromImage(image)
-
-    class Owner:
-        __array_interface__ = view.__array_interface__
-        owned = image
-
-    return np.asarray(Owner())
+    return read_dicom(source, files, series_uid=series_uid, allow_non_ct=allow_non_ct, listed=listed)
 
 
 # --------------------------------------------------------------------------------------------------- one volume of these
@@ -423,7 +359,8 @@ def _build(
     stored: StoredVolume,
     *,
     rescale: tuple[float, float] | None = None,
-    spacing: tuple[float, float, float] | None = None,
+    spacing: Sequence[float] | None = None,
+    axes: str | None = None,
     judge: bool | None = None,
 ) -> CTVolume:
     """CTVolume from stored values and what the header says of them.
@@ -433,7 +370,7 @@ def _build(
     source = stored.source
     check_dtype(stored.array.dtype, source)
     array = stored.array.reshape(squeezed_shape(stored.array.shape, source), order="A")
-    affine = _affine(stored, array.shape, spacing)
+    affine = _affine(stored, array.shape, *_checked_geometry(source, spacing, axes))
     oblique, shear = _angles(affine)
     if shear > _MAX_SHEAR_DEGREES:
         stored.notes.append(f"tilted gantry or sheared axes: {shear:.1f}° off a right angle")
@@ -447,7 +384,7 @@ def _build(
         hu, affine = _resample(hu, affine, source, oblique, shear)
     hu, affine = _canonical(hu, affine)
     size = tuple(float(norm) for norm in np.linalg.norm(affine[:3, :3], axis=0))
-    if min(size) < _PLAUSIBLE_MM[0] or max(size) > _PLAUSIBLE_MM[1]:
+    if not is_plausible(np.array(size)):
         sizes = " x ".join(f"{mm:g}" for mm in size)
         logger.warning("%s: voxels of %s mm, which no scanner makes. Is its header's unit wrong?", source, sizes)
     return CTVolume(hu=hu, spacing=size, affine=affine, source=source, stored_orientation=orientation)
@@ -592,54 +529,104 @@ def _padding_to_air(hu: np.ndarray, source: str, own: bool) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------------- geometry
 
 
-def _affine(stored: StoredVolume, shape: Sequence[int], spacing: tuple[float, float, float] | None) -> np.ndarray:
-    """The first affine that maps voxels to a real volume; failing that, one made of voxel sizes.
-
-    The makeshift follows nibabel for headers without a transform: axes run left, front, head, the centre is the origin.
-    """
-    usable = [affine for affine in stored.affines if _is_regular(affine)]
-    if spacing is not None:
-        return _given_affine(stored.source, usable, shape, spacing)
-    if usable:
-        if _is_blank(usable[0]) and min(shape[:2]) >= 400:
-            logger.warning(
-                "%s: voxels of exactly 1 mm, unturned: a blank header? If so, pass spacing= (and rescale=) from the "
-                "scan's metadata.",
-                stored.source,
-            )
-        if stored.affines[0] is not usable[0]:
-            logger.warning("%s: its first affine is NaN or singular; takes the next (qform, spacing).", stored.source)
-        return usable[0]
-    zooms = np.asarray(stored.zooms, dtype=np.float64)
-    zooms = np.where(np.isfinite(zooms) & (zooms > 1e-6) & (zooms < 1e6), zooms, 1.0)
-    logger.warning(
-        "%s: %s; assumes voxels of %s mm with axes running left, front, head. Check the pictures' sides.",
-        stored.source,
-        "its affine is NaN or singular" if stored.affines else "its header has no orientation",
-        " x ".join(f"{zoom:g}" for zoom in zooms),
-    )
-    return _centred(np.diag([-zooms[0], zooms[1], zooms[2], 1.0]), shape)
-
-
-def _given_affine(
-    source: str, usable: list[np.ndarray], shape: Sequence[int], spacing: tuple[float, float, float]
-) -> np.ndarray:
-    """The caller's voxel sizes on DICOM's axes, where the header says nothing of its own."""
-    sizes = np.array([float(mm) for mm in spacing])
-    if sizes.shape != (3,) or not np.isfinite(sizes).all() or sizes.min() <= 0:
+def _checked_geometry(
+    source: str, spacing: Sequence[float] | None, axes: str | None
+) -> tuple[np.ndarray | None, str | None]:
+    """The caller's voxel sizes (3,) and axes, of three letters."""
+    sizes = None if spacing is None else np.array([float(mm) for mm in spacing])
+    if sizes is not None and (sizes.shape != (3,) or not np.isfinite(sizes).all() or sizes.min() <= 0):
         raise CTReadError(f"{source}: spacing={spacing}; expected three positive numbers of mm.")
-    if usable and not _is_blank(usable[0]):
-        norms = np.linalg.norm(usable[0][:3, :3], axis=0)
-        if np.abs(norms / sizes - 1).max() > 0.02:
-            raise CTReadError(
-                f"{source}: its header tells of voxels of {norms.round(4).tolist()} mm, spacing of {sizes.tolist()}. "
-                f"Leave spacing out, or look it up anew."
+    if axes is None:
+        return sizes, None
+    letters = axes.upper() if isinstance(axes, str) else ""
+    if len(letters) != 3 or sorted(_AXIS_OF.get(letter, -1) for letter in letters) != [0, 1, 2]:
+        raise CTReadError(
+            f"{source}: axes={axes!r}; expected one letter for each stored axis, where it runs to: R or L, A or P, S or I, "
+            f'such as "LPS".'
+        )
+    return sizes, letters
+
+
+def _affine(stored: StoredVolume, shape: Sequence[int], sizes: np.ndarray | None, axes: str | None) -> np.ndarray:
+    """The first affine that maps voxels to a real volume; failing that, one made of voxel sizes and axes."""
+    usable = [affine for affine in stored.affines if _is_regular(affine)]
+    given = sizes is not None or axes is not None
+    if not usable or (given and _is_blank(usable[0])):
+        return _assumed_affine(stored, shape, sizes, axes)
+    if given:
+        _check_given(stored.source, usable[0], sizes, axes)
+    elif _is_blank(usable[0]) and min(shape[:2]) >= 400:
+        logger.warning(
+            "%s: voxels of exactly 1 mm, unturned: a blank header? If so, pass spacing= and axes= (and rescale=) from "
+            "the scan's metadata.",
+            stored.source,
+        )
+    if stored.affines[0] is not usable[0]:
+        logger.warning("%s: its first affine is NaN or singular; takes the next (qform, spacing).", stored.source)
+    return usable[0]
+
+
+def _check_given(source: str, affine: np.ndarray, sizes: np.ndarray | None, axes: str | None) -> None:
+    """What the caller says must be what the header says, where it says something."""
+    norms = np.linalg.norm(affine[:3, :3], axis=0)
+    if sizes is not None and np.abs(norms / sizes - 1).max() > 0.02:
+        raise CTReadError(
+            f"{source}: its header tells of voxels of {norms.round(4).tolist()} mm, spacing of {sizes.tolist()}. "
+            f"Leave spacing out, or look it up anew."
+        )
+    if axes is not None and axes != (stored := _orientation(affine)):
+        raise CTReadError(f"{source}: its header tells of axes to {stored}, axes of {axes}. Leave axes out.")
+
+
+def _assumed_affine(
+    stored: StoredVolume, shape: Sequence[int], sizes: np.ndarray | None, axes: str | None
+) -> np.ndarray:
+    """Of the caller's sizes and axes, the header's own sizes, and what stands for the rest, with a word of it.
+
+    The makeshift for NIfTI without a form follows nibabel: axes run left, front, head, the centre is the origin. A blank
+    header under the caller's sizes is taken as DICOM's: left, back, head.
+    """
+    known = stored.assumed_axes if sizes is None or stored.assumed_axes != "LAS" else "LPS"
+    zooms = np.asarray(stored.zooms, dtype=np.float64)
+    zooms = np.where(np.isfinite(zooms) & (np.abs(zooms) > 1e-6) & (np.abs(zooms) < 1e6), zooms, 1.0)
+    mm = np.abs(zooms) if sizes is None else sizes
+    known = "".join(letter if zoom > 0 else _OPPOSITE[letter] for letter, zoom in zip(known, zooms, strict=True))
+    _tell_assumed(stored, mm, known, sizes is not None, axes is not None)
+    affine = np.diag([0.0, 0.0, 0.0, 1.0])
+    for column, letter in enumerate(axes or known):
+        row = _AXIS_OF[letter]
+        affine[row, column] = mm[column] if letter == _DIRECTIONS[row][1] else -mm[column]
+    return _centred(affine, shape)
+
+
+def _tell_assumed(stored: StoredVolume, mm: np.ndarray, known: str, sized: bool, placed: bool) -> None:
+    """Of an assumed affine: what was assumed, and how to say better."""
+    size = " x ".join(f"{value:g}" for value in mm)
+    runs = ", ".join(_SIDES[letter] for letter in known)
+    if stored.bare:
+        open_points = []
+        if not sized:
+            open_points.append(("voxels of 1 mm", "spacing= in mm"))
+        if not placed:
+            open_points.append((f"axes running {runs}", 'axes= ("IPL": slices first, from head to foot)'))
+        if open_points:
+            logger.warning(
+                "%s: an array without geometry; assumes %s. If that is wrong, so are planes, sides and sizes: pass %s, or "
+                "save `affine` (4, 4) beside it in an .npz.",
+                stored.source,
+                *(" and ".join(words) for words in zip(*open_points, strict=True)),
             )
-        return usable[0]
-    logger.info(
-        "%s: voxels of %s mm, axes to the left, back and head, as the caller says", source, tuple(sizes.tolist())
-    )
-    return _centred(np.diag([-sizes[0], -sizes[1], sizes[2], 1.0]), shape)
+    elif placed or sized:
+        known = "" if placed else f", axes running {runs}"
+        logger.info("%s: voxels of %s mm%s, as the caller says", stored.source, tuple(mm.tolist()), known)
+    elif stored.affines or stored.assumed_axes != "RAS":  # an .npz with `spacing` is defined so
+        logger.warning(
+            "%s: %s; assumes voxels of %s mm with axes running %s. Check the pictures' sides, or pass axes=.",
+            stored.source,
+            "its affine is NaN or singular" if stored.affines else "its header has no orientation",
+            size,
+            runs,
+        )
 
 
 def _centred(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:

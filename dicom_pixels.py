@@ -1,6 +1,6 @@
 """The voxels of DICOM files: where they lie, and single frames of them as they are stored.
 
-What is native is read straight from the file. JPEG, JPEG-LS, JPEG 2000 and RLE are unpacked by SimpleITK (GDCM) in a
+What is native is read straight from the file. JPEG, JPEG-LS, JPEG 2000, HTJ2K and RLE are unpacked by SimpleITK (GDCM) in a
 process of its own, since damaged streams can crash, hang or flood a decoder: whatever they do to it, here it is an error.
 """
 
@@ -53,7 +53,9 @@ PARSE_ERRORS = (
 )
 NATIVE = {"1.2.840.10008.1.2": "<", "1.2.840.10008.1.2.1": "<", "1.2.840.10008.1.2.2": ">"}
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-_GDCM = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91)} | {"1.2.840.10008.1.2.5"}
+_HTJ2K = {f"1.2.840.10008.1.2.4.{n}" for n in (201, 202, 203)}
+_JPEG_2000 = {f"1.2.840.10008.1.2.4.{n}" for n in (90, 91)} | _HTJ2K
+_GDCM = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81)} | {"1.2.840.10008.1.2.5"} | _JPEG_2000
 _PIXEL_TAG = (0x7FE0, 0x0010)
 _MAX_FRAME_PIXELS = 1 << 26  # 8192 x 8192: a compressed frame may claim any size
 _MAX_INFLATED = 1 << 30
@@ -87,6 +89,9 @@ try:
     import numpy, SimpleITK
 except ImportError:
     sys.exit(3)
+version = SimpleITK.Version.MajorVersion(), SimpleITK.Version.MinorVersion()
+if version < (2, 5) and any(name.endswith(".htj2k") for name in names):
+    sys.exit(5)
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
 reader = SimpleITK.ImageFileReader()
 reader.SetImageIO("GDCMImageIO")
@@ -208,7 +213,8 @@ class Frames:
         return _meaningful_bits(stored, pixels.stored, pixels.stored - 1)
 
     def _file(self, i: int) -> Path:
-        return Path(self._folder.name, f"{i:06d}.dcm")
+        kind = "htj2k" if self.pieces[i][0].syntax in _HTJ2K else "dcm"
+        return Path(self._folder.name, f"{i:06d}.{kind}")
 
     def _unpack_from(self, i: int) -> None:
         """Unpacks frame i and as many of those behind it as make a batch."""
@@ -238,6 +244,11 @@ class Frames:
             raise CTReadError(f"{first}: unpacking its voxels takes far too long. {ANEW}") from error
         if done.returncode == 3:
             raise CTReadError(f"{first}: compressed voxels need SimpleITK: pip install SimpleITK")
+        if done.returncode == 5:
+            raise CTReadError(
+                f"{first}: its voxels are packed as HTJ2K, which SimpleITK unpacks from version 2.5 on: "
+                f"pip install -U 'SimpleITK>=2.5', or export the series uncompressed."
+            )
         if done.returncode == 4:
             raise CTReadError(f"{first}: cannot be unpacked into {self._folder.name}. {_ROOM}")
         for file in batch:
@@ -247,8 +258,8 @@ class Frames:
         """A frame's compressed bytes, once it is sure that they are of the size that the header tells."""
         if pixels.syntax not in _GDCM:
             raise CTReadError(
-                f"{pixels.file}: transfer syntax {pixels.syntax[:64]}; expected native, RLE, JPEG, JPEG-LS or "
-                f"JPEG 2000 voxels. Export the series uncompressed (Explicit VR Little Endian)."
+                f"{pixels.file}: transfer syntax {pixels.syntax[:64]}; expected native, RLE, JPEG, JPEG-LS, "
+                f"JPEG 2000 or HTJ2K voxels. Export the series uncompressed (Explicit VR Little Endian)."
             )
         if self._packed[0] != pixels.file:
             with contents(pixels.file) as (stream, _):
@@ -350,7 +361,7 @@ def _check_codestream(pixels: DicomPixels, frame: bytes) -> None:
     if pixels.syntax.endswith(".1.2.5"):
         segments = struct.unpack("<I", frame[:4])[0]
         good = segments == pixels.allocated // 8
-    elif pixels.syntax.endswith((".90", ".91")):
+    elif pixels.syntax in _JPEG_2000:
         start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
         good = start >= 0
         if good:

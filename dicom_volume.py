@@ -6,6 +6,10 @@ looked at, and a series is called by a short digest of its UID (`series_label`),
 
 What is mended and what is refused:
 - scouts, reports, colour captures, captures without a position, other modalities and units: left out, counted;
+- slices of which each is a series by itself, as some anonymisers leave them: one series, if they were passed as a list, or
+  if they share study, frame of reference, orientation, matrix and pixel size (`_joined`);
+- several stacks in one enhanced file: the largest axial one, like a series; the log gives each a label (`_split`);
+- numbers that can't be read, such as those with a decimal comma: refused, with the tag's name;
 - up to three slices, or a tenth, of another orientation, matrix or pixel size: left out, counted. More: refused;
 - a CT slice that is damaged or was cut short: its series is refused, never read in part;
 - copies of a slice: left out, counted. Different slices at one place (time points, reconstructions): refused;
@@ -53,11 +57,16 @@ _MAX_ODD_SLICES, _MAX_ODD_SHARE = 3, 0.1  # of another orientation, matrix or pi
 _MAX_FILES = 100_000
 _MAX_LISTED = 12  # series in one message
 _CT_CLASS = re.compile(rb"(?<![\d.])1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.[12])?(?![\d.])")  # plain, enhanced, converted
+_DIRECTORY = re.compile(rb"(?<![\d.])1\.2\.840\.10008\.1\.3\.10(?![\d.])")  # DICOMDIR
+_COMMA_NUMBERS = re.compile(rb"(?=[^,]*,)[-+0-9eE., \\\0]*")
+_MIN_JOINED = 3  # series of one slice that a folder must have to be one volume
 _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture and its multi-frame kinds
-_TAGS = [
+TAGS = [
     "SOPClassUID",
     "SOPInstanceUID",
     "SeriesInstanceUID",
+    "StudyInstanceUID",
+    "FrameOfReferenceUID",
     "SeriesNumber",
     "Modality",
     "ImageType",
@@ -96,7 +105,13 @@ class _LeftOutError(Exception):
 
 
 class _BrokenSliceError(Exception):
-    """A CT slice that ends before its voxels; the message is its series' UID, if that is known."""
+    """A CT slice that can't be read, as the message says, and its series' UID, if that is known."""
+
+    def __init__(
+        self, uid: str, reason: str = f"a CT slice that is damaged or was cut short. {ANEW} Or move it elsewhere."
+    ):
+        super().__init__(reason)
+        self.uid = uid
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,8 @@ class _Slice:
     pixels: DicomPixels
     frame: int
     series: str
+    room: tuple[str, str]  # study and frame of reference: positions count in one room
+    stack: str  # StackID of a frame
     series_number: str
     modality: str
     instance: str
@@ -152,16 +169,27 @@ def series_label(uid: str) -> str:
     return hashlib.sha256(uid.encode()).hexdigest()[:8]
 
 
+def is_dicomdir(path: Path) -> bool:
+    """Whether a file is the directory of a disc, whose volumes lie in its folder."""
+    return _DIRECTORY.search(_head(path, 1024)) is not None
+
+
 def read_dicom(
-    source: Path | str, files: Sequence[Path], *, series_uid: str | None = None, allow_non_ct: bool = False
+    source: Path | str,
+    files: Sequence[Path],
+    *,
+    series_uid: str | None = None,
+    allow_non_ct: bool = False,
+    listed: bool = False,
 ) -> StoredVolume:
     """The largest axial CT series among `files`, or the one named, as a volume in HU.
 
     Args:
         source: what messages call it.
         files: to look through; what is no DICOM slice is passed over.
-        series_uid: SeriesInstanceUID of the series to take, or its `series_label`.
+        series_uid: SeriesInstanceUID of the series to take, or the label of a series or stack (see `series_label`).
         allow_non_ct: take any modality and any unit.
+        listed: somebody named each of these files: they are one volume, if they can be.
 
     Raises:
         CTReadError: no such series, or one that doesn't make a volume; see this module's rules.
@@ -175,12 +203,15 @@ def read_dicom(
         wrong = any("damaged" in reason or "no DICOM" in reason for reason in left_out)
         level = logging.WARNING if wrong else logging.INFO
         logger.log(level, "%s: left out %s", source, _counted(left_out))
-    slices = _choose_series(source, series, left_out, series_uid)
-    # Of a UID that was itself cut short nobody knows which series it names.
-    unknown = slices[0].series if series_uid is None else None
-    for path, uid in broken.items():
-        if (uid if uid in series else unknown) == slices[0].series:
-            raise CTReadError(f"{path}: a CT slice that is damaged or was cut short. {ANEW} Or move it elsewhere.")
+    if not series and broken:
+        path, error = next(iter(broken.items()))
+        raise CTReadError(f"{path}: {error}")
+    slices = _choose_series(source, series, left_out, series_uid, listed)
+    chosen = {piece.series for piece in slices}
+    for path, error in broken.items():
+        # Of a UID that was itself cut short nobody knows which series it names.
+        if error.uid in chosen or (error.uid not in series and series_uid is None):
+            raise CTReadError(f"{path}: {error}")
     notes: list[str] = []
     slices = _one_plane(source, slices, notes)
     if len(slices) == 1:
@@ -253,8 +284,8 @@ def _head(path: Path, size: int = 352) -> bytes:
 
 def _read_headers(
     files: Iterable[Path], allow_non_ct: bool
-) -> tuple[dict[str, list[_Slice]], Counter, dict[Path, str]]:
-    """Slices by series; how many files were left out for which reason; slices cut short, with their series."""
+) -> tuple[dict[str, list[_Slice]], Counter, dict[Path, _BrokenSliceError]]:
+    """Slices by series; how many files were left out for which reason; slices that can't be read, and why."""
     series, left_out, broken = defaultdict(list), Counter(), {}
     for path in files:
         try:
@@ -262,8 +293,8 @@ def _read_headers(
                 series[piece.series].append(piece)
         except _LeftOutError as reason:
             left_out[str(reason)] += 1
-        except _BrokenSliceError as uid:
-            broken[path] = str(uid)
+        except _BrokenSliceError as error:
+            broken[path] = error
             left_out["cut short or damaged"] += 1
     return dict(series), left_out, broken
 
@@ -272,9 +303,10 @@ def _slices_of(path: Path, allow_non_ct: bool) -> list[_Slice]:
     head = _head(path, 4096)
     if not looks_like_dicom(head) and not _CT_CLASS.search(head):
         raise _LeftOutError("that are no DICOM files")
+    header = None
     try:
         with contents(path) as (stream, syntax), quiet_pydicom():
-            header = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=_TAGS)
+            header = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=TAGS)
             syntax = syntax or str(header.file_meta.get("TransferSyntaxUID", ""))
             implicit = header.original_encoding[0] is True
             if not syntax:
@@ -285,9 +317,37 @@ def _slices_of(path: Path, allow_non_ct: bool) -> list[_Slice]:
         if is_disk_error(error):
             raise
         if _CT_CLASS.search(head):
-            raise _BrokenSliceError("") from error
+            with quiet_pydicom():
+                raise _broken_slice(header) from error
         # Not the error's own words: they may quote the file.
         raise _LeftOutError(f"with a damaged header ({type(error).__name__}, e.g. {path.name})") from error
+
+
+def _broken_slice(header: Any) -> _BrokenSliceError:
+    """What is said of a CT slice that can't be read: the tag whose number is none, or that it is damaged."""
+    found = None if header is None else _unreadable_tag(header)
+    if found is None:
+        return _BrokenSliceError("")
+    tag, comma = found
+    name = f"{pydicom.datadict.keyword_for_tag(tag) or 'a private tag'} ({tag.group:04x},{tag.element:04x})"
+    what = "is written with a decimal comma; DICOM's numbers have a point" if comma else "holds no number"
+    return _BrokenSliceError(
+        "", f"its {name} {what}. Export the series again, or write the tag anew, e.g. with pydicom."
+    )
+
+
+def _unreadable_tag(header: Any) -> tuple[Any, bool] | None:
+    """The first tag whose value can't be read, also within sequences, and whether that is for a decimal comma."""
+    for tag in sorted(header.keys()):
+        try:
+            element = header[tag]
+        except PARSE_ERRORS:
+            value = header.get_item(tag).value
+            return tag, isinstance(value, bytes) and _COMMA_NUMBERS.fullmatch(value) is not None
+        for item in element.value if element.VR == "SQ" else ():
+            if (found := _unreadable_tag(item)) is not None:
+                return found
+    return None
 
 
 def _slices_from(path: Path, header: Any, syntax: str, offset: int, length: int, allow_non_ct: bool) -> list[_Slice]:
@@ -296,6 +356,8 @@ def _slices_from(path: Path, header: Any, syntax: str, offset: int, length: int,
         kind = str(header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID") or "")
         if _CT_CLASS.fullmatch(kind.encode()):
             raise _BrokenSliceError(str(header.get("SeriesInstanceUID", "") or "")[:64])
+        if _DIRECTORY.fullmatch(kind.encode()):
+            raise _LeftOutError("directories of a disc (DICOMDIR: name its folder)")
         raise _LeftOutError("reports or other objects without pictures" if kind else "damaged files")
     _check_kind(header, modality, allow_non_ct)
     stored = int(header.get("BitsStored") or header.BitsAllocated)
@@ -370,6 +432,8 @@ def _slice(header: Any, pixels: DicomPixels, frame: int, modality: str, allow_no
         pixels=pixels,
         frame=frame,
         series=str(header.get("SeriesInstanceUID", "") or "")[:64],
+        room=(_text(header, "StudyInstanceUID"), _text(header, "FrameOfReferenceUID")),
+        stack=str(value("StackID", "FrameContentSequence") or "")[:16],
         series_number=str(header.get("SeriesNumber", "") or "")[:16],
         modality=modality[:16],
         instance=f"{header.get('SOPInstanceUID', '')}#{frame}",
@@ -382,6 +446,10 @@ def _slice(header: Any, pixels: DicomPixels, frame: int, modality: str, allow_no
         padding=_padding(header, pixels, slope, intercept),
         time_point=_time_point(value),
     )
+
+
+def _text(header: Any, keyword: str) -> str:
+    return str(header.get(keyword, "") or "")[:64]
 
 
 def _numbers(values: Any, count: int) -> np.ndarray | None:
@@ -441,33 +509,113 @@ def _time_point(value: Any) -> tuple[tuple[str, str], ...]:
 
 
 def _choose_series(
-    source: Path | str, series: dict[str, list[_Slice]], left_out: Counter, series_uid: str | None
+    source: Path | str, series: dict[str, list[_Slice]], left_out: Counter, series_uid: str | None, listed: bool
 ) -> list[_Slice]:
-    """The slices of the series named, else of the largest axial one; the log says which others there were."""
+    """The slices of the series or stack named, else of the largest axial one; the log says which others there were."""
     if not series:
         found = _counted(left_out) or "no DICOM file"
         raise CTReadError(f"{source}: no CT series here (found {found}). {_NON_CT_REMEDY}")
-    largest = sorted(series, key=lambda uid: (-len(series[uid]), uid))
-    listing = "; ".join(f"{series_label(uid)}: {_described(series[uid])}" for uid in largest[:_MAX_LISTED])
-    listing += f"; and {len(series) - _MAX_LISTED} more" if len(series) > _MAX_LISTED else ""
-    if series_uid is not None:
-        named = next((uid for uid in series if series_uid in (uid, series_label(uid))), None)
-        if named is None:
-            raise CTReadError(
-                f"{source}: series_uid names no CT series here; there are {listing}. Pass one of these labels, or a "
-                f"SeriesInstanceUID."
-            )
-        return series[named]
-    chosen = max(sorted(series), key=lambda uid: _rank(series[uid]))
-    if len(series) > 1:
-        logger.warning(
-            "%s: %d series; reads %s, the largest axial one. All: %s. Choose another by series_uid=.",
-            source,
-            len(series),
-            series_label(chosen),
-            listing,
+    apart = {name: stack for uid, slices in series.items() for name, stack in _split(uid, slices).items()}
+    if series_uid is None:
+        choices = _joined(source, apart, listed)
+    else:
+        choices = _named(apart, series_uid) or _named(_joined(source, apart, listed), series_uid)
+    if not choices:
+        raise CTReadError(
+            f"{source}: series_uid names no CT series here; there are {_listing(apart)}. Pass one of these labels, or a "
+            f"SeriesInstanceUID."
         )
-    return series[chosen]
+    chosen = max(sorted(choices), key=lambda name: _rank(choices[name]))
+    if len(choices) > 1:
+        logger.warning(
+            "%s: %d %s; reads %s, the largest axial one. All: %s. Choose another by series_uid=.%s",
+            source,
+            len(choices),
+            "series" if set(choices) <= set(series) else "series or stacks",
+            series_label(chosen),
+            _listing(choices),
+            " They are single slices: if they are one volume, pass their files as a list."
+            * (len(choices[chosen]) == 1),
+        )
+    return choices[chosen]
+
+
+def _named(choices: dict[str, list[_Slice]], name: str) -> dict[str, list[_Slice]]:
+    """Those of a SeriesInstanceUID (several where it has several stacks), or the one of a label."""
+    of_uid = {key: stack for key, stack in choices.items() if {piece.series for piece in stack} == {name}}
+    return of_uid or {key: stack for key, stack in choices.items() if series_label(key) == name}
+
+
+def _listing(series: dict[str, list[_Slice]]) -> str:
+    largest = sorted(series, key=lambda name: (-len(series[name]), name))
+    listing = "; ".join(f"{series_label(name)}: {_described(series[name])}" for name in largest[:_MAX_LISTED])
+    return listing + (f"; and {len(series) - _MAX_LISTED} more" if len(series) > _MAX_LISTED else "")
+
+
+def _split(uid: str, slices: list[_Slice]) -> dict[str, list[_Slice]]:
+    """The stacks of a series in enhanced files, each under a name of its own; of any other the series itself.
+
+    Frames belong to the stack that their StackID names or, where none does and one file holds them all, that their
+    orientation, matrix and pixel size make. Stacks that together make one even volume stay one.
+    """
+    by_id = defaultdict(list)
+    for piece in slices:
+        by_id[piece.stack].append(piece)
+    stacks = list(by_id.values())
+    if len(stacks) == 1 and len({piece.pixels.file for piece in slices}) == 1:
+        stacks = _stacks(slices)
+        if _mostly_one(stacks):
+            return {uid: slices}
+    # Frames that each have a number of their own are no stacks, nor are radial ones.
+    if sum(len(stack) > 1 for stack in stacks) < 2 or _is_even(slices):
+        return {uid: slices}
+    return {f"{uid} stack {number:04d}": stack for number, stack in enumerate(stacks, 1)}
+
+
+def _is_even(slices: list[_Slice]) -> bool:
+    """Whether slices make one volume without gaps, copies and odd ones."""
+    first = slices[0]
+    if any(piece.position is None or piece.cosines is None or piece.spacing is None for piece in slices):
+        return False
+    if len(slices) < 2 or not all(piece.fits(first) for piece in slices):
+        return False
+    steps = np.diff(np.sort([float(piece.position @ first.normal) for piece in slices]))
+    median = float(np.median(steps))
+    return median > _SAME_PLACE_MM and bool(np.abs(steps - median).max() <= _step_tolerance(median))
+
+
+def _joined(source: Path | str, series: dict[str, list[_Slice]], listed: bool) -> dict[str, list[_Slice]]:
+    """The series, those of one slice that belong together as one. Some anonymisers give each file a series of its own.
+
+    Files that somebody listed belong together if they fit, or if all of them, series of many slices too, make one even
+    stack. Those of a folder must share study and frame of reference as well, and lie at different places.
+    """
+    slices = [piece for stack in series.values() for piece in stack]
+    if listed and len(series) > 1 and _is_even(slices):
+        logger.warning("%s: %d series in the list make one even stack; read as one volume.", source, len(series))
+        return {"all that was listed": slices}
+    rooms: dict[Any, list[_Slice]] = defaultdict(list)
+    for stack in series.values():
+        if len(stack) == 1 and stack[0].position is not None and stack[0].cosines is not None:
+            piece = stack[0]
+            rooms[(piece.pixels.rows, piece.pixels.columns, *(() if listed else (piece.room, piece.modality)))].append(
+                piece
+            )
+    joined = dict(series)
+    for stack in (stack for pieces in rooms.values() for stack in _stacks(pieces)):
+        places = {round(float(piece.position @ stack[0].normal) / _SAME_PLACE_MM) for piece in stack}
+        if len(stack) < 2 or not (listed or len(places) >= max(_MIN_JOINED, len(stack) / 2)):
+            continue
+        logger.warning(
+            "%s: %d slices of which each has a SeriesInstanceUID of its own%s; read as one series.",
+            source,
+            len(stack),
+            "" if listed else ", in one study, frame of reference and orientation",
+        )
+        for piece in stack:
+            del joined[piece.series]
+        joined[f"{stack[0].series} and others"] = stack
+    return joined
 
 
 def _counted(left_out: Counter) -> str:
@@ -502,16 +650,28 @@ def _one_plane(source: Path | str, slices: list[_Slice], notes: list[str]) -> li
     stacks = _stacks(slices)
     chosen = max(stacks, key=len)
     others = len(slices) - len(chosen)
-    if others > max(_MAX_ODD_SLICES, _MAX_ODD_SHARE * len(slices)) or others >= len(chosen):
+    if not _mostly_one(stacks):
         raise CTReadError(
             f"{source}: {len(slices)} slices in {len(stacks)} orientations, matrices or pixel sizes; expected one stack. "
-            f"Pass the files of one stack as a list."
+            f"{_remedy_for_several(slices, 'stack')}"
         )
     if others:
         notes.append(
             f"{others} of {len(slices)} slices have another orientation, matrix or pixel size and are left out"
         )
     return chosen
+
+
+def _mostly_one(stacks: list[list[_Slice]]) -> bool:
+    """Whether what isn't of the largest stack is so little that it can be left out."""
+    count, largest = sum(map(len, stacks)), max(map(len, stacks))
+    return count - largest <= max(_MAX_ODD_SLICES, _MAX_ODD_SHARE * count) and count - largest < largest
+
+
+def _remedy_for_several(slices: Sequence[_Slice], what: str) -> str:
+    if len({piece.pixels.file for piece in slices}) == 1:
+        return f"Export one {what} alone."
+    return f"Pass the files of one {what} as a list."
 
 
 # ------------------------------------------------------------------------------------------------------------- geometry
@@ -576,7 +736,7 @@ def _without_copies(source: Path | str, slices: list[_Slice], notes: list[str]) 
     if any(not np.array_equal(pictures[k], pictures[firsts[k]]) for k in np.flatnonzero(~fresh)):
         raise CTReadError(
             f"{source}: {len(slices)} slices at {int(fresh.sum())} positions; expected one for each. "
-            f"{_time_points(slices)}{_remedy_for_passes(slices)}"
+            f"{_time_points(slices)}{_remedy_for_several(slices, 'of them')}"
         )
     kept = [piece for piece, new in zip(slices, fresh, strict=True) if new]
     notes.append(f"{len(slices) - len(kept)} of {len(slices)} slices are copies of others and are left out")
@@ -596,12 +756,6 @@ def _time_points(slices: list[_Slice]) -> str:
     return "They are time points, reconstructions or overlapping passes. "
 
 
-def _remedy_for_passes(slices: list[_Slice]) -> str:
-    if len({piece.pixels.file for piece in slices}) == 1:
-        return "Export one of them alone."
-    return "Pass the files of one of them as a list."
-
-
 def _check_sideways(source: Path | str, offsets: np.ndarray) -> None:
     largest = float(np.linalg.norm(offsets, axis=1).max())
     if largest > _MAX_SIDEWAYS_MM:
@@ -618,7 +772,7 @@ def _even_steps(source: Path | str, places: np.ndarray, notes: list[str]) -> np.
     """
     steps = np.diff(places)
     median = float(np.sort(steps)[(len(steps) - 1) // 2])  # the finer one of two
-    tolerance = max(_STEP_TOLERANCE * median, _STEP_TOLERANCE_MM)
+    tolerance = _step_tolerance(median)
     uneven = np.abs(steps - median) > tolerance
     drift = np.abs(places - np.linspace(places[0], places[-1], len(places))).max()
     if not uneven.any() and drift <= max(0.5 * median, tolerance):
@@ -646,6 +800,11 @@ def _even_steps(source: Path | str, places: np.ndarray, notes: list[str]) -> np.
         f"{int(uneven.sum())} odd gaps"
     )
     return indices
+
+
+def _step_tolerance(median: float) -> float:
+    """By how many mm distances between slices may differ."""
+    return max(_STEP_TOLERANCE * median, _STEP_TOLERANCE_MM)
 
 
 def _check_size(source: Path | str, slices: Sequence[_Slice], steps: np.ndarray | None) -> None:

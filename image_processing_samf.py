@@ -28,6 +28,7 @@ from transformers.utils import TensorType
 
 from .ct_volume import AIR_HU, CTVolume, to_ct_volume
 from .hub_samf import PushToHubWithCard
+from .volume_memory import is_dataset, is_image, is_kind, is_row
 
 try:
     from PIL import Image
@@ -246,9 +247,10 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
         """Model inputs of one volume or a list of B volumes. S is the largest slice count; shorter stacks are padded.
 
         Args:
-            images: each a path (file, or DICOM folder), a CTVolume, an array (X, Y, Z) in HU (RAS+, 1 mm), a nibabel or
-                SimpleITK image, or what `extract` gave. A list is always several volumes: the DICOM files of one go
-                through `read_ct(files)` first.
+            images: each whatever `to_ct_volume` takes (a path of a file or DICOM folder, an open file, a CTVolume, an
+                array (X, Y, Z) in HU, an image of nibabel, SimpleITK, MONAI, TorchIO or highdicom, a row of an undecoded
+                column), or what `extract` gave. A list, or a column of `datasets`, is always several volumes: the DICOM
+                files or pydicom datasets of one go through `read_ct(files)` first.
             kwargs: settings for this call alone, and return_tensors ("pt" by default, or "np").
 
         Returns:
@@ -261,7 +263,9 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
         return_tensors = kwargs.pop("return_tensors", None) or TensorType.PYTORCH
         if kwargs:
             return self._with(kwargs).preprocess(images, return_tensors=return_tensors)
-        stacks = [self._stack(image) for image in _as_list(images)]
+        images = list(images) if is_kind(images, "datasets", "Column") else _as_list(images)
+        _check_slices_of_one(images)
+        stacks = [self._stack(image) for image in images]
         if not stacks:
             raise ValueError("no volume given; expected one or a list of volumes")
         batch, longest = len(stacks), max(len(stack["slices"]) for stack in stacks)
@@ -302,11 +306,11 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
         return type(self)(**{**settings, **{key: value for key, value in overrides.items() if value is not None}})
 
     def _stack(self, image: Any) -> Mapping[str, np.ndarray]:
-        if not isinstance(image, Mapping):
+        if not isinstance(image, Mapping) or is_row(image) or is_image(image):
             return self.extract(image)
         shape, slices = (self.num_channels, self.size, self.size), image.get("slices")
         if slices is None or slices.shape[1:] != shape or slices.dtype != np.uint8:
-            found = f"keys {sorted(image)}" if slices is None else f"{slices.shape} {slices.dtype}"
+            found = f"keys {sorted(map(str, image))[:8]}" if slices is None else f"{slices.shape} {slices.dtype}"
             raise ValueError(f"an extracted volume with {found}; expected `slices` of shape (S, {shape}), uint8")
         return image
 
@@ -585,6 +589,16 @@ def _as_list(images: Any) -> list[Any]:
     if not isinstance(images, (list, tuple)):
         return [images]
     return [volume for image in images for volume in _as_list(image)]
+
+
+def _check_slices_of_one(images: Sequence[Any]) -> None:
+    """Refuses pydicom datasets of single slices: as volumes of their own they would be as many, of one slice each."""
+    slices = [image for image in images if is_dataset(image) and "PerFrameFunctionalGroupsSequence" not in image]
+    if len(slices) > 1:
+        raise ValueError(
+            f"{len(slices)} pydicom datasets of one slice each; here each would be a volume. Pass read_ct(datasets): one "
+            f"volume of them."
+        )
 
 
 def _check_version(version: int) -> None:

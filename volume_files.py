@@ -51,6 +51,8 @@ _CHUNK = 1 << 20  # small enough for the processor's cache
 _MAX_HEADER_LINES = 2000
 _MAX_VALUE = 400  # characters of a header's line that count
 _MAX_TEXT = 1 << 26  # bytes of a file that holds its voxels as text: Python's own numbers take much memory
+PLAUSIBLE_MM = (0.05, 50.0)  # voxels of a CT lie between these
+_QUATERNION_ROUNDING = 1e-4  # what numbers of four digits make of a length of 1
 _UNPACK_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, IsalError, zipfile.BadZipFile)
 _HEADER_ERRORS = (ValueError, KeyError, IndexError, TypeError, OverflowError, SyntaxError, TokenError, struct.error)
 _ANEW = "Fetch or write it anew."
@@ -82,7 +84,9 @@ class StoredVolume:
         array: (X, Y, Z), stored values of any real type. May be a read-only memory map.
         source: for messages.
         affines: the header's voxel → RAS+ mm matrices (4, 4), best first. They may be unusable.
-        zooms: voxel sizes in mm along X, Y, Z, for want of a usable affine.
+        zooms: voxel sizes in mm along X, Y, Z, for want of a usable affine. A negative one: the axis runs the other way.
+        assumed_axes: where X, Y and Z are taken to run to without a usable affine, such as "LPS".
+        bare: of a format that has no place for geometry: what nobody gives is assumed, and said.
         slope, intercept: the header's: HU = stored * slope + intercept.
         own: the array belongs to nobody else and may be changed in place.
         own_scaling: slope and intercept were applied already, as DICOM's each slice's own are: there are no others.
@@ -93,6 +97,8 @@ class StoredVolume:
     source: str
     affines: list[np.ndarray] = field(default_factory=list)
     zooms: Sequence[float] = (1.0, 1.0, 1.0)
+    assumed_axes: str = "LAS"
+    bare: bool = False
     slope: float = 1.0
     intercept: float = 0.0
     own: bool = True
@@ -307,19 +313,46 @@ def nifti_header_size(head: bytes) -> int | None:
 
 
 def read_nifti(path: Path, compressed: bool) -> StoredVolume:
-    """A `.nii` file is mapped, a compressed one unpacked into memory."""
+    """A `.nii` file, or a `.hdr` with its `.img` beside it; what is compressed is unpacked into memory, else mapped."""
     if nib is None:
         raise CTReadError(f"{path}: reading NIfTI needs nibabel: pip install nibabel")
-    with _damage_named(path, "the file"), _open_gzip(path) if compressed else open(path, "rb") as stream:
-        header, position = _nifti_header(path, stream, compressed)
-        array = _nifti_array(path, stream, header, position, compressed)
+    with _damage_named(path, "the file"):
+        with _open_gzip(path) if compressed else open(path, "rb") as stream:
+            header, position, pair = _nifti_header(path, stream, compressed)
+            array = None if pair else _nifti_array(path, stream, header, position, compressed)
+        if array is None:
+            array = _pair_array(path, header)
     slope, intercept = _nifti_scaling(path, header)
-    affines, zooms = nifti_affines(str(path), header), nifti_zooms(header)
-    return StoredVolume(array, str(path), affines, zooms, slope, intercept, own=compressed)
+    affines, zooms = nifti_affines(str(path), header), nifti_zooms(str(path), header)
+    own = not isinstance(array, np.memmap)
+    return StoredVolume(array, str(path), affines, zooms, slope=slope, intercept=intercept, own=own)
 
 
-def _nifti_header(path: Path, stream: BinaryIO, compressed: bool) -> tuple[Any, int]:
-    """nibabel's header and how many bytes of the stream it took."""
+def other_half(path: Path) -> Path | None:
+    """The `.img` beside a `.hdr`, or the `.hdr` beside an `.img`, either perhaps with `.gz`; None where there is none."""
+    match = re.fullmatch(r"(.+)\.(hdr|img)(\.gz)?", path.name, re.IGNORECASE)
+    if match is None:
+        return None
+    suffix = "img" if match[2].lower() == "hdr" else "hdr"
+    suffix = suffix.upper() if match[2].isupper() else suffix
+    names = [f"{match[1]}.{suffix}{packed}" for packed in dict.fromkeys((match[3] or "", "", ".gz"))]
+    return next((file for name in names if (file := path.with_name(name)).is_file()), None)
+
+
+def _pair_array(path: Path, header: Any) -> np.ndarray:
+    voxels = other_half(path)
+    if voxels is None:
+        raise CTReadError(
+            f"{path}: found half of a .hdr/.img pair; the .img is missing beside it. Fetch both files, under one name."
+        )
+    with open(voxels, "rb") as stream:
+        compressed = stream.read(2) == b"\x1f\x8b"
+    with _open_gzip(voxels) if compressed else open(voxels, "rb") as stream:
+        return _nifti_array(voxels, stream, header, 0, compressed)
+
+
+def _nifti_header(path: Path, stream: BinaryIO, compressed: bool) -> tuple[Any, int, bool]:
+    """nibabel's header, how many bytes of the stream it took, and whether its voxels are in another file."""
     block = stream.read(348)
     size = nifti_header_size(block)
     if size is None or len(block) < 348:
@@ -331,23 +364,26 @@ def _nifti_header(path: Path, stream: BinaryIO, compressed: bool) -> tuple[Any, 
     if len(block) < size:
         raise CTReadError(f"{path}: ends inside its header. It was cut short: fetch or write it anew.")
     magic = block[344:348] if size == 348 else block[4:8]
-    if magic not in (b"n+1\0", b"n+2\0"):
-        pair = magic in (b"ni1\0", b"ni2\0")
-        found = "half of a .hdr/.img pair" if pair else "an Analyze 7.5 header, which has no orientation"
+    pair = magic in (b"ni1\0", b"ni2\0")
+    if not pair and magic not in (b"n+1\0", b"n+2\0"):
         raise CTReadError(
-            f"{path}: found {found}; "
-            f"expected NIfTI in one file. Convert it, e.g. nibabel.save(nibabel.load(path), 'scan.nii.gz')."
+            f"{path}: found an Analyze 7.5 header, which has no orientation (nibabel takes its axes to run left, front, "
+            f"head, ITK left, back, head); expected NIfTI. Convert the scan anew from its DICOM series, e.g. with "
+            f"dcm2niix, or save it as NIfTI with the affine that you know."
         )
     header_class = nib.Nifti1Header if size == 348 else nib.Nifti2Header
-    return header_class(block, check=False), size
+    return header_class(block, check=False), size, pair
 
 
 def _nifti_array(path: Path, stream: BinaryIO, header: Any, position: int, compressed: bool) -> np.ndarray:
-    """The stored values (X, Y, Z), a memory map where the file isn't compressed."""
+    """The stored values (X, Y, Z), a memory map where the file isn't compressed.
+
+    `position`: bytes of the stream that the header took, 0 in a file of its own.
+    """
     dtype = header.get_data_dtype()
     check_dtype(dtype, str(path))
     shape = squeezed_shape(header.get_data_shape(), str(path))
-    offset = float(header["vox_offset"]) or position + 4.0
+    offset = float(header["vox_offset"]) or (position + 4.0 if position else 0.0)
     limit = path.stat().st_size * (DEFLATE_MAX_RATIO if compressed else 1)
     if offset < position:
         raise CTReadError(f"{path}: voxels from byte {offset:.0f} on, inside its own header of {position}. {_ANEW}")
@@ -371,10 +407,11 @@ def _nifti_scaling(path: Path, header: Any) -> tuple[float, float]:
     return slope, intercept
 
 
-def nifti_zooms(header: Any) -> np.ndarray:
-    """Voxel sizes of a nibabel header of NIfTI."""
+def nifti_zooms(source: str, header: Any) -> np.ndarray:
+    """Voxel sizes in mm of a nibabel header of NIfTI, for want of a form."""
     with np.errstate(invalid="ignore"):
-        return np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+        zooms = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    return zooms * _nifti_unit(source, header, zooms)
 
 
 def nifti_affines(source: str, header: Any, known: np.ndarray | None = None) -> list[np.ndarray]:
@@ -383,30 +420,96 @@ def nifti_affines(source: str, header: Any, known: np.ndarray | None = None) -> 
     `known`: the affine that an image in memory goes by. It stands first, unless the header has no form at all: then
     nibabel has made it up.
     """
-    forms = [form for name in ("sform", "qform") if (form := _nifti_form(header, name)) is not None]
+    forms = []
+    if header["sform_code"] > 0:
+        forms.append(_sform(header))
+    if header["qform_code"] > 0:
+        usable = bool(forms) and np.isfinite(forms[0]).all()
+        forms.append(_qform(source, header, said=not usable))
     if len(forms) == 2 and np.isfinite(forms[0]).all() and np.isfinite(forms[1]).all():
         largest = np.abs(forms[0][:3, :3]).max()
         if np.abs(forms[0][:3, :3] - forms[1][:3, :3]).max() > 0.05 * largest:
             logger.warning("%s: its sform and qform disagree; takes the sform. Check the pictures' sides.", source)
     if known is not None and forms:
         forms.insert(0, known)
-    unit = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7)  # metres, micrometres
-    if unit is not None and forms:
-        norms = np.linalg.norm(forms[0][:3, :3], axis=0)
-        # Many writers leave a wrong unit behind. It counts only where voxels become the size that CT has.
-        if not np.all((norms > 0.05) & (norms < 50)) and np.all((norms * unit > 0.05) & (norms * unit < 50)):
-            forms = [np.diag([unit, unit, unit, 1.0]) @ form for form in forms]
-    return forms
+    if not forms:
+        return forms
+    unit = _nifti_unit(source, header, np.linalg.norm(forms[0][:3, :3], axis=0))
+    return forms if unit == 1 else [np.diag([unit, unit, unit, 1.0]) @ form for form in forms]
 
 
-def _nifti_form(header: Any, form: str) -> np.ndarray | None:
-    if header[f"{form}_code"] <= 0:
-        return None
+def _nifti_unit(source: str, header: Any, sizes: np.ndarray) -> float:
+    """Millimetres in the header's unit. Many writers leave a wrong one: it counts only where it makes CT's sizes."""
+    unit = {1: 1000.0, 3: 0.001}.get(int(header["xyzt_units"]) & 7, 1.0)  # metres, micrometres
+    if unit == 1 or not np.isfinite(sizes).all() or not sizes.all():
+        return 1.0
+    return _trusted_units(source, sizes, np.full(3, unit), eager=False)[0]
+
+
+def _trusted_units(source: str, sizes: np.ndarray, units: np.ndarray, eager: bool) -> np.ndarray:
+    """Millimetres in each axis' unit, or ones where the header's units make voxels that no scanner has.
+
+    `eager`: they count as well where the bare numbers could be millimetres.
+    """
+    if (units == 1).all():
+        return units
+    plain, scaled = is_plausible(sizes), is_plausible(sizes * units)
+    if scaled and (eager or not plain):
+        logger.info("%s: its sizes are in units of %s mm; turned into mm", source, " x ".join(f"{u:g}" for u in units))
+        return units
+    logger.warning(
+        "%s: in its header's units voxels would measure %s mm; reads its numbers as mm. Mend the header's units.",
+        source,
+        " x ".join(f"{mm:g}" for mm in sizes * units),
+    )
+    return np.ones_like(units)
+
+
+def is_plausible(sizes: np.ndarray) -> bool:
+    """Whether voxels of CT can have such sizes in mm."""
+    sizes = np.abs(sizes)
+    return bool(np.all((sizes > PLAUSIBLE_MM[0]) & (sizes < PLAUSIBLE_MM[1])))
+
+
+def _sform(header: Any) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return np.asarray(header.get_sform(), dtype=np.float64)
+
+
+def _qform(source: str, header: Any, said: bool) -> np.ndarray:
+    """The qform, its header mended as the standard's own library does; `said`: with a warning of what was wrong.
+
+    A qfac of 0 counts as 1 (so says the standard), any other by its sign; of a size its magnitude, or 1 mm where there is
+    none; of a quaternion longer than 1 its direction.
+    """
+    header, wrong = header.copy(), []
+    pixdim = header["pixdim"].astype(np.float64)
+    quaternion = np.array([float(header[f"quatern_{letter}"]) for letter in "bcd"])
+    if not np.isfinite(quaternion).all():
+        return np.full((4, 4), np.nan)
+    if pixdim[0] not in (1, -1):
+        qfac = -1 if pixdim[0] < 0 else 1
+        wrong.append(f"pixdim[0] (qfac) is {pixdim[0]:g}, read as {qfac}")
+        pixdim[0] = qfac
+    for axis in (1, 2, 3):
+        size = abs(pixdim[axis]) if np.isfinite(pixdim[axis]) and pixdim[axis] else 1.0
+        if pixdim[axis] != size:
+            wrong.append(f"pixdim[{axis}] is {pixdim[axis]:g}, read as {size:g} mm")
+            pixdim[axis] = size
+    header["pixdim"] = pixdim
+    length = float(np.linalg.norm(quaternion))
+    if length > 1 + _QUATERNION_ROUNDING:
+        wrong.append(f"its quaternion's length is {length:.4g}, read as 1")
+    if wrong and said:
+        logger.warning("%s: in the header of its qform %s.", source, "; ".join(wrong))
     try:
         with np.errstate(all="ignore"):
-            return np.asarray(header.get_sform() if form == "sform" else header.get_qform(), dtype=np.float64)
-    except (HeaderDataError, ValueError, np.linalg.LinAlgError):
-        return np.full((4, 4), np.nan)
+            return np.asarray(header.get_qform(), dtype=np.float64)
+    except (HeaderDataError, ValueError, np.linalg.LinAlgError):  # a length that nibabel does not put down to rounding
+        form = np.eye(4)
+        form[:3, :3] = nib.quaternions.quat2mat([0, *quaternion]) * pixdim[1:4] * (1, 1, pixdim[0])
+        form[:3, 3] = [float(header[f"qoffset_{letter}"]) for letter in "xyz"]
+        return form
 
 
 # ----------------------------------------------------------------------------------------------------------------- NRRD
@@ -428,6 +531,12 @@ _NRRD_SPACES = {  # space coordinates → RAS+
     **dict.fromkeys(("right-anterior-superior", "ras"), (1.0, 1.0, 1.0)),
     **dict.fromkeys(("left-anterior-superior", "las"), (-1.0, 1.0, 1.0)),
 }
+_UNITS = {  # in mm; nothing said is taken as mm. "âµm" is what Latin-1 makes of "µm" in UTF-8
+    **dict.fromkeys(("", "?", "???", "none", "mm", "millimeter", "millimeters", "millimetre", "millimetres"), 1.0),
+    **dict.fromkeys(("cm", "centimeter", "centimeters", "centimetre", "centimetres"), 10.0),
+    **dict.fromkeys(("m", "meter", "meters", "metre", "metres"), 1000.0),
+    **dict.fromkeys(("um", "µm", "âµm", "micron", "microns", "micrometer", "micrometers", "micrometre"), 0.001),
+}
 _NRRD_ENCODINGS = {"gz": "gzip", "bz2": "bzip2", "text": "ascii", "txt": "ascii"}
 
 
@@ -444,7 +553,7 @@ def read_nrrd(path: Path) -> StoredVolume:
         array = _nrrd_array(data_path, start, fields, dtype, sizes, encoding)
         shape = squeezed_shape([sizes[axis] for axis in axes], str(path))
         array = array.reshape(shape, order="F")
-    return StoredVolume(array, str(path), affines, zooms, own=not isinstance(array, np.memmap))
+    return StoredVolume(array, str(path), affines, zooms, "LPS", own=not isinstance(array, np.memmap))
 
 
 def _nrrd_fields(path: Path, stream: BinaryIO) -> dict[str, str]:
@@ -484,11 +593,8 @@ def _nrrd_geometry(
     path: Path, fields: dict[str, str], sizes: Sequence[int]
 ) -> tuple[list[int], list[np.ndarray], np.ndarray]:
     """The axes that are space's, the affine, and voxel sizes for want of one."""
-    axes = list(range(len(sizes)))
     if "space directions" not in fields:
-        zooms = [abs(float(z)) for z in fields.get("spacings", "").split()]
-        squeezed = squeezed_shape(sizes, str(path))  # says what is wrong with a 4-D file
-        return axes, [], np.array((zooms if len(zooms) == len(sizes) else [1.0] * 3)[: len(squeezed)])
+        return _nrrd_spacings(path, fields, sizes)
     vectors = [
         None if part.lower() == "none" else [float(value) for value in part.strip("()").split(",")]
         for part in re.findall(r"\([^)]*\)|none", fields["space directions"], re.IGNORECASE)
@@ -496,12 +602,7 @@ def _nrrd_geometry(
     if len(vectors) != len(sizes):
         raise ValueError(f"{len(vectors)} space directions for {len(sizes)} axes")
     axes = [axis for axis, vector in enumerate(vectors) if vector is not None]
-    others = [size for axis, size in enumerate(sizes) if axis not in axes and size > 1]
-    if others:
-        raise CTReadError(
-            f"{path}: found {others[0]} values a voxel (colour, vectors or several volumes in one file); "
-            f"expected one HU value. Save a single volume."
-        )
+    _check_other_axes(path, sizes, axes)
     if len(axes) != 3:
         return axes, [], np.ones(3)
     space = fields.get("space", "").lower().removesuffix("-time")
@@ -513,8 +614,48 @@ def _nrrd_geometry(
     affine[:3, :3] = np.array([vectors[axis] for axis in axes], dtype=np.float64).T
     if "space origin" in fields:
         affine[:3, 3] = [float(value) for value in fields["space origin"].strip("() ").split(",")]
+    units = _header_units(path, fields.get("space units", ""), 3)
+    units = _trusted_units(str(path), np.linalg.norm(affine[:3, :3], axis=0), units, eager=True)
     to_ras = np.diag([*_NRRD_SPACES.get(space, (-1.0, -1.0, 1.0)), 1.0])
-    return axes, [to_ras @ affine], np.linalg.norm(affine[:3, :3], axis=0)
+    affine = to_ras @ np.diag([*units, 1.0]) @ affine
+    return axes, [affine], np.linalg.norm(affine[:3, :3], axis=0)
+
+
+def _nrrd_spacings(
+    path: Path, fields: dict[str, str], sizes: Sequence[int]
+) -> tuple[list[int], list[np.ndarray], np.ndarray]:
+    """The same of a header without directions: an axis of no spacing is none of space's."""
+    axes = list(range(len(sizes)))
+    spacings = np.array([float(mm) for mm in fields.get("spacings", "").split()])
+    if spacings.shape != (len(sizes),):
+        return axes, [], np.ones(len(squeezed_shape(sizes, str(path))))
+    if len(sizes) > 3 and np.isfinite(spacings).sum() == 3:
+        axes = np.flatnonzero(np.isfinite(spacings)).tolist()
+        _check_other_axes(path, sizes, axes)
+    else:
+        squeezed_shape(sizes, str(path))  # says what is wrong with a 4-D file
+    units = _header_units(path, fields.get("units", ""), len(sizes))[axes[:3]]
+    spacings = spacings[axes[:3]]
+    return axes, [], spacings * _trusted_units(str(path), spacings, units, eager=True)
+
+
+def _check_other_axes(path: Path, sizes: Sequence[int], axes: Sequence[int]) -> None:
+    others = [size for axis, size in enumerate(sizes) if axis not in axes and size > 1]
+    if others:
+        raise CTReadError(
+            f"{path}: found {others[0]} values a voxel (colour, vectors or several volumes in one file); "
+            f"expected one HU value. Save a single volume."
+        )
+
+
+def _header_units(path: Path, text: str, count: int) -> np.ndarray:
+    """Millimetres in the unit of each axis, from a field such as `"cm" "cm" "cm"`; 1 where none is known."""
+    names = re.findall(r'"([^"]*)"', text) or text.split()
+    unknown = sorted({name for name in names if name.lower() not in _UNITS})
+    if unknown or len(names) not in (0, count):
+        logger.warning("%s: its units %s are not known; reads its numbers as mm.", path, text[:40])
+        return np.ones(count)
+    return np.array([_UNITS[name.lower()] for name in names] or [1.0] * count)
 
 
 def _nrrd_array(
@@ -603,9 +744,9 @@ def read_metaimage(path: Path) -> StoredVolume:
         if fields["ElementDataFile"].upper() != "LOCAL":
             data_path, start = _beside(path, fields["ElementDataFile"]), 0
         array = _meta_array(data_path, start, fields, dtype, shape)
-        affine, zooms = _meta_affine(fields, len(sizes))
+        affine, zooms = _meta_affine(path, fields, len(sizes))
     own = not isinstance(array, np.memmap)
-    return StoredVolume(array.reshape(shape, order="F"), str(path), [affine], zooms, own=own)
+    return StoredVolume(array.reshape(shape, order="F"), str(path), [affine], zooms, "LPS", own=own)
 
 
 def _meta_fields(path: Path, stream: BinaryIO) -> dict[str, str]:
@@ -641,8 +782,8 @@ def _meta_array(path: Path, start: int, fields: dict[str, str], dtype: np.dtype,
         return _unpack(path, _ZlibStream(stream), expected).view(dtype)
 
 
-def _meta_affine(fields: dict[str, str], dimension: int) -> tuple[np.ndarray, np.ndarray]:
-    """LPS header → RAS+ affine. Row i of the matrix is the direction of axis i."""
+def _meta_affine(path: Path, fields: dict[str, str], dimension: int) -> tuple[np.ndarray, np.ndarray]:
+    """LPS header → RAS+ affine. Row i of the matrix is the direction of axis i; a minus in its spacing turns it round."""
 
     def numbers(names: Sequence[str], default: Sequence[float]) -> np.ndarray:
         text = next((fields[name] for name in names if name in fields), None)
@@ -652,26 +793,27 @@ def _meta_affine(fields: dict[str, str], dimension: int) -> tuple[np.ndarray, np
         return values
 
     rows = numbers(("TransformMatrix", "Rotation", "Orientation"), np.eye(dimension).ravel())
-    spacing = np.abs(numbers(("ElementSpacing", "ElementSize"), np.ones(dimension)))[:3]
+    spacing = numbers(("ElementSpacing", "ElementSize"), np.ones(dimension))[:3]
     affine = np.eye(4)
     affine[:3, :3] = rows.reshape(dimension, dimension)[:3, :3].T * spacing
     affine[:3, 3] = numbers(("Offset", "Position", "Origin"), np.zeros(dimension))[:3]
-    return LPS_TO_RAS @ affine, spacing
+    unit = _header_units(path, fields.get("DistanceUnits", ""), 1).repeat(3)
+    unit = _trusted_units(str(path), spacing, unit, eager=True)
+    return LPS_TO_RAS @ np.diag([*unit, 1.0]) @ affine, spacing * unit
 
 
 # ---------------------------------------------------------------------------------------------------------------- NumPy
 
 
 def read_npy(path: Path) -> StoredVolume:
-    """An array (X, Y, Z) in HU, taken as RAS+ with voxels of 1 mm: the format has no place for geometry."""
+    """An array (X, Y, Z) in HU: the format has no place for geometry."""
     with _damage_named(path, "the NumPy file"), open(path, "rb") as stream:
         shape, order, dtype = _npy_header(stream)
         check_dtype(dtype, str(path))
         squeezed = squeezed_shape(shape, str(path), leading=True)
         _check_claim(path, shape, dtype, stream.tell(), path.stat().st_size)
         array = np.memmap(path, dtype=dtype, mode="r", offset=stream.tell(), shape=squeezed, order=order)
-    logger.warning("%s: an array without geometry: taken as RAS+ with voxels of 1 mm.", path)
-    return StoredVolume(array, str(path), [np.eye(4)], own=False)
+    return StoredVolume(array, str(path), assumed_axes="RAS", bare=True, own=False)
 
 
 def read_npz(path: Path) -> StoredVolume:
@@ -687,21 +829,23 @@ def read_npz(path: Path) -> StoredVolume:
         array = _npz_array(path, archive, members[volumes[0]])
         small = {name: _npz_array(path, archive, members[name]) for name in ("affine", "spacing") if name in members}
     array = array.reshape(squeezed_shape(array.shape, str(path), leading=True), order="A")
-    return StoredVolume(array, str(path), _npz_affines(path, small))
+    affines, zooms = _npz_affines(path, small)
+    return StoredVolume(
+        array, str(path), affines, (1.0, 1.0, 1.0) if zooms is None else zooms, "RAS", bare=zooms is None
+    )
 
 
-def _npz_affines(path: Path, small: dict[str, np.ndarray]) -> list[np.ndarray]:
+def _npz_affines(path: Path, small: dict[str, np.ndarray]) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """The affine, and voxel sizes, if they are there."""
     for name, shapes in (("affine", ((4, 4), (3, 4))), ("spacing", ((3,),))):
         if name in small and small[name].shape not in shapes:
             raise CTReadError(f"{path}: `{name}` of shape {small[name].shape}; expected {shapes[0]}. Save it so.")
     affines = []
+    zooms = small["spacing"].astype(np.float64) if "spacing" in small else None
     if "affine" in small:
         affines.append(np.vstack([small["affine"][:3], [0, 0, 0, 1]]).astype(np.float64))
-    if "spacing" in small:
-        affines.append(np.diag([*small["spacing"].astype(np.float64), 1.0]))
-    if not affines:
-        logger.warning("%s: no `affine` (4, 4) and no `spacing` (3,): taken as RAS+ with voxels of 1 mm.", path)
-    return affines or [np.eye(4)]
+        affines += [] if zooms is None else [np.diag([*zooms, 1.0])]
+    return affines, zooms
 
 
 def _npy_header(stream: BinaryIO) -> tuple[tuple[int, ...], str, np.dtype]:

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 # 4 GiB holds the largest CT there is, unpacked. $SAMF_MAX_DOWNLOAD_BYTES changes it for addresses.
 _MAX_BYTES = 4 << 30
 _MAX_MEMBERS = 100_000
-# Headers (.mhd, .nhdr) name the file with their voxels, which must keep its name then.
-_VOXEL_FILE = re.compile(r"\w[\w.-]{0,99}\.(raw|zraw|img|bin|gz|bz2)", re.ASCII | re.IGNORECASE)
+# Headers (.mhd, .nhdr, .hdr) name the file with their voxels, or go by its name, which must stay what it is then.
+_VOXEL_FILE = re.compile(r"\w[\w.-]{0,99}\.(raw|zraw|img|hdr|bin|gz|bz2)", re.ASCII | re.IGNORECASE)
 _TIMEOUT = 30  # seconds without a byte
 _CHUNK = 1 << 20
 # What the Hub's library raises where nobody answers, whichever library it fetches with.

@@ -26,12 +26,13 @@ from safetensors.numpy import save
 from samf.ct_volume import CTReadError, read_ct
 from samf.dicom_volume import walk_once
 from samf.image_processing_samf import SamfImageProcessor
+from samf.volume_files import other_half
 from samf.volume_sources import is_address, not_kept
 
 logger = logging.getLogger(__name__)
 
 # Counts up whenever `read_ct` gives other HU for the same file, or a record's layout changes.
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32, "F16": np.float16}
 _CHECKSUM = "crc32"
 # The line of a MetaImage or NRRD header that names another file with the voxels.
@@ -104,7 +105,7 @@ def record_file(folder: Path, key: str) -> Path:
 def volume_identity(path: str | os.PathLike) -> Identity:
     """Absolute path of a volume, and name, size in bytes and time of change (ns) of its files.
 
-    These are the file itself and the one with the voxels that a detached header names, or all files in and below a
+    These are the file itself and the one with the voxels that a detached header names or goes with, or all files in and below a
     folder. Looking takes no more than a `stat` of each, on network file systems too: the contents are not read, so all
     machines that share a cache must mount the volumes at the same path. An address stands for itself, so that its record
     is found without the network: what lies there is taken not to change. One on the Hub can name a revision.
@@ -119,7 +120,8 @@ def volume_identity(path: str | os.PathLike) -> Identity:
         if path.is_dir():
             return str(path), sorted(_files_below(path))
         files = [("", *_size_and_time(path))]
-        if path.suffix.lower() in _DETACHED_HEADERS and (voxels := _voxel_file(path)) is not None:
+        voxels = _voxel_file(path) if path.suffix.lower() in _DETACHED_HEADERS else other_half(path)
+        if voxels is not None:
             files.append((voxels.name, *_size_and_time(voxels)))
     except OSError as error:
         raise CTReadError(

@@ -464,12 +464,12 @@ def test_jpeg_ls(tmp_path):
 
 def test_a_packing_that_nobody_unpacks_is_named(tmp_path):
     dataset = slice_dataset(np.zeros((16, 16)), FIRST)
-    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.201"
+    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.110"  # JPEG XL
     dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + bytes(100)])
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
     dataset.save_as(tmp_path / "slice", enforce_file_format=True)
-    with pytest.raises(CTReadError, match=r"slice: transfer syntax 1\.2\.840\.10008\.1\.2\.4\.201.*uncompressed"):
+    with pytest.raises(CTReadError, match=r"slice: transfer syntax 1\.2\.840\.10008\.1\.2\.4\.110.*uncompressed"):
         read_ct(tmp_path / "slice")
 
 
