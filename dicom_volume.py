@@ -58,7 +58,7 @@ _MAX_FILES = 100_000
 _MAX_LISTED = 12  # series in one message
 _CT_CLASS = re.compile(rb"(?<![\d.])1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.[12])?(?![\d.])")  # plain, enhanced, converted
 _DIRECTORY = re.compile(rb"(?<![\d.])1\.2\.840\.10008\.1\.3\.10(?![\d.])")  # DICOMDIR
-_COMMA_NUMBERS = re.compile(rb"(?=[^,]*,)[-+0-9eE., \\\0]*")
+_COMMA_NUMBERS = re.compile(r"(?=[^,]*,)[-+0-9eE., \\\0]*")
 _MIN_JOINED = 3  # series of one slice that a folder must have to be one volume
 _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture and its multi-frame kinds
 TAGS = [
@@ -105,13 +105,11 @@ class _LeftOutError(Exception):
 
 
 class _BrokenSliceError(Exception):
-    """A CT slice that can't be read, as the message says, and its series' UID, if that is known."""
+    """A CT slice that can't be read, as the message says; its series' UID, if that is known; and in few words why."""
 
-    def __init__(
-        self, uid: str, reason: str = f"a CT slice that is damaged or was cut short. {ANEW} Or move it elsewhere."
-    ):
-        super().__init__(reason)
-        self.uid = uid
+    def __init__(self, uid: str = "", reason: str = "", kind: str = "cut short or damaged"):
+        super().__init__(reason or f"a CT slice that is damaged or was cut short. {ANEW} Or move it elsewhere.")
+        self.uid, self.kind = uid, kind
 
 
 @dataclass(frozen=True)
@@ -295,7 +293,7 @@ def _read_headers(
             left_out[str(reason)] += 1
         except _BrokenSliceError as error:
             broken[path] = error
-            left_out["cut short or damaged"] += 1
+            left_out[error.kind] += 1
     return dict(series), left_out, broken
 
 
@@ -327,24 +325,31 @@ def _broken_slice(header: Any) -> _BrokenSliceError:
     """What is said of a CT slice that can't be read: the tag whose number is none, or that it is damaged."""
     found = None if header is None else _unreadable_tag(header)
     if found is None:
-        return _BrokenSliceError("")
+        return _BrokenSliceError()
     tag, comma = found
-    name = f"{pydicom.datadict.keyword_for_tag(tag) or 'a private tag'} ({tag.group:04x},{tag.element:04x})"
-    what = "is written with a decimal comma; DICOM's numbers have a point" if comma else "holds no number"
+    keyword = pydicom.datadict.keyword_for_tag(tag) or "private tag"
+    what = "is written with a decimal comma; DICOM's numbers have a point" if comma else "can't be read"
     return _BrokenSliceError(
-        "", f"its {name} {what}. Export the series again, or write the tag anew, e.g. with pydicom."
+        "",
+        f"its {keyword} ({tag.group:04x},{tag.element:04x}) {what}. Export the series again, or write the tag anew, e.g. "
+        f"with pydicom.",
+        f"with a {keyword} that can't be read",
     )
 
 
 def _unreadable_tag(header: Any) -> tuple[Any, bool] | None:
     """The first tag whose value can't be read, also within sequences, and whether that is for a decimal comma."""
     for tag in sorted(header.keys()):
+        value: Any = None
         try:
-            element = header[tag]
+            value = header[tag].value
+            if header[tag].VR in ("DS", "IS"):
+                [float(number) for number in _many(value)]  # pydicom leaves as text what is none
         except PARSE_ERRORS:
-            value = header.get_item(tag).value
-            return tag, isinstance(value, bytes) and _COMMA_NUMBERS.fullmatch(value) is not None
-        for item in element.value if element.VR == "SQ" else ():
+            raw = header.get_item(tag).value if value is None else "\\".join(map(str, _many(value)))
+            text = raw.decode("latin-1") if isinstance(raw, bytes) else str(raw)
+            return tag, _COMMA_NUMBERS.fullmatch(text) is not None
+        for item in value if header[tag].VR == "SQ" else ():
             if (found := _unreadable_tag(item)) is not None:
                 return found
     return None
