@@ -59,6 +59,7 @@ _MAX_LISTED = 12  # series in one message
 _CT_CLASS = re.compile(rb"(?<![\d.])1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.[12])?(?![\d.])")  # plain, enhanced, converted
 _DIRECTORY = re.compile(rb"(?<![\d.])1\.2\.840\.10008\.1\.3\.10(?![\d.])")  # DICOMDIR
 _COMMA_NUMBERS = re.compile(r"(?=[^,]*,)[-+0-9eE., \\\0]*")
+_MAX_COPIES = 3  # of one slice under its SeriesInstanceUID
 _MIN_JOINED = 3  # series of one slice that a folder must have to be one volume
 _CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # secondary capture and its multi-frame kinds
 TAGS = [
@@ -198,7 +199,7 @@ def read_dicom(
         raise CTReadError(f"{source}: {len(files)} files; expected at most {_MAX_FILES}. Name the folder of one study.")
     series, left_out, broken = _read_headers(files, allow_non_ct)
     if left_out:
-        wrong = any("damaged" in reason or "no DICOM" in reason for reason in left_out)
+        wrong = any(word in reason for reason in left_out for word in ("damaged", "no DICOM", "can't be read"))
         level = logging.WARNING if wrong else logging.INFO
         logger.log(level, "%s: left out %s", source, _counted(left_out))
     if not series and broken:
@@ -599,28 +600,42 @@ def _joined(source: Path | str, series: dict[str, list[_Slice]], listed: bool) -
     if listed and len(series) > 1 and _is_even(slices):
         logger.warning("%s: %d series in the list make one even stack; read as one volume.", source, len(series))
         return {"all that was listed": slices}
-    rooms: dict[Any, list[_Slice]] = defaultdict(list)
-    for stack in series.values():
-        if len(stack) == 1 and stack[0].position is not None and stack[0].cosines is not None:
-            piece = stack[0]
-            rooms[(piece.pixels.rows, piece.pixels.columns, *(() if listed else (piece.room, piece.modality)))].append(
-                piece
-            )
     joined = dict(series)
-    for stack in (stack for pieces in rooms.values() for stack in _stacks(pieces)):
-        places = {round(float(piece.position @ stack[0].normal) / _SAME_PLACE_MM) for piece in stack}
-        if len(stack) < 2 or not (listed or len(places) >= max(_MIN_JOINED, len(stack) / 2)):
+    for names in _alike({name: stack[0] for name, stack in series.items() if _is_one_place(stack)}, listed):
+        slices = [piece for name in names for piece in series[name]]
+        places = {round(float(piece.position @ slices[0].normal) / _SAME_PLACE_MM) for piece in slices}
+        if len(names) < 2 or not (listed or len(places) >= max(_MIN_JOINED, len(slices) / 2)):
             continue
         logger.warning(
             "%s: %d slices of which each has a SeriesInstanceUID of its own%s; read as one series.",
             source,
-            len(stack),
+            len(slices),
             "" if listed else ", in one study, frame of reference and orientation",
         )
-        for piece in stack:
-            del joined[piece.series]
-        joined[f"{stack[0].series} and others"] = stack
+        joined = {name: stack for name, stack in joined.items() if name not in set(names)}
+        joined[f"{names[0]} and others"] = slices
     return joined
+
+
+def _is_one_place(slices: list[_Slice]) -> bool:
+    """Whether a series is one slice, perhaps with a copy of it."""
+    first = slices[0]
+    if len(slices) > _MAX_COPIES or any(piece.position is None or piece.cosines is None for piece in slices):
+        return False
+    return all(piece.fits(first) and np.abs(piece.position - first.position).max() < _SAME_PLACE_MM for piece in slices)
+
+
+def _alike(slices: dict[str, _Slice], listed: bool) -> list[list[str]]:
+    """Names of slices that could be one stack's: they fit, and, unless somebody listed them, share room and modality."""
+    rooms: dict[Any, list[str]] = defaultdict(list)
+    for name, piece in slices.items():
+        rooms[piece.pixels.rows, piece.pixels.columns, None if listed else (piece.room, piece.modality)].append(name)
+    groups = []
+    for names in rooms.values():
+        by_piece = {id(slices[name]): name for name in names}
+        stacks = _stacks([slices[name] for name in names])
+        groups += [[by_piece[id(piece)] for piece in stack] for stack in stacks]
+    return groups
 
 
 def _counted(left_out: Counter) -> str:

@@ -549,6 +549,36 @@ def test_numpy_files_with_an_affine(tmp_path, caplog):
             read_ct(tmp_path / name)
 
 
+def test_numpy_files_without_geometry_take_axes_and_spacing(tmp_path, caplog):
+    """As RadChestCT stores them: slices first, from head to foot, then rows, then columns."""
+    stored = np.ascontiguousarray(ramp()[::-1, ::-1, ::-1].transpose(2, 1, 0))
+    np.savez_compressed(tmp_path / "scan.npz", ct=stored)
+    np.save(tmp_path / "scan.npy", stored)
+    for name in ("scan.npz", "scan.npy"):
+        caplog.clear()
+        volume = read_ct(tmp_path / name, spacing=SPACING[::-1], axes="IPL")
+        np.testing.assert_array_equal(volume.hu, ramp())
+        assert (volume.spacing, volume.stored_orientation) == (SPACING, "IPL") and not caplog.records
+        # What is not given is warned of, and how to give it.
+        read_ct(tmp_path / name)
+        assert "assumes voxels of 1 mm and axes running right, front, head" in caplog.text
+        assert "pass spacing= in mm and axes= (" in caplog.text
+        caplog.clear()
+        assert read_ct(tmp_path / name, axes="IPL").spacing == (1, 1, 1)
+        assert "assumes voxels of 1 mm. " in caplog.text and "pass spacing= in mm, or" in caplog.text
+        caplog.clear()
+        assert read_ct(tmp_path / name, spacing=SPACING[::-1]).stored_orientation == "RAS"
+        assert "assumes axes running right, front, head. " in caplog.text and "voxels of 1 mm" not in caplog.text
+    np.savez(tmp_path / "spaced.npz", ct=stored, spacing=np.array(SPACING[::-1]))
+    caplog.clear()
+    assert read_ct(tmp_path / "spaced.npz", axes="IPL").spacing == SPACING and not caplog.records
+    np.savez(tmp_path / "placed.npz", ct=ramp(), affine=ras_affine())
+    for options, words in (({"axes": "IPL"}, "axes to RAS, axes of IPL"), ({"spacing": (1, 1, 1)}, "voxels of .0.75")):
+        with pytest.raises(CTReadError, match=f"placed.npz: its header tells of {words}"):
+            read_ct(tmp_path / "placed.npz", **options)
+    assert read_ct(tmp_path / "placed.npz", axes="RAS", spacing=SPACING).spacing == SPACING
+
+
 @pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 def test_a_zip_of_one_volume(tmp_path, packing):
     for name in ("scan.nii", "scan.nii.gz"):
@@ -559,6 +589,14 @@ def test_a_zip_of_one_volume(tmp_path, packing):
         volume = read_ct(tmp_path / "scan.zip")
         np.testing.assert_array_equal(volume.hu, expected.hu)
         assert volume.source == str(tmp_path / "scan.zip") and memory_map_under(volume.hu) is None
+
+
+def test_a_zip_of_a_pair(tmp_path):
+    nib.save(nib.Nifti1Pair(ramp(), ras_affine()), tmp_path / "scan.hdr")
+    with zipfile.ZipFile(tmp_path / "scan.zip", "w") as archive:
+        archive.write(tmp_path / "scan.img", "folder/scan.img")
+        archive.write(tmp_path / "scan.hdr", "folder/scan.hdr")
+    np.testing.assert_array_equal(read_ct(tmp_path / "scan.zip").hu, ramp())
 
 
 def test_voxels_outlive_the_simpleitk_image(tmp_path):

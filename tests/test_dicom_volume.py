@@ -37,6 +37,7 @@ from dicom_series import (
     write_enhanced,
     write_series,
 )
+from pydicom.fileset import FileSet
 
 from samf import SamfImageProcessor, dicom_pixels, dicom_volume, view
 from samf.ct_volume import AIR_HU, CTReadError, read_ct
@@ -305,6 +306,174 @@ def test_radial_slices_are_refused(tmp_path):
         read_ct(folder)
 
 
+# --------------------------------------------------------------------------------------- series of one slice, and stacks
+
+
+def own_uids(count=6, tag="SeriesInstanceUID"):
+    return {tag: EachSlice(f"1.2.77777.{len(tag)}.{k}" for k in range(count))}
+
+
+def test_a_series_uid_for_each_file_is_one_series(tmp_path, caplog):
+    """As some anonymisers leave them."""
+    tags = {**own_uids(), "FrameOfReferenceUID": "1.2.5", "SOPInstanceUID": EachSlice(f"1.2.6.{k}" for k in range(6))}
+    folder = write_series(tmp_path / "own", **tags)
+    volume = read_ct(folder)
+    assert volume.shape == (COLUMNS, ROWS, 6)
+    assert_every_voxel_in_place(volume)
+    words = (
+        "6 slices of which each has a SeriesInstanceUID of its own, in one study, frame of reference and orientation"
+    )
+    assert words in caplog.text and "1.2.77777" not in caplog.text
+    one = read_ct(folder, series_uid="1.2.77777.17.2")  # somebody who names one gets it
+    assert one.shape[2] == 1
+    write_series(folder, stack_positions(9), names=[f"b{k}" for k in range(9)])
+    assert read_ct(folder).shape[2] == 9  # a series of more slices counts before them
+    label = hashlib.sha256(b"1.2.77777.17.0 and others").hexdigest()[:8]
+    assert f"{label}: CT, 6 slices" in caplog.text
+    assert_every_voxel_in_place(read_ct(folder, series_uid=label))
+
+
+@pytest.mark.parametrize("tag", ["FrameOfReferenceUID", "StudyInstanceUID"])
+def test_slices_of_several_rooms_are_one_volume_only_where_somebody_lists_them(tmp_path, caplog, tag):
+    """Positions of two frames of reference can't be compared; anonymisers invent those too."""
+    folder = write_series(tmp_path / "own", **own_uids(), **own_uids(tag=tag))
+    assert read_ct(folder).shape[2] == 1
+    assert "6 series; reads" in caplog.text and "if they are one volume, pass their files as a list" in caplog.text
+    volume = read_ct(sorted(folder.iterdir()))
+    assert volume.shape[2] == 6 and "6 series in the list make one even stack" in caplog.text
+    assert_every_voxel_in_place(volume)
+
+
+def test_a_list_of_files_is_one_volume(tmp_path, caplog):
+    """With a gap, a copy and a scout in it; and where a series was cut in two."""
+    folder = write_series(tmp_path / "own", np.delete(stack_positions(8), 3, axis=0), **own_uids(7))
+    shutil.copy(folder / "slice001.dcm", folder / "copy.dcm")
+    write_series(folder, stack_positions(1), (1, 0, 0, 0, 0, -1), names=["scout"], SeriesInstanceUID="1.2.9")
+    volume = read_ct(list(folder.iterdir()))
+    assert volume.shape[2] == 8 and "are copies" in caplog.text and "interpolated" in caplog.text
+    assert_every_voxel_in_place(volume)
+    halves = write_series(tmp_path / "halves", SeriesInstanceUID=EachSlice(["1.2.7"] * 3 + ["1.2.8"] * 3))
+    assert read_ct(list(halves.iterdir())).shape[2] == 6
+    assert read_ct(halves).shape[2] == 3  # of a folder, each is a series
+
+
+def test_pictures_of_one_place_in_series_of_their_own_are_no_volume(tmp_path, caplog):
+    """As the contrast agent is watched: a series a picture, all at one place."""
+    watched = np.repeat(stack_positions(1), 8, axis=0)
+    hu = EachSlice(slice_hu(watched[0]) + k for k in range(8))
+    folder = write_series(tmp_path / "study", watched, hu=hu, names=[f"w{k}" for k in range(8)], **own_uids(8))
+    write_series(folder, SeriesInstanceUID="1.2.7")
+    assert_every_voxel_in_place(read_ct(folder))
+    assert "of its own" not in caplog.text and "9 series" in caplog.text
+
+
+def enhanced_stacks(path, stacks, named=True):
+    """One enhanced file with stacks of (positions, cosines)."""
+    frames = [(position, cosines, number) for number, (places, cosines) in enumerate(stacks, 1) for position in places]
+    write_enhanced(path, np.array([position for position, *_ in frames]), [1] * len(frames))
+    dataset = pydicom.dcmread(path)
+    for group, (_, cosines, number) in zip(dataset.PerFrameFunctionalGroupsSequence, frames, strict=True):
+        group.PlaneOrientationSequence = [pydicom.Dataset()]
+        group.PlaneOrientationSequence[0].ImageOrientationPatient = [float(value) for value in cosines]
+        group.FrameContentSequence = [pydicom.Dataset()]
+        if named:
+            group.FrameContentSequence[0].StackID = str(number)
+    pictures = [slice_hu(position, cosines) + 1024 for position, cosines, _ in frames]
+    dataset.PixelData = np.stack(pictures).astype(np.int16).tobytes()
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+CORONAL = (1, 0, 0, 0, 0, -1)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_of_two_stacks_in_one_file_the_largest_axial_one_is_read(tmp_path, caplog, named):
+    coronal = stack_positions(9, axis=(0, 1, 0))
+    path = enhanced_stacks(tmp_path / "two.dcm", [(coronal, CORONAL), (stack_positions(6), AXIAL)], named)
+    volume = read_ct(path)
+    assert volume.shape == (COLUMNS, ROWS, 6)
+    assert_every_voxel_in_place(volume)
+    labels = [hashlib.sha256(f"1.2.3.4 stack {k:04d}".encode()).hexdigest()[:8] for k in (1, 2)]
+    assert f"2 series or stacks; reads {labels[1]}, the largest axial one" in caplog.text
+    assert f"{labels[0]}: CT, 9 slices" in caplog.text and "series_uid=" in caplog.text
+    chosen = read_ct(path, series_uid=labels[0])  # as the warning says
+    assert chosen.shape == (COLUMNS, 9, ROWS)
+    assert_every_voxel_in_place(chosen)
+    assert read_ct(path, series_uid="1.2.3.4").shape == volume.shape  # the series: by the same rule
+
+
+def test_two_axial_stacks_far_apart_and_two_that_are_one(tmp_path, caplog):
+    apart = [(stack_positions(5), AXIAL), (stack_positions(7) + (0, 0, 400), AXIAL)]
+    volume = read_ct(enhanced_stacks(tmp_path / "apart.dcm", apart))
+    assert volume.shape[2] == 7 and volume.affine[2, 3] == pytest.approx(FIRST[2] + 400)
+    whole = [(stack_positions(6)[:3], AXIAL), (stack_positions(6)[3:], AXIAL)]
+    caplog.clear()
+    assert_every_voxel_in_place(read_ct(enhanced_stacks(tmp_path / "whole.dcm", whole)))
+    numbered = [(stack_positions(6)[k : k + 1], AXIAL) for k in range(6)]  # a number for each frame
+    assert read_ct(enhanced_stacks(tmp_path / "numbered.dcm", numbered)).shape[2] == 6
+    assert not caplog.records
+    with pytest.raises(CTReadError, match="radial.dcm: 5 slices in 5 orientations.*Export one stack alone"):
+        turns = [(np.cos(angle), np.sin(angle), 0, 0, 0, -1) for angle in np.linspace(0, 1, 5)]
+        read_ct(enhanced_stacks(tmp_path / "radial.dcm", [(stack_positions(1), turn) for turn in turns]))
+
+
+# ------------------------------------------------------------------------------------------------ directories, and numbers
+
+
+def test_the_directory_of_a_disc_stands_for_its_folder(tmp_path):
+    files = FileSet()
+    tags = {"PatientID": "1", "PatientName": "A^B", "StudyDate": "20200101", "StudyTime": "120000", "StudyID": "1"}
+    series = write_series(tmp_path / "series", SeriesNumber=1, InstanceNumber=EachSlice(range(1, 7)), **tags)
+    for path in sorted(series.iterdir()):
+        files.add(pydicom.dcmread(path))
+    files.write(tmp_path / "disc")
+    expected = read_ct(series)
+    np.testing.assert_array_equal(read_ct(tmp_path / "disc" / "DICOMDIR").hu, expected.hu)
+    renamed = tmp_path / "disc" / "index"
+    (tmp_path / "disc" / "DICOMDIR").rename(renamed)  # known by what is in it
+    for path in (renamed, tmp_path / "disc"):
+        np.testing.assert_array_equal(read_ct(path).hu, expected.hu)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(renamed, alone / "DICOMDIR")
+    with pytest.raises(CTReadError, match="without DICOM slices.*Name the folder that holds them"):
+        read_ct(alone / "DICOMDIR")
+    with pytest.raises(CTReadError, match="directories of a disc .DICOMDIR: name its folder"):
+        read_ct([renamed])
+
+
+@pytest.mark.parametrize(
+    ("tag", "number", "written", "words"),
+    [
+        ("PixelSpacing", ["0.9", "0.9"], b"0,9\\0,9 ", r"PixelSpacing \(0028,0030\) is written with a decimal comma"),
+        ("RescaleIntercept", "-1024.5", b"-1024,5 ", r"RescaleIntercept \(0028,1052\) is written with a decimal comma"),
+        ("RescaleSlope", "1.0025", b"1 0025", r"RescaleSlope \(0028,1053\) can't be read"),
+    ],
+)
+def test_a_number_that_is_none_is_named_by_its_tag(tmp_path, caplog, tag, number, written, words):
+    folder = write_series(tmp_path / "comma", **{tag: number})
+    plain = "\\".join(number) if isinstance(number, list) else number
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        plain_bytes = plain.encode().ljust(len(written))
+        assert data.count(plain_bytes) == 1
+        path.write_bytes(data.replace(plain_bytes, written))
+    with pytest.raises(CTReadError, match=rf"comma/slice\d+.dcm: its {words}.*Export the series again") as error:
+        read_ct(folder)
+    assert written.decode().strip() not in str(error.value) + caplog.text and "allow_non_ct" not in str(error.value)
+    assert f"left out 6 with a {tag} that can't be read" in caplog.text
+
+
+def test_a_comma_within_an_enhanced_file_is_named_too(tmp_path):
+    path = write_enhanced(tmp_path / "enhanced.dcm", stack_positions(3) + 0.25, [1, 1, 1])
+    data = path.read_bytes()
+    assert data.count(b"-11.75") == 3
+    path.write_bytes(data.replace(b"-11.75", b"-11,75"))
+    with pytest.raises(CTReadError, match=r"its ImagePositionPatient \(0020,0032\) is written with a decimal comma"):
+        read_ct(path)
+
+
 # --------------------------------------------------------------------------------------------------------------- values
 
 
@@ -462,14 +631,53 @@ def test_jpeg_ls(tmp_path):
     np.testing.assert_array_equal(hu.ravel(), np.arange(256) * 9 + 100 - 1024)
 
 
+# The same picture, packed by OpenJPH 0.26.3: unsigned, and 1124 less in signed numbers.
+HTJ2K = (
+    "|4;u>04YEK0000G0000G00000000000000G0000G0000000000009pH0sl|{2mk^A000XAQUDA90ssL31q1{@0smY86Cj9?kdTm&kdTm&kdTmw"
+    "h=~7W02crOPjF>!N>E53R%LP^FfKASE;BCwkN^q*00000egFaglfVEb!TALTbN~Rr0206e69A$C2Xp{N`U3}a0KfnfKmZef5cB|obO0a)=>Vft"
+    "0Kfnh5C8>O#u)ReZ~}Dzh8i+t=)gh&?6v^F04pE>7MK74008H}r>CdFcmN(fJUl!+JUssWj9`2AF@fy50RPz"
+)
+HTJ2K_SIGNED = (
+    "|4;u>04YEK0000G0000G00000000000000G0000G000000000000EBy0sl|{2mk^A000XAQUDA90ssL31q1{@0smY86Cj9?kdTm&kdTm&kdTmw"
+    "h=~7W02crOPjF>!N>E53R%LP^FfKASE;BCwkN^q*00000egFaglfVEbiT(lybN~Rr0206e69A$C2Xp{N`U3}a0KfnfKmZef5cB|obO0a)=>Vft"
+    "0Kfnh5C8>O#u)ReZ~}Dzh8i+t=)gh&?6v^F04pE>7MK74008H}r>CdFcmN(fJUl!+JUssWj9`2AF@fy50RPz"
+)
+
+
+def write_htj2k(path, syntax, signed):
+    dataset = slice_dataset(np.zeros((16, 16)), FIRST, PixelRepresentation=int(signed), intercept=-1024 + 1124 * signed)
+    dataset.file_meta.TransferSyntaxUID = f"1.2.840.10008.1.2.4.{syntax}"
+    dataset.PixelData = pydicom.encaps.encapsulate([base64.b85decode(HTJ2K_SIGNED if signed else HTJ2K)])
+    dataset["PixelData"].VR = "OB"
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+@pytest.mark.parametrize(("syntax", "signed"), [(201, False), (202, True), (203, False)])
+def test_htj2k(tmp_path, syntax, signed):
+    hu = read_ct(write_htj2k(tmp_path / "slice", syntax, signed)).hu[::-1, ::-1, 0].T
+    np.testing.assert_array_equal(hu.ravel(), np.arange(256) * 9 + 100 - 1024)
+
+
+def test_htj2k_needs_a_simpleitk_that_unpacks_it(tmp_path, monkeypatch):
+    """Version 2.4 gives no picture; JPEG 2000 it does unpack, so that no word of it is needed there."""
+    older = dicom_pixels._UNPACK_SCRIPT.replace("SimpleITK.Version.MinorVersion()", "-1")
+    assert older != dicom_pixels._UNPACK_SCRIPT
+    monkeypatch.setattr(dicom_pixels, "_UNPACK_SCRIPT", older)
+    with pytest.raises(CTReadError, match="slice: its voxels are packed as HTJ2K.*pip install -U 'SimpleITK>=2.5'"):
+        read_ct(write_htj2k(tmp_path / "slice", 201, False))
+    assert_every_voxel_in_place(read_ct(packed_series(tmp_path)))
+
+
 def test_a_packing_that_nobody_unpacks_is_named(tmp_path):
     dataset = slice_dataset(np.zeros((16, 16)), FIRST)
-    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.110"  # JPEG XL
+    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.92"  # JPEG 2000, part 2
     dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + bytes(100)])
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
     dataset.save_as(tmp_path / "slice", enforce_file_format=True)
-    with pytest.raises(CTReadError, match=r"slice: transfer syntax 1\.2\.840\.10008\.1\.2\.4\.110.*uncompressed"):
+    with pytest.raises(CTReadError, match=r"slice: transfer syntax 1\.2\.840\.10008\.1\.2\.4\.92.*uncompressed"):
         read_ct(tmp_path / "slice")
 
 
