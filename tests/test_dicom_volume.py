@@ -671,14 +671,10 @@ def test_htj2k_needs_a_simpleitk_that_unpacks_it(tmp_path, monkeypatch):
 
 
 def test_a_packing_that_nobody_unpacks_is_named(tmp_path):
-    dataset = slice_dataset(np.zeros((16, 16)), FIRST)
-    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.92"  # JPEG 2000, part 2
-    dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + bytes(100)])
-    dataset["PixelData"].VR = "OB"
-    dataset["PixelData"].is_undefined_length = True
-    dataset.save_as(tmp_path / "slice", enforce_file_format=True)
-    with pytest.raises(CTReadError, match=r"slice: transfer syntax 1\.2\.840\.10008\.1\.2\.4\.92.*uncompressed"):
-        read_ct(tmp_path / "slice")
+    path = write_htj2k(tmp_path / "slice", 201, False)
+    path.write_bytes(path.read_bytes().replace(b"1.2.840.10008.1.2.4.201", b"1.2.840.10008.1.2.4.110"))  # JPEG XL
+    with pytest.raises(CTReadError, match=r"slice: transfer syntax 1\.2\.840\.10008\.1\.2\.4\.110.*uncompressed"):
+        read_ct(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- damage
