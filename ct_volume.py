@@ -189,6 +189,7 @@ def to_ct_volume(image: Any, *, spacing: Sequence[float] | None = None, axes: st
         TypeError: none of these, or an affine in coordinates that nothing tells; says what to do.
     """
     if isinstance(image, CTVolume):
+        _check_given(image.source, image.affine, *_checked_geometry(image.source, spacing, axes))
         return image
     if is_file(image):
         return read_ct(image, spacing=spacing, axes=axes)
@@ -588,10 +589,14 @@ def _assumed_affine(
     """
     known = stored.assumed_axes if sizes is None or stored.assumed_axes != "LAS" else "LPS"
     zooms = np.asarray(stored.zooms, dtype=np.float64)
-    zooms = np.where(np.isfinite(zooms) & (np.abs(zooms) > 1e-6) & (np.abs(zooms) < 1e6), zooms, 1.0)
+    sound = np.isfinite(zooms) & (np.abs(zooms) > 1e-6) & (np.abs(zooms) < 1e6)
+    zooms = np.where(sound, zooms, 1.0)
     mm = np.abs(zooms) if sizes is None else sizes
     known = "".join(letter if zoom > 0 else _OPPOSITE[letter] for letter, zoom in zip(known, zooms, strict=True))
-    _tell_assumed(stored, mm, known, sizes is not None, axes is not None)
+    if stored.bare:
+        _tell_bare(stored.source, known, sizes is not None, axes is not None)
+    else:
+        _tell_assumed(stored, mm, axes or known, bool(sound.all()), sizes is not None, axes is not None)
     affine = np.diag([0.0, 0.0, 0.0, 1.0])
     for column, letter in enumerate(axes or known):
         row = _AXIS_OF[letter]
@@ -599,34 +604,40 @@ def _assumed_affine(
     return _centred(affine, shape)
 
 
-def _tell_assumed(stored: StoredVolume, mm: np.ndarray, known: str, sized: bool, placed: bool) -> None:
-    """Of an assumed affine: what was assumed, and how to say better."""
-    size = " x ".join(f"{value:g}" for value in mm)
+def _tell_bare(source: str, known: str, sized: bool, placed: bool) -> None:
+    """Of an array whose format has no place for geometry: what the caller did not give, and how to give it."""
+    assumed = []
+    if not sized:
+        assumed.append(("voxels of 1 mm", "spacing= in mm"))
+    if not placed:
+        runs = ", ".join(_SIDES[letter] for letter in known)
+        assumed.append((f"axes running {runs}", 'axes= ("IPL": slices first, from head to foot)'))
+    if assumed:
+        logger.warning(
+            "%s: an array without geometry; assumes %s. If that is wrong, so are planes, sides and sizes: pass %s, or "
+            "save `affine` (4, 4) beside it in an .npz.",
+            source,
+            *(" and ".join(words) for words in zip(*assumed, strict=True)),
+        )
+
+
+def _tell_assumed(stored: StoredVolume, mm: np.ndarray, known: str, sound: bool, sized: bool, placed: bool) -> None:
+    """Of a header without a usable affine: what was assumed. `sound`: its voxel sizes are numbers."""
     runs = ", ".join(_SIDES[letter] for letter in known)
-    if stored.bare:
-        open_points = []
-        if not sized:
-            open_points.append(("voxels of 1 mm", "spacing= in mm"))
-        if not placed:
-            open_points.append((f"axes running {runs}", 'axes= ("IPL": slices first, from head to foot)'))
-        if open_points:
-            logger.warning(
-                "%s: an array without geometry; assumes %s. If that is wrong, so are planes, sides and sizes: pass %s, or "
-                "save `affine` (4, 4) beside it in an .npz.",
-                stored.source,
-                *(" and ".join(words) for words in zip(*open_points, strict=True)),
-            )
-    elif placed or sized:
+    if sized or (placed and sound):
         known = "" if placed else f", axes running {runs}"
         logger.info("%s: voxels of %s mm%s, as the caller says", stored.source, tuple(mm.tolist()), known)
-    elif stored.affines or stored.assumed_axes != "RAS":  # an .npz with `spacing` is defined so
-        logger.warning(
-            "%s: %s; assumes voxels of %s mm with axes running %s. Check the pictures' sides, or pass axes=.",
-            stored.source,
-            "its affine is NaN or singular" if stored.affines else "its header has no orientation",
-            size,
-            runs,
-        )
+        return
+    if sound and not stored.affines and stored.assumed_axes == "RAS":  # an .npz with `spacing` is defined so
+        return
+    found = "its affine is NaN or singular" if stored.affines else "its header has no orientation"
+    logger.warning(
+        "%s: %s; assumes voxels of %s mm with axes running %s. Check the pictures' sides, or pass axes=.",
+        stored.source,
+        found if sound else f"{found}, and voxel sizes that are no lengths",
+        " x ".join(f"{value:g}" for value in mm),
+        runs,
+    )
 
 
 def _centred(affine: np.ndarray, shape: Sequence[int]) -> np.ndarray:

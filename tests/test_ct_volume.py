@@ -572,6 +572,11 @@ def test_numpy_files_without_geometry_take_axes_and_spacing(tmp_path, caplog):
     np.savez(tmp_path / "spaced.npz", ct=stored, spacing=np.array(SPACING[::-1]))
     caplog.clear()
     assert read_ct(tmp_path / "spaced.npz", axes="IPL").spacing == SPACING and not caplog.records
+    np.savez(tmp_path / "nan.npz", ct=stored, spacing=np.array([0.8, np.nan, 0.8]))
+    assert read_ct(tmp_path / "nan.npz").spacing == (0.8, 1, 0.8)
+    assert "voxel sizes that are no lengths; assumes voxels of 0.8 x 1 x 0.8 mm" in caplog.text
+    with pytest.raises(CTReadError, match="axes to RAS, axes of IPL"):
+        to_ct_volume(read_ct(tmp_path / "nan.npz"), axes="IPL")
     np.savez(tmp_path / "placed.npz", ct=ramp(), affine=ras_affine())
     for options, words in (({"axes": "IPL"}, "axes to RAS, axes of IPL"), ({"spacing": (1, 1, 1)}, "voxels of .0.75")):
         with pytest.raises(CTReadError, match=f"placed.npz: its header tells of {words}"):
