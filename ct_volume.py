@@ -148,7 +148,9 @@ def read_ct(
         TypeError: no path at all.
     """
     if not is_file(path):
-        raise TypeError(f"expected a path, an address, a list of DICOM files, an open file or bytes; got {type(path)}")
+        raise TypeError(
+            f"expected a path, an address or a list of DICOM files, or an open file or bytes; got {type(path)}"
+        )
     source = source_of(path)
     if rescale is not None:
         if len(rescale) not in (2, 5):

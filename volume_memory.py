@@ -108,9 +108,8 @@ def is_file(image: Any) -> bool:
 def source_of(image: Any) -> str:
     """What messages call what `is_file` knows."""
     if isinstance(image, (list, tuple)):
-        more = f" and {len(image) - 1} more" if len(image) > 1 else ""
-        kind = " files" if more and not is_dataset(image[0]) else ""
-        return f"{source_of(image[0])}{more}{kind}" if image else "an empty list of files"
+        kind = "datasets" if image and is_dataset(image[0]) else "files"
+        return f"{source_of(image[0])} and {len(image) - 1} more {kind}" if image else "an empty list of files"
     if is_row(image):
         return source_of(image["path"]) if image.get("path") else "bytes in memory"
     if is_dataset(image):
@@ -156,7 +155,7 @@ def local_files(image: Any) -> Iterator[tuple[Any, bool]]:
             words = str(error)
             for path, name in names.items():  # nobody knows the path of a file that is gone
                 words = words.replace(path, name)
-            raise CTReadError(words) from error
+            raise type(error)(words) from error
 
 
 def _unwrapped(image: Any) -> Any:
