@@ -124,9 +124,9 @@ def read_ct(
     Args:
         path: a file (NIfTI, NRRD, MetaImage, NumPy, DICOM, or a zip of one of them), a folder with DICOM slices in it or
             in its sub-folders, a list of the DICOM files of one volume, or an http(s):// or hf:// address of a file. In
-            place of a path: a file that is open for reading bytes, the bytes themselves, a pydicom dataset, or a row of
-            an undecoded column of `datasets`, {"bytes": …, "path": …}. An open file is read from its beginning, and
-            stays open at the position where it was.
+            place of a path: a file that is open for reading bytes, or io.BytesIO, a pydicom dataset, or a row of an
+            undecoded column of `datasets`, {"bytes": …, "path": …}. An open file is read from its beginning, and stays
+            open at the position where it was.
         rescale: (slope, intercept) for a file that holds raw stored values under a header that says nothing, as in
             CT-RATE's first release. Never for values that are HU already: that is noticed and refused. Five numbers are
             slope, intercept and spacing: what a record of such a volume carries.
@@ -149,7 +149,7 @@ def read_ct(
     """
     if not is_file(path):
         raise TypeError(
-            f"expected a path, an address or a list of DICOM files, or an open file or bytes; got {type(path)}"
+            f"expected a path, an address or a list of DICOM files, or a file that is open; got {type(path)}"
         )
     source = source_of(path)
     if rescale is not None:

@@ -1,4 +1,4 @@
-"""Volumes that are no files on this machine: images of other libraries, open files, bytes, pydicom datasets.
+"""Volumes that are no files on this machine: images of other libraries, open files, pydicom datasets, rows of data sets.
 
 An image that carries its geometry keeps it: its affine counts in the coordinates that its library counts in. One that
 carries an affine of unknown coordinates is refused, for a guess would swap the patient's sides. Libraries are told by the
@@ -50,7 +50,7 @@ _CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 _PIXEL_DATA = (0x7FE0, 0x0010)
 _WRITE_ERRORS = (AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
 _TAKEN = (
-    "a path or an address, a list of DICOM files or pydicom datasets, an open file or bytes, a CTVolume, an array (X, Y, Z) "
+    "a path or an address, a list of DICOM files or pydicom datasets, an open file, a CTVolume, an array (X, Y, Z) "
     "in HU, or an image of nibabel, SimpleITK, MONAI, TorchIO or highdicom"
 )
 # What is no volume itself, but holds one: package, class, what to do.
@@ -59,6 +59,7 @@ _REMEDIES = (
     ("datasets", "Dataset", 'A data set is many rows: pass the volume of one, such as dataset[0]["nifti"]'),
     ("datasets", "IterableDataset", "A data set is many rows: pass the volume of one"),
     ("torchio", "Subject", 'A subject holds images: pass one of them, such as subject["ct"]'),
+    ("builtins", "bytes", "If these are a file's content, pass io.BytesIO(content)"),
     ("itk", "Image", "Write it with itk.imwrite(image, 'scan.nii.gz') and pass the path"),
     ("ants", "ANTsImage", "Pass image.to_nibabel()"),
 )
@@ -90,16 +91,14 @@ def _is_stream(image: Any) -> bool:
     return callable(getattr(image, "read", None)) and (hasattr(image, "seek") or hasattr(image, "readable"))
 
 
-def _is_content(image: Any) -> bool:
-    """Whether it is a file's content, as bytes or open."""
-    return isinstance(image, (bytes, bytearray, memoryview)) or _is_stream(image)
-
-
 def is_file(image: Any) -> bool:
-    """Whether `local_files` takes it: a path, an open file, bytes, a row, a pydicom dataset, or a list of them (no rows)."""
+    """Whether `local_files` takes it: a path, an open file, a row, a pydicom dataset, or a list of them (no rows).
+
+    Bytes alone are none: they could be a path, as elsewhere in Python.
+    """
     if isinstance(image, (list, tuple)):
-        return all(isinstance(file, (str, os.PathLike)) or is_dataset(file) or _is_content(file) for file in image)
-    return isinstance(image, (str, os.PathLike)) or is_row(image) or is_dataset(image) or _is_content(image)
+        return all(isinstance(file, (str, os.PathLike)) or is_dataset(file) or _is_stream(file) for file in image)
+    return isinstance(image, (str, os.PathLike)) or is_row(image) or is_dataset(image) or _is_stream(image)
 
 
 # ---------------------------------------------------------------------------------------------- files that are not on disk
@@ -114,7 +113,7 @@ def source_of(image: Any) -> str:
         return source_of(image["path"]) if image.get("path") else "bytes in memory"
     if is_dataset(image):
         return "a pydicom dataset"
-    if isinstance(image, (bytes, bytearray, memoryview, io.BytesIO)):
+    if isinstance(image, io.BytesIO):
         return "bytes in memory"
     if _is_stream(image):
         name = getattr(image, "name", None)
