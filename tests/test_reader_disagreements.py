@@ -4,7 +4,6 @@ What another package does is asked of it where it is at hand (nibabel, SimpleITK
 version that was run.
 """
 
-import ast
 import gzip
 import logging
 import re
@@ -418,10 +417,8 @@ def test_every_row_of_the_page_names_a_test_that_there_is():
     rows = [
         line for line in text.splitlines() if line.startswith("| ") and "---" not in line and "| held by" not in line
     ]
-    tests = {}
-    for file in (ROOT / "tests").glob("test_*.py"):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        tests |= {node.name: file.stem for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    files = (ROOT / "tests").glob("test_*.py")
+    tests = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M)}
     named = [re.findall(r"`(test_\w+)`", row) for row in rows]
     assert len(rows) >= 35 and all(named), [row for row, found in zip(rows, named, strict=True) if not found]
     assert not {name for found in named for name in found if name not in tests}
