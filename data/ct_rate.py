@@ -3,7 +3,6 @@
 CT-RATE: https://huggingface.co/datasets/ibrahimhamamci/CT-RATE
 """
 
-import csv
 import logging
 import os
 from collections import Counter
@@ -33,6 +32,7 @@ from samf.data.questions import TASKS, settle_answer, split_options
 from samf.data.record_cache import in_memory, load_or_make
 from samf.data.records import FEATURES, RESCALED_FEATURES, SECTIONS, RecordReader, VolumeChoice
 from samf.data.tally import Tally
+from samf.data.text_files import open_csv
 from samf.volume_sources import is_address
 
 logger = logging.getLogger(__name__)
@@ -326,8 +326,8 @@ def _load_csv_files(files: Sequence[Path], image_root: str | Path | None = None,
     """One or both of the paper's CSVs, told apart by their columns."""
     by_kind: dict[bool, Path] = {}
     for file in files:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            is_report = "caption" in next(csv.reader(stream), [])
+        with open_csv(file) as rows:
+            is_report = "caption" in (rows.fieldnames or [])
         if is_report in by_kind:
             kind = "reports" if is_report else "multiple choice"
             raise ValueError(f"{by_kind[is_report]} and {file} both hold {kind}; give one of each.")

@@ -10,6 +10,7 @@ import datasets
 
 from samf.data.ct_rate import CtRateFolder, VolumeName, load_ct_rate, load_records
 from samf.data.ct_rate_sources import is_hub_name
+from samf.data.text_files import read_lines
 from samf.dicom_volume import looks_like_dicom, walk_once
 from samf.volume_sources import is_address
 
@@ -135,7 +136,7 @@ def _ct_rate_folders(root: Path, splits: Sequence[str]) -> list[CtRateFolder]:
 
 
 def _listed_volumes(file: Path) -> list[VolumeKey]:
-    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in read_lines(file)]
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise FileNotFoundError(f"{file}: no volumes; expected one path or address a line.")
