@@ -40,7 +40,16 @@ from .dicom_pixels import (
     pydicom,
     quiet_pydicom,
 )
-from .volume_files import AIR_HU, LPS_TO_RAS, MAX_VOXELS, CTReadError, StoredVolume, is_disk_error, scale_to_hu
+from .volume_files import (
+    AIR_HU,
+    LPS_TO_RAS,
+    MAX_VOXELS,
+    CTReadError,
+    NotCTError,
+    StoredVolume,
+    is_disk_error,
+    scale_to_hu,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -446,7 +455,7 @@ def _choose_series(
     """The slices of the series named, else of the largest axial one; the log says which others there were."""
     if not series:
         found = _counted(left_out) or "no DICOM file"
-        raise CTReadError(f"{source}: no CT series here (found {found}). {_NON_CT_REMEDY}")
+        raise NotCTError(f"{source}: no CT series here (found {found}). {_NON_CT_REMEDY}")
     largest = sorted(series, key=lambda uid: (-len(series[uid]), uid))
     listing = "; ".join(f"{series_label(uid)}: {_described(series[uid])}" for uid in largest[:_MAX_LISTED])
     listing += f"; and {len(series) - _MAX_LISTED} more" if len(series) > _MAX_LISTED else ""
