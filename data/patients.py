@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 PATIENT_COLUMN = "patient_id"  # of records; a table's own column of this name counts without being named
 RULES = (
-    "'folder' (the first one below the data's folder), 'folder:2' (the second, …), 'parent' (the folder that holds the \
-volume), or a regular expression with one group, such as '(LIDC-IDRI-[0-9]+)'"
+    "'folder' (the first one below the data's folder), 'folder:2' (the second, …), 'parent' (the folder that holds the "
+    "volume), 'file' (each volume is a patient), or a regular expression with one group, such as '(LIDC-IDRI-[0-9]+)'"
 )
 _LOOKERS = 16  # threads that open a file of each DICOM series: on a network file system they wait
 _LOOKED_AT = 20  # files of a folder in which a DICOM file is looked for
@@ -42,7 +43,7 @@ class PatientRule:
 
     Attributes:
         text: as it was given.
-        folder: which folder below the data's own names the patient, from 1; 0 is the one that holds the volume.
+        folder: which folder below the data's own names the patient, from 1; 0 for "parent" and "file".
         pattern: a regular expression whose one group, searched in the path, is the patient; None = by `folder`.
     """
 
@@ -55,7 +56,7 @@ class PatientRule:
         """Read a rule as it is given on the command line. Raises ValueError for what is none."""
         if text is None:
             return None
-        if text == "parent":
+        if text in ("parent", "file"):
             return cls(text)
         if match := re.fullmatch(r"folder(?::([1-9]\d*))?", text):
             return cls(text, int(match[1] or 1))
@@ -84,7 +85,7 @@ class PatientRule:
             raise ValueError(f"{path}: patient_rule {self.text!r} finds no patient in this path. Expected {RULES}.")
         parts = PurePath(path).parts[:-1]
         if self.folder == 0:
-            return os.path.dirname(path)
+            return path if self.text == "file" else os.path.dirname(path)
         base = PurePath(root).parts if root else ()
         if base and parts[: len(base)] == base and len(parts) >= len(base) + self.folder:
             return "/".join(parts[len(base) : len(base) + self.folder])
@@ -164,9 +165,9 @@ def digest(text: str) -> str:
 
 
 def shown(patient: str) -> str:
-    """Return what messages call a patient: CT-RATE's pseudonym or a digest."""
-    is_pseudonym = re.fullmatch(r"[a-z]+_\d+", patient) or re.fullmatch(r"dicom-[0-9a-f]{12}", patient)
-    return patient if is_pseudonym else f"#{digest(patient)}"
+    """Return what messages call a patient: CT-RATE's pseudonym, a path, which stands for one that isn't known, or a digest."""
+    is_plain = re.fullmatch(r"[a-z]+_\d+|dicom-[0-9a-f]{12}", patient) or os.path.isabs(patient) or is_address(patient)
+    return patient if is_plain else f"#{digest(patient)}"
 
 
 # ---- volumes and records ---------------------------------------------------------------------------------------------
@@ -199,10 +200,26 @@ def warn_of_unknown(source: str, unknown: int, volumes: int) -> None:
         logger.warning(
             "%s: the patients of %d of %d volumes are not known; each volume counts as a patient of its own, so that series "
             "of one patient may come into training and validation. Name them: --patient_column of a table, or "
-            "--patient_rule folder, parent, or a regular expression with one group.",
+            "--patient_rule folder, parent, file, or a regular expression with one group.",
             source,
             unknown,
             volumes,
+        )
+
+
+def refuse_shared_folders(patients: Mapping[str, str | None]) -> None:
+    """Raise ValueError where volumes of unknown patients lie together in several folders: each may be one patient's.
+
+    For what holds patients out: whether a folder of several files is a patient's, nobody but the user knows.
+    """
+    folders = Counter(os.path.dirname(path) for path, patient in patients.items() if patient is None)
+    shared = [folder for folder, count in folders.items() if count > 1]
+    if len(shared) > 1:
+        raise ValueError(
+            f"{len(shared)} folders have several volumes each (first: {shared[0]}, {folders[shared[0]]} volumes), and whose "
+            f"they are is not known: patients can't be held out. Say it by --patient_rule: parent, if such a folder is one "
+            f"patient's; folder, if the first one below the data's is; file, if each volume is another patient's; or a "
+            f"regular expression with one group."
         )
 
 
