@@ -129,6 +129,11 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
+def processes_here() -> int:
+    """How many of the launcher's processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def local_rank() -> int:
     """This process's number on its machine: which accelerator is its own."""
     return int(os.environ.get("LOCAL_RANK", "0"))
