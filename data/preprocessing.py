@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,10 @@ class UnreadableVolumeError(PreprocessError, CTReadError):
     """A volume that can't be read, where that stops the run."""
 
 
+class StoppedError(PreprocessError):
+    """Another process has stopped, so this one does."""
+
+
 class AllFailedError(PreprocessError):
     """So many volumes fail, and none does not, that it can't be theirs."""
 
@@ -64,6 +68,7 @@ class FillOptions:
         retry_failed: try what failed in an earlier run again; "stop" always does.
         force: start although the disk seems too small.
         show_progress: a bar in the terminal.
+        should_stop: asked after each volume; True ends the work with a StoppedError.
     """
 
     shard: Shard = Shard()
@@ -73,6 +78,7 @@ class FillOptions:
     retry_failed: bool = False
     force: bool = False
     show_progress: bool = True
+    should_stop: Callable[[], bool] | None = None
 
 
 # ---- size and time -------------------------------------------------------------------------------------------------
@@ -359,6 +365,8 @@ class _Run:
         for volume, result in self.pool.map(volumes):
             outcome = _outcome(result)
             outcomes.append((volume, outcome))
+            if self.options.should_stop is not None and self.options.should_stop():
+                raise StoppedError("another process has stopped")
             if _is_time_out(result) and self.options.on_error == "skip":
                 stalled += 1
                 self._put_off(volume, outcome, stalled)

@@ -6,6 +6,7 @@ gloo is enough on any device, and the waiting may take as long as the slowest ra
 
 import functools
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -60,7 +61,7 @@ class Processes:
             try:
                 outcome = [(make(), None)]
             except Exception as error:  # noqa: BLE001 - raised on every process below
-                outcome = [(None, error)]
+                outcome = [(None, _portable(error))]
             finally:
                 _works_for_all.reset(token)
         dist.broadcast_object_list(outcome, src=0, group=self._group)
@@ -83,7 +84,8 @@ class Processes:
             if error is not None:
                 raise error
             return
-        first = next((found for found in self.gather(error) if found is not None), None)
+        errors = self.gather(None if error is None else _portable(error))
+        first = next((found for found in errors if found is not None), None)
         if first is not None:
             raise error or first
 
@@ -104,6 +106,15 @@ class Processes:
         yield
         if self.is_first:
             self.wait()
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that another process can be sent: the same, or one of its words. A failed sending would leave it waiting."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception as reason:  # noqa: BLE001 - whatever an exception's own pickling raises
+        return RuntimeError(f"{type(error).__name__}: {error} (not sent as it is: {type(reason).__name__})")
+    return error
 
 
 @functools.cache

@@ -27,8 +27,7 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import ConcatDataset, Dataset
 
-from samf.ct_volume import CTReadError
-from samf.data.cache_ledger import Ledger, Shard, look_at
+from samf.data.cache_ledger import Ledger, Shard, Volume, look_at
 from samf.data.ct_rate_names import VolumeName
 from samf.data.patients import (
     PatientRule,
@@ -38,9 +37,9 @@ from samf.data.patients import (
     refuse_shared_folders,
     warn_of_unknown,
 )
-from samf.data.preprocessing import FillOptions, fill_slices
+from samf.data.preprocessing import FillOptions, StoppedError, fill_slices
 from samf.data.processes import Processes, processes_here
-from samf.data.slice_cache import SliceCache, read_record
+from samf.data.slice_cache import SliceCache, read_record, record_file
 from samf.data.volume_lists import FoundVolumes, SourceOptions, VolumeKey, find_splits, join_found
 from samf.data.workers import usable_cores
 from samf.image_processing_samf import EXTRACT_VERSION, PLANES, SamfImageProcessor
@@ -382,7 +381,8 @@ def fill_slice_cache(
     if on_error not in ("stop", "skip", "error"):  # "error": what "stop" was called once
         raise ValueError(f"on_error={on_error!r}; expected 'stop' or 'skip'.")
     processes = Processes()
-    listed = processes.from_first(lambda: look_at(volumes, cache, searched))
+    listed, run = processes.from_first(lambda: (look_at(volumes, cache, searched), uuid.uuid4().hex))
+    stopped = cache.folder / "log" / f".{run}.stopped"  # there when a process of this run has failed
     shard = Shard(processes.rank, processes.count)
     options = FillOptions(
         shard=shard,
@@ -390,20 +390,28 @@ def fill_slice_cache(
         timeout=timeout,
         on_error="skip" if on_error == "skip" else "stop",
         show_progress=processes.is_first,
+        should_stop=stopped.exists if processes.count > 1 else None,
     )
     about = {"settings_hash": cache.image_processor.settings_hash(), "extract_version": EXTRACT_VERSION}
     failed = None
     try:
         fill_slices(listed, cache, Ledger(cache.folder, "slices"), options, about)
+    except StoppedError:
+        logger.warning("another process has stopped, and so does this one")
     except Exception as error:  # noqa: BLE001 - raised on every process, or the others would wait for this one
         failed = error
-    processes.raise_together(failed)
-    mine = [
-        (volume.path, volume.rescale) for volume in shard.of(listed) if _has_file(cache, (volume.path, volume.rescale))
-    ]
+        if processes.count > 1:
+            stopped.parent.mkdir(parents=True, exist_ok=True)
+            stopped.touch()
+    try:
+        processes.raise_together(failed)
+    finally:
+        stopped.unlink(missing_ok=True)
+    mine = {volume.key for volume in shard.of(listed) if _has_file(cache, volume)}
     made = set(chain.from_iterable(processes.gather(mine)))
-    kept = [key for key in volumes if key in made]
-    _wait_for_files(cache, kept)
+    there = [volume for volume in listed if volume.key in made]
+    _wait_for_files(cache, there)
+    kept = [(volume.path, volume.rescale) for volume in there]
     _tell_left_out(volumes, kept, searched)
     return kept
 
@@ -419,30 +427,27 @@ def _tell_left_out(volumes: Sequence[VolumeKey], kept: Sequence[VolumeKey], sear
         )
 
 
-def _wait_for_files(cache: SliceCache, kept: Sequence[VolumeKey]) -> None:
+def _wait_for_files(cache: SliceCache, made: Sequence[Volume]) -> None:
     """Wait until this machine sees the records that other machines have made; network file systems take a while.
 
     Raises on all processes FileNotFoundError, when one of them doesn't see a record after `_PATIENCE` seconds.
     """
-    processes, unseen = Processes(), list(kept)
+    processes, unseen = Processes(), list(made)
     deadline, error = time.monotonic() + _PATIENCE, None
-    while unseen := [key for key in unseen if not _has_file(cache, key)]:
+    while unseen := [volume for volume in unseen if not _has_file(cache, volume)]:
         if time.monotonic() > deadline:
             error = FileNotFoundError(
                 f"{cache.folder}: process {processes.rank} doesn't see {len(unseen)} records that others have made (first: "
-                f"{unseen[0][0]}). All machines must share this folder and mount the volumes at the same paths."
+                f"{unseen[0].path}). All machines must share this folder and mount the volumes at the same paths."
             )
             break
         time.sleep(1)
     processes.raise_together(error)
 
 
-def _has_file(cache: SliceCache, key: VolumeKey) -> bool:
+def _has_file(cache: SliceCache, volume: Volume) -> bool:
     """Whether a volume has a record; one that isn't there itself, such as a link to nowhere, has none."""
-    try:
-        return cache.record_path(key[0], rescale=key[1]).is_file()
-    except CTReadError:
-        return False
+    return volume.key is not None and record_file(cache.folder, volume.key).is_file()
 
 
 def is_slice_cache(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from samf.data import cache_ledger, slice_cache, slice_images
 from samf.data.cache_ledger import Ledger, look_at
 from samf.data.phantom import make_phantom, write_nifti
 from samf.data.processes import Processes
-from samf.data.slice_cache import SliceCache
+from samf.data.slice_cache import SliceCache, record_file
 from samf.data.slice_images import fill_slice_cache, readable_scans
 from samf.data.volume_lists import SourceOptions
 from samf.image_processing_samf import SamfImageProcessor
@@ -66,10 +66,10 @@ def _see_late() -> None:
         time.sleep(0.02)
         return identity(path)
 
-    def late(cache, key):
-        place = cache.record_path(key[0], rescale=key[1])
+    def late(cache, volume):
+        place = record_file(cache.folder, str(volume.key))
         is_seen = time.monotonic() - first_look.setdefault(place, time.monotonic()) > LATE
-        return has_file(cache, key) and (is_seen or _makes(place))
+        return has_file(cache, volume) and (is_seen or _makes(place))
 
     cache_ledger.volume_identity, slice_images._has_file = slow, late
 
@@ -122,6 +122,34 @@ def test_what_one_process_cannot_read_stops_both(volumes, tmp_path):
     errors = in_two_processes(fill_slice_cache, cache_at(tmp_path / "cache"), keys_below(folder), folder=tmp_path)
     for error in errors:
         assert isinstance(error, CTReadError) and "train_5_a_1" in str(error)
+    assert not list((tmp_path / "cache/log").glob(".*"))
+
+
+def _fill_slowly(cache: SliceCache, keys: list) -> int:
+    """The first process reads nothing until the second one has failed; how many records there are then."""
+
+    def read(path, **options):
+        given_up = time.monotonic() + 60
+        while Processes().is_first and not list((cache.folder / "log").glob(".*.stopped")):
+            assert time.monotonic() < given_up
+            time.sleep(0.02)
+        return read_ct(path, **options)
+
+    slice_cache.read_ct = read
+    try:
+        fill_slice_cache(cache, keys)
+    except CTReadError:
+        return len(list(cache.folder.glob("??/*.safetensors")))
+    return -1
+
+
+def test_a_process_does_not_finish_its_share_when_another_has_failed(volumes, tmp_path, monkeypatch):
+    monkeypatch.setattr(slice_images, "usable_cores", lambda: 1)
+    keys = [(str(tmp_path / f"{number}.nii.gz"), None) for number in range(8)]
+    for number, (path, _) in enumerate(keys):
+        Path(path).write_bytes(b"no volume") if number % 2 else shutil.copy(keys_below(volumes)[0][0], path)
+    made = in_two_processes(_fill_slowly, cache_at(tmp_path / "cache"), keys, folder=tmp_path)
+    assert 0 <= min(made) <= max(made) <= 2  # of four: the one that was being read, and the next
 
 
 def _unequal() -> None:
@@ -136,13 +164,24 @@ def test_different_numbers_of_records_stop_both(tmp_path):
         assert isinstance(error, ValueError) and "different numbers of records: 7, 8" in str(error)
 
 
+class PrivateError(Exception):
+    """One that can't be sent to another process, as those of web clients can't."""
+
+    def __init__(self, response: Any):
+        super().__init__("the server says no")
+        self.response = lambda: response
+
+
 def _fail_on_the_first() -> None:
-    Processes().from_first(lambda: Path("/nowhere/at/all").read_text(encoding="utf-8"))
+    def look():
+        raise PrivateError("403")
+
+    Processes().from_first(look)
 
 
 def test_what_fails_on_the_first_process_fails_on_both(tmp_path):
     for error in in_two_processes(_fail_on_the_first, folder=tmp_path):
-        assert isinstance(error, FileNotFoundError)
+        assert isinstance(error, RuntimeError) and "PrivateError: the server says no" in str(error)
 
 
 def test_what_was_noted_as_deadly_is_not_read_again(volumes, tmp_path, monkeypatch):
