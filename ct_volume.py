@@ -32,6 +32,7 @@ from .volume_files import (
     AIR_HU,
     MAX_VOXELS,
     CTReadError,
+    NotCTError,
     StoredVolume,
     check_dtype,
     is_plausible,
@@ -47,7 +48,7 @@ from .volume_files import (
     squeezed_shape,
 )
 from .volume_memory import is_file, local_files, source_of, stored_image
-from .volume_sources import is_address, local_copy, shown, unpack_zip
+from .volume_sources import file_path, is_address, local_copy, shown, unpack_zip
 
 try:  # for volumes that must be resampled
     from scipy.ndimage import affine_transform
@@ -56,7 +57,7 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["AIR_HU", "CTReadError", "CTVolume", "judge_intensity", "read_ct", "to_ct_volume"]
+__all__ = ["AIR_HU", "CTReadError", "CTVolume", "NotCTError", "judge_intensity", "read_ct", "to_ct_volume"]
 
 _DIRECTIONS = ("LR", "PA", "IS")  # of the axes R, A and S: where they come from and where they run to
 _AXIS_OF = {letter: axis for axis, pair in enumerate(_DIRECTIONS) for letter in pair}
@@ -69,6 +70,7 @@ _PADDING_HU = -1500  # noise and streaks reach down to some -1300; nothing measu
 _SAMPLE = 1 << 18
 _MAX_UPRIGHT, _MAX_GROWTH = 50_000_000, 20  # voxels, and times as many as before: what resampling may make of a volume
 _MIN_JUDGED = 10_000  # voxels: fewer say nothing about the whole
+_CHEST_MM = 60.0  # a newborn's chest has more, along each axis
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ class CTVolume:
             if letter in direction
         )
 
+    @property
+    def coverage_mm(self) -> tuple[float, float, float]:
+        """How much of the body the voxels cover, in mm along X, Y, Z."""
+        return tuple(count * size for count, size in zip(self.shape, self.spacing, strict=True))
+
     def stored_hu(self) -> np.ndarray:
         """`hu` in the axis order of the file's own array: a view."""
         axes, signs = zip(*self.stored_axes, strict=True)
@@ -118,14 +125,15 @@ def read_ct(
     axes: str | None = None,
     series_uid: str | None = None,
     allow_non_ct: bool = False,
+    min_coverage: float = 0.0,
 ) -> CTVolume:
     """Reads one CT volume.
 
     Args:
         path: a file (NIfTI, NRRD, MetaImage, NumPy, DICOM, or a zip of one of them), a folder with DICOM slices in it or
-            in its sub-folders, a list of the DICOM files of one volume, or an http(s):// or hf:// address of a file. In
-            place of a path: a file that is open for reading bytes, or io.BytesIO, a pydicom dataset, or a row of an
-            undecoded column of `datasets`, {"bytes": …, "path": …}. An open file is read from its beginning, and stays
+            in its sub-folders, a list of the DICOM files of one volume, or a file://, http(s):// or hf:// address of a
+            file. In place of a path: a file that is open for reading bytes, or io.BytesIO, a pydicom dataset, or a row of
+            an undecoded column of `datasets`, {"bytes": …, "path": …}. An open file is read from its beginning, and stays
             open at the position where it was.
         rescale: (slope, intercept) for a file that holds raw stored values under a header that says nothing, as in
             CT-RATE's first release. Never for values that are HU already: that is noticed and refused. Five numbers are
@@ -139,18 +147,22 @@ def read_ct(
         series_uid: which series of a DICOM study to read, or which stack of an enhanced file, by the label that the log
             gives it, or a series by its SeriesInstanceUID. Default: the largest axial CT series.
         allow_non_ct: take other modalities, and values that are no Hounsfield units.
+        min_coverage: mm that the volume must cover along each axis; less is refused. Without it less than a chest has is
+            only warned of: a single slice, a localizer, one reformatted plane.
 
     Returns:
         CTVolume in RAS+ order, HU in int16 (saturated). NaN, infinite and padding voxels are air (-1024).
 
     Raises:
         CTReadError: the path holds no single CT volume; says what was found, what was expected and what to do.
+        NotCTError: a CTReadError: what is there is whole, but no CT, or covers less than `min_coverage`.
         TypeError: no path at all.
     """
     if not is_file(path):
         raise TypeError(
             f"expected a path, an address or a list of DICOM files, or a file that is open; got {type(path)}"
         )
+    path = file_path(path)
     source = source_of(path)
     if rescale is not None:
         if len(rescale) not in (2, 5):
@@ -161,17 +173,36 @@ def read_ct(
             stored = _read_stored(local, source, rescale, series_uid, allow_non_ct)
             if passing:
                 stored = _unmapped(stored)
-        return _build(stored, rescale=rescale, spacing=spacing, axes=axes, judge=not allow_non_ct)
+        volume = _build(stored, rescale=rescale, spacing=spacing, axes=axes, judge=not allow_non_ct)
+        _check_coverage(volume, source, min_coverage)
+        return volume
     except CTReadError as error:
         if source in str(error):
             raise
-        raise CTReadError(f"{source}: {error}") from error  # the message names a file in a cache or a zip
+        raise type(error)(f"{source}: {error}") from error  # the message names a file in a cache or a zip
     except MemoryError as error:
         raise CTReadError(f"{source}: not enough memory for this volume. Crop or coarsen it.") from error
     except OSError as error:
         raise CTReadError(
             f"{source}: cannot be read ({error.strerror}). Check the path and its permissions."
         ) from error
+
+
+def _check_coverage(volume: CTVolume, source: str, least: float) -> None:
+    voxels = " x ".join(map(str, volume.shape))
+    covered = " x ".join(f"{mm:.0f}" for mm in volume.coverage_mm)
+    found = f"{source}: {voxels} voxels cover {covered} mm (left to right, back to front, foot to head)"
+    if min(volume.coverage_mm) < least:
+        raise NotCTError(
+            f"{found}; expected at least {least:g} mm along each axis. Name another series of the study, or lower min_coverage."
+        )
+    if min(volume.coverage_mm) < _CHEST_MM:
+        logger.log(
+            logging.WARNING if volume.hu.size >= _MIN_JUDGED else logging.INFO,
+            "%s: too little to be a chest. Is it one slice, a localizer or a reformatted plane? min_coverage= "
+            "(--min_coverage MM) refuses such volumes.",
+            found,
+        )
 
 
 def to_ct_volume(image: Any, *, spacing: Sequence[float] | None = None, axes: str | None = None) -> CTVolume:
@@ -239,7 +270,7 @@ def _check_path(path: str | os.PathLike) -> None:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) and not is_address(text):
         kind = text.partition("://")[0]
         raise CTReadError(
-            f"{shown(text)}: an address of kind {kind}; expected http(s):// or hf://. Fetch the file first."
+            f"{shown(text)}: an address of kind {kind}; expected file://, http(s):// or hf://. Fetch the file first."
         )
 
 
@@ -498,7 +529,7 @@ def _check_intensity(
             f"{source}: its values are Hounsfield units already (air lies near -1000), and rescale={tuple(rescale)} makes "
             f"{found}. Leave rescale out: it would rescale twice.{before}"
         )
-    raise CTReadError(
+    raise NotCTError(
         f"{source}: its values are no Hounsfield units: {found}. Expected air near -1000 and soft tissue near 0. "
         f"{_intensity_remedy(found, rescale, stored.own_scaling)} allow_non_ct=True takes them as they are.{before}"
     )

@@ -44,7 +44,16 @@ from .dicom_pixels import (
     pydicom,
     quiet_pydicom,
 )
-from .volume_files import AIR_HU, LPS_TO_RAS, MAX_VOXELS, CTReadError, StoredVolume, is_disk_error, scale_to_hu
+from .volume_files import (
+    AIR_HU,
+    LPS_TO_RAS,
+    MAX_VOXELS,
+    CTReadError,
+    NotCTError,
+    StoredVolume,
+    is_disk_error,
+    scale_to_hu,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -520,7 +529,7 @@ def _choose_series(
     """The slices of the series or stack named, else of the largest axial one; the log says which others there were."""
     if not series:
         found = _counted(left_out) or "no DICOM file"
-        raise CTReadError(f"{source}: no CT series here (found {found}). {_NON_CT_REMEDY}")
+        raise NotCTError(f"{source}: no CT series here (found {found}). {_NON_CT_REMEDY}")
     apart = {name: stack for uid, slices in series.items() for name, stack in _split(uid, slices).items()}
     if series_uid is None:
         choices = _joined(source, apart, listed)

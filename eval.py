@@ -33,6 +33,7 @@ from samf.data.processes import (
     leave_processes,
 )
 from samf.data.slice_cache import SliceCache
+from samf.data.source_arguments import SourceArguments
 from samf.evaluation.generation import (
     PREDICTIONS,
     RESULTS,
@@ -52,9 +53,13 @@ SCORING = ("labeller", "bertscore_model", "bertscore_layers", "radeval", "resamp
 
 
 @dataclass
-class EvalArguments:
+class EvalArguments(SourceArguments):
     model: str = field(metadata={"help": "folder or Hub id of a SAMF model"})
-    data: str = field(metadata={"help": "folder in CT-RATE's layout, or another source that load_records reads"})
+    data: str = field(
+        metadata={
+            "help": "folder in CT-RATE's layout, or another source that load_records reads; with volume_column any"
+        }
+    )
     output_dir: str = field(metadata={"help": "where predictions and results go"})
     split: str = field(default="valid", metadata={"help": "train or valid"})
     tasks: list[str] = field(default_factory=lambda: ["report", "multiple_choice"], metadata={"help": ", ".join(TASKS)})
@@ -96,6 +101,9 @@ class EvalArguments:
     judge_workers: int = field(default=8, metadata={"help": "prompts under way at once"})
 
     def __post_init__(self):
+        self.check_source()
+        if self.min_coverage and self.slice_cache is None:
+            raise ValueError("min_coverage is checked when slices are made: give slice_cache too.")
         unknown = sorted(set(self.tasks) - set(TASKS))
         if unknown:
             raise ValueError(f"tasks names {unknown}; they are {', '.join(TASKS)}.")
@@ -127,7 +135,8 @@ def choose_records(args: EvalArguments) -> Sequence[Any]:
     # With --on_error skip a missing file becomes a listed failure like any other that can't be read.
     on_missing = "keep" if args.on_error == "skip" else "error"
     counts = Path(args.output_dir) / RECORD_COUNTS if is_first_process() else None
-    records = load_records(args.data, args.split, tasks=args.tasks, on_missing=on_missing, counts_file=counts)
+    options = {"on_missing": on_missing, "counts_file": counts, **args.record_options()}
+    records = load_records(args.data, args.split, tasks=args.tasks, **options)
     if args.limit is not None:
         chosen = first_of_each_task(records, args.limit)
         if counts:
@@ -167,7 +176,7 @@ def run(args: EvalArguments) -> dict[str, Any]:
     model, processor = build_model(args)
     answering = {
         "settings": args.settings(),
-        "slice_cache": SliceCache(args.slice_cache, processor.image_processor) if args.slice_cache else None,
+        "slice_cache": build_slice_cache(args, processor),
         "on_error": args.on_error,
         "described_by": describe(args),
     }
@@ -185,6 +194,13 @@ def run(args: EvalArguments) -> dict[str, Any]:
         results["position_bias"] = bias
         write_results(results, Path(args.output_dir) / RESULTS)
     return results
+
+
+def build_slice_cache(args: EvalArguments, processor: Any) -> SliceCache | None:
+    """Where prepared volumes come from, if a folder is given."""
+    if args.slice_cache is None:
+        return None
+    return SliceCache(args.slice_cache, processor.image_processor, args.min_coverage)
 
 
 def measure_position_bias(

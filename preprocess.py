@@ -5,11 +5,15 @@
     python preprocess.py … --shard 3/16                                            # task 3 of an array job's 1 to 16
     torchrun --nproc_per_node 8 preprocess.py … --embeddings runs/slice_encoder    # and embed the slices, on 8 GPUs
     python preprocess.py … --verify                                                # read all records again
+    python preprocess.py /data/atlas --pattern 'ct.nii.gz' --min_coverage 100      # of a tree with other things in it
+    python preprocess.py owner/name --volume_column nifti --cache /scratch/slices  # any data set on the Hub
 
 DATA is CT-RATE's folder (v1 or v2) or its name on the Hub, folders of volumes or of DICOM series, one of the paper's CSVs,
-a .txt file with a path a line, or single volumes. `train.py --slice_cache` and `eval.py --slice_cache` with the same folder
-and settings find the records. Volumes on the Hub are fetched into $TMPDIR, cut, and deleted again. A run that
-was killed is started again by the same command, or with other shards: what has a record is done.
+a .txt file with a path a line, single volumes, or with `--volume_column` a data set or table in any layout. What is found
+in a folder and is no CT (masks, other modalities) is passed over and counted. `train.py --slice_cache` and
+`eval.py --slice_cache` with the same folder and settings find the records. Volumes on the Hub are fetched into $TMPDIR,
+cut, and deleted again. A run that was killed is started again by the same command, or with other shards: what has a record
+is done.
 """
 
 import argparse
@@ -18,12 +22,13 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import AutoConfig
 
-from samf.data.cache_ledger import Ledger, Shard, look_at
+from samf.data.cache_ledger import Ledger, Shard, Volume, look_at
 from samf.data.embedding_cache import EmbeddingCache
 from samf.data.preprocessing import (
     FillOptions,
@@ -33,12 +38,15 @@ from samf.data.preprocessing import (
     estimate_embeddings,
     fill_embeddings,
     fill_slices,
+    unsettled,
     verify,
 )
-from samf.data.processes import default_device, local_rank
+from samf.data.processes import default_device, local_rank, processes_here
 from samf.data.slice_cache import RECORD_VERSION, SliceCache
 from samf.data.slice_settings import load_image_processor
-from samf.data.volume_lists import SPLITS, find_volumes
+from samf.data.source_arguments import SourceArguments
+from samf.data.text_files import TextEncodingError
+from samf.data.volume_lists import SPLITS, search_volumes
 from samf.data.workers import usable_cores
 from samf.image_processing_samf import EXTRACT_VERSION, FIELDS, PRESETS, SLABS, SamfImageProcessor
 from samf.modeling_samf import SamfForConditionalGeneration, SamfModel
@@ -46,13 +54,30 @@ from samf.pretraining.contrast import build_slices_model
 
 logger = logging.getLogger("samf.preprocess")
 
+# The exit status when some of this process's volumes are neither made nor noted as failed: as sysexits.h has it for what
+# is worth another try.
+TRY_AGAIN = 75
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", help="CT-RATE's folder, folders, lists, CSVs, volumes")
     parser.add_argument("--cache", type=Path, required=True, help="folder that gets the records; may be filled already")
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS, help="of CT-RATE; default: both")
-    parser.add_argument("--on_missing", choices=("error", "skip"), default="error", help="of CT-RATE's volumes")
+    parser.add_argument(
+        "--on_missing", choices=("error", "skip"), default="error", help="of volumes that a table names"
+    )
+    parser.add_argument(
+        "--pattern", nargs="+", default=[], help="of the files in folders: names (ct.nii.gz), paths (*/ct/*)"
+    )
+    sources = SourceArguments()
+    for name in ("volume_column", "dataset_split", "min_coverage"):
+        about = next(field for field in fields(sources) if field.name == name)
+        several = {"nargs": "+"} if name == "dataset_split" else {}
+        kind = float if name == "min_coverage" else str
+        parser.add_argument(
+            f"--{name}", type=kind, default=getattr(sources, name), help=about.metadata["help"], **several
+        )
 
     slices = parser.add_argument_group("slices", "as for training; what is left out is the processor's, or the default")
     slices.add_argument("--processor", help="model or slice encoder whose slice settings count")
@@ -87,7 +112,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--num_workers {args.num_workers}: expected at least 1")
     if args.timeout < 0:
         parser.error(f"--timeout {args.timeout}: expected seconds, or 0")
+    named = {name: getattr(args, name) for name in ("volume_column", "dataset_split", "min_coverage")}
+    args.sources = SourceArguments(**named)
     try:
+        args.sources.check_source()
         args.shard = Shard.choose(args.shard, os.environ)
     except ValueError as error:
         parser.error(str(error))
@@ -122,10 +150,9 @@ def build_slice_encoder(args: argparse.Namespace) -> SamfModel:
 
 
 def fill_options(args: argparse.Namespace) -> FillOptions:
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return FillOptions(
         shard=args.shard,
-        workers=args.num_workers or max(1, usable_cores() // ranks_here),
+        workers=args.num_workers or max(1, usable_cores() // processes_here()),
         timeout=args.timeout or None,
         on_error=args.on_error,
         retry_failed=args.retry_failed,
@@ -142,15 +169,17 @@ def describe(args: argparse.Namespace, image_processor: SamfImageProcessor) -> d
         "extract_version": EXTRACT_VERSION,
         "record_version": RECORD_VERSION,
         "image_processor": image_processor.to_dict(),
+        "min_coverage": args.min_coverage,
     }
 
 
 def run(args: argparse.Namespace) -> int:
     """Do what is asked; returns the exit status."""
     image_processor = build_image_processor(args)
-    cache, ledger, options = SliceCache(args.cache, image_processor), Ledger(args.cache, "slices"), fill_options(args)
-    keys = find_volumes(args.data, splits=args.splits, on_missing=args.on_missing)
-    volumes = look_at(keys, cache)
+    cache = SliceCache(args.cache, image_processor, args.min_coverage)
+    ledger, options = Ledger(args.cache, "slices"), fill_options(args)
+    found = search_volumes(args.data, args.sources.source_options(args.on_missing, args.pattern, tuple(args.splits)))
+    volumes = look_at(found.keys, cache, found.searched)
     about = describe(args, image_processor)
     if args.verify:
         status = report_verified(verify(volumes, ledger, options, remove=args.verify == "remove"), "slices")
@@ -159,12 +188,12 @@ def run(args: argparse.Namespace) -> int:
         status = 0
     else:
         report_filled(fill_slices(volumes, cache, ledger, options, about), ledger)
-        status = 0
+        status = status_of(unsettled(volumes, ledger, options.shard))
     if not args.embeddings:
         return status
     embeddings = EmbeddingCache(args.cache, cache, build_slice_encoder(args))
     ledger = Ledger(args.cache, "embeddings")
-    encoded = look_at(keys, embeddings)
+    encoded = look_at(found.keys, embeddings, found.searched)
     about |= {"encoder": args.embeddings, "fingerprint": embeddings.fingerprint}
     if args.verify:
         status |= report_verified(verify(encoded, ledger, options, remove=args.verify == "remove"), "embeddings")
@@ -172,7 +201,21 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(f"embeddings: {estimate_embeddings(encoded, embeddings, ledger, options.shard)[0]}\n")
     else:
         report_filled(fill_embeddings(encoded, embeddings, volumes, ledger, options, about), ledger)
+        cut = Ledger(args.cache, "slices").keys()[0]
+        made = {volume.path for volume in volumes if volume.key in cut}
+        left = [volume for volume in unsettled(encoded, ledger, options.shard) if volume.path in made]
+        status = status or status_of(left)
     return status
+
+
+def status_of(left: Sequence[Volume]) -> int:
+    """The exit status with these volumes left; says so."""
+    if left:
+        sys.stderr.write(
+            f"{len(left)} volumes of this process's part are left (first: {left[0].path}): another process has them, or "
+            "they failed for reasons that may be gone the next time. Run again.\n"
+        )
+    return TRY_AGAIN if left else 0
 
 
 def report_filled(manifest: dict[str, Any], ledger: Ledger) -> None:
@@ -184,9 +227,10 @@ def report_filled(manifest: dict[str, Any], ledger: Ledger) -> None:
     failed = (
         f", {manifest['failed']} failed ({reasons}; see {file}; --retry_failed tries them again)" if reasons else ""
     )
+    passed = f", {manifest['passed_over']} no CT and passed over" if manifest["passed_over"] else ""
     sys.stdout.write(
-        f"{ledger.stage}: {manifest['done']} of {manifest['volumes']} volumes, {describe_bytes(manifest['bytes'])}{failed}: "
-        f"{state}. {ledger.path('manifest.json')}\n"
+        f"{ledger.stage}: {manifest['done']} of {manifest['volumes']} volumes, {describe_bytes(manifest['bytes'])}{failed}"
+        f"{passed}: {state}. {ledger.path('manifest.json')}\n"
     )
 
 
@@ -210,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _leave)
     try:
         return run(args)
-    except PreprocessError as error:
+    except (PreprocessError, TextEncodingError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArgumen
 
 from samf.data.slice_images import SLICES, SliceSets, slice_sets, some_slices
 from samf.data.slice_settings import has_slice_settings
+from samf.data.source_arguments import SourceArguments
 from samf.image_processing_samf import SamfImageProcessor
 from samf.pretraining.dino import DinoArguments
 from samf.pretraining.dino_trainer import DinoTrainer
@@ -31,7 +32,7 @@ OBJECTIVES = ("dino", "labels")
 
 
 @dataclass
-class EncoderArguments:
+class EncoderArguments(SourceArguments):
     """The slice encoder and the slices it learns from; by default a ViT-B/16 from scratch."""
 
     objective: str = field(default="dino", metadata={"help": f"one of {', '.join(OBJECTIVES)}"})
@@ -58,7 +59,12 @@ class EncoderArguments:
         default=None, metadata={"help": "folder that keeps the slices of CTs; default: _slices, in the output folder"}
     )
     on_error: str = field(default="stop", metadata={"help": "stop, or skip: unreadable CTs are left out and counted"})
-    on_missing: str = field(default="error", metadata={"help": "of CT-RATE's volumes: error, or skip (counted)"})
+    on_missing: str = field(
+        default="error", metadata={"help": "of volumes that a table names: error, or skip (counted)"}
+    )
+    pattern: list[str] = field(
+        default_factory=list, metadata={"help": "of the files in folders: names (ct.nii.gz), or paths (*/ct/*)"}
+    )
     valid_share: float = field(default=0.1, metadata={"help": "of the patients, where there is no validation split"})
     knn_data: list[str] = field(
         default_factory=list, metadata={"help": "labelled slices for the nearest neighbours; default: those of data"}
@@ -77,6 +83,7 @@ class EncoderArguments:
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}.")
+        self.check_source()
 
 
 def vit_config(args: EncoderArguments) -> ViTConfig:
@@ -124,7 +131,8 @@ def load_slices(args: EncoderArguments, image_processor: SamfImageProcessor, out
             depth_bins=args.depth_bins,
             valid_share=args.valid_share,
             on_error=args.on_error,
-            on_missing=args.on_missing,
+            options=args.source_options(args.on_missing, args.pattern),
+            min_coverage=args.min_coverage,
         )
 
     sets = load(args.data)

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from samf.data.text_files import TextEncodingError, read_text
+
 BASE = "base"
 SEVERAL = ("report_to",)  # of TrainingArguments: lists to it, single values to HfArgumentParser
 
@@ -88,8 +90,10 @@ def _read_with_bases(path: Path, above: Sequence[Path] = ()) -> dict[str, tuple[
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(read_text(path))
+    except TextEncodingError as error:
+        raise RecipeError(str(error)) from error
+    except (OSError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: can't be read as a YAML recipe: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

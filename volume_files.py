@@ -76,6 +76,10 @@ class CTReadError(ValueError):
     """A file or folder that cannot be read as one CT volume. The message names it, what was found, and the remedy."""
 
 
+class NotCTError(CTReadError):
+    """What was read is whole, but no CT: a mask, a picture, another modality, or a few slices of a body."""
+
+
 @dataclass
 class StoredVolume:
     """One volume as it is stored.

@@ -31,7 +31,7 @@ from .volume_files import (
     nifti_zooms,
     squeezed_shape,
 )
-from .volume_sources import is_address, shown
+from .volume_sources import file_path, is_address, shown
 
 try:
     import nibabel as nib
@@ -158,7 +158,9 @@ def local_files(image: Any) -> Iterator[tuple[Any, bool]]:
 
 
 def _unwrapped(image: Any) -> Any:
-    """A row's bytes if it has them, else its path, which then is the file's; of a list, nothing changes."""
+    """A row's bytes if it has them, else its path, which then is the file's; file:// addresses of a list as paths."""
+    if isinstance(image, (list, tuple)):
+        return [file_path(file) for file in image]
     if not is_row(image):
         return image
     content = image.get("bytes")
@@ -166,7 +168,7 @@ def _unwrapped(image: Any) -> Any:
         return content
     if not image.get("path"):
         raise CTReadError("a row without bytes and without a path; expected one of them. Fill it in, or leave it out.")
-    return image["path"]
+    return file_path(image["path"])
 
 
 def _own_path(stream: Any) -> str | None:

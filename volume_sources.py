@@ -52,6 +52,26 @@ def is_address(path: Any) -> bool:
     return isinstance(path, str) and path.lower().startswith(("http://", "https://", "hf://"))
 
 
+def file_path(path: Any) -> Any:
+    """Return the path that a file:// address stands for; anything else as it is.
+
+    Raises:
+        CTReadError: a file:// address of another machine, or without an absolute path.
+    """
+    if not (isinstance(path, str) and path.lower().startswith("file:")):
+        return path
+    try:
+        parts = urllib.parse.urlsplit(path)
+    except ValueError as error:
+        raise CTReadError(f"{path}: not an address ({error}). Give the file's path instead.") from error
+    if parts.netloc.lower() not in ("", "localhost") or not parts.path.startswith("/"):
+        raise CTReadError(
+            f"{path}: expected file:///absolute/path of a file on this machine; found host {parts.netloc!r}, path "
+            f"{parts.path!r}. Give the file's path instead."
+        )
+    return urllib.parse.unquote(parts.path, errors="surrogateescape")
+
+
 def shown(address: str) -> str:
     """An address as messages may show it: without user, password and query, which may hold keys."""
     try:

@@ -24,8 +24,9 @@ from transformers import TrainingArguments, set_seed
 
 from samf.data.embedding_cache import EmbeddingCache
 from samf.data.slice_cache import SliceCache
-from samf.data.slice_images import SLICES, Scan, fill_slice_cache, find_scans
+from samf.data.slice_images import SLICES, Scan, readable_scans
 from samf.data.slice_settings import load_image_processor
+from samf.data.source_arguments import SourceArguments
 from samf.modeling_samf import SamfModel
 from samf.pretraining.aggregator_arguments import AggregatorArguments
 from samf.pretraining.contrast import ContrastTrainer, build_slices_model
@@ -36,7 +37,7 @@ logger = logging.getLogger("samf.warmup_aggregator")
 
 
 @dataclass
-class WarmupArguments(AggregatorArguments):
+class WarmupArguments(SourceArguments, AggregatorArguments):
     """The aggregator over a frozen slice encoder, and the scans it learns from."""
 
     data: list[str] = field(default_factory=list, metadata={"help": "CT-RATE's folder, or folders of CTs"})
@@ -44,11 +45,19 @@ class WarmupArguments(AggregatorArguments):
         default=None, metadata={"help": "keeps slices and their embeddings; default: _slices, in the output folder"}
     )
     on_error: str = field(default="stop", metadata={"help": "stop, or skip: unreadable CTs are left out and counted"})
-    on_missing: str = field(default="error", metadata={"help": "of CT-RATE's volumes: error, or skip (counted)"})
+    on_missing: str = field(
+        default="error", metadata={"help": "of volumes that a table names: error, or skip (counted)"}
+    )
+    pattern: list[str] = field(
+        default_factory=list, metadata={"help": "of the files in folders: names (ct.nii.gz), or paths (*/ct/*)"}
+    )
     valid_share: float = field(default=0.1, metadata={"help": "of the patients, where there is no validation split"})
     adjacent_slices: int = field(default=8, metadata={"help": "slices of a run; a pair is two runs, of two planes"})
     temperature: float = field(default=0.1)
     dtype: str = field(default="auto", metadata={"help": "of the slice encoder: auto, float32 or bfloat16"})
+
+    def __post_init__(self):
+        self.check_source()
 
 
 MODEL_SETTINGS = (
@@ -62,23 +71,12 @@ def embed_scans(
 ) -> tuple[dict[str, list[Scan]], EmbeddingCache]:
     """The scans that can be read, and a cache with all their embeddings; each process makes its share."""
     folder = args.slice_cache or Path(output_dir, SLICES)
-    slices = SliceCache(folder, load_image_processor(args.slice_encoder, **args.slice_settings()))
-    scans = find_scans(args.data, on_missing=args.on_missing, valid_share=args.valid_share)
-    kept = set(
-        fill_slice_cache(
-            slices, [key for part in scans.values() for scan in part for key in scan.volumes], args.on_error
-        )
-    )
-    scans = {split: keep_volumes(part, kept) for split, part in scans.items()}
+    slices = SliceCache(folder, load_image_processor(args.slice_encoder, **args.slice_settings()), args.min_coverage)
+    options = args.source_options(args.on_missing, args.pattern)
+    scans = readable_scans(args.data, slices, on_error=args.on_error, valid_share=args.valid_share, options=options)
     embeddings = EmbeddingCache(folder, slices, model)
-    embeddings.fill_together(sorted(kept))
+    embeddings.fill_together(sorted({key for part in scans.values() for scan in part for key in scan.volumes}))
     return scans, copy(embeddings)  # a copy is without the model
-
-
-def keep_volumes(scans: list[Scan], kept: set) -> list[Scan]:
-    """The scans with those of their volumes that are in `kept`; a scan without any is left out."""
-    reduced = [Scan(s.scan_id, s.patient, tuple(key for key in s.volumes if key in kept)) for s in scans]
-    return [scan for scan in reduced if scan.volumes]
 
 
 def main(argv: list[str] | None = None) -> None:

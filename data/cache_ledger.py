@@ -4,8 +4,9 @@ Beside the records the folder gets, for each stage ("slices", "embeddings"):
 
 - `log/<stage>-….jsonl`: each process's own, append-only: a line for each volume that it made;
 - `ab/<record>.failed.json` where the record would lie, for a volume that can't be read: nobody tries it again unasked;
-- `manifest.json`, `volumes.jsonl` and `failures.jsonl` (embeddings.manifest.json and so on): all of this put together for
-  the last list that was run over, by each process when it ends. The last one to end leaves them complete.
+- `manifest.json`, `volumes.jsonl`, `failures.jsonl` and `passed_over.jsonl` (embeddings.manifest.json and so on): all of
+  this put together for the last list that was run over, by each process when it ends. The last one to end leaves them
+  complete. Passed over is what was found in a folder, named by nobody, and is no CT: a mask, another modality.
 
 What is done is what has a record: the logs only add who made it and how long it took.
 """
@@ -15,7 +16,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from samf.ct_volume import CTReadError
+from samf.ct_volume import CTReadError, NotCTError
 from samf.data.claims import Claims
 from samf.data.slice_cache import Identity, identity_bytes, record_file, volume_identity, write_whole
 from samf.data.volume_lists import VolumeKey
@@ -32,6 +33,7 @@ from samf.data.volume_lists import VolumeKey
 _LOOKERS = 16  # threads that look at files: on a network file system they wait, and do little else
 _FORGOTTEN = 3600  # seconds after which a temporary file belongs to nobody any more
 _MANIFEST = "f" * 15  # the claim on writing the manifest
+NO_CT = NotCTError.__name__  # the error of what is whole, but no CT
 
 
 class Store(Protocol):
@@ -43,13 +45,18 @@ class Store(Protocol):
 @dataclass(frozen=True)
 class Volume:
     """One volume of the list. `key` names its record, None if it can't be looked at (`problem` says why); `bytes` are
-    its files'."""
+    its files'. `searched`: it was found in a folder, and nobody named it."""
 
     path: str
     rescale: tuple[float, ...] | None
     key: str | None
     bytes: int = 0
     problem: str = ""
+    searched: bool = False
+
+    def is_passed_over(self, error: str) -> bool:
+        """Whether this error is none of a run's failures: what was found by searching is no CT."""
+        return self.searched and error == NO_CT
 
 
 @dataclass(frozen=True)
@@ -78,15 +85,22 @@ class Shard:
         return f"{self.index + 1}of{self.count}"
 
 
-def look_at(volumes: Sequence[VolumeKey], store: Store) -> list[Volume]:
-    """The list with the names of the records, in its order; touches the volumes' directories, not their contents."""
+def look_at(volumes: Sequence[VolumeKey], store: Store, searched: Collection[str] = ()) -> list[Volume]:
+    """The list with the names of the records, in its order; touches the volumes' directories, not their contents.
+
+    Args:
+        volumes: paths with their rescales.
+        store: names the records.
+        searched: those of the paths that nobody named.
+    """
 
     def look(key: VolumeKey) -> Volume:
         try:
             identity = volume_identity(key[0])
         except CTReadError as error:
-            return Volume(*key, None, problem=str(error))
-        return Volume(*key, store.key(identity, key[1]), identity_bytes(identity))
+            return Volume(*key, None, problem=str(error), searched=key[0] in searched)
+        name, size = store.key(identity, key[1]), identity_bytes(identity)
+        return Volume(*key, name, size, searched=key[0] in searched)
 
     with ThreadPoolExecutor(_LOOKERS) as threads:
         return list(threads.map(look, volumes))
@@ -104,7 +118,7 @@ class Ledger:
         self.claims = Claims(self.folder / "claims.lock")
 
     def path(self, name: str) -> Path:
-        """Of manifest.json, volumes.jsonl and failures.jsonl."""
+        """Of manifest.json, volumes.jsonl, failures.jsonl and passed_over.jsonl."""
         return self.folder / (name if self.stage == "slices" else f"{self.stage}.{name}")
 
     def record(self, key: str) -> Path:
@@ -137,6 +151,13 @@ class Ledger:
         except ValueError:  # whoever damaged it
             return {"error": "unknown", "message": f"{self.marker(key)} is damaged"}
 
+    def passed_over(self, volumes: Sequence[Volume], failed: Collection[str]) -> set[str]:
+        """Return the names of those that failed as no CT and that nobody named."""
+        asked = [volume for volume in volumes if volume.searched and volume.key in failed]
+        with ThreadPoolExecutor(_LOOKERS) as threads:
+            notes = threads.map(self.failure, [volume.key for volume in asked])
+            return {volume.key for volume, note in zip(asked, notes, strict=True) if note and note["error"] == NO_CT}
+
     def note_failure(self, volume: Volume, error: str, message: str) -> None:
         write_whole(self.marker(volume.key), _line(_failure(volume, error, message)).encode())
 
@@ -165,9 +186,15 @@ class Ledger:
                 for volume in volumes
                 if volume.key in done
             ]
-            failures = [self._failed(volume) for volume in volumes if volume.key is None or volume.key in failed]
-            manifest = _summary(made, failures, len(volumes), about)
-            for name, rows in (("volumes.jsonl", made), ("failures.jsonl", failures)):
+            unmade = [
+                (volume, self._failed(volume)) for volume in volumes if volume.key is None or volume.key in failed
+            ]
+            passed_over = [row for volume, row in unmade if volume.is_passed_over(row["error"])]
+            failures = [row for volume, row in unmade if not volume.is_passed_over(row["error"])]
+            manifest = _summary(made, failures, len(volumes) - len(passed_over), about)
+            manifest["passed_over"] = len(passed_over)
+            files = {"volumes.jsonl": made, "failures.jsonl": failures, "passed_over.jsonl": passed_over}
+            for name, rows in files.items():
                 write_whole(self.path(name), "".join(map(_line, rows)).encode())
             write_whole(self.path("manifest.json"), (json.dumps(manifest, indent=2) + "\n").encode())
         return manifest

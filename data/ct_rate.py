@@ -3,21 +3,20 @@
 CT-RATE: https://huggingface.co/datasets/ibrahimhamamci/CT-RATE
 """
 
-import csv
 import logging
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from samf.data.ct_rate_names import VolumeName, patient_of, volume_path
+from samf.data.ct_rate_names import VolumeName, volume_path
 from samf.data.ct_rate_sources import CtRateFolder, CtRateHub, CtRateSource, is_hub_name
 from samf.data.ct_rate_tables import (
     CT_RATE_LABELS,
@@ -29,11 +28,21 @@ from samf.data.ct_rate_tables import (
     read_rescale,
     volume_list,
 )
+from samf.data.patients import (
+    PatientRule,
+    check_patient_overlap,
+    patient_of,
+    patients_of,
+    refuse_common_patients,
+    settle_patients,
+)
+from samf.data.processes import Processes
 from samf.data.questions import TASKS, settle_answer, split_options
 from samf.data.record_cache import in_memory, load_or_make
 from samf.data.records import FEATURES, RESCALED_FEATURES, SECTIONS, RecordReader, VolumeChoice
 from samf.data.tally import Tally
-from samf.volume_sources import is_address
+from samf.data.text_files import open_csv
+from samf.volume_sources import file_path, is_address
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +59,7 @@ __all__ = [
     "patient_of",
     "patients_of",
     "read_json_array",
+    "refuse_common_patients",
     "settle_answer",
     "split_options",
     "volume_path",
@@ -171,7 +181,8 @@ def choose_tasks(tasks: Sequence[str] | None, source: CtRateSource, vqa_files: S
         absent = ", ".join(task for task in wanted if task not in possible)
         raise FileNotFoundError(
             f"{source.root}: nothing to read {absent} from; expected radiology_text_reports/*_reports.csv for reports "
-            f"and vqa/{source.split}_vqa.json (or vqa_files=...) for questions."
+            f"and vqa/{source.split}_vqa.json (or vqa_files=...) for questions. Of a data set in another layout name the "
+            f"columns: --volume_column, and --report_column or --question_column with --answer_column."
         )
     return tuple(possible)
 
@@ -230,7 +241,8 @@ def check_volumes(dataset: datasets.Dataset, on_missing: str, tally: Tally) -> d
     if on_missing == "keep":
         return dataset
     paths = [path for path in dataset.unique("volume") if path is not None and not is_address(path)]
-    missing = [path for path in paths if not os.path.isfile(path)]
+    # A file or a DICOM folder. One process looks for all: they must have the same records.
+    missing = Processes().from_first(lambda: [path for path in paths if not os.path.exists(path)])
     if not missing:
         return dataset
     if on_missing == "error":
@@ -257,6 +269,7 @@ def load_samf_csv(
     *,
     tasks: Sequence[str] | None = None,
     on_missing: str = "error",
+    patient_column: str | None = None,
     counts_file: str | Path | None = None,
 ) -> datasets.Dataset:
     """The SAMF paper's own CSVs as a Dataset of records.
@@ -268,6 +281,7 @@ def load_samf_csv(
             folders below it are tried.
         tasks: of ("report", "multiple_choice"); None takes both.
         on_missing, counts_file: as for `load_ct_rate`.
+        patient_column: of the patients; default: `patient_id`, where there is one.
     """
     root, tally = Path(image_root).expanduser().absolute(), Tally()
     check_choice("on_missing", [on_missing], ON_MISSING)
@@ -275,18 +289,21 @@ def load_samf_csv(
         check_choice("tasks", tasks, TASKS)
 
     def locate(name: str) -> str:
+        name = file_path(name)
+        if is_address(name):
+            return name
         places = [root / name]
         if VolumeName.find(name):
             places += [volume_path(root, name, "v2"), volume_path(root, name, "v1")]
-        return str(next((path for path in places if path.is_file()), places[0]))
+        return str(next((path for path in places if path.exists()), places[0]))
 
     reader = RecordReader(VolumeChoice(locate, tally), tally, tasks or ("report", "multiple_choice"))
 
     def records() -> Iterator[dict[str, Any]]:
         if report_csv is not None:
-            yield from reader.captions(Path(report_csv))
+            yield from reader.captions(Path(report_csv), patient_column)
         if mcq_csv is not None:
-            yield from reader.choices(Path(mcq_csv))
+            yield from reader.choices(Path(mcq_csv), patient_column)
 
     dataset = check_volumes(in_memory(records(), FEATURES), on_missing, tally)
     source = " and ".join(str(path) for path in (report_csv, mcq_csv) if path is not None)
@@ -299,7 +316,21 @@ def load_samf_csv(
 # ---- any source ----------------------------------------------------------------------------------------------------
 
 
-def load_records(source: str | Path, split: str, **options: Any) -> datasets.Dataset:
+class RecordLoader(Protocol):
+    """What loads a layout of its own."""
+
+    def load(self, source: str | Path, split: str, **options: Any) -> datasets.Dataset: ...
+
+
+def load_records(
+    source: str | Path,
+    split: str,
+    *,
+    columns: RecordLoader | None = None,
+    patient_rule: PatientRule | None = None,
+    patient_column: str | None = None,
+    **options: Any,
+) -> datasets.Dataset:
     """Records from any source that is understood: the one function that scripts call.
 
     Args:
@@ -307,18 +338,34 @@ def load_records(source: str | Path, split: str, **options: Any) -> datasets.Dat
             paper's CSVs, or two with a comma between them (`load_samf_csv`), in whose paths "{split}" stands for the
             split; then `image_root` is the images' folder, by default the CSV's.
         split: "train" or "valid".
+        columns: of a data set in any other layout (`samf.data.table_columns.TableColumns`), which then loads it.
+        patient_rule: whose volume is whose, by its place; see `samf.data.patients`.
+        patient_column: of a CSV.
         options: the loader's own; a CSV has no use for `finding_names`, `vqa_files` and `cache_dir`.
     """
+    if columns is not None:
+        records = columns.load(source, split, **options)
+    else:
+        records = _load_known_layout(source, split, patient_column=patient_column, **options)
+    root = options.get("image_root") or Path(source).expanduser().absolute()
+    root = Path(root).expanduser().absolute()
+    return settle_patients(records, str(source), patient_rule, str(root if root.is_dir() else root.parent))
+
+
+def _load_known_layout(source: str | Path, split: str, **options: Any) -> datasets.Dataset:
+    """CT-RATE's layout or the paper's CSVs."""
     named = str(source).replace("{split}", split)
     path = Path(named).expanduser()
     files = [path] if path.exists() else [Path(part.strip()).expanduser() for part in named.split(",")]
     if all(file.suffix == ".csv" and file.is_file() for file in files):
         return _load_csv_files(files, **options)
     if path.is_dir() or is_hub_name(named):
+        if options.pop("patient_column", None) is not None:
+            raise ValueError("patient_column is of a table; in CT-RATE's layout the names tell, or --patient_rule.")
         return load_ct_rate(named, split, **options)
     raise FileNotFoundError(
-        f"{path}: no such folder or CSV. Give CT-RATE's folder, one or two of the paper's CSV files, or the name of a data "
-        f"set on the Hub (ibrahimhamamci/CT-RATE)."
+        f"{path}: no such folder or CSV. Give CT-RATE's folder, one or two of the paper's CSV files, the name of a data "
+        f"set on the Hub (ibrahimhamamci/CT-RATE), or a table in another layout with --volume_column."
     )
 
 
@@ -326,38 +373,11 @@ def _load_csv_files(files: Sequence[Path], image_root: str | Path | None = None,
     """One or both of the paper's CSVs, told apart by their columns."""
     by_kind: dict[bool, Path] = {}
     for file in files:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            is_report = "caption" in next(csv.reader(stream), [])
+        with open_csv(file) as rows:
+            is_report = "caption" in (rows.fieldnames or [])
         if is_report in by_kind:
             kind = "reports" if is_report else "multiple choice"
             raise ValueError(f"{by_kind[is_report]} and {file} both hold {kind}; give one of each.")
         by_kind[is_report] = file
     kept = {name: value for name, value in options.items() if name not in ("finding_names", "vqa_files", "cache_dir")}
     return load_samf_csv(by_kind.get(True), by_kind.get(False), image_root or files[0].parent, **kept)
-
-
-def check_patient_overlap(train: datasets.Dataset, valid: datasets.Dataset) -> None:
-    """Raise where a patient, or a volume file, is in both.
-
-    CT-RATE numbers the patients of each split anew: train_1 and valid_1 are different people.
-
-    Raises:
-        ValueError: names the patients.
-    """
-    refuse_common_patients(patients_of(train), patients_of(valid))
-
-
-def refuse_common_patients(train: Collection[str], valid: Collection[str]) -> None:
-    """`check_patient_overlap` of two sets of patients."""
-    common = sorted({*train} & {*valid})
-    if common:
-        more = f" and {len(common) - LISTED} more" if len(common) > LISTED else ""
-        raise ValueError(
-            f"{len(common)} patients are in both training and validation data: {', '.join(common[:LISTED])}{more}. "
-            f"Scores on them would not be held out; take them out of one."
-        )
-
-
-def patients_of(dataset: datasets.Dataset) -> set[str]:
-    """The patients of the records that have a volume."""
-    return {patient_of(path) for path in dataset.unique("volume") if path is not None}

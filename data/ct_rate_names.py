@@ -66,9 +66,3 @@ def volume_path(root: str | Path, name: str, layout: str = "v2") -> Path:
 def volume_stem(name: str) -> str:
     """A volume's file name without folders and suffix."""
     return re.sub(r"\.nii(\.gz)?$", "", name.rsplit("/", 1)[-1])
-
-
-def patient_of(path: str) -> str:
-    """A volume's patient by CT-RATE's names, else the path itself."""
-    volume = VolumeName.find(path)
-    return volume.patient_id if volume else path

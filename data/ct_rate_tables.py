@@ -1,6 +1,5 @@
 """CT-RATE's files as Python values: CSV rows, the VQA file's records one by one, labels, rescales, exclusions."""
 
-import csv
 import json
 import logging
 import math
@@ -12,6 +11,7 @@ from typing import Any
 
 from samf.data.ct_rate_names import VolumeName
 from samf.data.ct_rate_sources import CtRateSource
+from samf.data.text_files import open_csv, open_text, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ def read_rows(path: Path, required: Iterable[str | tuple[str, ...]] = ()) -> Ite
     Raises:
         ValueError: a required column is absent; names those found.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
+    with open_csv(path) as reader:
         columns = reader.fieldnames or []
         for names in required:
             alternatives = (names,) if isinstance(names, str) else names
@@ -77,7 +76,7 @@ def read_json_array(path: Path, chunk: int = 1 << 20) -> Iterator[dict[str, Any]
         ValueError: not an array of objects, or broken; names the file and the record.
     """
     decoder, count = json.JSONDecoder(), 0
-    with path.open(encoding="utf-8-sig") as file:
+    with open_text(path) as file:
         text = file.read(chunk).lstrip()
         if not text.startswith("["):
             raise ValueError(f"{path}: starts with {text[:20]!r}; expected a JSON array of VQA records.")
@@ -186,7 +185,7 @@ def read_no_chest(path: Path | None) -> dict[VolumeName, str]:
     """{volume: reason} of the scans that CT-RATE lists as not of the chest."""
     if path is None:
         return {}
-    lines = [line.strip().strip(",") for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip().strip(",") for line in read_lines(path)]
     volumes = {line: VolumeName.find(line) for line in lines if line}
     if unread := [line for line, volume in volumes.items() if volume is None]:
         logger.warning("%s: %d lines are no volume names (first: %r).", path, len(unread), unread[0])

@@ -87,9 +87,12 @@ class EmbeddingCache:
 
     def fill_together(self, volumes: Sequence[VolumeKey]) -> None:
         """`fill`, every process its share; all must call, and go on when all are done, however long a share takes."""
-        processes = Processes()
-        self.fill(volumes[processes.rank :: processes.count])
-        processes.wait()
+        processes, failed = Processes(), None
+        try:
+            self.fill(volumes[processes.rank :: processes.count])
+        except Exception as error:  # noqa: BLE001 - raised on every process, or the others would wait for this one
+            failed = error
+        processes.raise_together(failed)
 
     def slices_ahead(
         self, volumes: Sequence[VolumeKey], num_workers: int

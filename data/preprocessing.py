@@ -9,10 +9,11 @@ Volumes on the Hub or the web are fetched first. Those from the Hub come into $T
 kept, but for what $HF_HOME had before; those from the web stay there. Neither is counted in the estimate.
 """
 
+import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from samf.ct_volume import CTReadError, read_ct
+from samf.ct_volume import CTReadError
 from samf.data.cache_ledger import Ledger, Shard, Volume, WorkLog
 from samf.data.embedding_cache import EmbeddingCache
 from samf.data.slice_cache import SliceCache, check_record, read_record, write_record
@@ -34,12 +35,21 @@ logger = logging.getLogger(__name__)
 _OTHERS = 2.0  # seconds between two looks at what others have claimed
 _SAMPLE = 3  # volumes at least, on which the time is measured
 _ALL_FAIL = 20  # volumes that fail one after the other, and none before: it isn't theirs
-# What a volume does to its worker. Others, such as SIGKILL for want of memory, may be gone the next time.
-_DEADLY = ("Timeout", "SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE")
+# What a volume does to its worker. Others, such as SIGKILL for lack of memory, may be gone the next time.
+_DEADLY = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGILL", "SIGFPE")
+_TIMEOUT = "Timeout"  # may also be the disk's fault: see `_Run.settle_time_outs`
 
 
 class PreprocessError(RuntimeError):
     """Why the cache is not filled; the message says what to do."""
+
+
+class UnreadableVolumeError(PreprocessError, CTReadError):
+    """A volume that can't be read, where that stops the run."""
+
+
+class StoppedError(PreprocessError):
+    """Another process has stopped, so this one does."""
 
 
 class AllFailedError(PreprocessError):
@@ -58,6 +68,7 @@ class FillOptions:
         retry_failed: try what failed in an earlier run again; "stop" always does.
         force: start although the disk seems too small.
         show_progress: a bar in the terminal.
+        should_stop: asked after each volume; True ends the work with a StoppedError.
     """
 
     shard: Shard = Shard()
@@ -67,6 +78,7 @@ class FillOptions:
     retry_failed: bool = False
     force: bool = False
     show_progress: bool = True
+    should_stop: Callable[[], bool] | None = None
 
 
 # ---- size and time -------------------------------------------------------------------------------------------------
@@ -174,6 +186,20 @@ def is_volumes_fault(volume: Volume, error: BaseException) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Control:
+    """A volume that is known to be readable, to be read beside others that timed out: is the disk there?"""
+
+    volume: Volume
+
+
+def make_or_read(job: Volume | Control, *, cache: SliceCache, ledger: Ledger) -> Outcome:
+    """A worker's job: make a volume's record, or read a control's volume without writing anything."""
+    if isinstance(job, Control):
+        return measure_slices(job.volume, cache=cache)
+    return make_slices(job, cache=cache, ledger=ledger)
+
+
 def make_slices(volume: Volume, *, cache: SliceCache, ledger: Ledger) -> Outcome:
     """One volume's record, unless it is there, has failed, or is another process's just now."""
     record = ledger.record(volume.key)
@@ -189,7 +215,7 @@ def make_slices(volume: Volume, *, cache: SliceCache, ledger: Ledger) -> Outcome
             return Outcome("failed", error=failure["error"], message=failure["message"])
         start = time.perf_counter()
         try:
-            cache.get(volume.path, rescale=volume.rescale)
+            cache.get(volume.path, rescale=volume.rescale, searched=volume.searched)
         except (CTReadError, MemoryError, ImportError) as error:
             failed = Outcome("failed", error=type(error).__name__, message=str(error))
             if is_volumes_fault(volume, error):
@@ -207,7 +233,7 @@ def measure_slices(volume: Volume, *, cache: SliceCache) -> Outcome:
     start = time.perf_counter()
     try:
         with not_kept(volume.path):
-            cache.image_processor.extract(read_ct(volume.path, rescale=volume.rescale))
+            cache.image_processor.extract(cache.read(volume.path, volume.rescale, volume.searched))
     except (CTReadError, MemoryError, ImportError) as error:
         return Outcome("failed", error=type(error).__name__, message=str(error))
     return Outcome("done", seconds=time.perf_counter() - start)
@@ -218,7 +244,11 @@ def estimate_slices(
 ) -> tuple[Estimate, list[Volume]]:
     """Size without time, and this shard's volumes that are to be made."""
     done, failed = ledger.keys()
-    skipped = done if options.retry_failed or options.on_error == "stop" else done | failed
+    if options.retry_failed:
+        failed = set()
+    elif options.on_error == "stop":  # what fails is tried again; what is no CT stays none
+        failed = ledger.passed_over(volumes, failed)
+    skipped = done | failed
     pending = [volume for volume in volumes if volume.key is not None and volume.key not in skipped]
     here = [volume for volume in options.shard.of(volumes) if volume.key is not None and volume.key not in skipped]
     size, free = record_bytes(cache.image_processor), free_bytes(ledger.folder)
@@ -255,65 +285,145 @@ def fill_slices(
             ledger.forget_failure(volume.key)
     unseen = [volume for volume in options.shard.of(volumes) if volume.key is None]
     if unseen and options.on_error == "stop":
-        raise PreprocessError(_stopped(unseen[0].problem))
+        raise UnreadableVolumeError(_stopped(unseen[0].problem))
+    done, _ = ledger.keys()
+    known = next((volume for volume in volumes if volume.key in done and not is_address(volume.path)), None)
     try:
         if here:
-            _make_all(here, estimate, cache, ledger, options)
+            _make_all(here, known, estimate, cache, ledger, options)
     except AllFailedError:  # the workers have ended: nobody notes anything more
         for volume in here:
             ledger.forget_failure(volume.key)
         raise
     finally:
         manifest = ledger.write_manifest(volumes, about)
+    if manifest["passed_over"]:
+        _tell_passed_over(manifest, ledger, options)
     return manifest
 
 
+def _tell_passed_over(manifest: Mapping[str, Any], ledger: Ledger, options: FillOptions) -> None:
+    """Say what was found and is no CT. Raises PreprocessError where nothing else was found."""
+    file, count = ledger.path("passed_over.jsonl"), manifest["passed_over"]
+    reason = json.loads(file.read_text(encoding="utf-8").partition("\n")[0])["message"]
+    if not manifest["volumes"]:
+        raise PreprocessError(f"None of the {count} volumes found is a CT; the first: {reason} All of them: {file}")
+    if options.show_progress:
+        logger.warning(
+            "%d volumes found are no CT and are passed over; the first: %s All of them: %s", count, reason, file
+        )
+
+
 def _make_all(
-    here: Sequence[Volume], estimate: Estimate, cache: SliceCache, ledger: Ledger, options: FillOptions
+    here: Sequence[Volume],
+    known: Volume | None,
+    estimate: Estimate,
+    cache: SliceCache,
+    ledger: Ledger,
+    options: FillOptions,
 ) -> None:
     sample, rest = spread_sample(here, _sample_size(here, estimate))
-    work = partial(make_slices, cache=cache, ledger=ledger)
+    work = partial(make_or_read, cache=cache, ledger=ledger)
     with (
         WorkLog(ledger, options.shard) as log,
         WorkerPool(work, estimate.workers, options.timeout) as pool,
         tqdm(total=len(here), desc="slices", unit="volume", disable=not options.show_progress) as progress,
     ):
-        run = _Run(pool, ledger, log, options, progress)
+        run = _Run(pool, ledger, log, options, progress, known)
         measured = run.make(sample)
         if options.show_progress:
             logger.info("%s", _with_time(estimate, here, measured))
         run.make(rest)
         run.make_what_others_left()
+        run.settle_time_outs(max(1, estimate.workers - 1))
 
 
 class _Run:
-    """The work of one process: its pool, and what it writes down."""
+    """The work of one process: its pool, and what it writes down.
 
-    def __init__(self, pool: WorkerPool, ledger: Ledger, log: WorkLog, options: FillOptions, progress: tqdm):
+    `readable`: a volume that has been read, in this run or an earlier one.
+    """
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        ledger: Ledger,
+        log: WorkLog,
+        options: FillOptions,
+        progress: tqdm,
+        readable: Volume | None = None,
+    ):
         self.pool, self.ledger, self.log, self.options, self.progress = pool, ledger, log, options, progress
+        self.readable = readable
         self.claimed: list[Volume] = []
         self.failed: list[Volume] = []
+        self.timed_out: list[Volume] = []
         self.has_success = False
 
     def make(self, volumes: Sequence[Volume]) -> list[tuple[Volume, Outcome]]:
-        outcomes = []
+        outcomes, stalled = [], 0
         for volume, result in self.pool.map(volumes):
             outcome = _outcome(result)
             outcomes.append((volume, outcome))
-            if isinstance(result, WorkerDied) and result.error in _DEADLY:
-                self.ledger.note_failure(volume, outcome.error, outcome.message)
-            if outcome.status == "claimed":
-                self.claimed.append(volume)
+            if self.options.should_stop is not None and self.options.should_stop():
+                raise StoppedError("another process has stopped")
+            if _is_time_out(result) and self.options.on_error == "skip":
+                stalled += 1
+                self._put_off(volume, outcome, stalled)
                 continue
-            self.progress.update()
-            self.has_success |= outcome.status in ("done", "found")
-            if outcome.status == "done":
-                self.log.append(volume, outcome.bytes, outcome.seconds)
-            elif outcome.status == "stopped":
-                raise PreprocessError(f"{outcome.message}. Is the disk full or faulty, or the folder write-protected?")
-            elif outcome.status == "failed":
-                self._failed(volume, outcome)
+            stalled = 0
+            self._take(volume, result, outcome)
         return outcomes
+
+    def settle_time_outs(self, at_once: int) -> None:
+        """Read again what timed out, beside a volume that is known to be readable.
+
+        A volume that hangs its reader looks like any volume on a disk that stalls, as file servers do when they start
+        anew. It is noted as failed if it hangs a second time while the other one comes through. Otherwise it stays to be
+        made by the next run.
+        """
+        waiting, self.timed_out = self.timed_out, []
+        control = [] if self.readable is None else [Control(self.readable)]
+        for start in range(0, len(waiting), at_once):
+            results = list(self.pool.map([*waiting[start : start + at_once], *control]))
+            is_disk_there = any(
+                isinstance(job, Control) and _outcome(result).status == "done" for job, result in results
+            )
+            for volume, result in results:
+                if isinstance(volume, Control):
+                    continue
+                if _is_time_out(result) and is_disk_there:
+                    self.ledger.note_failure(volume, result.error, result.message)
+                self._take(volume, result, _outcome(result))
+
+    def _put_off(self, volume: Volume, outcome: Outcome, stalled: int) -> None:
+        """Leave a volume that timed out to the end; after too many in a row, end the run: the disk stalls."""
+        self.timed_out.append(volume)
+        logger.warning("%s: %s; it is read again at the end", volume.path, outcome.message)
+        if stalled == _ALL_FAIL:
+            raise PreprocessError(
+                f"{volume.path}: {outcome.message}, as did the {stalled - 1} volumes before it. Does the volumes' disk "
+                "stall? None of them is noted as failed: run again when it is back, or with a longer --timeout."
+            )
+
+    def _take(self, volume: Volume, result: Outcome | WorkerDied, outcome: Outcome) -> None:
+        if isinstance(result, WorkerDied) and result.error in _DEADLY:
+            self.ledger.note_failure(volume, outcome.error, outcome.message)
+        if outcome.status == "claimed":
+            self.claimed.append(volume)
+            return
+        self.progress.update()
+        if outcome.status in ("done", "found"):
+            self.has_success = True
+            self.readable = self.readable if is_address(volume.path) else volume
+        if outcome.status == "done":
+            self.log.append(volume, outcome.bytes, outcome.seconds)
+        elif outcome.status == "stopped":
+            raise PreprocessError(f"{outcome.message}. Is the disk full or faulty, or the folder write-protected?")
+        elif outcome.status == "failed" and volume.is_passed_over(outcome.error):
+            logger.info("passed over: %s", outcome.message)
+        elif outcome.status == "failed":
+            self._failed(volume, outcome)
 
     def make_what_others_left(self) -> None:
         """Wait for what other processes had claimed, and make what they gave up; not for ever."""
@@ -334,13 +444,23 @@ class _Run:
         self.progress.set_postfix(failed=len(self.failed))
         message = outcome.message if volume.path in outcome.message else f"{volume.path}: {outcome.message}"
         if self.options.on_error == "stop":
-            raise PreprocessError(_stopped(f"{message} ({outcome.error})"))
+            raise UnreadableVolumeError(_stopped(f"{message} ({outcome.error})"))
         logger.warning("skipped: %s (%s)", message, outcome.error)
         if len(self.failed) == _ALL_FAIL and not self.has_success and not self.options.retry_failed:
             raise AllFailedError(
                 f"the first {_ALL_FAIL} volumes all failed: {message} ({outcome.error}). Check the data and the settings; "
                 f"none of these is noted as failed. If they are known to be so, --retry_failed goes on."
             )
+
+
+def _is_time_out(result: Outcome | WorkerDied) -> bool:
+    return isinstance(result, WorkerDied) and result.error == _TIMEOUT
+
+
+def unsettled(volumes: Sequence[Volume], ledger: Ledger, shard: Shard) -> list[Volume]:
+    """This shard's volumes that have neither a record nor a noted failure."""
+    done, failed = ledger.keys()
+    return [volume for volume in shard.of(volumes) if volume.key is not None and volume.key not in done | failed]
 
 
 def _stopped(message: str) -> str:
@@ -437,11 +557,13 @@ def fill_embeddings(
                 _make_embeddings(volume, stack, embeddings, ledger, log)
     finally:
         failed = ledger.keys()[1]
+        passed_over = ledger.passed_over(slices, failed)
         listed = [
             replace(volume, key=None, problem="its slices can't be made: see failures.jsonl")
             if keys[volume.path] in failed
             else volume
             for volume in volumes
+            if keys[volume.path] not in passed_over
         ]
         manifest = ledger.write_manifest(listed, about)
     return manifest
@@ -480,7 +602,8 @@ def verify(volumes: Sequence[Volume], ledger: Ledger, options: FillOptions, remo
         `whole`, `missing`: how many; `damaged`, `unreadable`: {record's path: what is wrong}. With `remove` the damaged
         ones are deleted: the next run makes them anew. Of the unreadable ones nothing is known: their disk may be at fault.
     """
-    listed = [volume for volume in options.shard.of(volumes) if volume.key is not None]
+    passed_over = ledger.passed_over(volumes, ledger.keys()[1])
+    listed = [volume for volume in options.shard.of(volumes) if volume.key not in {None, *passed_over}]
     report: dict[str, Any] = {"whole": 0, "missing": 0, "damaged": {}, "unreadable": {}}
     with WorkerPool(partial(check_volume, ledger=ledger), max(1, min(options.workers, len(listed)))) as pool:
         results = pool.map(listed)

@@ -6,16 +6,22 @@ gloo is enough on any device, and the waiting may take as long as the slowest ra
 
 import functools
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 # A rank that is done waits for the others: hours, where the usual limits are 10 (nccl) or 30 (gloo) minutes.
 PATIENCE = timedelta(days=30)
+
+T = TypeVar("T")
+# Set while rank 0 works for all: what it calls must not wait for the others, who wait for its result.
+_works_for_all: ContextVar[bool] = ContextVar("_works_for_all", default=False)
 
 
 class Processes:
@@ -27,6 +33,8 @@ class Processes:
 
     def __init__(self) -> None:
         self.rank, self.count, self._group = 0, 1, None
+        if _works_for_all.get():
+            return
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
             self._group = _gloo_group(dist.group.WORLD)
@@ -40,6 +48,56 @@ class Processes:
         if self._group is not None:
             dist.barrier(self._group)
 
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return on every process what rank 0's `make` returns; what it raises, every process raises.
+
+        For what is decided by looking at a disk: another process may see files earlier or later.
+        """
+        if self._group is None:
+            return make()
+        outcome: list[Any] = [None]
+        if self.is_first:
+            token = _works_for_all.set(True)
+            try:
+                outcome = [(make(), None)]
+            except Exception as error:  # noqa: BLE001 - raised on every process below
+                outcome = [(None, _portable(error))]
+            finally:
+                _works_for_all.reset(token)
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        result, error = outcome[0]
+        if error is not None:
+            raise error
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """Return every process's value, by rank, on every process."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise the first process's error on all of them, if one has any: none is left waiting for one that stopped."""
+        if self._group is None:
+            if error is not None:
+                raise error
+            return
+        errors = self.gather(None if error is None else _portable(error))
+        first = next((found for found in errors if found is not None), None)
+        if first is not None:
+            raise error or first
+
+    def check_equal(self, what: str, count: int) -> None:
+        """Raise ValueError on all processes when they have different counts of something that they train on together."""
+        counts = self.gather(count)
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"The processes have different numbers of {what}: {', '.join(map(str, counts))} (by rank). They would take "
+                f"different numbers of steps and wait for each other for ever. Do all machines see the same files?"
+            )
+
     @contextmanager
     def first_one_first(self) -> Iterator[None]:
         """Rank 0 runs the block, then all others do: for what fills a folder that all of them read."""
@@ -48,6 +106,15 @@ class Processes:
         yield
         if self.is_first:
             self.wait()
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that another process can be sent: the same, or one of its words. A failed sending would leave it waiting."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception as reason:  # noqa: BLE001 - whatever an exception's own pickling raises
+        return RuntimeError(f"{type(error).__name__}: {error} (not sent as it is: {type(reason).__name__})")
+    return error
 
 
 @functools.cache
@@ -71,6 +138,11 @@ def leave_processes() -> None:
     """End what `join_processes` began."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def processes_here() -> int:
+    """How many of the launcher's processes share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:

@@ -2,8 +2,9 @@
 
 A row of the `datasets.Dataset`: `volume` (absolute path or address, None for text alone), `task` (report,
 multiple_choice, short_answer or long_answer), `question`, `choices` (option texts, else None), `answer`, `id` (unique),
-`scan_id` and `finding_labels` (-100 where unknown; empty without a label file). A multiple-choice answer reads
-"(b) text of option b". Records of v1 volumes also carry `rescale`, for `read_ct`.
+`scan_id`, `patient_id` (None where the table and CT-RATE's names don't tell; see `samf.data.patients`) and
+`finding_labels` (-100 where unknown; empty without a label file). A multiple-choice answer reads "(b) text of option b".
+Records of v1 volumes also carry `rescale`, for `read_ct`.
 """
 
 from collections import Counter
@@ -22,6 +23,7 @@ from samf.data.ct_rate_tables import (
     row_volume,
     squeeze,
 )
+from samf.data.patients import PATIENT_COLUMN
 from samf.data.prompts import REPORT_QUESTION
 from samf.data.questions import NO_OPTION, settle_answer, vqa_turns
 from samf.data.tally import Tally
@@ -42,6 +44,7 @@ FEATURES = datasets.Features(
         "answer": datasets.Value("string"),
         "id": datasets.Value("string"),
         "scan_id": datasets.Value("string"),
+        "patient_id": datasets.Value("string"),
         "finding_labels": datasets.List(datasets.Value("int8")),
     }
 )
@@ -137,8 +140,10 @@ class RecordReader:
         self.labels, self.rescale, self.unknown = labels, rescale, unknown
         self.unique = UniqueIds()
 
-    def record(self, name: str | None, record_id: str, **content: Any) -> dict[str, Any] | None:
-        """A complete record, or None where its volume isn't used."""
+    def record(
+        self, name: str | None, record_id: str, patient: str | None = None, **content: Any
+    ) -> dict[str, Any] | None:
+        """A complete record, or None where its volume isn't used. `patient`: by the table; None = by CT-RATE's names."""
         record_id = self.unique(record_id)  # before anything is left out, so that ids don't depend on the choice
         if content["task"] not in self.tasks:
             return None
@@ -147,7 +152,15 @@ class RecordReader:
         if name and path is None:
             return None
         scan_id = volume.scan_id if volume else (name or record_id)
-        record = {"volume": path, "id": record_id, "scan_id": scan_id, "choices": None, **content}
+        patient = patient or (volume.patient_id if volume else None)
+        record = {
+            "volume": path,
+            "id": record_id,
+            "scan_id": scan_id,
+            "patient_id": patient,
+            "choices": None,
+            **content,
+        }
         record["finding_labels"] = [] if self.labels is None else self.labels.get(volume, self.unknown)
         if self.rescale is not None:
             record["rescale"] = self.rescale.get(volume)
@@ -164,13 +177,13 @@ class RecordReader:
             if record := self.report(name, *report_texts(row, sections)):
                 yield record
 
-    def report(self, name: str, question: str, answer: str) -> dict[str, Any] | None:
+    def report(self, name: str, question: str, answer: str, patient: str | None = None) -> dict[str, Any] | None:
         """A report's record; None, counted, where there is no text."""
         if not answer:
             self.tally.drop("report without text", name)
             return None
         record_id = f"report_{volume_stem(name)}"
-        return self.record(name, record_id, task="report", question=question, answer=answer)
+        return self.record(name, record_id, patient, task="report", question=question, answer=answer)
 
     def vqa(self, path: Path, skip_reports: bool) -> Iterator[dict[str, Any]]:
         """Records of a CT-RATE VQA JSON, one for each exchange."""
@@ -185,16 +198,18 @@ class RecordReader:
                 if record := self.record(name, entry_id, **turn):
                     yield record
 
-    def captions(self, path: Path) -> Iterator[dict[str, Any]]:
-        """Records of the paper's report CSV."""
-        for row in read_rows(path, ("image", "caption")):
-            if record := self.report(row["image"], REPORT_QUESTION, given(row["caption"])):
+    def captions(self, path: Path, patient_column: str | None = None) -> Iterator[dict[str, Any]]:
+        """Records of the paper's report CSV, which may have a column of patients."""
+        for row in read_rows(path, ("image", "caption", *filter(None, [patient_column]))):
+            patient = _patient(row, patient_column)
+            if record := self.report(row["image"], REPORT_QUESTION, given(row["caption"]), patient):
                 yield record
 
-    def choices(self, path: Path) -> Iterator[dict[str, Any]]:
-        """Records of the paper's multiple-choice CSV."""
+    def choices(self, path: Path, patient_column: str | None = None) -> Iterator[dict[str, Any]]:
+        """Records of the paper's multiple-choice CSV, which may have a column of patients."""
         columns = [f"Choice {letter}" for letter in "ABCD"]
-        for row in read_rows(path, ("Question ID", "Image", "Question", *columns, "Answer Choice", "Answer")):
+        needed = ("Question ID", "Image", "Question", *columns, "Answer Choice", "Answer")
+        for row in read_rows(path, (*needed, *filter(None, [patient_column]))):
             choices = [text for column in columns if (text := squeeze(row[column]))]
             letter = row["Answer Choice"].strip().strip("()")
             answer = settle_answer(
@@ -204,5 +219,11 @@ class RecordReader:
                 self.tally.drop(NO_OPTION, row["Question ID"])
                 continue
             content = {"question": squeeze(row["Question"]), "choices": choices, "answer": answer}
-            if record := self.record(row["Image"], row["Question ID"], task="multiple_choice", **content):
+            patient = _patient(row, patient_column)
+            if record := self.record(row["Image"], row["Question ID"], patient, task="multiple_choice", **content):
                 yield record
+
+
+def _patient(row: Mapping[str, str], column: str | None) -> str | None:
+    """A row's patient, by the column that is named, or one called patient_id."""
+    return (row.get(column or PATIENT_COLUMN) or "").strip() or None

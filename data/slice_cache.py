@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from samf.ct_volume import CTReadError, read_ct
+from samf.ct_volume import CTReadError, CTVolume, read_ct
+from samf.data.screening import refuse_mask
 from samf.dicom_volume import walk_once
 from samf.image_processing_samf import SamfImageProcessor
 from samf.volume_files import other_half
-from samf.volume_sources import is_address, not_kept
+from samf.volume_sources import file_path, is_address, not_kept
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +54,23 @@ class SliceCache:
     Args:
         folder: where the records lie; made if it is missing.
         image_processor: makes the stacks. Its `settings_hash()` is part of every record's name.
+        min_coverage: mm that a volume must cover along each axis, as for `read_ct`; part of the name where it is set.
     """
 
-    def __init__(self, folder: str | os.PathLike, image_processor: SamfImageProcessor):
+    def __init__(self, folder: str | os.PathLike, image_processor: SamfImageProcessor, min_coverage: float = 0.0):
         self.folder = Path(folder)
         self.image_processor = image_processor
+        self.min_coverage = min_coverage
 
-    def get(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> dict[str, np.ndarray]:
+    def get(
+        self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None, searched: bool = False
+    ) -> dict[str, np.ndarray]:
         """What `image_processor.extract` gives for the volume at `path`; its arrays are read-only maps of the record.
 
         Args:
             path: as for `read_ct`, but one file, folder or address. What is fetched from the Hub is deleted again.
             rescale: as for `read_ct`; part of the record's name.
+            searched: nobody named this volume: what may be a mask is refused.
 
         Raises:
             CTReadError: the volume can't be read, or changed meanwhile. Nothing is written then.
@@ -74,7 +80,7 @@ class SliceCache:
         record = read_record(record_path)
         if record is None:
             with not_kept(path):
-                arrays = self.image_processor.extract(read_ct(path, rescale=rescale))
+                arrays = self.image_processor.extract(self.read(path, rescale, searched))
             if self.record_path(path, rescale=rescale) != record_path:  # or it would stand under the old file's name
                 raise CTReadError(f"{path}: changed while it was read. Wait until it is written, then try again.")
             write_record(record_path, arrays)
@@ -82,6 +88,14 @@ class SliceCache:
         if record is None:
             raise OSError(f"{record_path}: the record that was just written can't be read. Is the disk full or faulty?")
         return record
+
+    def read(self, path: str | os.PathLike, rescale: Sequence[float] | None = None, searched: bool = False) -> CTVolume:
+        """Read a volume that records are made of; see `get`."""
+        coverage = {"min_coverage": self.min_coverage} if self.min_coverage else {}
+        volume = read_ct(path, rescale=rescale, **coverage)
+        if searched:
+            refuse_mask(volume)
+        return volume
 
     def has(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> bool:
         """Whether there is a whole record of the volume at `path`, read with this rescale."""
@@ -94,7 +108,8 @@ class SliceCache:
     def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
         """A record's name from its volume's identity."""
         rescale = None if rescale is None else [float(number) for number in rescale]  # 1 and 1.0 are one rescale
-        return record_key(identity, rescale, self.image_processor.settings_hash(), RECORD_VERSION)
+        limits = [self.min_coverage] if self.min_coverage else []
+        return record_key(identity, rescale, self.image_processor.settings_hash(), RECORD_VERSION, *limits)
 
 
 def record_file(folder: Path, key: str) -> Path:
@@ -113,6 +128,7 @@ def volume_identity(path: str | os.PathLike) -> Identity:
     Raises:
         CTReadError: the file or folder can't be looked at.
     """
+    path = file_path(path)
     if is_address(path):
         return str(path), []
     path = Path(os.path.abspath(path))

@@ -14,26 +14,35 @@ Where the slices have no labels of their own, their plane and depth is one.
 import logging
 import os
 import shutil
+import time
 import uuid
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch.utils.data import ConcatDataset, Dataset
-from tqdm import tqdm
 
-from samf.ct_volume import CTReadError
-from samf.data.ct_rate import VolumeName, patient_of, refuse_common_patients
-from samf.data.processes import Processes
-from samf.data.slice_cache import SliceCache, read_record
-from samf.data.volume_lists import VolumeKey, find_volumes, volumes_by_split
-from samf.data.workers import process_pool
-from samf.image_processing_samf import PLANES, SamfImageProcessor
+from samf.data.cache_ledger import Ledger, Shard, Volume, look_at
+from samf.data.ct_rate_names import VolumeName
+from samf.data.patients import (
+    PatientRule,
+    find_patients,
+    patient_of,
+    refuse_common_patients,
+    refuse_shared_folders,
+    warn_of_unknown,
+)
+from samf.data.preprocessing import FillOptions, StoppedError, fill_slices
+from samf.data.processes import Processes, processes_here
+from samf.data.slice_cache import SliceCache, read_record, record_file
+from samf.data.volume_lists import FoundVolumes, SourceOptions, VolumeKey, find_splits, join_found
+from samf.data.workers import usable_cores
+from samf.image_processing_samf import EXTRACT_VERSION, PLANES, SamfImageProcessor
 
 try:
     import medmnist
@@ -189,6 +198,7 @@ class _Joined(ConcatDataset):
 # ---- scans ---------------------------------------------------------------------------------------------------------
 
 
+_PATIENCE = 120  # seconds until a machine sees what another one has written
 SLICES = "_slices"  # the slice cache within an output folder; Trainer pushes nothing that begins with an underscore
 
 
@@ -201,28 +211,75 @@ class Scan:
     volumes: tuple[VolumeKey, ...]
 
 
-def find_scans(data: Sequence[str], *, on_missing: str = "error", valid_share: float = 0.1) -> dict[str, list[Scan]]:
+def find_scans(
+    data: Sequence[str], *, on_missing: str = "error", valid_share: float = 0.1, options: SourceOptions | None = None
+) -> dict[str, list[Scan]]:
     """The scans of folders and files, {"train": …, "valid": …}; no patient is in both.
 
     Args:
-        data: sources as for `find_volumes`. CT-RATE, a folder or a name on the Hub, comes with its own validation
-            split, as do the paper's CSVs with "{split}" in their names; else patients are held out.
-        on_missing: for CT-RATE, as for `load_ct_rate`.
+        data: sources as for `search_volumes`. CT-RATE, a folder or a name on the Hub, comes with its own validation
+            split, as do tables with several splits; else patients are held out.
+        on_missing: for tables, as for `load_ct_rate`; without `options`, which have their own.
         valid_share: of the patients, to hold out where there is no validation split.
+        options: how the sources are looked through, and whose volume is whose.
 
     Raises:
         FileNotFoundError: no volume under one of `data`; says what is looked for.
         ValueError: too few patients to hold one out, or a patient in both splits.
     """
-    found: dict[str, list[Scan]] = {"train": [], "valid": []}
-    for source in data:
-        by_split = volumes_by_split(source, on_missing=on_missing) or {"train": find_volumes([source])}
-        for split, volumes in by_split.items():
-            found[split] += _group(volumes)
-    if not found["valid"]:
-        found["train"], found["valid"] = hold_out(found["train"], valid_share)
-    refuse_common_patients(*({scan.patient for scan in found[split]} for split in ("train", "valid")))
-    return found
+    return split_scans(find_by_split(data, options or SourceOptions(on_missing=on_missing)), valid_share)
+
+
+def find_by_split(data: Sequence[str], options: SourceOptions) -> dict[str, FoundVolumes]:
+    """The volumes of all sources with their patients, {"train": …, "valid": …}. One process looks for all of them."""
+
+    def look() -> dict[str, FoundVolumes]:
+        parts: dict[str, list[FoundVolumes]] = {"train": [], "valid": []}
+        for source in data:
+            for split, found in find_splits(source, options).items():
+                parts[split].append(found)
+        found = {split: join_found(own) for split, own in parts.items()}
+        unknown = sum(patient is None for own in found.values() for patient in own.patients.values())
+        warn_of_unknown(", ".join(data), unknown, sum(len(own.keys) for own in found.values()))
+        return found
+
+    return Processes().from_first(look)
+
+
+def split_scans(found: Mapping[str, FoundVolumes], valid_share: float) -> dict[str, list[Scan]]:
+    """Group volumes into scans, and hold patients out where there is no validation split; see `find_scans`."""
+    scans = {split: _group(own) for split, own in found.items()}
+    if not scans["valid"]:
+        refuse_shared_folders({path: found["train"].patients.get(path) for path, _ in found["train"].keys})
+        scans["train"], scans["valid"] = hold_out(scans["train"], valid_share)
+    refuse_common_patients(*({scan.patient for scan in scans[split]} for split in ("train", "valid")))
+    return scans
+
+
+def readable_scans(
+    data: Sequence[str], cache: SliceCache, *, on_error: str, valid_share: float, options: SourceOptions
+) -> dict[str, list[Scan]]:
+    """The scans whose slices the cache has, after it was filled by all processes together.
+
+    What is no CT is gone before patients are held out, so that none of those held out is a mask.
+
+    Args:
+        data, valid_share, options: as for `find_scans`.
+        cache: gets the slices.
+        on_error: as for `fill_slice_cache`.
+    """
+    found = find_by_split(data, options)
+    everything = join_found([found["train"], found["valid"]])
+    kept = fill_slice_cache(cache, everything.keys, on_error, searched=everything.searched)
+    readable = {split: own.only(kept) for split, own in found.items()}
+    if lost := [split for split, own in found.items() if own.keys and not readable[split].keys]:
+        raise ValueError(
+            f"{', '.join(data)}: no volume of the split {' and '.join(lost)} can be read; see the log above."
+        )
+    scans = split_scans(readable, valid_share)
+    for split, own in scans.items():
+        Processes().check_equal(f"scans ({split})", len(own))
+    return scans
 
 
 def hold_out(scans: Sequence[Scan], share: float) -> tuple[list[Scan], list[Scan]]:
@@ -235,13 +292,20 @@ def hold_out(scans: Sequence[Scan], share: float) -> tuple[list[Scan], list[Scan
     return [scan for scan in scans if scan.patient not in held], [scan for scan in scans if scan.patient in held]
 
 
-def _group(volumes: Sequence[VolumeKey]) -> list[Scan]:
-    """One Scan for all reconstructions of it, by CT-RATE's names; a volume of another name is a scan of its own."""
+def _group(found: FoundVolumes) -> list[Scan]:
+    """One Scan for all reconstructions of it, by CT-RATE's names.
+
+    Of other names a known patient's volumes are one Scan: they may be reconstructions of one scan, or not, and contrast
+    must not take two series of one patient for different people. A volume of an unknown patient is a scan of its own.
+    """
     by_scan: dict[str, list[VolumeKey]] = {}
-    for path, rescale in dict(volumes).items():
-        name = VolumeName.find(path)
-        by_scan.setdefault(name.scan_id if name else path, []).append((path, rescale))
-    return [Scan(scan_id, patient_of(keys[0][0]), tuple(keys)) for scan_id, keys in by_scan.items()]
+    patients: dict[str, str] = {}
+    for path, rescale in found.keys:
+        name, known = VolumeName.find(path), found.patients.get(path)
+        scan = name.scan_id if name else (known or path)
+        by_scan.setdefault(scan, []).append((path, rescale))
+        patients.setdefault(scan, known or patient_of(path))
+    return [Scan(scan, patients[scan], tuple(keys)) for scan, keys in by_scan.items()]
 
 
 # ---- slices of scans -----------------------------------------------------------------------------------------------
@@ -289,49 +353,101 @@ def _slice_record(file: Path) -> dict[str, np.ndarray]:
     return record
 
 
-def fill_slice_cache(cache: SliceCache, volumes: Sequence[VolumeKey], on_error: str = "stop") -> list[VolumeKey]:
-    """Make what the cache lacks, each process its share; returns the volumes that have a record now.
+def fill_slice_cache(
+    cache: SliceCache,
+    volumes: Sequence[VolumeKey],
+    on_error: str = "stop",
+    *,
+    searched: Collection[str] = (),
+    timeout: float | None = FillOptions.timeout,
+) -> list[VolumeKey]:
+    """Make what the cache lacks as `preprocess.py` does, each process its share; returns what has a record now.
+
+    All processes must call, and get the same list. The first one looks at the volumes for all, shares are dealt by place in
+    the list, and each process says what of its share there is: nobody takes what it doesn't see for missing.
+
+    Args:
+        cache: gets the records, and notes of volumes that can't be read, crash their reader or take too long. With "skip"
+            what was noted before isn't tried again.
+        volumes: paths with their rescales.
+        on_error: a volume that can't be read: "stop", or "skip": it is logged, left out and counted.
+        searched: paths that nobody named: what is no CT among them is left out and counted in any case.
+        timeout: seconds that one volume may take.
 
     Raises:
-        CTReadError: a volume can't be read; with on_error="skip" it is logged, left out and counted instead.
+        UnreadableVolumeError: a CTReadError, on all processes, when one of them can't read a volume.
+        PreprocessError: the cache can't be written, or none of the volumes is a CT.
     """
     if on_error not in ("stop", "skip", "error"):  # "error": what "stop" was called once
         raise ValueError(f"on_error={on_error!r}; expected 'stop' or 'skip'.")
-    state = PartialState()
-    missing = [key for key in volumes if not _has_file(cache, key)]
-    share = missing[state.process_index :: state.num_processes]
-    if share:
-        workers = max(1, (os.cpu_count() or 1) // state.num_processes)
-        with process_pool(min(workers, len(share))) as pool:
-            failures = pool.map(partial(_make_record, cache), share, chunksize=1)
-            for failure in tqdm(failures, total=len(share), desc="reading CTs", disable=not state.is_main_process):
-                if failure and on_error != "skip":
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise CTReadError(failure)
-                if failure:
-                    logger.warning("skipped: %s", failure)
-    Processes().wait()
-    kept = [key for key in volumes if _has_file(cache, key)]
-    if len(kept) < len(volumes):
-        logger.warning("%d of %d volumes couldn't be read and are left out", len(volumes) - len(kept), len(volumes))
+    processes = Processes()
+    listed, run = processes.from_first(lambda: (look_at(volumes, cache, searched), uuid.uuid4().hex))
+    stopped = cache.folder / "log" / f".{run}.stopped"  # there when a process of this run has failed
+    shard = Shard(processes.rank, processes.count)
+    options = FillOptions(
+        shard=shard,
+        workers=max(1, usable_cores() // processes_here()),
+        timeout=timeout,
+        on_error="skip" if on_error == "skip" else "stop",
+        show_progress=processes.is_first,
+        should_stop=stopped.exists if processes.count > 1 else None,
+    )
+    about = {"settings_hash": cache.image_processor.settings_hash(), "extract_version": EXTRACT_VERSION}
+    failed = None
+    try:
+        fill_slices(listed, cache, Ledger(cache.folder, "slices"), options, about)
+    except StoppedError:
+        logger.warning("another process has stopped, and so does this one")
+    except Exception as error:  # noqa: BLE001 - raised on every process, or the others would wait for this one
+        failed = error
+        if processes.count > 1:
+            stopped.parent.mkdir(parents=True, exist_ok=True)
+            stopped.touch()
+    try:
+        processes.raise_together(failed)
+    finally:
+        stopped.unlink(missing_ok=True)
+    mine = {volume.key for volume in shard.of(listed) if _has_file(cache, volume)}
+    made = set(chain.from_iterable(processes.gather(mine)))
+    there = [volume for volume in listed if volume.key in made]
+    _wait_for_files(cache, there)
+    kept = [(volume.path, volume.rescale) for volume in there]
+    _tell_left_out(volumes, kept, searched)
     return kept
 
 
-def _has_file(cache: SliceCache, key: VolumeKey) -> bool:
+def _tell_left_out(volumes: Sequence[VolumeKey], kept: Sequence[VolumeKey], searched: Collection[str]) -> None:
+    named = [path for path, _ in set(volumes) - set(kept) if path not in searched]
+    if len(kept) < len(volumes):
+        logger.warning(
+            "%d of %d volumes couldn't be read, or are no CT, and are left out (%d of them named)",
+            len(volumes) - len(kept),
+            len(volumes),
+            len(named),
+        )
+
+
+def _wait_for_files(cache: SliceCache, made: Sequence[Volume]) -> None:
+    """Wait until this machine sees the records that other machines have made; network file systems take a while.
+
+    Raises on all processes FileNotFoundError, when one of them doesn't see a record after `_PATIENCE` seconds.
+    """
+    processes, unseen = Processes(), list(made)
+    deadline, error = time.monotonic() + _PATIENCE, None
+    while unseen := [volume for volume in unseen if not _has_file(cache, volume)]:
+        if time.monotonic() > deadline:
+            error = FileNotFoundError(
+                f"{cache.folder}: process {processes.rank} doesn't see {len(unseen)} records that others have made (first: "
+                f"{unseen[0].path}). All machines must share this folder and mount the volumes at the same paths."
+            )
+            break
+        time.sleep(1)
+    processes.raise_together(error)
+
+
+def _has_file(cache: SliceCache, volume: Volume) -> bool:
     """Whether a volume has a record; one that isn't there itself, such as a link to nowhere, has none."""
-    try:
-        return cache.record_path(key[0], rescale=key[1]).is_file()
-    except CTReadError:
-        return False
-
-
-def _make_record(cache: SliceCache, key: VolumeKey) -> str | None:
-    """What went wrong, None if nothing did."""
-    try:
-        cache.get(key[0], rescale=key[1])
-    except CTReadError as error:
-        return str(error)
-    return None
+    return volume.key is not None and record_file(cache.folder, volume.key).is_file()
 
 
 def is_slice_cache(folder: Path) -> bool:
@@ -340,25 +456,36 @@ def is_slice_cache(folder: Path) -> bool:
     return first is not None
 
 
-def cached_sets(folders: Sequence[Path], depth_bins: int, valid_share: float) -> SliceSets:
-    """All slices of full caches; whole volumes are held out, whose patients the records don't name."""
-    files = [file for folder in folders for file in sorted(folder.glob("??/*.safetensors"))]
-    files = [file for file in files if "slices" in (read_record(file) or {})]
-    scans = [Scan(file.stem, file.stem, ((str(file), None),)) for file in files]
+def cached_sets(
+    folders: Sequence[Path], depth_bins: int, valid_share: float, rule: PatientRule | None = None
+) -> SliceSets:
+    """All slices of full caches; patients are held out.
+
+    A record doesn't name its volume, but the caches' work logs do, and the volume its patient, as far as that is known.
+    """
+
+    def look() -> list[Scan]:
+        files = [file for folder in folders for file in sorted(folder.glob("??/*.safetensors"))]
+        files = [file for file in files if "slices" in (read_record(file) or {})]
+        logged = {line["record"]: line["volume"] for folder in folders for line in Ledger(folder, "slices").log_lines()}
+        patients = find_patients(logged.values(), rule=rule)
+        known = {file: patients.get(logged.get(file.stem)) for file in files}
+        warn_of_unknown(", ".join(map(str, folders)), sum(patient is None for patient in known.values()), len(files))
+        return [Scan(file.stem, known[file] or file.stem, ((str(file), None),)) for file in files]
+
     parts = [
         VolumeSlices([Path(path) for scan in part for path, _ in scan.volumes], depth_bins)
-        for part in hold_out(scans, valid_share)
+        for part in hold_out(Processes().from_first(look), valid_share)
     ]
     return SliceSets(parts[0], *parts)
 
 
-def scan_sets(scans: dict[str, list[Scan]], cache: SliceCache, depth_bins: int, on_error: str) -> SliceSets:
-    """All slices of scans, by way of the cache."""
+def scan_sets(scans: Mapping[str, Sequence[Scan]], cache: SliceCache, depth_bins: int) -> SliceSets:
+    """All slices of scans that the cache has."""
     parts = []
     for split in ("train", "valid"):
         volumes = [key for scan in scans[split] for key in scan.volumes]
-        kept = fill_slice_cache(cache, volumes, on_error)
-        parts.append(VolumeSlices([cache.record_path(path, rescale=rescale) for path, rescale in kept], depth_bins))
+        parts.append(VolumeSlices([cache.record_path(path, rescale=rescale) for path, rescale in volumes], depth_bins))
     return SliceSets(parts[0], *parts)
 
 
@@ -375,6 +502,8 @@ def slice_sets(
     valid_share: float = 0.1,
     on_error: str = "stop",
     on_missing: str = "error",
+    options: SourceOptions | None = None,
+    min_coverage: float = 0.0,
 ) -> SliceSets:
     """Slices of whatever `data` holds.
 
@@ -383,7 +512,8 @@ def slice_sets(
         image_processor: how CTs are cut; its size is the pictures'.
         cache_folder: keeps slices of CTs and MedMNIST's unpacked pictures.
         splits: of MedMNIST: "train", "val", "test", or "all".
-        depth_bins, valid_share, on_error, on_missing: see `VolumeSlices`, `find_scans` and `fill_slice_cache`.
+        depth_bins, valid_share, on_error, on_missing, options: see `VolumeSlices`, `find_scans` and `fill_slice_cache`.
+        min_coverage: of the CTs; see `SliceCache`.
 
     Raises:
         FileNotFoundError, ValueError, CTReadError: as those do.
@@ -400,7 +530,9 @@ def slice_sets(
         if len(folders) > 1:
             raise ValueError(f"data={list(data)}: MedMNIST's folder can't be mixed with others; give it alone.")
         return medmnist_sets(folders[0], splits, image_processor.size, cache_folder / "medmnist")
-    if all(is_slice_cache(folder) for folder in folders):
-        return cached_sets(folders, depth_bins, valid_share)
-    scans = find_scans(data, on_missing=on_missing, valid_share=valid_share)
-    return scan_sets(scans, SliceCache(cache_folder, image_processor), depth_bins, on_error)
+    if Processes().from_first(lambda: all(is_slice_cache(folder) for folder in folders)):
+        return cached_sets(folders, depth_bins, valid_share, options.patient_rule if options else None)
+    cache = SliceCache(cache_folder, image_processor, min_coverage)
+    options = options or SourceOptions(on_missing=on_missing)
+    scans = readable_scans(data, cache, on_error=on_error, valid_share=valid_share, options=options)
+    return scan_sets(scans, cache, depth_bins)

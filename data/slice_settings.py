@@ -1,11 +1,11 @@
 """Whose slice settings count: a model's or slice encoder's own, where it has some."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
+from samf.data.text_files import read_json
 from samf.image_processing_samf import SamfImageProcessor
 
 FILES = ("preprocessor_config.json", "processor_config.json")  # the second holds the first's under "image_processor"
@@ -32,6 +32,6 @@ def has_slice_settings(source: str) -> bool:
     if not Path(source).is_dir():
         cached_file(source, "config.json")  # raises where there is no such repository, or no network to ask
     files = [cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in FILES]
-    saved = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files if file is not None]
+    saved = [read_json(file) for file in files if file is not None]
     kinds = [settings.get("image_processor", settings).get("image_processor_type") for settings in saved]
     return SamfImageProcessor.__name__ in kinds

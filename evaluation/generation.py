@@ -97,7 +97,9 @@ def shuffle_volumes(records: Sequence[Record] | datasets.Dataset, seed: int = 0)
 
 
 def _patient(record: Record) -> str:
-    """By CT-RATE's file name; a volume that bears none is taken as its scan's."""
+    """As the record names it, else by CT-RATE's file name; a volume that bears none is taken as its scan's."""
+    if record.get("patient_id") is not None:
+        return str(record["patient_id"])
     patient = patient_of(record["volume"])
     return record["scan_id"] if patient == record["volume"] else patient
 

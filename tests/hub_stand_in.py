@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -79,6 +79,7 @@ class HubStandIn:
         self.repositories: dict[str, Repository] = {}
         self.lfs_objects: dict[str, bytes] = {}
         self.requests: list[str] = []  # "METHOD path", as they came
+        self.query: dict[str, list[str]] = {}  # of the request that is being answered
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -148,6 +149,26 @@ class HubStandIn:
                 entry["lfs"] = {"oid": content_oid(path, data), "size": len(data), "pointerSize": 134}
             entries.append(entry)
         return entries
+
+    def dataset_tree(
+        self, repository: Repository, body: bytes, revision: str, folder: str = ""
+    ) -> list[dict[str, Any]]:
+        """As `tree`, but of one level with its folders, unless all levels are asked for: `datasets` walks them."""
+        entries = self.tree(repository, body, revision, folder)
+        if self.query.get("recursive") in (["True"], ["true"]):
+            return entries
+        start = len(folder) + 1 if folder else 0
+        here = [entry for entry in entries if "/" not in entry["path"][start:]]
+        names = {entry["path"][start:].split("/")[0] for entry in entries if "/" in entry["path"][start:]}
+        folders = [{"type": "directory", "path": entries[0]["path"][:start] + name, "oid": NO_COMMIT} for name in names]
+        return [*folders, *here]
+
+    def paths_info(self, repository: Repository, body: bytes, revision: str) -> list[dict[str, Any]]:
+        wanted = parse_qs(body.decode()).get("paths", []) if not body.startswith(b"{") else json.loads(body)["paths"]
+        entries = self.tree(repository, body, revision)
+        found = [entry for entry in entries if entry["path"] in wanted]
+        folders = [name for name in wanted if any(entry["path"].startswith(f"{name}/") for entry in entries)]
+        return [*found, *({"type": "directory", "path": name, "oid": NO_COMMIT} for name in folders)]
 
     def list_refs(self, repository: Repository, body: bytes) -> dict[str, Any]:
         branches = [
@@ -221,6 +242,11 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("GET", f"/api/models/{_NAME}/revision/{_REVISION}", HubStandIn.info),
     ("GET", f"/api/models/{_NAME}/tree/{_REVISION}", HubStandIn.tree),
     ("GET", f"/api/models/{_NAME}/tree/{_REVISION}/(?P<folder>.+)", HubStandIn.tree),
+    ("GET", f"/api/datasets/{_NAME}", HubStandIn.info),
+    ("GET", f"/api/datasets/{_NAME}/revision/{_REVISION}", HubStandIn.info),
+    ("GET", f"/api/datasets/{_NAME}/tree/{_REVISION}", HubStandIn.dataset_tree),
+    ("GET", f"/api/datasets/{_NAME}/tree/{_REVISION}/(?P<folder>.+)", HubStandIn.dataset_tree),
+    ("POST", f"/api/datasets/{_NAME}/paths-info/{_REVISION}", HubStandIn.paths_info),
     ("GET", f"/api/models/{_NAME}/refs", HubStandIn.list_refs),
     ("POST", f"/api/models/{_NAME}/branch/(?P<name>[^/]+)", HubStandIn.create_branch),
     ("POST", f"/api/models/{_NAME}/tag/{_REVISION}", HubStandIn.create_tag),
@@ -247,6 +273,7 @@ class _Handler(BaseHTTPRequestHandler):
         path, body = urlsplit(self.path).path, self._body()
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {path}")
+            self.hub.query = parse_qs(urlsplit(self.path).query)
             try:
                 if match := RESOLVE.fullmatch(path):
                     self._resolve(**{key: unquote(value) for key, value in match.groupdict().items()})

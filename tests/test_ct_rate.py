@@ -160,6 +160,9 @@ def test_every_record_of_the_hand_written_split(ct_rate):
         (second, "long_answer", "How much?", None, "A great deal of it.", "short_answer_1#2", "valid_2_a", ill),
         (None, "long_answer", "What is emphysema?", None, "Destroyed lung.", "long_answer_2", "long_answer_2", unknown),
     ]
+    patients = found["patient_id"][:]
+    assert patients == ["valid_1", "valid_1", "valid_2", "valid_1", "valid_1", "valid_2", "valid_2", None]
+    found = found.remove_columns("patient_id")
     assert [tuple(record.values()) for record in found] == [tuple(row) for row in expected]
 
 
@@ -507,7 +510,8 @@ def records_of(*volumes: str | None) -> datasets.Dataset:
         {"volume": v, "task": "report", "question": "", "choices": None, "answer": "", "id": str(k), "scan_id": "s"}
         for k, v in enumerate(volumes)
     ]
-    return datasets.Dataset.from_list([{**row, "finding_labels": []} for row in rows], features=FEATURES)
+    rest = {"finding_labels": [], "patient_id": None}
+    return datasets.Dataset.from_list([{**row, **rest} for row in rows], features=FEATURES)
 
 
 def test_patient_overlap_names_the_patients():

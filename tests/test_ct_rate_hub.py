@@ -1,18 +1,25 @@
-"""CT-RATE by its name on the Hub: tables and volumes fetched on demand, and what is said to who has no access."""
+"""Data sets by their names on the Hub: tables and volumes fetched on demand, and what is said to who has no access."""
 
 import gzip
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import datasets
+import launch
 import nibabel as nib
 import numpy as np
 import pytest
+import small_run
 from hub_stand_in import TOKEN, HubStandIn, Repository
 from huggingface_hub import constants
 
 from samf.ct_volume import read_ct
 from samf.data.ct_rate import load_records
 from samf.data.slice_images import find_scans
+from samf.data.table_columns import TableColumns
 
 NAME = "someone/CT-RATE"
 VOLUME = "valid_fixed/valid_1/valid_1_a/valid_1_a_1.nii.gz"
@@ -125,3 +132,109 @@ def test_a_folder_of_that_name_is_read_instead(hub, tmp_path):
     found = load_records(NAME, "valid", on_missing="keep")
     assert found["volume"][:] == [str(folder / VOLUME)]
     assert not hub.requests
+
+
+# ---- data sets in any layout -----------------------------------------------------------------------------------------
+
+
+def parquet(rows: list[dict], features: datasets.Features | None = None) -> bytes:
+    buffer = io.BytesIO()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def datasets_hub(hub, tmp_path, monkeypatch):
+    """`hub` as `datasets` sees it, which has copies of its own of the client's settings."""
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    for name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH"):
+        monkeypatch.setattr(datasets.config, name, str(tmp_path / name))
+    return hub
+
+
+def test_any_data_set_on_the_hub_by_its_columns(datasets_hub):
+    """Paths become addresses of the repository, fetched when they are read; Nifti columns of Parquet hold the files."""
+    scans = [
+        gzip.compress(nib.Nifti1Image(np.full((5, 4, 3), 10 * k, np.int16), np.eye(4)).to_bytes()) for k in range(3)
+    ]
+    rows = [{"scan": f"scans/{k}.nii.gz", "text": f"Report {k}.", "who": f"p{k}"} for k in range(3)]
+    embedded = [{"scan": {"bytes": scans[k], "path": None}, "text": f"Report {k}.", "who": f"p{k}"} for k in range(3)]
+    features = datasets.Features(
+        {"scan": datasets.Nifti(), "text": datasets.Value("string"), "who": datasets.Value("string")}
+    )
+    files = {f"scans/{k}.nii.gz": scan for k, scan in enumerate(scans)}
+    for name, part in (("paths", rows), ("nifti", embedded)):
+        kind = features if name == "nifti" else None
+        repository = datasets_hub.repositories[f"someone/{name}"] = Repository(f"someone/{name}", private=False)
+        tables = {
+            "data/train-00000-of-00001.parquet": parquet(part[:2], kind),
+            "data/test-00000-of-00001.parquet": parquet(part[2:], kind),
+        }
+        repository.commit("main", {**(files if name == "paths" else {}), **tables}, "files")
+    columns = TableColumns("scan", report="text", patient="who", splits={"valid": "test"})
+    for name in ("paths", "nifti"):
+        for split, numbers in (("train", (0, 1)), ("valid", (2,))):
+            records = load_records(f"someone/{name}", split, columns=columns)
+            assert [(r["answer"], r["patient_id"]) for r in records] == [(f"Report {k}.", f"p{k}") for k in numbers]
+            for record, number in zip(records, numbers, strict=True):
+                assert set(read_ct(record["volume"]).hu.ravel()) == {10 * number}
+        assert name == "nifti" or records["volume"][:] == ["hf://datasets/someone/paths/scans/2.nii.gz"]
+    with pytest.raises(FileNotFoundError, match="someone/nothing: `datasets.load_dataset` can't read it"):
+        load_records("someone/nothing", "train", columns=columns)
+
+
+@pytest.mark.slow
+def test_a_data_set_on_the_hub_is_preprocessed_trained_on_and_evaluated(tmp_path):
+    """Each script as it is called, with the columns' names on its command line."""
+    work = small_run.prepare(tmp_path / "work")
+    scans = sorted((work / "phantoms").rglob("*.nii.gz"))[:6]
+    rows = [
+        {"scan": f"scans/{k}.nii.gz", "text": "No nodule. The heart is enlarged.", "who": f"p{k}"} for k in range(6)
+    ]
+    with HubStandIn() as hub:
+        repository = hub.repositories["someone/chests"] = Repository("someone/chests", private=False)
+        files = {f"scans/{k}.nii.gz": scan.read_bytes() for k, scan in enumerate(scans)}
+        files |= {f"data/{split}-00000-of-00001.parquet": parquet(part) for split, part in split_of(rows).items()}
+        repository.commit("main", files, "files")
+        environment = {**launch.environment(), **hub.environment(tmp_path / "home")}
+
+        def call(script: str, *arguments: object) -> None:
+            command = [sys.executable, str(launch.REPOSITORY / script), *map(str, arguments)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+            assert done.returncode == 0, done.stderr[-3000:]
+
+        columns = ["--volume_column", "scan", "--dataset_split", "valid=test"]
+        texts = ["--report_column", "text", "--patient_column", "who"]
+        cache = tmp_path / "cache"
+        call(
+            "preprocess.py",
+            "someone/chests",
+            "--cache",
+            cache,
+            "--processor",
+            work / "encoder",
+            *columns,
+            "--num_workers",
+            1,
+        )
+        made = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+        assert (made["done"], made["volumes"]) == (6, 6)
+        options = {
+            **small_run.options_of(work, "model"),
+            "data": "someone/chests",
+            "slice_cache": cache,
+            "tasks": "report",
+        }
+        call("train.py", *(part for key, value in options.items() for part in (f"--{key}", value)), *columns, *texts)
+        out = tmp_path / "answers"
+        call(
+            "eval.py", "--model", work / "model", "--data", "someone/chests", "--output_dir", out, "--tasks", "report",
+            "--max_new_tokens", 4, "--resamples", 0, "--slice_cache", cache, *columns, *texts,
+        )  # fmt: skip
+        answered = [json.loads(line) for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [row["reference"] for row in answered] == [row["text"] for row in rows[4:]]
+
+
+def split_of(rows: list[dict]) -> dict[str, list[dict]]:
+    return {"train": rows[:4], "test": rows[4:]}

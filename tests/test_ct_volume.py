@@ -303,7 +303,7 @@ def test_hu_are_taken_as_they_are(tmp_path, caplog, change):
     hu = change(chest())
     read = read_ct(save_nifti(tmp_path / "scan.nii.gz", hu.astype(np.int16))).hu
     np.testing.assert_array_equal(read, np.where(hu < -1500, AIR_HU, hu))
-    assert not caplog.records  # no warning
+    assert not [record for record in caplog.records if "cover" not in record.getMessage()]  # no warning but of its size
 
 
 def test_a_crop_without_air_is_only_warned_of(tmp_path, caplog):

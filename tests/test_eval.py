@@ -338,7 +338,7 @@ def test_a_volume_takes_its_rescale_with_it():
 
 
 def test_a_dataset_stays_a_dataset():
-    records = cohort(5, 0)
+    records = [{**record, "patient_id": None} for record in cohort(5, 0)]
     dataset = datasets.Dataset.from_list(records, features=FEATURES)
     shuffled = shuffle_volumes(dataset, 0)
     assert isinstance(shuffled, datasets.Dataset) and dict(shuffled.features) == dict(FEATURES)

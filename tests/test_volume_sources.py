@@ -417,8 +417,8 @@ def test_a_folder_that_can_not_be_listed_is_no_folder_without_slices(tmp_path, m
 
 
 def test_what_is_no_path_at_all():
-    for address in ("s3://bucket/scan.nii", "ftp://host/scan.nii.gz", "file:///etc/passwd"):
-        with pytest.raises(CTReadError, match=f"{address}: an address of kind .*expected http.*hf://"):
+    for address in ("s3://bucket/scan.nii", "ftp://host/scan.nii.gz"):
+        with pytest.raises(CTReadError, match=f"{address}: an address of kind .*expected .*http.*hf://"):
             read_ct(address)
     with pytest.raises(CTReadError, match="an empty path"):
         read_ct("")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from samf.data.mixture import parse_weights
+from samf.data.source_arguments import SourceArguments
 from samf.pretraining.aggregator_arguments import AggregatorArguments
 from samf.training.parts import PARTS, check_parts
 
@@ -39,10 +40,13 @@ class ModelArguments(AggregatorArguments):
 
 
 @dataclass
-class DataArguments:
+class DataArguments(SourceArguments):
     """What it is trained on."""
 
-    data: str = field(default="", metadata={"help": "CT-RATE folder (v1 or v2), or one in its layout"})
+    data: str = field(
+        default="",
+        metadata={"help": "CT-RATE folder (v1 or v2), or one in its layout; with volume_column any data set or table"},
+    )
     tasks: list[str] = field(default_factory=lambda: ["report", "multiple_choice"])
     vqa_files: list[str] = field(
         default_factory=list, metadata={"help": "question files to read instead of the split's own, for training alone"}
@@ -94,6 +98,9 @@ class DataArguments:
     valid_limit: int | None = field(default=None, metadata={"help": "most validation records to measure the loss on"})
 
     def __post_init__(self):
+        self.check_source()
+        if self.min_coverage and self.slice_cache is None:
+            raise ValueError("min_coverage is checked when slices are made: give slice_cache too.")
         choices_of = {
             "objective": ("text", "findings"),
             "finding_labels": ("auto", "rules"),

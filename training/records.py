@@ -16,6 +16,7 @@ from samf.data.ct_rate_tables import UNKNOWN_LABEL
 from samf.data.embedding_cache import EmbeddingCache
 from samf.data.lengths import add_lengths
 from samf.data.mixture import TaskMixture, parse_weights
+from samf.data.processes import Processes
 from samf.data.slice_cache import SliceCache
 from samf.data.volume_lists import VolumeKey, distinct_volumes
 from samf.evaluation.finding_labeller import label_report
@@ -51,10 +52,12 @@ def load_datasets(
         name: load_records(args.data, name, **options, **own, counts_file=Path(output_dir, COUNTS.format(name)))
         for name, own in splits.items()
     }
+    for name, part in data.items():
+        Processes().check_equal(f"{name} records", len(part))
     if with_valid:
         check_patient_overlap(data["train"], data["valid"])
     if args.on_error == "skip" and args.slice_cache is not None:
-        cache = SliceCache(args.slice_cache, processor.image_processor)
+        cache = SliceCache(args.slice_cache, processor.image_processor, args.min_coverage)
         data = {name: without_failed(part, cache) for name, part in data.items()}
     data = {name: label_findings(part, args, name, finding_names) for name, part in data.items()}
     if args.objective == "findings":
@@ -75,16 +78,19 @@ def load_datasets(
 def chosen_options(args: DataArguments) -> dict[str, Any]:
     """Options of `load_records` that were given, and its own defaults where they weren't."""
     given = {name: getattr(args, name) for name in ("report_sections", "reconstructions", "image_root")}
-    options = {name: value for name, value in given.items() if value}
+    options = {name: value for name, value in given.items() if value} | args.record_options()
     return {**options, "on_missing": "skip"} if args.on_error == "skip" else options
 
 
 def without_failed(records: datasets.Dataset, cache: SliceCache) -> datasets.Dataset:
     """The records without those whose volume `preprocess.py` found that it can't read with these settings."""
-    failed = Ledger(cache.folder, "slices").keys()[1]
-    if not failed:
-        return records
-    volumes = [volume.path for volume in look_at(distinct_volumes(records), cache) if volume.key in failed]
+
+    def look() -> list[str]:
+        failed = Ledger(cache.folder, "slices").keys()[1]
+        listed = look_at(distinct_volumes(records), cache) if failed else []
+        return [volume.path for volume in listed if volume.key in failed]
+
+    volumes = Processes().from_first(look)  # the first process decides for all: they must have the same records
     if not volumes:
         return records
     unread = set(volumes)
@@ -182,7 +188,7 @@ def build_volume_store(
     """
     if args.slice_cache is None:
         return None
-    slices = SliceCache(args.slice_cache, processor.image_processor)
+    slices = SliceCache(args.slice_cache, processor.image_processor, args.min_coverage)
     if not args.cache_embeddings:
         return slices
     if "slice_encoder" in trained:
