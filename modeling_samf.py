@@ -5,7 +5,6 @@ Equation numbers in this file are the paper's. Shapes: B volumes (and prompts), 
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,15 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
+from .components_samf import (
+    KEPT_OUTPUTS,
+    CausalLanguageModel,
+    build_language_model,
+    encode_pixels,
+    pool_slices,
+    prepare_slice_encoder,
+    takes_positions,
+)
 from .configuration_samf import SamfConfig
 from .hub_samf import HubModel
 from .model_card import hub_id
@@ -74,20 +82,27 @@ class SamfModelOutputWithPast(BaseModelOutputWithPast):
             volume embedding (B, 1, volume_dim) as `pooler_output`.
         slice_attentions (`SamfSliceAttentions`): with `output_slice_attentions=True`.
         finding_logits (`torch.FloatTensor` (B, L)): one logit a name in `config.finding_names`.
+        router_logits (`tuple[torch.FloatTensor]`): of a language model with experts, when it is asked for them.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
     slice_attentions: SamfSliceAttentions | None = None
     finding_logits: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
 class SamfCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`loss` and `logits` (B, T, vocabulary) of the language model, with the fields of [`SamfModelOutputWithPast`]."""
+    """`loss` and `logits` (B, T, vocabulary) of the language model, with the fields of [`SamfModelOutputWithPast`].
+
+    `aux_loss` is the load-balancing loss of a language model with experts; with labels it is part of `loss`.
+    """
 
     image_outputs: BaseModelOutputWithPooling | None = None
     slice_attentions: SamfSliceAttentions | None = None
     finding_logits: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
 
 
 def eager_attention_forward(
@@ -136,7 +151,7 @@ class SlicePositionEmbedding(nn.Module):
 class SamfAggregatorAttention(nn.Module):
     def __init__(self, config: SamfConfig):
         super().__init__()
-        dim = config.vision_config.hidden_size
+        dim = config.slice_dim
         self.config = config
         self.head_dim = dim // config.aggregator_num_heads
         self.scaling = self.head_dim**-0.5
@@ -167,7 +182,7 @@ class SamfAggregatorLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: SamfConfig):
         super().__init__()
-        dim = config.vision_config.hidden_size
+        dim = config.slice_dim
         self.pre_norm = config.aggregator_norm == "pre"
         self.attention = SamfAggregatorAttention(config)
         self.attention_norm = nn.LayerNorm(dim, eps=config.aggregator_layer_norm_eps)
@@ -197,7 +212,7 @@ class SamfAggregator(nn.Module):
 
     def __init__(self, config: SamfConfig):
         super().__init__()
-        dim = config.vision_config.hidden_size
+        dim = config.slice_dim
         self.config = config
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.layers = nn.ModuleList([SamfAggregatorLayer(config) for _ in range(config.aggregator_num_layers)])
@@ -286,7 +301,7 @@ class SamfFusion(nn.Module):
         dim, text_dim = config.fusion_dim, config.text_config.hidden_size
         self.fusion_type = config.fusion_type
         self.scale = dim**-0.5 if config.fusion_scale == "rsqrt" else 1.0
-        self.project_slices = nn.Linear(config.vision_config.hidden_size, dim)  # W_2d, eq. 3
+        self.project_slices = nn.Linear(config.slice_dim, dim)  # W_2d, eq. 3
         self.project_volume = nn.Linear(config.volume_dim, dim)  # W_3d, eq. 4
         self.project_text = nn.Linear(text_dim, dim) if config.project_text else nn.Identity()
         self.project_extra = nn.ModuleDict(
@@ -437,18 +452,16 @@ class SamfPreTrainedModel(HubModel, PreTrainedModel):
 class SamfModel(SamfPreTrainedModel):
     """Slice encoder, aggregator, fusion and language model, without the language modelling head."""
 
-    def __init__(self, config: SamfConfig):
+    def __init__(self, config: SamfConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         self.slice_encoder = AutoModel.from_config(config.vision_config)
-        if "add_pooling_layer" in inspect.signature(type(self.slice_encoder).__init__).parameters:
-            self.slice_encoder.pooler = None  # z_2d is the CLS embedding: a pooler would never get a gradient
-        self.slice_position = (
-            SlicePositionEmbedding(config.vision_config.hidden_size) if _has_positions(config) else None
-        )
+        prepare_slice_encoder(self.slice_encoder, config)
+        self.slice_position = SlicePositionEmbedding(config.slice_dim) if _has_positions(config) else None
         self.aggregator = SamfAggregator(config)
         self.fusion = SamfFusion(config)
         self.finding_head = nn.Linear(config.volume_dim, len(config.finding_names)) if config.finding_names else None
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = language_model or build_language_model(config.text_config).base_model
+        self._takes_positions = takes_positions(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -473,20 +486,17 @@ class SamfModel(SamfPreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}; expected (volumes, slices, channels, height, width)."
             )
         batch, slices = pixel_values.shape[:2]
-        flat = pixel_values.flatten(0, 1)  # (B·S, C, H, W)
-        chunk = self.config.vision_chunk_size or max(flat.shape[0], 1)
-        outputs = [self.slice_encoder(pixel_values=part, return_dict=True, **kwargs) for part in flat.split(chunk)]
-        pooled = torch.cat([self._pool(output.last_hidden_state) for output in outputs])  # (B·S, D)
+        flat = pixel_values.flatten(0, 1).to(self.slice_encoder.dtype)  # (B·S, C, H, W)
+        chunk = self.config.vision_chunk_size
+        parts = flat.split(chunk) if chunk else (flat,)  # a split into one can't be exported
+        outputs = [encode_pixels(self.slice_encoder, part, **kwargs) for part in parts]
+        pooled = torch.cat([pool_slices(output, self.config.slice_pooling) for output in outputs])  # (B·S, D)
         whole = outputs[0] if len(outputs) == 1 else {}
         return BaseModelOutputWithPooling(
             last_hidden_state=pooled.view(batch, slices, -1),
             hidden_states=whole.get("hidden_states"),
             attentions=whole.get("attentions"),
         )
-
-    def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (N, tokens, D) to one embedding a slice (N, D)."""
-        return tokens[:, 0] if self.config.slice_pooling == "cls" else tokens.mean(dim=1)
 
     @can_return_tuple
     def get_image_features(
@@ -534,7 +544,7 @@ class SamfModel(SamfPreTrainedModel):
         if planes is None or positions is None:
             count = slices.shape[1]
             index = torch.arange(count, device=slices.device)
-            per_plane = math.ceil(count / NUM_PLANES)
+            per_plane = (count + NUM_PLANES - 1) // NUM_PLANES
             planes = (index // per_plane).expand(slices.shape[0], -1)
             positions = ((index % per_plane + 0.5) / per_plane).expand(slices.shape[0], -1)
         return self.slice_position(planes, positions).to(slices.dtype)
@@ -668,11 +678,11 @@ class SamfModel(SamfPreTrainedModel):
                 inputs_embeds, image_mask, text_mask, slices, volume, slice_mask, extra_values, extra_mask
             )
 
-        outputs = self.language_model(
-            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
-        )
+        if self._takes_positions:
+            kwargs["position_ids"] = position_ids
+        outputs = self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         return SamfModelOutputWithPast(
-            **outputs,
+            **{name: value for name, value in outputs.items() if name in KEPT_OUTPUTS},
             image_outputs=image_outputs,
             slice_attentions=slice_attentions if output_slice_attentions else None,
             finding_logits=finding_logits,
@@ -723,13 +733,17 @@ def finding_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
     """SAMF with its language modelling head: writes the report of a volume, or answers a question about it."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SamfConfig):
         super().__init__(config)
-        self.model = SamfModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        causal = build_language_model(config.text_config)
+        self.model = SamfModel(config, causal.base_model)
+        self.lm_head = causal.get_output_embeddings()
+        self.causal_lm = CausalLanguageModel(causal)
+        self._tied_weights_keys = self.causal_lm.tied_weights_keys("model.language_model")
+        for name, value in self.causal_lm.facts.items():
+            setattr(self, name, value)
         self.post_init()
 
     @classmethod
@@ -753,8 +767,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
         samf_config = SamfConfig(vision_config=encoder.config, text_config=text.config, **config)
         with torch.device("meta"):  # no second copy of billions of weights
             model = cls(samf_config)
-        if getattr(model.model.slice_encoder, "pooler", encoder) is None:
-            encoder.pooler = None
+        prepare_slice_encoder(encoder, samf_config)
         model.model.slice_encoder = encoder
         model.model.language_model = text.base_model
         model.lm_head = text.get_output_embeddings()
@@ -862,18 +875,28 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
             return_dict=True,
             **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
         )
-        logits = loss = None
+        logits = loss = aux_loss = None
         if outputs.last_hidden_state is not None:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])  # slice(-0, None) keeps all
-            if labels is not None:
-                loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-                )
+            own = self.causal_lm.run_head(
+                self.lm_head,
+                outputs,
+                functools.partial(self._text_loss, **kwargs),
+                attention_mask=attention_mask,
+                labels=labels,
+                logits_to_keep=logits_to_keep,
+                output_router_logits=kwargs.get("output_router_logits"),
+            )
+            logits, loss, aux_loss = own.logits, own.loss, own.get("aux_loss")
         if finding_labels is not None and outputs.finding_logits is not None:
             loss = self._add_finding_loss(loss, outputs.finding_logits, finding_labels, labels, **kwargs)
         rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
-        return SamfCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+        return SamfCausalLMOutputWithPast(loss=loss, logits=logits, aux_loss=aux_loss, **rest)
+
+    def _text_loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The loss that the language model's own forward asks for; `vocab_size` may be that before a resize."""
+        return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
 
     def _add_finding_loss(
         self,
@@ -915,10 +938,15 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() looks the cache's name up in it
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The library's inputs, without the volume once the cache holds the prompt."""
+        """The language model's own inputs, without the volume once the cache holds the prompt.
+
+        Where the language model wants its cache filled anew, the volume is read again with the prompt.
+        """
         first = kwargs.get("is_first_iteration", False)
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        if kwargs.get("use_cache", True) and not (first and self._reads_volume(inputs)):
+        inputs, rebuilt = self.causal_lm.prepare_inputs(self.lm_head, *args, **kwargs)
+        if rebuilt:
+            inputs |= {key: kwargs[key] for key in VOLUME_INPUTS if kwargs.get(key) is not None}
+        elif kwargs.get("use_cache", True) and not (first and self._reads_volume(inputs)):
             inputs = {key: value for key, value in inputs.items() if key not in VOLUME_INPUTS}
         return inputs
 
