@@ -124,15 +124,32 @@ def takes_positions(language_model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(type(language_model).forward).parameters
 
 
-class _Given:
-    """Stand in for a language model that has run: whatever calls it gets its output."""
+class _Output:
+    """A language model's output to its head's class: a field that SAMF's has not is None, as in that class's own."""
 
     def __init__(self, output: ModelOutput):
-        self.output = output
+        self._output = output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output, name, None)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._output[index]
+
+
+class _Given:
+    """Stand in for a language model that has run: whatever calls it gets its output; other attributes are its own."""
+
+    def __init__(self, language_model: nn.Module, output: ModelOutput):
+        self._language_model = language_model
+        self._output = _Output(output)
         self.decoder = self  # OPT's head calls its model's decoder
 
-    def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
-        return self.output
+    def __call__(self, *args: Any, **kwargs: Any) -> _Output:
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._language_model, name)
 
 
 class _Runner:
@@ -179,6 +196,7 @@ class CausalLanguageModel:
     def run_head(
         self,
         head: nn.Module,
+        language_model: nn.Module,
         output: ModelOutput,
         loss_function: Callable[..., torch.Tensor],
         attention_mask: torch.Tensor | None = None,
@@ -190,14 +208,15 @@ class CausalLanguageModel:
 
         Args:
             head: SAMF's `lm_head`, in whatever wrapper.
-            output: of the layers, `last_hidden_state` (B, T, D) and what else they gave.
+            language_model: SAMF's; it isn't run.
+            output: of the language model, `last_hidden_state` (B, T, D) and what else they gave.
             loss_function: of logits, labels and further arguments that it may ignore.
             attention_mask, labels (B, T), logits_to_keep, output_router_logits: as that forward takes them.
 
         Returns:
             The class's own output: logits (B, kept, vocabulary), with labels the loss, of experts `aux_loss`.
         """
-        parts = {self.base_name: _Given(output), self.head_name: head, "loss_function": loss_function}
+        parts = {self.base_name: _Given(language_model, output), self.head_name: head, "loss_function": loss_function}
         options = {"output_router_logits": output_router_logits} if self.takes_router_logits else {}
         return type(self.causal).forward(
             _Runner(self.causal, parts),

@@ -272,7 +272,9 @@ class FewRowsLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)  # (N, in)
-        if x.device.type != "cpu" or rows.shape[0] > MANY_ROWS or self.weight.numel() < LARGE_WEIGHT:
+        if torch.compiler.is_compiling() or x.device.type != "cpu":  # one graph for any number of rows
+            return super().forward(x)
+        if rows.shape[0] > MANY_ROWS or self.weight.numel() < LARGE_WEIGHT:
             return super().forward(x)
         output = (self.weight @ rows.mT).mT + self.bias  # (N, out)
         return output.reshape(*x.shape[:-1], -1)
@@ -442,6 +444,15 @@ class SamfPreTrainedModel(HubModel, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether `_init_weights` writes weights past `transformers.initialization`: no, ours and our parts' don't.
+
+        With yes the library leaves out modules without weights of their own, and a part that fills its children's buffers
+        from there (Falcon-H1) would load with uninitialised memory.
+        """
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -545,8 +556,10 @@ class SamfModel(SamfPreTrainedModel):
             count = slices.shape[1]
             index = torch.arange(count, device=slices.device)
             per_plane = (count + NUM_PLANES - 1) // NUM_PLANES
-            planes = (index // per_plane).expand(slices.shape[0], -1)
-            positions = ((index % per_plane + 0.5) / per_plane).expand(slices.shape[0], -1)
+            # By comparisons: a remainder by a size that isn't known yet has no form in ONNX.
+            planes = sum((index >= plane * per_plane).long() for plane in range(1, NUM_PLANES))
+            positions = ((index - planes * per_plane + 0.5) / per_plane).expand(slices.shape[0], -1)
+            planes = planes.expand(slices.shape[0], -1)
         return self.slice_position(planes, positions).to(slices.dtype)
 
     def pack_extra_sources(self, rows: Sequence[Mapping[str, Any] | None]) -> dict[str, torch.Tensor]:
@@ -879,6 +892,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, GenerationMixin):
         if outputs.last_hidden_state is not None:
             own = self.causal_lm.run_head(
                 self.lm_head,
+                self.model.language_model,
                 outputs,
                 functools.partial(self._text_loss, **kwargs),
                 attention_mask=attention_mask,
