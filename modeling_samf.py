@@ -349,6 +349,8 @@ class SamfFusion(nn.Module):
     ) -> list[torch.Tensor]:
         """Each extra source's vector (B, 1, d), zero where the source is absent."""
         widths = [layer.in_features for layer in self.project_extra.values()]
+        if values is None and not widths:
+            return []
         shape = (volume.shape[0], sum(widths))
         if values is None:
             values, mask = volume.new_zeros(shape), volume.new_zeros(shape[0], len(widths))
