@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
@@ -92,7 +93,7 @@ def language_model_problem(causal: PreTrainedModel) -> str | None:
         return f"its forward doesn't take {', '.join(missing)}"
     if getattr(config, "hidden_size_per_layer_input", None):
         return "its layers read the token ids again (hidden_size_per_layer_input), and an image token has none"
-    if any("dynamic" in parameters.get("rope_type", "") for parameters in _rope_parameters(config)):
+    if any("dynamic" in (parameters.get("rope_type") or "") for parameters in _rope_parameters(config)):
         return (
             "rope_type='dynamic' makes logits depend on the longest sequence of earlier calls; set 'yarn' or 'linear'"
         )
@@ -345,7 +346,7 @@ def _find_readout(
     name = encoder_class.__name__
     config = encoder_class.config_class.from_dict(json.loads(settings))
     _check_inputs(encoder_class)
-    with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
+    with torch.device("meta"), init.no_init_weights(), torch.inference_mode(False), torch.enable_grad():
         encoder = encoder_class(config).eval()
         if drops_pooler and asked != "pooler":
             encoder.pooler = None
@@ -353,8 +354,7 @@ def _find_readout(
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         output = encode_pixels(encoder, torch.zeros(1, getattr(config, "num_channels", 3), height, width))
         tokens, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
-        names = {parameter.rpartition(".")[2] for parameter, _ in encoder.named_parameters()}
-        has_cls = tokens.ndim == 3 and not names.isdisjoint(CLS_NAMES)
+        has_cls = tokens.ndim == 3 and _reaches_cls_token(encoder, tokens)
         pooling = asked or ("cls" if has_cls else "pooler" if pooled is not None else "mean")
         _check_pooling(name, pooling, has_cls, pooled is not None)
         slices = pool_slices(output, pooling)
@@ -366,6 +366,13 @@ def _find_readout(
         slices.sum().backward()
     unused = [parameter for parameter, value in encoder.named_parameters() if value.grad is None]
     return SliceReadout(pooling, tuple(unused))
+
+
+def _reaches_cls_token(encoder: PreTrainedModel, tokens: torch.Tensor) -> bool:
+    """Whether a CLS token is among those that the layers read: AIMv2's belongs to its pooling head, behind them."""
+    named = [parameter for name, parameter in encoder.named_parameters() if name.rpartition(".")[2] in CLS_NAMES]
+    gradients = torch.autograd.grad(tokens.sum(), named, retain_graph=True, allow_unused=True) if named else ()
+    return any(gradient is not None for gradient in gradients)
 
 
 def _check_inputs(encoder_class: type[PreTrainedModel]) -> None:

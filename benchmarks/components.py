@@ -130,6 +130,7 @@ SLICE_ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ijepa": ("ijepa", IMAGE),
     "clip_vision_model": ("clip_vision_model", IMAGE),
     "siglip_vision_model": ("siglip_vision_model", IMAGE),
+    "aimv2_vision_model": ("aimv2_vision_model", IMAGE),
     "swin": ("swin", WINDOWS),
     "swinv2": ("swinv2", WINDOWS),
     "convnext": ("convnext", {**STAGES, "num_stages": 2}),

@@ -1,5 +1,7 @@
 """The model's equations, invariants and behaviour as a member of the library."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -352,6 +354,15 @@ def test_save_and_load_keep_every_weight_and_setting(tmp_path):
             assert torch.equal(auto.from_pretrained(tmp_path)(**batch).logits, expected)
         base = SamfModel.from_pretrained(tmp_path)
         torch.testing.assert_close(model.lm_head(base(**batch).last_hidden_state), expected)
+
+
+def test_a_folder_names_the_class_that_was_saved_as_automodels(tmp_path):
+    """A base model by itself too; it leaves no trace in what the whole model saves later."""
+    model = tiny_model()
+    for name, part in (("base", model.model), ("whole", model)):
+        part.save_pretrained(tmp_path / name)
+        auto_map = json.loads((tmp_path / name / "config.json").read_text())["auto_map"]
+        assert auto_map["AutoModel"] == f"modeling_samf.{type(part).__name__}"
 
 
 def test_new_model_from_components_keeps_their_weights(tmp_path):

@@ -32,6 +32,7 @@ POOLINGS = {
     "vit_mae": "cls",
     "clip_vision_model": "cls",
     "siglip_vision_model": "pooler",
+    "aimv2_vision_model": "pooler",  # its cls_token is its pooling head's
     "convnext": "pooler",
     "resnet": "pooler",
     "ijepa": "mean",
@@ -66,6 +67,7 @@ def test_an_encoder_that_needs_more_than_pixels_is_refused_by_name(name):
         ("siglip_vision_model", "cls", "SiglipVisionModel has no CLS token.*'pooler'"),
         ("ijepa", "cls", "IJepaModel has no CLS token.*'mean'"),
         ("convnext", "cls", "ConvNextModel has no CLS token"),
+        ("aimv2_vision_model", "cls", "Aimv2VisionModel has no CLS token"),
         ("ijepa", "pooler", "IJepaModel has none; set 'mean'"),
     ],
 )
