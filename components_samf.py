@@ -243,6 +243,10 @@ class CausalLanguageModel:
             kwargs = {**kwargs, name: None, "next_sequence_length": None}
         inputs = self.causal.prepare_inputs_for_generation(*args, **kwargs)
         rebuilt = name is not None and all(inputs.get(other) is None for other in CACHE_NAMES)
+        if rebuilt and kwargs.get("next_sequence_length") is not None:
+            # Older transformers: Phi-3 drops its cache, and then gives the new tokens alone.
+            kwargs = {**kwargs, name: None, "next_sequence_length": None}
+            inputs = self.causal.prepare_inputs_for_generation(*args, **kwargs)
         return inputs, rebuilt
 
     def _outgrows_cache(self, cache: Any, input_ids: torch.Tensor | None, position_ids: torch.Tensor | None) -> bool:
