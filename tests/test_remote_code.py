@@ -63,14 +63,9 @@ def load(folder, scan):
         states = [m.get_image_features(inputs["pixel_values"]).pooler_output for m in (loaded["AutoModel"], model.model)]
     return processor, {
         "classes": {name: [type(item).__module__, type(item).__name__] for name, item in loaded.items()},
-<<<<<<< HEAD
-        "tokens": model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist(),
-        "hashes": [unused, Hasher.hash(processor), Hasher.hash(AutoProcessor.from_pretrained(folder, trust_remote_code=True))],
-        "base_is_whole": torch.equal(*states),
-=======
         "tokens": [m.generate(**inputs, max_new_tokens=6, do_sample=False).tolist() for m in (model, loaded["AutoModel"])],
         "features_are_equal": torch.equal(*states),
->>>>>>> 4ec0482 (Run a language model's own head and preparation, and read slice encoders by what they have)
+        "hashes": [unused, Hasher.hash(processor), Hasher.hash(AutoProcessor.from_pretrained(folder, trust_remote_code=True))],
         "image_processor": loaded["AutoImageProcessor"].to_dict() == processor.image_processor.to_dict(),
     }
 
