@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 OLDEST := $(shell sed -n 's/^transformers>=\([0-9.]*\).*/\1/p' requirements.txt)
 OLDEST_VENV := .venv-oldest
 OLDEST_READY := $(OLDEST_VENV)/.ready
-MODEL_TESTS := $(addprefix tests/test_,modeling_samf.py generation.py backends.py extra_sources.py adapters.py \
+MODEL_TESTS := $(addprefix tests/test_,modeling_samf.py language_models.py slice_encoders.py generation.py backends.py extra_sources.py adapters.py \
 	processing_samf.py remote_code.py published_reference.py push_to_hub.py train.py training_adapter.py training_order.py)
 
 .PHONY: demo test test-slow test-oldest lint clean

@@ -20,7 +20,8 @@ from .modeling_samf import SamfForConditionalGeneration, SamfModel, SamfPreTrain
 from .processing_samf import SamfProcessor
 
 AutoConfig.register("samf", SamfConfig, exist_ok=True)
-AutoModel.register(SamfConfig, SamfModel, exist_ok=True)
+# The model that generates, as the library has it for models that give text; features: get_image_features.
+AutoModel.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
 # One class for either backend: it reads volumes, with neither PIL nor torchvision.

@@ -13,7 +13,7 @@ from transformers.activations import ACT2CLS
 # only enter the class that was saved.
 AUTO_MAP = {
     "AutoConfig": "configuration_samf.SamfConfig",
-    "AutoModel": "modeling_samf.SamfModel",
+    "AutoModel": "modeling_samf.SamfForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_samf.SamfForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_samf.SamfForConditionalGeneration",
     "AutoProcessor": "processing_samf.SamfProcessor",
@@ -31,7 +31,7 @@ CHOICES = {
     "fusion_text_scope": ("prompt", "sequence"),
     "aggregator_norm": ("post", "pre"),
     "slice_position_scope": ("none", "aggregator", "all"),
-    "slice_pooling": ("cls", "mean"),
+    "slice_pooling": (None, "cls", "mean", "pooler"),
 }
 
 
@@ -44,7 +44,9 @@ class SamfConfig(PretrainedConfig):
         image_token_id (`int`, defaults to 32011): the placeholder's id, a spare embedding row of Phi-3.
         num_image_tokens (`int`, defaults to 256): tokens that stand for the fused vector in the prompt. `slice_tokens`
             has one token a slice instead and doesn't read this.
-        slice_pooling (`str`, defaults to `"cls"`): z_2d is the encoder's `"cls"` token or the `"mean"` over all tokens.
+        slice_pooling (`str`, *optional*): z_2d is the encoder's `"cls"` token, the `"mean"` over all tokens, or its own
+            `"pooler"`. `None` = the CLS token; for an encoder without one its own pooler, or else the mean. A model sets
+            what holds for its encoder.
         slice_position_scope (`str`, defaults to `"aggregator"`): who sees the plane and depth embeddings: the
             `"aggregator"`, `"all"` (the fusion's slices too) or `"none"` (the paper: shuffling the slices changes nothing).
         aggregator_num_layers, aggregator_num_heads, aggregator_ffn_dim, aggregator_activation, aggregator_dropout,
@@ -84,6 +86,8 @@ class SamfConfig(PretrainedConfig):
         "attentions",
         "image_outputs",
         "slice_attentions",
+        "router_logits",
+        "aux_loss",
         "finding_logits",
     ]
 
@@ -93,7 +97,7 @@ class SamfConfig(PretrainedConfig):
         text_config: PretrainedConfig | dict[str, Any] | None = None,
         image_token_id: int = 32011,
         num_image_tokens: int = 256,
-        slice_pooling: str = "cls",
+        slice_pooling: str | None = None,
         slice_position_scope: str = "aggregator",
         aggregator_num_layers: int = 2,
         aggregator_num_heads: int = 8,
@@ -145,6 +149,19 @@ class SamfConfig(PretrainedConfig):
         self.auto_map = kwargs.pop("auto_map", None) or dict(AUTO_MAP)
         super().__init__(**kwargs)
 
+    @property
+    def slice_dim(self) -> int:
+        """Width of z_2d: that of the slice encoder's last features."""
+        width = getattr(self.vision_config, "hidden_size", None)
+        if width is None:  # ConvNeXt and ResNet list one a stage
+            width = (getattr(self.vision_config, "hidden_sizes", None) or [None])[-1]
+        if not isinstance(width, int):
+            raise ValueError(
+                f"SamfConfig.vision_config is a {type(self.vision_config).__name__}, which has no hidden_size. Give an image "
+                "encoder; of a model of images and text (CLIP, SigLIP) its vision_config."
+            )
+        return width
+
     def _check(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -155,9 +172,9 @@ class SamfConfig(PretrainedConfig):
             raise ValueError(
                 f"SamfConfig.aggregator_activation is {self.aggregator_activation!r}; it must be one of {sorted(ACT2CLS)}."
             )
-        if self.vision_config.hidden_size % self.aggregator_num_heads:
+        if self.slice_dim % self.aggregator_num_heads:
             raise ValueError(
-                f"The aggregator's width is the slice encoder's, {self.vision_config.hidden_size}, which "
+                f"The aggregator's width is the slice encoder's, {self.slice_dim}, which "
                 f"aggregator_num_heads={self.aggregator_num_heads} doesn't divide. Choose a divisor."
             )
         for name, width in self.extra_sources.items():

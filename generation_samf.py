@@ -104,8 +104,10 @@ class SamfGenerationMixin(GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() looks the cache's name up in it
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The library's inputs, without the volume once the cache holds it, and with the prompt that the cache hides."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        """The language model's own inputs, without a volume that the cache holds, and with the prompt that it hides."""
+        inputs, rebuilt = self.causal_lm.prepare_inputs(self.lm_head, *args, **kwargs)
+        if rebuilt:  # the language model wants its cache filled anew: the volume is read again with the prompt
+            return inputs | {key: kwargs[key] for key in VOLUME_INPUTS if kwargs.get(key) is not None}
         if not kwargs.get("use_cache", True):
             return inputs
         whole = args[0] if args else kwargs.get("input_ids")  # (B, cached + read now), or what is read now alone

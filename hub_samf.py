@@ -164,6 +164,7 @@ class HubModel(PushToHubWithCard):
         hub = {name: kwargs.pop(name) for name in names if push_to_hub and name in kwargs}
         before = _modified(save_directory)
         adapter = self._adapter()
+        self._name_auto_model()
         if adapter is None or self._hf_peft_config_loaded:
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         elif is_main_process:
@@ -189,8 +190,16 @@ class HubModel(PushToHubWithCard):
 
     def save_config_and_code(self, folder: str | os.PathLike) -> None:
         """Write config.json with all Auto classes, and the code: what a folder needs beside weights or an adapter."""
+        self._name_auto_model()
         custom_object_save(self, folder, config=self.config)
         self.config.save_pretrained(folder)
+
+    def _name_auto_model(self) -> None:
+        """Enter a whole model as AutoModel's, also where its base model was saved before or older code wrote the folder."""
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        whole = auto_map.get("AutoModelForImageTextToText")
+        if whole and whole.rpartition(".")[2] == type(self).__name__:
+            auto_map["AutoModel"] = whole
 
     @classmethod
     def from_pretrained(

@@ -116,7 +116,7 @@ def make_card(
     bases = list(dict.fromkeys(base for base in map(hub_id, base_models) if base and base != repository))
     rows = {
         "Fusion": config.fusion_type,
-        "Slice encoder": f"{config.vision_config.model_type}, width {config.vision_config.hidden_size}",
+        "Slice encoder": f"{config.vision_config.model_type}, width {config.slice_dim}",
         "Language model": f"{config.text_config.model_type}, width {config.text_config.hidden_size}",
         **({"Findings head": ", ".join(config.finding_names)} if config.finding_names else {}),
         **({"Base models": ", ".join(f"`{base}`" for base in bases)} if bases else {}),

@@ -4,7 +4,7 @@ Paper: "From Slices to Volumes: Multi-Scale Fusion of 2D and 3D Features for CT 
 Equation numbers in this file are the paper's. Shapes: B volumes (and prompts), S slices, T tokens, d = d_proj.
 """
 
-import inspect
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +26,15 @@ from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_exporting, torch_compilable_check
 
+from .components_samf import (
+    KEPT_OUTPUTS,
+    CausalLanguageModel,
+    build_language_model,
+    encode_pixels,
+    pool_slices,
+    prepare_slice_encoder,
+    takes_positions,
+)
 from .configuration_samf import SamfConfig
 from .generation_samf import SamfGenerationMixin, cached_tokens, warn_of_length
 from .hub_samf import HubModel
@@ -79,20 +88,27 @@ class SamfModelOutputWithPast(BaseModelOutputWithPast):
             volume embedding (B, 1, volume_dim) as `pooler_output`.
         slice_attentions (`SamfSliceAttentions`): with `output_slice_attentions=True`.
         finding_logits (`torch.FloatTensor` (B, L)): one logit a name in `config.finding_names`.
+        router_logits (`tuple[torch.FloatTensor]`): of a language model with experts, when it is asked for them.
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
     slice_attentions: SamfSliceAttentions | None = None
     finding_logits: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
 class SamfCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`loss` and `logits` (B, T, vocabulary) of the language model, with the fields of [`SamfModelOutputWithPast`]."""
+    """`loss` and `logits` (B, T, vocabulary) of the language model, with the fields of [`SamfModelOutputWithPast`].
+
+    `aux_loss` is the load-balancing loss of a language model with experts; with labels it is part of `loss`.
+    """
 
     image_outputs: BaseModelOutputWithPooling | None = None
     slice_attentions: SamfSliceAttentions | None = None
     finding_logits: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
 
 
 def eager_attention_forward(
@@ -141,7 +157,7 @@ class SlicePositionEmbedding(nn.Module):
 class SamfAggregatorAttention(nn.Module):
     def __init__(self, config: SamfConfig):
         super().__init__()
-        dim = config.vision_config.hidden_size
+        dim = config.slice_dim
         self.config = config
         self.head_dim = dim // config.aggregator_num_heads
         self.scaling = self.head_dim**-0.5
@@ -172,7 +188,7 @@ class SamfAggregatorLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: SamfConfig):
         super().__init__()
-        dim = config.vision_config.hidden_size
+        dim = config.slice_dim
         self.pre_norm = config.aggregator_norm == "pre"
         self.attention = SamfAggregatorAttention(config)
         self.attention_norm = nn.LayerNorm(dim, eps=config.aggregator_layer_norm_eps)
@@ -202,7 +218,7 @@ class SamfAggregator(nn.Module):
 
     def __init__(self, config: SamfConfig):
         super().__init__()
-        dim = config.vision_config.hidden_size
+        dim = config.slice_dim
         self.config = config
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.layers = nn.ModuleList([SamfAggregatorLayer(config) for _ in range(config.aggregator_num_layers)])
@@ -266,7 +282,9 @@ class FewRowsLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, -2)  # (N, in)
-        if x.device.type != "cpu" or rows.shape[0] > MANY_ROWS or self.weight.numel() < LARGE_WEIGHT:
+        if torch.compiler.is_compiling() or x.device.type != "cpu":  # one graph for any number of rows
+            return super().forward(x)
+        if rows.shape[0] > MANY_ROWS or self.weight.numel() < LARGE_WEIGHT:
             return super().forward(x)
         output = (self.weight @ rows.mT).mT + self.bias  # (N, out)
         return output.reshape(*x.shape[:-1], -1)
@@ -295,7 +313,7 @@ class SamfFusion(nn.Module):
         dim, text_dim = config.fusion_dim, config.text_config.hidden_size
         self.fusion_type = config.fusion_type
         self.scale = dim**-0.5 if config.fusion_scale == "rsqrt" else 1.0
-        self.project_slices = nn.Linear(config.vision_config.hidden_size, dim)  # W_2d, eq. 3
+        self.project_slices = nn.Linear(config.slice_dim, dim)  # W_2d, eq. 3
         self.project_volume = nn.Linear(config.volume_dim, dim)  # W_3d, eq. 4
         self.project_text = nn.Linear(text_dim, dim) if config.project_text else nn.Identity()
         taken = sorted(name for name in config.extra_sources if hasattr(nn.ModuleDict(), name))
@@ -346,6 +364,8 @@ class SamfFusion(nn.Module):
     ) -> list[torch.Tensor]:
         """Each extra source's vector (B, 1, d), zero where the source is absent."""
         widths = [layer.in_features for layer in self.project_extra.values()]
+        if values is None and not widths:
+            return []
         shape = (volume.shape[0], sum(widths))
         if values is None:
             values, mask = volume.new_zeros(shape), volume.new_zeros(shape[0], len(widths))
@@ -451,6 +471,15 @@ class SamfPreTrainedModel(HubModel, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether `_init_weights` writes weights past `transformers.initialization`: no, ours and our parts' don't.
+
+        With yes the library leaves out modules without weights of their own, and a part that fills its children's buffers
+        from there (Falcon-H1) would load with uninitialised memory.
+        """
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -461,18 +490,16 @@ class SamfPreTrainedModel(HubModel, PreTrainedModel):
 class SamfModel(SamfPreTrainedModel):
     """Slice encoder, aggregator, fusion and language model, without the language modelling head."""
 
-    def __init__(self, config: SamfConfig):
+    def __init__(self, config: SamfConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         self.slice_encoder = AutoModel.from_config(config.vision_config)
-        if "add_pooling_layer" in inspect.signature(type(self.slice_encoder).__init__).parameters:
-            self.slice_encoder.pooler = None  # z_2d is the CLS embedding: a pooler would never get a gradient
-        self.slice_position = (
-            SlicePositionEmbedding(config.vision_config.hidden_size) if _has_positions(config) else None
-        )
+        prepare_slice_encoder(self.slice_encoder, config)
+        self.slice_position = SlicePositionEmbedding(config.slice_dim) if _has_positions(config) else None
         self.aggregator = SamfAggregator(config)
         self.fusion = SamfFusion(config)
         self.finding_head = nn.Linear(config.volume_dim, len(config.finding_names)) if config.finding_names else None
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = language_model or build_language_model(config.text_config).base_model
+        self._takes_positions = takes_positions(self.language_model)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -497,20 +524,17 @@ class SamfModel(SamfPreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}; expected (volumes, slices, channels, height, width)."
             )
         batch, slices = pixel_values.shape[:2]
-        flat = pixel_values.flatten(0, 1)  # (B·S, C, H, W)
-        chunk = self.config.vision_chunk_size or max(flat.shape[0], 1)
-        outputs = [self.slice_encoder(pixel_values=part, return_dict=True, **kwargs) for part in flat.split(chunk)]
-        pooled = torch.cat([self._pool(output.last_hidden_state) for output in outputs])  # (B·S, D)
+        flat = pixel_values.flatten(0, 1).to(self.slice_encoder.dtype)  # (B·S, C, H, W)
+        chunk = self.config.vision_chunk_size
+        parts = flat.split(chunk) if chunk else (flat,)  # a split into one can't be exported
+        outputs = [encode_pixels(self.slice_encoder, part, **kwargs) for part in parts]
+        pooled = torch.cat([pool_slices(output, self.config.slice_pooling) for output in outputs])  # (B·S, D)
         whole = outputs[0] if len(outputs) == 1 else {}
         return BaseModelOutputWithPooling(
             last_hidden_state=pooled.view(batch, slices, -1),
             hidden_states=whole.get("hidden_states"),
             attentions=whole.get("attentions"),
         )
-
-    def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (N, tokens, D) to one embedding a slice (N, D)."""
-        return tokens[:, 0] if self.config.slice_pooling == "cls" else tokens.mean(dim=1)
 
     @can_return_tuple
     def get_image_features(
@@ -560,9 +584,11 @@ class SamfModel(SamfPreTrainedModel):
         if planes is None or positions is None:
             count = slices.shape[1]
             index = torch.arange(count, device=slices.device)
-            per_plane = math.ceil(count / NUM_PLANES)
-            planes = (index // per_plane).expand(slices.shape[0], -1)
-            positions = ((index % per_plane + 0.5) / per_plane).expand(slices.shape[0], -1)
+            per_plane = (count + NUM_PLANES - 1) // NUM_PLANES
+            # By comparisons: a remainder by a size that isn't known yet has no form in ONNX.
+            planes = sum((index >= plane * per_plane).long() for plane in range(1, NUM_PLANES))
+            positions = ((index - planes * per_plane + 0.5) / per_plane).expand(slices.shape[0], -1)
+            planes = planes.expand(slices.shape[0], -1)
         return self.slice_position(planes, positions).to(slices.device, slices.dtype)
 
     def pack_extra_sources(self, rows: Sequence[Mapping[str, Any] | None]) -> dict[str, torch.Tensor]:
@@ -752,11 +778,11 @@ class SamfModel(SamfPreTrainedModel):
         elif input_ids is not None:
             self._check_no_placeholders(image_mask, kwargs)
 
-        outputs = self.language_model(
-            attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
-        )
+        if self._takes_positions:
+            kwargs["position_ids"] = position_ids
+        outputs = self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         return SamfModelOutputWithPast(
-            **outputs,
+            **{name: value for name, value in outputs.items() if name in KEPT_OUTPUTS},
             image_outputs=image_outputs,
             slice_attentions=slice_attentions if output_slice_attentions else None,
             finding_logits=finding_logits,
@@ -862,13 +888,17 @@ def finding_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Ten
 class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
     """SAMF with its language modelling head: writes the report of a volume, or answers a question about it."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: SamfConfig):
         super().__init__(config)
-        self.model = SamfModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        causal = build_language_model(config.text_config)
+        self.model = SamfModel(config, causal.base_model)
+        self.lm_head = causal.get_output_embeddings()
+        self.causal_lm = CausalLanguageModel(causal)
+        self._tied_weights_keys = self.causal_lm.tied_weights_keys("model.language_model")
+        for name, value in self.causal_lm.facts.items():
+            setattr(self, name, value)
         self.post_init()
 
     @classmethod
@@ -892,8 +922,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
         samf_config = SamfConfig(vision_config=encoder.config, text_config=text.config, **config)
         with torch.device("meta"):  # no second copy of billions of weights
             model = cls(samf_config)
-        if getattr(model.model.slice_encoder, "pooler", encoder) is None:
-            encoder.pooler = None
+        prepare_slice_encoder(encoder, samf_config)
         model.model.slice_encoder = encoder
         model.model.language_model = text.base_model
         model.lm_head = text.get_output_embeddings()
@@ -1016,20 +1045,31 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
             return_dict=True,
             **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
         )
-        logits = loss = None
+        logits = loss = aux_loss = None
         if outputs.last_hidden_state is not None:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])  # slice(-0, None) keeps all
-            if labels is not None:
-                loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-                )
+            own = self.causal_lm.run_head(
+                self.lm_head,
+                self.model.language_model,
+                outputs,
+                functools.partial(self._text_loss, **kwargs),
+                attention_mask=attention_mask,
+                labels=labels,
+                logits_to_keep=logits_to_keep,
+                output_router_logits=kwargs.get("output_router_logits"),
+            )
+            logits, loss, aux_loss = own.logits, own.loss, own.get("aux_loss")
         if finding_targets is not None:
             self._check_finding_targets(finding_targets, outputs.image_outputs, slice_mask)
             if outputs.finding_logits is not None:
                 loss = self._add_finding_loss(loss, outputs.finding_logits, finding_targets, labels, **kwargs)
         rest = {key: value for key, value in outputs.items() if key != "last_hidden_state"}
-        return SamfCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+        return SamfCausalLMOutputWithPast(loss=loss, logits=logits, aux_loss=aux_loss, **rest)
+
+    def _text_loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The loss that the language model's own forward asks for; `vocab_size` may be that before a resize."""
+        return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
 
     def _check_finding_targets(
         self, targets: torch.Tensor, image_outputs: Any, slice_mask: torch.Tensor | None

@@ -120,7 +120,7 @@ def time_fusion(settings: Settings) -> list[Figure]:
     with torch.device(settings.device):
         fusion = SamfFusion(config).to(settings.dtype).eval()
         fill(fusion)
-        slices = torch.randn(batch, sizes.fusion_slices, config.vision_config.hidden_size, dtype=settings.dtype)
+        slices = torch.randn(batch, sizes.fusion_slices, config.slice_dim, dtype=settings.dtype)
         volume = torch.randn(batch, config.volume_dim, dtype=settings.dtype)
         text = torch.randn(batch, sizes.fusion_text, config.text_config.hidden_size, dtype=settings.dtype)
         slice_mask = torch.ones(batch, sizes.fusion_slices, dtype=torch.bool)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,19 @@ from samf.modeling_samf import SamfModel
 
 # Of the image processor: they change the encoder's input, but not the cached slices.
 PIXEL_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+
+# Of the slice encoder's configuration: they say where it comes from, or how training is done.
+NOT_COMPUTED_WITH = {
+    "_name_or_path",
+    "architectures",
+    "attention_probs_dropout_prob",
+    "dtype",
+    "hidden_dropout_prob",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "transformers_version",
+}
 
 
 class EmbeddingCache:
@@ -136,8 +150,14 @@ class _Slices(torch.utils.data.Dataset):
 
 
 def encoder_fingerprint(model: SamfModel) -> str:
-    """Sixteen hex digits that name the slice encoder's weights and how they are read out."""
-    digest = hashlib.sha256(f"{model.config.slice_pooling} {model.dtype}".encode())
+    """Return sixteen hex digits that name the slice encoder: its weights, its settings and how z_2d is read out.
+
+    Heads, activation and epsilons change embeddings and leave no trace in the weights.
+    """
+    encoder = model.slice_encoder
+    settings = {name: value for name, value in encoder.config.to_diff_dict().items() if name not in NOT_COMPUTED_WITH}
+    described = [type(encoder).__name__, model.config.slice_pooling, str(model.dtype), settings]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.slice_encoder.state_dict().items()):
         buffer = io.BytesIO()
         np.save(buffer, tensor.detach().float().cpu().numpy())

@@ -32,7 +32,7 @@ def aggregator_settings(config: SamfConfig) -> dict[str, Any]:
     settings = {name: getattr(config, name) for name in SETTINGS}
     # "aggregator" and "all" give the aggregator the same input.
     positions = config.slice_position_scope != "none"
-    return settings | {"slice_positions": positions, "slice_dim": config.vision_config.hidden_size}
+    return settings | {"slice_positions": positions, "slice_dim": config.slice_dim}
 
 
 def save_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:

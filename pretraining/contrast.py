@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModel, TrainingArguments
 
+from samf.components_samf import prepare_slice_encoder
 from samf.configuration_samf import SamfConfig
 from samf.data.embedding_cache import EmbeddingCache
 from samf.data.slice_images import Scan
@@ -45,8 +46,7 @@ def build_slices_model(slice_encoder: str, dtype: torch.dtype | str, **config: A
     encoder = AutoModel.from_pretrained(slice_encoder, dtype=dtype)
     encoder.config._name_or_path = ""
     model = SamfModel(SamfConfig(vision_config=encoder.config, text_config=dict(NO_TEXT), image_token_id=1, **config))
-    if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None
+    prepare_slice_encoder(encoder, model.config)
     model.slice_encoder = encoder
     return model.to(encoder.dtype).eval()
 

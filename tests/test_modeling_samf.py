@@ -1,5 +1,7 @@
 """The model's equations, invariants and behaviour as a member of the library."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from tiny import FUSION_TYPES, IMAGE_ID, SLICES, image_tokens, tiny_batch, tiny_
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, ViTConfig, ViTModel
 
-from samf import SamfConfig, SamfForConditionalGeneration
+from samf import SamfConfig, SamfForConditionalGeneration, SamfModel
 from samf.modeling_samf import (
     FewRowsLinear,
     SamfFusion,
@@ -367,13 +369,22 @@ def test_save_and_load_keep_every_weight_and_setting(tmp_path):
         assert ours == theirs, name
     state = again.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    base = AutoModel.from_pretrained(tmp_path)
     batch = tiny_batch("slice_tokens")
     with torch.no_grad():
-        torch.testing.assert_close(
-            model.lm_head(base(**batch).last_hidden_state),
-            AutoModelForCausalLM.from_pretrained(tmp_path)(**batch).logits,
-        )
+        expected = model(**batch).logits
+        for auto in (AutoModel, AutoModelForCausalLM):
+            assert torch.equal(auto.from_pretrained(tmp_path)(**batch).logits, expected)
+        base = SamfModel.from_pretrained(tmp_path)
+        torch.testing.assert_close(model.lm_head(base(**batch).last_hidden_state), expected)
+
+
+def test_a_folder_names_the_class_that_was_saved_as_automodels(tmp_path):
+    """A base model by itself too; it leaves no trace in what the whole model saves later."""
+    model = tiny_model()
+    for name, part in (("base", model.model), ("whole", model)):
+        part.save_pretrained(tmp_path / name)
+        auto_map = json.loads((tmp_path / name / "config.json").read_text())["auto_map"]
+        assert auto_map["AutoModel"] == f"modeling_samf.{type(part).__name__}"
 
 
 def test_new_model_from_components_keeps_their_weights(tmp_path):

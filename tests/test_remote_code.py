@@ -60,12 +60,12 @@ def load(folder, scan):
     unused = Hasher.hash(processor)
     inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options)
     with torch.no_grad():
-        states = [loaded["AutoModel"](**inputs).last_hidden_state, model.model(**inputs).last_hidden_state]
+        states = [m.get_image_features(inputs["pixel_values"]).pooler_output for m in (loaded["AutoModel"], model.model)]
     return processor, {
         "classes": {name: [type(item).__module__, type(item).__name__] for name, item in loaded.items()},
-        "tokens": model.generate(**inputs, max_new_tokens=6, do_sample=False).tolist(),
+        "tokens": [m.generate(**inputs, max_new_tokens=6, do_sample=False).tolist() for m in (model, loaded["AutoModel"])],
+        "features_are_equal": torch.equal(*states),
         "hashes": [unused, Hasher.hash(processor), Hasher.hash(AutoProcessor.from_pretrained(folder, trust_remote_code=True))],
-        "base_is_whole": torch.equal(*states),
         "image_processor": loaded["AutoImageProcessor"].to_dict() == processor.image_processor.to_dict(),
     }
 
@@ -173,15 +173,15 @@ def test_every_auto_class_loads_a_saved_folder(name, saved, loaded):
     whole = "SamfForConditionalGeneration"
     assert {auto: class_name for auto, (_, class_name) in result["classes"].items()} == {
         "AutoConfig": "SamfConfig",
-        "AutoModel": "SamfModel",
+        "AutoModel": whole,
         "AutoModelForImageTextToText": whole,
         "AutoModelForCausalLM": whole,
         "AutoProcessor": "SamfProcessor",
         "AutoImageProcessor": "SamfImageProcessor",
     }
     assert all(module.startswith("transformers_modules.") for module, _ in result["classes"].values())
-    assert result["tokens"] == tokens.tolist()
-    assert result["base_is_whole"] and result["image_processor"]
+    assert result["tokens"] == [tokens.tolist()] * 2
+    assert result["features_are_equal"] and result["image_processor"]
 
 
 def test_the_file_of_a_checkpoint_fills_a_model(saved):

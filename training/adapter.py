@@ -56,7 +56,9 @@ def full_parts(model: SamfForConditionalGeneration, args: TuningArguments, train
         if part in PARTS and part != "language_model" and getattr(model.model, part) is not None
     ]
     if args.lora_embeddings:
-        modules += ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+        embeddings = model.get_input_embeddings()  # embed_tokens, in GPT-2 wte
+        modules += [name.rpartition(".")[2] for name, module in model.named_modules() if module is embeddings]
+        modules += [] if model.config.tie_word_embeddings else ["lm_head"]
     return modules
 
 
