@@ -81,6 +81,8 @@ def micro_metrics(counts: np.ndarray) -> dict[str, SampledMetric]:
 
 # --- CRG --------------------------------------------------------------------------------------------------------
 
+CRG_BOUNDS = (0.2, 1.0)  # every answer wrong: s = -r A - (X - A) = -3 U, so U / (2U + 3U); every answer right: U / (2U - U)
+
 
 def combine_crg(sums: np.ndarray) -> np.ndarray:
     """CRG of summed (…, 4) true positives, false positives, false negatives and cells; NaN where it is undefined.
@@ -100,7 +102,7 @@ def crg_metric(truth: np.ndarray, found: np.ndarray) -> SampledMetric:
     """The VLM3D challenge's CRG score of truth and found, both (N, L) of 0 and 1."""
     counts = confusion_counts(truth, found).sum(axis=1)
     cells = np.full((len(counts), 1), np.shape(truth)[1], dtype=np.float64)
-    return SampledMetric(np.concatenate([counts, cells], axis=1), combine_crg)
+    return SampledMetric(np.concatenate([counts, cells], axis=1), combine_crg, CRG_BOUNDS)
 
 
 # --- sides and sizes ----------------------------------------------------------------------------------------------

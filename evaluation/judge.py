@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from samf.data.prompts import LETTERS
 from samf.evaluation.answer_folder import json_line, read_lines
 from samf.evaluation.scoring import read_predictions, write_atomic
-from samf.evaluation.statistics import SampledMetric, bootstrap_intervals, paired_randomisation, patient_keys
+from samf.evaluation.statistics import SampledMetric, paired_randomisation, patient_counts, patient_intervals, patient_keys
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from samf.data.ct_rate import settle_answer
 from samf.data.prompts import LETTERS
-from samf.evaluation.statistics import RESAMPLES, SampledMetric, bootstrap_intervals, patient_keys, ratio
+from samf.evaluation.statistics import SampledMetric, patient_intervals, patient_keys, ratio
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _why_not_rotated(record: Record) -> str | None:
     return "the answer is none of the options" if settle_answer(record["answer"], choices) is None else None
 
 
-def position_bias(rows: Iterable[Mapping[str, Any]], *, resamples: int = RESAMPLES) -> dict[str, Any]:
+def position_bias(rows: Iterable[Mapping[str, Any]], *, intervals: bool = True) -> dict[str, Any]:
     """How far answers depend on the place of the options, from the predictions for `rotated_records`.
 
     A model that goes by content names the same option in every rotation, each letter equally often, and is right
@@ -214,7 +214,7 @@ def position_bias(rows: Iterable[Mapping[str, Any]], *, resamples: int = RESAMPL
     Returns: questions (with all rotations), incomplete (questions that lack some, not counted), accuracy over all
     rotations, accuracy_lowest and accuracy_highest of the rotations, consistency (share of questions with one and the
     same option named in all rotations), named_by_letter (share of the parsed answers), accuracy_by_letter (of the right
-    option's place), unparsed, and intervals (of accuracy and consistency, over patients; none for 0 `resamples`). Figures
+    option's place), unparsed, and intervals (of accuracy and consistency, over patients; none without `intervals`). Figures
     are None without questions.
     """
     questions: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
@@ -234,13 +234,13 @@ def position_bias(rows: Iterable[Mapping[str, Any]], *, resamples: int = RESAMPL
         return {**counts, **dict.fromkeys(names), **nothing}
     judged = [[_judged(row) for row in question] for question in complete]
     patients = patient_keys([question[0] for question in complete])
-    return {**counts, **_bias_figures(judged, patients, resamples)}
+    return {**counts, **_bias_figures(judged, patients, intervals)}
 
 
 _Judged = tuple[int | None, int | None, str | None]
 
 
-def _bias_figures(questions: Sequence[Sequence[_Judged]], patients: Sequence[str], resamples: int) -> dict[str, Any]:
+def _bias_figures(questions: Sequence[Sequence[_Judged]], patients: Sequence[str], intervals: bool) -> dict[str, Any]:
     answers = [answer for question in questions for answer in question]
     by_shift = defaultdict(list)
     for question in questions:
@@ -260,7 +260,7 @@ def _bias_figures(questions: Sequence[Sequence[_Judged]], patients: Sequence[str
         "named_by_letter": _shares(named for named, _, _ in answers),
         "accuracy_by_letter": _accuracy_by_letter(answers),
         "unparsed": sum(named is None for named, _, _ in answers),
-        "intervals": bootstrap_intervals(metrics, patients, resamples=resamples),
+        "intervals": patient_intervals(metrics, patients) if intervals else dict.fromkeys(metrics),
     }
 
 

@@ -52,6 +52,7 @@ BERTSCORE_TOKENS = 512
 ORDERS = (1, 2, 3, 4)
 BERTSCORE_NAMES = ("bertscore_p", "bertscore_r", "bertscore_f1")
 
+_BOUNDS = {"cider": (0.0, 10.0), **dict.fromkeys(BERTSCORE_NAMES, (-1.0, 1.0))}  # of the others: 0 and 1
 _NEEDS = {"meteor": WORDNET_REMEDY, "cider": CIDER_REMEDY, **dict.fromkeys(BERTSCORE_NAMES, BERTSCORE_REMEDY)}
 TEXT_METRICS = (
     *(f"bleu_{n}" for n in ORDERS),
@@ -388,7 +389,7 @@ def text_samples(
     values["cider"] = cider(predictions, references)
     if bertscore_model is not None:
         values |= bertscore(predictions, references, bertscore_model, num_layers=bertscore_layers, device=device)
-    return samples | {name: SampledMetric.mean(list(v)) for name, v in values.items() if v is not None}
+    return samples | {name: SampledMetric.mean(list(v), _BOUNDS.get(name, (0, 1))) for name, v in values.items() if v}
 
 
 def text_metrics(predictions: Sequence[str], references: Sequence[str], **options: Any) -> dict[str, Any]:
