@@ -211,11 +211,11 @@ def position_bias(rows: Iterable[Mapping[str, Any]], *, intervals: bool = True) 
     A model that goes by content names the same option in every rotation, each letter equally often, and is right
     equally often wherever the right option stands.
 
-    Returns: questions (with all rotations), incomplete (questions that lack some, not counted), accuracy over all
-    rotations, accuracy_lowest and accuracy_highest of the rotations, consistency (share of questions with one and the
-    same option named in all rotations), named_by_letter (share of the parsed answers), accuracy_by_letter (of the right
-    option's place), unparsed, and intervals (of accuracy and consistency, over patients; none without `intervals`). Figures
-    are None without questions.
+    Returns: questions (with all rotations) and their patients, incomplete (questions that lack some, not counted),
+    accuracy over all rotations, accuracy_lowest and accuracy_highest of the rotations, consistency (share of questions with
+    one and the same option named in all rotations), named_by_letter (share of the parsed answers), accuracy_by_letter (of
+    the right option's place), unparsed, and intervals (of accuracy and consistency, over patients; None without
+    `intervals`). Figures are None without questions.
     """
     questions: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
@@ -231,10 +231,10 @@ def position_bias(rows: Iterable[Mapping[str, Any]], *, intervals: bool = True) 
     if not complete:
         names = ("accuracy", "accuracy_lowest", "accuracy_highest", "consistency")
         nothing = {"named_by_letter": {}, "accuracy_by_letter": {}, "unparsed": 0, "intervals": {}}
-        return {**counts, **dict.fromkeys(names), **nothing}
+        return {**counts, "patients": 0, **dict.fromkeys(names), **nothing}
     judged = [[_judged(row) for row in question] for question in complete]
     patients = patient_keys([question[0] for question in complete])
-    return {**counts, **_bias_figures(judged, patients, intervals)}
+    return {**counts, "patients": len(set(patients)), **_bias_figures(judged, patients, intervals)}
 
 
 _Judged = tuple[int | None, int | None, str | None]

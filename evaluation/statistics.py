@@ -5,7 +5,6 @@ its confusion counts. Leaving a patient out, or a randomisation, is then arithme
 read again. Patients, not reports, are the units: reports of one patient resemble each other.
 """
 
-import csv
 import os
 import random
 import re
@@ -19,6 +18,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
+from samf.data.text_files import open_csv
+
 RESAMPLES = 1000
 LEVEL = 0.95
 # Resamples or permutations that are worked on at once: bounds the memory to this times the number of patients.
@@ -26,7 +27,9 @@ _CHUNK = 250
 # An interval is given where at least this share of the resamples has a defined value.
 _DEFINED_SHARE = 0.5
 # How the intervals of all figures are made; stands in results.json.
-INTERVAL_METHOD = "jackknife over patients, Student's t on the logit scale; exact (Clopper-Pearson) at a figure's bounds"
+INTERVAL_METHOD = (
+    "jackknife over patients, Student's t on the logit scale; exact (Clopper-Pearson) at a figure's bounds"
+)
 # A figure this near to its bound is at it; leaving patients out that move a figure less doesn't move it.
 _AT_BOUND = 1e-12
 # Differences that are equal but for rounding count as equal in the randomisation test.
@@ -192,17 +195,16 @@ def _patient_interval(metric: SampledMetric, sums: np.ndarray, level: float) -> 
     if not np.isfinite(figure):
         return None
     informative = int((np.isfinite(metric.combine(sums)) | _moves(without, figure)).sum())
-    if metric.bounds is not None:
-        low, high = metric.bounds
-        share = (figure - low) / (high - low)
-        if min(share, 1 - share) < _AT_BOUND:
-            return _exact_interval(share > 0.5, informative, level, metric.bounds)
+    low, high = metric.bounds or (-np.inf, np.inf)
+    share = (figure - low) / (high - low) if metric.bounds else np.nan
+    if min(abs(share), abs(1 - share)) < _AT_BOUND:
+        return _exact_interval(share > 0.5, informative, level, (low, high))
     spread = _jackknife(without, informative)
     if spread is None:
         return None
     error, freedom = spread
     width = float(student_t.ppf((1 + level) / 2, freedom)) * error
-    if metric.bounds is None:
+    if not 0 < share < 1:  # no bounds, or values that don't keep to them
         return [figure - width, figure + width]
     place, width = np.log(share / (1 - share)), width / (high - low) / (share * (1 - share))
     return [float(low + (high - low) * _logistic(place + side * width)) for side in (-1, 1)]
@@ -342,10 +344,21 @@ def _difference(metric: SampledMetric, first: np.ndarray, second: np.ndarray) ->
 
 
 def _difference_interval(metric: SampledMetric, a: np.ndarray, b: np.ndarray) -> list[float] | None:
-    """Interval of second - first from both systems' sums by patient (P, K): both are without the same patients."""
+    """Interval of second - first from both systems' sums by patient (P, K): both are without the same patients.
+
+    Exact, as `patient_intervals` has it, where one system has all that a figure can have and the other nothing of it. None
+    where no patient moves the difference otherwise.
+    """
     figure = float(_difference(metric, a.sum(0), b.sum(0)))
     without = _difference(metric, a.sum(0) - a, b.sum(0) - b)
-    spread = _jackknife(without, int(_moves(without, figure).sum())) if np.isfinite(figure) else None
+    if not np.isfinite(figure):
+        return None
+    reach = metric.bounds[1] - metric.bounds[0] if metric.bounds else np.inf
+    if abs(abs(figure) - reach) < _AT_BOUND:
+        informative = int(np.isfinite(_difference(metric, a, b)).sum())
+        low, high = _exact_interval(True, max(informative, 1), LEVEL, (0.0, reach))
+        return [low, high] if figure > 0 else [-high, -low]
+    spread = _jackknife(without, int(_moves(without, figure).sum()))
     if spread is None:
         return None
     width = float(student_t.ppf((1 + LEVEL) / 2, spread[1])) * spread[0]
@@ -532,8 +545,7 @@ def read_subgroups(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected CT-RATE's metadata, e.g. validation_metadata.csv.")
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+    with open_csv(path) as reader:
         if "VolumeName" not in (reader.fieldnames or ()):
             raise ValueError(f"{path}: no column VolumeName; its columns are {reader.fieldnames}.")
         volumes: dict[str, dict[str, str]] = {}
@@ -584,8 +596,9 @@ def subgroup_table(
 ) -> list[dict[str, Any]]:
     """The figures and their intervals in every subgroup of at least `smallest` samples, largest first.
 
-    `groups` as `read_subgroups` gives them; without `intervals` all of them are None. Rows hold `by`, `group`, `count`, `patients`, and name → {value, interval}.
-    Smaller groups are put together as SMALL_GROUPS; a column that has no other is left out.
+    `groups` as `read_subgroups` gives them; without `intervals` all of them are None. Rows hold `by`, `group`, `count`,
+    `patients`, and name → {value, interval}. Smaller groups are put together as SMALL_GROUPS; a column that has no other is
+    left out.
     """
     table = []
     for column, values in groups.items():
