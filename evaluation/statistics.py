@@ -32,6 +32,8 @@ INTERVAL_METHOD = (
 )
 # A figure this near to its bound is at it; leaving patients out that move a figure less doesn't move it.
 _AT_BOUND = 1e-12
+# A figure that reads 1.000 or 0.000 has at least the interval that it would have at the bound (shares of the range).
+_NEAR_BOUND = 5e-4
 # Differences that are equal but for rounding count as equal in the randomisation test.
 _TIE = 1e-12
 
@@ -197,17 +199,18 @@ def _patient_interval(metric: SampledMetric, sums: np.ndarray, level: float) -> 
     informative = int((np.isfinite(metric.combine(sums)) | _moves(without, figure)).sum())
     low, high = metric.bounds or (-np.inf, np.inf)
     share = (figure - low) / (high - low) if metric.bounds else np.nan
-    if min(abs(share), abs(1 - share)) < _AT_BOUND:
-        return _exact_interval(share > 0.5, informative, level, (low, high))
+    near = min(abs(share), abs(1 - share)) < _NEAR_BOUND
+    exact = _exact_interval(share > 0.5, informative, level, (low, high)) if near else None
     spread = _jackknife(without, informative)
-    if spread is None:
-        return None
+    if spread is None or (near and not _AT_BOUND < share < 1 - _AT_BOUND):
+        return exact
     error, freedom = spread
     width = float(student_t.ppf((1 + level) / 2, freedom)) * error
     if not 0 < share < 1:  # no bounds, or values that don't keep to them
         return [figure - width, figure + width]
     place, width = np.log(share / (1 - share)), width / (high - low) / (share * (1 - share))
-    return [float(low + (high - low) * _logistic(place + side * width)) for side in (-1, 1)]
+    interval = [float(low + (high - low) * _logistic(place + side * width)) for side in (-1, 1)]
+    return interval if exact is None else [min(interval[0], exact[0]), max(interval[1], exact[1])]
 
 
 def _exact_interval(at_highest: bool, count: int, level: float, bounds: tuple[float, float]) -> list[float] | None:
