@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from samf.data.ct_rate import load_records
 from samf.data.processes import (
@@ -34,6 +34,7 @@ from samf.data.processes import (
 )
 from samf.data.slice_cache import SliceCache
 from samf.data.source_arguments import SourceArguments
+from samf.evaluation.clinical_metrics import make_labeller
 from samf.evaluation.generation import (
     PREDICTIONS,
     RESULTS,
@@ -42,13 +43,23 @@ from samf.evaluation.generation import (
     generate_predictions,
     shuffle_volumes,
 )
-from samf.evaluation.judge import REPLIES, JudgeError, build_judge, judge_predictions, judge_table
+from samf.evaluation.judge import RANGES, REPLIES, Judge, JudgeError, build_judge, judge_predictions, judge_table
 from samf.evaluation.multiple_choice import not_rotated, position_bias, rotated_records
-from samf.evaluation.scoring import RECORD_COUNTS, TASKS, read_predictions, results_table, write_atomic, write_results
+from samf.evaluation.scoring import (
+    RECORD_COUNTS,
+    TASKS,
+    check_options,
+    read_predictions,
+    results_table,
+    write_atomic,
+    write_results,
+)
 from samf.recipe import parse_recipe
 
 logger = logging.getLogger("samf.eval")
 
+# Options of scoring that can be checked without loading a model.
+CHECKED = ("bertscore_model", "bertscore_layers", "radeval", "resamples", "metadata")
 SCORING = ("labeller", "bertscore_model", "bertscore_layers", "radeval", "resamples", "metadata")
 
 
@@ -91,7 +102,7 @@ class EvalArguments(SourceArguments):
     radeval: list[str] = field(
         default_factory=list, metadata={"help": "metrics of the library RadEval: radgraph, ratescore, green"}
     )
-    resamples: int = field(default=1000, metadata={"help": "of the bootstrap; 0: no intervals"})
+    resamples: int = field(default=1000, metadata={"help": "0: no intervals"})
     metadata: str | None = field(default=None, metadata={"help": "CT-RATE's metadata CSV, for subgroups"})
     judge_endpoint: str | None = field(
         default=None, metadata={"help": "OpenAI-compatible server of a judge, e.g. http://localhost:8000/v1"}
@@ -111,9 +122,23 @@ class EvalArguments(SourceArguments):
             raise ValueError(f"on_error is {self.on_error!r}; expected 'stop' or 'skip'.")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1.")
+        self.settings()
+        self._check_scoring()
+
+    def _check_scoring(self) -> None:
+        """What is wanted after the last answer is checked before the first one."""
         if (self.judge_endpoint is None) != (self.judge_model is None):
             raise ValueError("judge_endpoint and judge_model go together.")
-        self.settings()
+        if self.judge_ranges not in RANGES:
+            raise ValueError(f"judge_ranges is {self.judge_ranges}; expected one of {', '.join(map(str, RANGES))}.")
+        if self.judge_workers < 1:
+            raise ValueError(f"judge_workers is {self.judge_workers}; it must be at least 1.")
+        if self.judge_endpoint is not None:
+            self.build_judge()
+        check_options(finding_names=self.finding_names or None, **{name: getattr(self, name) for name in CHECKED})
+
+    def build_judge(self) -> Judge:
+        return build_judge(endpoint=self.judge_endpoint, model=self.judge_model, workers=self.judge_workers)
 
     def settings(self) -> GenerationSettings:
         """Raises ValueError for what can't be generated with."""
@@ -170,15 +195,32 @@ def describe(args: EvalArguments) -> dict[str, Any]:
     return {**places, "split": args.split, "shuffle_volumes": args.shuffle_volumes, "dtype": args.dtype}
 
 
+def check_models(args: EvalArguments) -> None:
+    """Raise OptionError where the labeller or BERTScore's model can't be loaded; only the first process needs them."""
+    if not is_first_process():
+        return
+    try:
+        make_labeller(args.labeller)
+        if args.bertscore_model is not None:
+            AutoConfig.from_pretrained(args.bertscore_model)
+    except (ValueError, OSError, ImportError) as error:
+        raise OptionError(f"labeller {args.labeller!r}, bertscore_model {args.bertscore_model!r}: {error}") from error
+
+
+class OptionError(ValueError):
+    """An option that could only fail after the last answer."""
+
+
 def run(args: EvalArguments) -> dict[str, Any]:
     """Answer and score; returns the results that are also in `output_dir`/results.json ({} but in the first process)."""
+    check_models(args)
     records = choose_records(args)
     model, processor = build_model(args)
     answering = {
         "settings": args.settings(),
         "slice_cache": build_slice_cache(args, processor),
         "on_error": args.on_error,
-        "described_by": describe(args),
+        "described_by": {**describe(args), "revision": getattr(model.config, "_commit_hash", None)},
     }
     bias = measure_position_bias(args, model, processor, records, answering) if args.permute_options else None
     results = evaluate(
@@ -214,7 +256,7 @@ def measure_position_bias(
     generate_predictions(model, processor, rotated, folder, **answering)
     if not is_first_process():
         return {}
-    bias = position_bias(read_predictions(folder / PREDICTIONS), resamples=args.resamples)
+    bias = position_bias(read_predictions(folder / PREDICTIONS), intervals=args.resamples > 0)
     return {**bias, "left_out": not_rotated(records)}
 
 
@@ -222,8 +264,7 @@ def judge(args: EvalArguments) -> str:
     """Let the judge score the reports and the multiple choice; returns its means as Markdown."""
     folder = Path(args.output_dir)
     rows = [row for row in read_predictions(folder / PREDICTIONS) if row["task"] in ("report", "multiple_choice")]
-    judge = build_judge(endpoint=args.judge_endpoint, model=args.judge_model, workers=args.judge_workers)
-    scores = judge_predictions(rows, judge, ranges=args.judge_ranges, replies=folder / REPLIES)
+    scores = judge_predictions(rows, args.build_judge(), ranges=args.judge_ranges, replies=folder / REPLIES)
     write_atomic(folder / "judge.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
     return judge_table(scores)
 
@@ -234,10 +275,13 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
         (args,) = parse_recipe(EvalArguments, argv)
-    except ValueError as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"eval.py: {error}")
     with logging_redirect_tqdm():  # log lines and the progress bar don't tear each other
-        results = run(args)
+        try:
+            results = run(args)
+        except OptionError as error:
+            sys.exit(f"eval.py: {error}")
         if not results:  # another process than the first
             return
         sys.stdout.write(results_table(results))

@@ -95,6 +95,27 @@ class AnswerFolder:
         for name in (FAILURES, *self._parts(FAILURES)):
             (self.folder / name).unlink(missing_ok=True)  # what failed before is tried again
 
+    def check_volumes(self, records: Sequence[Record]) -> None:
+        """Raise ResumeError where a record was answered from another volume than it has now.
+
+        Records without an answer don't count: a volume that couldn't be read may have been repaired since.
+        """
+        by_id = {record["id"]: record for record in records}
+        digests: dict[tuple, str | None] = {}
+        for row in read_lines(self.folder / PREDICTIONS):
+            record = by_id.get(row["id"])
+            if record is None:
+                continue
+            key = record["volume"], tuple(record.get("rescale") or ())
+            if key not in digests:
+                digests[key] = volume_digest(record)
+            if row.get("volume_digest") != digests[key]:
+                raise ResumeError(
+                    f"{self.folder / PREDICTIONS}: record {row['id']} was answered from another volume than "
+                    f"{record['volume']} is now: its name or its content has changed. Choose another output folder, or delete "
+                    "this one to start anew."
+                )
+
     def answered(self) -> set[str]:
         """Ids in the merged predictions."""
         return {row["id"] for row in read_lines(self.folder / PREDICTIONS)}
@@ -150,7 +171,51 @@ def _is_whole(path: Path) -> bool:
 def _digest(records: Sequence[Record]) -> str:
     """How many records, and a hash of their ids and prompts."""
     prompts = sorted((record["id"], record_prompt(record)) for record in records)
-    return f"{len(prompts)}, sha256 {hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]}"
+    return f"{len(prompts)}, {digest_of(prompts)}"
+
+
+def digest_of(value: Any) -> str:
+    """A short hash of a value that is fit for JSON."""
+    return f"sha256 {hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]}"
+
+
+def references_digest(records: Sequence[Record]) -> str:
+    """A hash of what answers are compared with."""
+    return digest_of(sorted((record["id"], record["answer"], list(record.get("choices") or [])) for record in records))
+
+
+_SAMPLED_BYTES = 1 << 12  # of a volume's beginning, middle and end; the end of a .gz holds a checksum of all of it
+_MOST_FILES = 5000  # of a folder
+
+
+def volume_digest(record: Record) -> str | None:
+    """A hash of a record's volume: of its name, its content as far as that is cheap to see, and its rescale.
+
+    Of a file its size and some of its bytes count, of a folder its files' names and sizes, of an address, or of what isn't
+    there, the name. So a data set may move, but not change.
+    """
+    if record["volume"] is None:
+        return None
+    place, content = Path(record["volume"]), None
+    try:
+        if place.is_file():
+            content = _sampled(place)
+        elif place.is_dir():
+            files = sorted(file for file in place.rglob("*") if file.is_file())[:_MOST_FILES]
+            content = [[str(file.relative_to(place)), file.stat().st_size] for file in files]
+    except OSError as error:  # reading the volume says more
+        logger.debug("%s: not looked into: %s", place, error)
+    return digest_of([place.name, content, list(record.get("rescale") or [])])
+
+
+def _sampled(path: Path) -> list[Any]:
+    """A file's size and a hash of some of its bytes."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        for start in (0, size // 2, max(0, size - _SAMPLED_BYTES)):
+            file.seek(start)
+            digest.update(file.read(_SAMPLED_BYTES))
+    return [size, digest.hexdigest()]
 
 
 def _tie_to_settings(output_dir: Path, settings: Mapping[str, Any]) -> None:
@@ -162,17 +227,30 @@ def _tie_to_settings(output_dir: Path, settings: Mapping[str, Any]) -> None:
             raise ResumeError(f"{output_dir / PREDICTIONS} exists without {path.name}; choose another output folder.")
         write_atomic(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    differing = [
-        f"{key} was {before.get(key)!r} and is now {settings.get(key)!r}"
-        for key in sorted(before.keys() | settings.keys())
-        if before.get(key) != settings.get(key)
-    ]
-    if differing:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResumeError(f"{path}: not JSON ({error}); choose another output folder, or delete this one.") from error
+    if differing := _differences(before, settings):
         raise ResumeError(
             f"{output_dir / PREDICTIONS} was made with other settings: {'; '.join(differing)}. "
             "Choose another output folder, or delete this one to start anew."
         )
+
+
+_LONGEST_VALUE = 200  # characters of a setting in a message
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs in two settings, down to the innermost names: "processor.hu_windows was … and is now …"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        prefix = f"{name}." if name else ""
+        keys = sorted(before.keys() | now.keys())
+        return [found for key in keys for found in _differences(before.get(key), now.get(key), f"{prefix}{key}")]
+    if before == now:
+        return []
+    shown = (text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]} …" for text in map(repr, (before, now)))
+    return [f"{name} was {' and is now '.join(shown)}"]
 
 
 def answer_statistics(

@@ -81,6 +81,11 @@ def micro_metrics(counts: np.ndarray) -> dict[str, SampledMetric]:
 
 # --- CRG --------------------------------------------------------------------------------------------------------
 
+CRG_BOUNDS = (
+    0.2,
+    1.0,
+)  # every answer wrong: s = -r A - (X - A) = -3 U, so U / (2U + 3U); every answer right: U / (2U - U)
+
 
 def combine_crg(sums: np.ndarray) -> np.ndarray:
     """CRG of summed (…, 4) true positives, false positives, false negatives and cells; NaN where it is undefined.
@@ -100,7 +105,7 @@ def crg_metric(truth: np.ndarray, found: np.ndarray) -> SampledMetric:
     """The VLM3D challenge's CRG score of truth and found, both (N, L) of 0 and 1."""
     counts = confusion_counts(truth, found).sum(axis=1)
     cells = np.full((len(counts), 1), np.shape(truth)[1], dtype=np.float64)
-    return SampledMetric(np.concatenate([counts, cells], axis=1), combine_crg)
+    return SampledMetric(np.concatenate([counts, cells], axis=1), combine_crg, CRG_BOUNDS)
 
 
 # --- sides and sizes ----------------------------------------------------------------------------------------------
@@ -330,8 +335,16 @@ RADEVAL_METRICS = {
     "green": ("green",),
 }
 RADEVAL_REMEDY = (
-    "RadGraph-F1, RaTEScore and GREEN are computed by RadEval: pip install radeval, then name them (radeval)."
+    "RadGraph-F1, RaTEScore and GREEN are computed by RadEval: pip install radeval, then name them (radeval). It is no extra "
+    "of this package: of radeval 2.2.1 none of the three runs beside numpy 2 (see docs/evaluation.md)."
 )
+
+
+def check_radeval(metrics: Sequence[str]) -> None:
+    """Raise ValueError for a name that is none of `RADEVAL_METRICS`."""
+    unknown = sorted(set(metrics) - set(RADEVAL_METRICS))
+    if unknown:
+        raise ValueError(f"radeval names {unknown}; expected some of {', '.join(RADEVAL_METRICS)}.")
 
 
 def radeval_samples(
@@ -342,9 +355,7 @@ def radeval_samples(
     `metrics`: some of `RADEVAL_METRICS`. A pair with an empty text scores 0 and never reaches the library.
     All three were made for chest X-ray reports. Raises ImportError without the library, ValueError for another name.
     """
-    unknown = sorted(set(metrics) - set(RADEVAL_METRICS))
-    if unknown:
-        raise ValueError(f"radeval names {unknown}; expected some of {', '.join(RADEVAL_METRICS)}.")
+    check_radeval(metrics)
     try:
         from radeval import RadEval
     except ImportError as error:

@@ -9,6 +9,7 @@ Both write the same file: a batch is made of the same records, and drawn with th
 """
 
 import hashlib
+import json
 import logging
 import os
 import random
@@ -34,10 +35,14 @@ from samf.data.slice_cache import SliceCache
 from samf.evaluation.answer_folder import (
     FAILURES,
     PREDICTIONS,
+    SETTINGS,
     TIMES,
     AnswerFolder,
     answer_statistics,
+    digest_of,
     read_lines,
+    references_digest,
+    volume_digest,
 )
 from samf.evaluation.option_likelihood import OptionCollator, answer_log_likelihoods, option_texts
 from samf.evaluation.scoring import score_predictions, write_results
@@ -201,7 +206,8 @@ def generate_predictions(
         on_error: "stop" raises what a record's volume raised; "skip" logs it, lists it in failures.jsonl and goes on.
             A failed record is never replaced by another, and is tried again when the run is resumed.
         described_by: what else the predictions depend on (model, data, …); the file is tied to it, to the generation
-            settings, to the records and to the model's weights.
+            settings, to the records with their references and volumes, to the model's weights and generation settings, and
+            to the processor's settings with tokenizer and chat template.
 
     Raises ValueError for repeated or missing ids or an unknown `on_error`, ResumeError for a folder with other settings.
     """
@@ -210,11 +216,10 @@ def generate_predictions(
     settings, started = settings or GenerationSettings(), time.perf_counter()
     processes = Processes()
     folder = AnswerFolder(output_dir, records, processes.rank)
-    # The batch size is no part of it: a run that ran out of memory may be resumed with smaller batches.
-    tied = {name: value for name, value in asdict(settings).items() if name != "batch_size"}
     with processes.first_one_first():
         if processes.is_first:
-            folder.prepare({**tied, "weights": _weights_digest(model), **(described_by or {})})
+            folder.prepare({**_tied(settings, model, processor, records), **(described_by or {})})
+            folder.check_volumes(records)
     answered = folder.answered()
     volumes = None if collator else _Volumes(model, processor.image_processor, slice_cache, settings.batch_size)
     collators = _collators(processor, collator, volumes, settings)
@@ -236,6 +241,16 @@ def generate_predictions(
             if processes.is_first:
                 folder.merge()
     return _summarise(folder, answered, time.perf_counter() - started, processes.count)
+
+
+def _tied(settings: GenerationSettings, model: nn.Module, processor: Any, records: Sequence[Record]) -> dict[str, Any]:
+    """What the predictions are tied to beside what the caller describes.
+
+    The batch size is no part of it, since a run that ran out of memory may be resumed with smaller batches; but draws depend
+    on what is in a batch.
+    """
+    chosen = {name: value for name, value in asdict(settings).items() if name != "batch_size" or settings.do_sample}
+    return {**chosen, **describe_answering(model, processor), "references": references_digest(records)}
 
 
 def _summarise(folder: AnswerFolder, answered: set[str], seconds: float, processes: int) -> GenerationSummary:
@@ -355,6 +370,7 @@ class _Answerer:
         self.settings = settings
         self.folder = folder
         self.on_error = on_error
+        self._digests: dict[tuple, str | None] = {}  # of the volumes that were answered from
         stops = model.generation_config.eos_token_id
         self.stops = set(stops) if isinstance(stops, list | tuple) else {stops}
 
@@ -427,8 +443,14 @@ class _Answerer:
             best = sums.index(max(sums))
             more = {"tokens": counts[best], "truncated": False}
             likelihoods = {"option_log_likelihoods": [round(x, 4) for x in sums], "option_tokens": list(counts)}
-            rows.append({**_row(record, texts[best]), **more, **likelihoods})
+            rows.append({**self._row(record, texts[best]), **more, **likelihoods})
         return rows
+
+    def _row(self, record: Record, prediction: str) -> dict[str, Any]:
+        key = record["volume"], tuple(record.get("rescale") or ())
+        if key not in self._digests:
+            self._digests[key] = volume_digest(record)
+        return _row(record, prediction, self._digests[key])
 
     def _to_model(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         def moved(name: str, value: Any) -> Any:
@@ -441,28 +463,101 @@ class _Answerer:
     def _written_row(self, record: Record, ids: list[int], text: str) -> dict[str, Any]:
         end = next((position for position, token in enumerate(ids) if token in self.stops), None)
         return {
-            **_row(record, text.strip()),
+            **self._row(record, text.strip()),
             "tokens": len(ids) if end is None else end,
             "truncated": end is None and len(ids) >= self.settings.max_new_tokens,
         }
 
 
-def _row(record: Record, prediction: str) -> dict[str, Any]:
+def _row(record: Record, prediction: str, digest: str | None) -> dict[str, Any]:
     """A line of predictions.jsonl; of the volume's path the last part alone, since the rest means nothing to others."""
     fields = {name: record.get(name) for name in ("id", "scan_id", "task", "question", "choices")}
+    fields |= {"patient_id": record["patient_id"]} if record.get("patient_id") is not None else {}
     volume = None if record["volume"] is None else Path(record["volume"]).name
-    return {**fields, "reference": record["answer"], "prediction": prediction, "volume": volume}
+    return {
+        **fields,
+        "reference": record["answer"],
+        "prediction": prediction,
+        "volume": volume,
+        "volume_digest": digest,
+    }
+
+
+def describe_answering(model: nn.Module, processor: Any) -> dict[str, Any]:
+    """What shapes an answer beside the settings of `generate_predictions` and the records: model and processor."""
+    return {
+        "weights": _weights_digest(model),
+        "config": _settings_of(getattr(model, "config", None)),
+        "generation_config": _settings_of(getattr(model, "generation_config", None)),
+        "processor": _processor_settings(processor),
+    }
+
+
+# What differs between two loads of the same settings: where they were loaded from, and by which version.
+_NO_SETTINGS = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "auto_map", "processor_class")
+
+
+def _settings_of(part: Any) -> dict[str, Any]:
+    """What a configuration or image processor would save, without where it came from."""
+    settings = part.to_dict() if hasattr(part, "to_dict") else getattr(part, "__dict__", {})
+    return _plain_settings(settings)
+
+
+def _plain_settings(value: Any) -> Any:
+    """A value fit for JSON; of what isn't, its type."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain_settings(v) for name, v in value.items() if name not in _NO_SETTINGS}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return [_plain_settings(item) for item in items]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return str(value) if isinstance(value, torch.dtype | os.PathLike) else type(value).__name__
+
+
+def _processor_settings(processor: Any) -> dict[str, Any]:
+    """Of a processor: its own settings and its image processor's, its chat template, and a hash of its tokenizer."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    parts = ("image_processor", "tokenizer", "chat_template")
+    own = _settings_of(processor) if hasattr(processor, "to_dict") else {}
+    return {
+        "own": {name: value for name, value in own.items() if name not in parts},
+        "image_processor": _settings_of(getattr(processor, "image_processor", None)),
+        "chat_template": getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None),
+        "tokenizer": None if tokenizer is None else _tokenizer_digest(tokenizer),
+    }
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return digest_of([sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map])
+    whole = json.loads(backend.to_str())  # of these two the last call decides
+    return digest_of({name: value for name, value in whole.items() if name not in ("padding", "truncation")})
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _weights_digest(model: nn.Module, values: int = 8) -> str:
-    """A hash of the first values of every tensor: a model trained on is another, even in the same folder."""
+    """A hash of every tensor's first values and of the sum of its bits: a model trained on is another in the same folder.
+
+    Integers add up to the same on any device and with any number of threads.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
             continue
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().flatten()[:values].double().cpu().numpy().tobytes())
+        flat = tensor.detach().contiguous().flatten()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_sum_of_bits(flat)}".encode())
+        digest.update(flat[:values].double().cpu().numpy().tobytes())
     return f"sha256 {digest.hexdigest()[:16]}"
+
+
+def _sum_of_bits(flat: torch.Tensor) -> int:
+    """Of a plain tensor; 0 for quantized ones of other libraries, whose bits are theirs to lay out."""
+    plain = type(flat) is torch.Tensor and flat.element_size() in _INTEGERS
+    return int(flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)) if plain else 0
 
 
 # --- generate and score -----------------------------------------------------------------------------------------
@@ -483,8 +578,8 @@ def evaluate(
 
     `output_dir` gets predictions.jsonl, failures.jsonl, times.jsonl, results.json and results.md. `generation` goes to
     `generate_predictions`, `finding_names` and what `scoring` holds to `score_predictions`. Returns the latter's results
-    with `generation` added: see `GenerationSummary`. Of several processes the first one scores; the others get an empty
-    dict. Raises what these two raise, and ValueError when every record failed.
+    with `generation` (see `GenerationSummary`) and `model` (what the predictions are tied to) added. Of several processes
+    the first one scores; the others get an empty dict. Raises what these two raise, and ValueError when every record failed.
     """
     summary = generate_predictions(model, processor, records, output_dir, settings, **generation)
     if not is_first_process():
@@ -497,5 +592,11 @@ def evaluate(
         **{"device": str(model.device), **(scoring or {})},
     )
     results["generation"] = summary.as_results()
+    results["model"] = _model_statement(json.loads((Path(output_dir) / SETTINGS).read_text(encoding="utf-8")))
     write_results(results, Path(output_dir) / RESULTS)
     return results
+
+
+def _model_statement(tied: Mapping[str, Any]) -> dict[str, Any]:
+    """What predictions are tied to, for results.json: what is long as its hash."""
+    return {name: digest_of(value) if isinstance(value, Mapping) else value for name, value in tied.items()}

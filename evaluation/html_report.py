@@ -114,6 +114,11 @@ def _image(png: bytes, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
+def _legend_beside(axes: Any) -> None:
+    """A legend to the right of the axes, where it covers nothing that is drawn."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, fontsize=8)
+
+
 def interval_plot(systems: Mapping[str, Mapping[str, Any]], task: str) -> Figure | None:
     """Each figure of a task with its interval, one colour a system; None where no system has any."""
     columns = {name: _figures(results["tasks"].get(task), task) for name, results in systems.items()}
@@ -128,39 +133,47 @@ def interval_plot(systems: Mapping[str, Mapping[str, Any]], task: str) -> Figure
         for place, name in enumerate(names):
             if name not in figures:
                 continue
-            value, interval = figures[name]
+            value, interval, _ = figures[name]
             if interval:
                 axes.plot(interval, [place + offset] * 2, color=colour, linewidth=2, solid_capstyle="butt")
             axes.plot([value], [place + offset], "o", color=colour, markersize=5)
-    axes.set_yticks(range(len(names)), names)
+    shown = [figures for figures in columns.values() if figures]
+    counts = {name: " and ".join(str(figures[name][2]) for figures in shown if name in figures) for name in names}
+    axes.set_yticks(range(len(names)), [f"{name} (n {counts[name]})" for name in names])
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.grid(axis="x", alpha=0.3)
     if len(columns) > 1:
-        axes.legend(loc="lower right", fontsize=8)
+        _legend_beside(axes)
     axes.set_title(f"{task.replace('_', ' ')}: figures with 95 % intervals over patients", fontsize=10)
     return figure
 
 
-def _figures(scores: Mapping[str, Any] | None, task: str) -> dict[str, tuple[float, Sequence[float] | None]]:
-    """Label → value and interval, on a scale from 0 to 1."""
+def _figures(
+    scores: Mapping[str, Any] | None, task: str
+) -> dict[str, tuple[float, Sequence[float] | None, int | None]]:
+    """Label → value and interval, on a scale from 0 to 1, and the patients that it depends on."""
     if not scores:
         return {}
-    found: dict[str, tuple[float | None, Sequence[float] | None]] = {}
-    intervals = scores["intervals"]
+    found: dict[str, tuple[float | None, str, float]] = {}  # label → value, its path, and the scale's end
     for name in _FOREST.get(task, ("bleu_1", "bleu_4", "meteor", "rouge_l")):
         scale = _SCALE.get(name, 1.0)
-        value, interval = scores["text"].get(name), intervals.get(f"text.{name}")
         label = f"{name.upper() if name != 'cider' else 'CIDEr'} / {scale:g}" if scale != 1 else TEXT_NAMES[name]
-        found[label] = (None if value is None else value / scale, interval and [bound / scale for bound in interval])
+        found[label] = scores["text"].get(name), f"text.{name}", scale
     for path, label in _FINDINGS.items() if "findings" in scores else ():
         group, _, name = path.partition(".")
         value = scores["findings"][group] if not name else scores["findings"][group][name]
-        found[label] = (value, intervals.get(f"findings.{path}"))
+        found[label] = value, f"findings.{path}", 1.0
     for name in _CHOICES if "multiple_choice" in scores else ():
         label = "F1" if name == "f1" else name
-        found[label] = (scores["multiple_choice"][name], intervals.get(f"multiple_choice.{name}"))
-    return {label: (value, interval) for label, (value, interval) in found.items() if value is not None}
+        found[label] = scores["multiple_choice"][name], f"multiple_choice.{name}", 1.0
+    figures = {}
+    for label, (value, path, scale) in found.items():
+        if value is not None:
+            interval = scores["intervals"].get(path)
+            scaled = interval and [bound / scale for bound in interval]
+            figures[label] = value / scale, scaled, scores["n"].get(path)
+    return figures
 
 
 def finding_bars(systems: Mapping[str, Mapping[str, Any]]) -> Figure | None:
@@ -185,7 +198,7 @@ def finding_bars(systems: Mapping[str, Mapping[str, Any]]) -> Figure | None:
     axes.set_xlim(0, 1)
     axes.grid(axis="x", alpha=0.3)
     if len(reports) > 1:
-        axes.legend(loc="lower right", fontsize=8)
+        _legend_beside(axes)
     axes.set_title("F1 of each finding (in brackets: references that have it)", fontsize=10)
     return figure
 
@@ -209,7 +222,7 @@ def length_histogram(systems: Mapping[str, Sequence[Mapping[str, Any]]], task: s
     beyond = f" (the longest has {longest}; what is beyond {limit} stands in the last bar)" if longest > limit else ""
     axes.set_xlabel(f"words{beyond}")
     axes.set_ylabel("texts")
-    axes.legend(fontsize=8)
+    _legend_beside(axes)
     axes.set_title(f"{task.replace('_', ' ')}: lengths", fontsize=10)
     return figure
 

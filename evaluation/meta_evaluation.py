@@ -12,7 +12,6 @@ reports' sentences, to measure the time that scoring takes.
 """
 
 import argparse
-import csv
 import json
 import re
 import sys
@@ -23,12 +22,14 @@ import numpy as np
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 from samf.data.ct_rate import CT_RATE_LABELS
+from samf.data.text_files import open_csv
 from samf.evaluation.clinical_metrics import confusion_counts, finding_samples, make_labeller, micro_metrics
+from samf.evaluation.interval_coverage import COHORTS, METHODS, SIZES, coverage_table
 from samf.evaluation.labelled_sentences import read_labelled_sentences, sentence_table
 from samf.evaluation.report_sizes import find_lengths
 from samf.evaluation.results_table import TEXT_NAMES, figure, markdown_table
 from samf.evaluation.scoring import write_atomic
-from samf.evaluation.statistics import RESAMPLES, SampledMetric, bootstrap_intervals
+from samf.evaluation.statistics import SampledMetric, patient_intervals
 from samf.evaluation.text_metrics import text_samples
 
 TEXT = "report_text"
@@ -138,7 +139,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 # --- intervals ----------------------------------------------------------------------------------------------------
 
-PATIENTS, COHORTS = 200, 1200
+PATIENTS, UNIT_COHORTS = 200, 1200
 OWNERS = np.repeat(np.arange(PATIENTS), np.arange(PATIENTS) % 4 + 1)  # 1 to 4 samples a patient
 Simulation = Callable[[np.random.Generator], tuple[SampledMetric, float]]
 
@@ -146,7 +147,7 @@ Simulation = Callable[[np.random.Generator], tuple[SampledMetric, float]]
 def simulated_mean(rng: np.random.Generator) -> tuple[SampledMetric, float]:
     """A cohort's figure, and the true one: values around 0.4 whose larger part belongs to the patient."""
     values = rng.normal(0.4, 0.3, size=PATIENTS)[OWNERS] + rng.normal(0, 0.1, size=len(OWNERS))
-    return SampledMetric.mean(values), 0.4
+    return SampledMetric.mean(values, bounds=None), 0.4
 
 
 def simulated_f1(rng: np.random.Generator) -> tuple[SampledMetric, float]:
@@ -161,24 +162,15 @@ def simulated_f1(rng: np.random.Generator) -> tuple[SampledMetric, float]:
 SIMULATIONS: dict[str, Simulation] = {"a mean": simulated_mean, "an F1": simulated_f1}
 
 
-def coverage(simulate: Simulation, *, by_patient: bool = True, cohorts: int = COHORTS, seed: int = 1) -> float:
-    """The share of simulated cohorts whose 95 % interval holds the true figure, drawn by patient or by sample."""
+def coverage(simulate: Simulation, *, by_patient: bool = True, cohorts: int = UNIT_COHORTS, seed: int = 1) -> float:
+    """The share of simulated cohorts whose 95 % interval holds the true figure, with patients or samples as the units."""
     rng = np.random.default_rng(seed)
     simulated = [simulate(rng) for _ in range(cohorts)]
     metrics = {str(number): metric for number, (metric, _) in enumerate(simulated)}
     units = OWNERS if by_patient else np.arange(len(OWNERS))
-    intervals = bootstrap_intervals(metrics, units, resamples=RESAMPLES, seed=seed + 1)
+    intervals = patient_intervals(metrics, units)
     held = [low <= truth <= high for (low, high), (_, truth) in zip(intervals.values(), simulated, strict=True)]
     return float(np.mean(held))
-
-
-def coverage_table() -> str:
-    """Coverage of 95 % intervals as Markdown, drawn by patients as everywhere here, and by samples."""
-    rows = [
-        [name, *(figure(coverage(simulate, by_patient=by)) for by in (True, False))]
-        for name, simulate in SIMULATIONS.items()
-    ]
-    return markdown_table([f"{COHORTS} cohorts of {PATIENTS} patients", "drawn by patient", "drawn by sample"], rows)
 
 
 # --- predictions of the usual length ------------------------------------------------------------------------------
@@ -215,8 +207,7 @@ def read_reports(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]
     """Rows of a CSV with a column `report_text` and these others. Raises FileNotFoundError, or ValueError without them."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a CSV with a column {TEXT}.")
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+    with open_csv(path) as reader:
         lacking = [name for name in (TEXT, *columns) if name not in (reader.fieldnames or ())]
         if lacking:
             raise ValueError(f"{path}: lacks the columns {', '.join(lacking)}; it has {reader.fieldnames}.")
@@ -249,6 +240,21 @@ def _predictions(args: argparse.Namespace) -> str:
     return f"{len(rows)} predictions of {words:.0f} words on average, {patients} patients: {args.output}"
 
 
+def _coverage(args: argparse.Namespace) -> str:
+    if min(*args.patients, args.cohorts) < 2:
+        raise ValueError("coverage needs at least two patients and two cohorts.")
+    tables = [coverage_table(args.patients, args.cohorts, args.method)]
+    if args.method == "jackknife":
+        rows = [
+            [name, *(figure(coverage(simulate, by_patient=by)) for by in (True, False))]
+            for name, simulate in SIMULATIONS.items()
+        ]
+        tables.append(
+            markdown_table([f"{UNIT_COHORTS} cohorts of {PATIENTS} patients", "by patient", "by sample"], rows)
+        )
+    return "\n\n".join(tables)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
@@ -270,7 +276,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sentences.add_argument("sentences", type=Path, help="lines of: manner | part | findings | lengths in mm | sentence")
     add("perturbations", _perturbations, "which metrics notice flipped negations, swapped sides, changed sizes")
-    add("coverage", lambda args: coverage_table(), "how often 95 %% intervals hold the true figure", reads=False)
+    simulated = add("coverage", _coverage, "how often 95 %% intervals hold the true figure", reads=False)
+    simulated.add_argument("--patients", type=int, nargs="+", default=SIZES, help="sizes of the simulated cohorts")
+    simulated.add_argument("--cohorts", type=int, default=COHORTS, help="simulated cohorts of each size")
+    simulated.add_argument("--method", choices=METHODS, default="jackknife", help="jackknife is what results have")
     predictions = add("predictions", _predictions, "a predictions.jsonl of the usual length, to time scoring with")
     predictions.add_argument("--count", type=int, default=3039, help="predictions; CT-RATE's validation part has 3,039")
     predictions.add_argument("--seed", type=int, default=0)

@@ -12,7 +12,7 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from samf.data.ct_rate import settle_answer
 from samf.data.prompts import LETTERS
-from samf.evaluation.statistics import RESAMPLES, SampledMetric, bootstrap_intervals, patient_keys, ratio
+from samf.evaluation.statistics import SampledMetric, patient_intervals, patient_keys, ratio
 
 logger = logging.getLogger(__name__)
 
@@ -205,17 +205,17 @@ def _why_not_rotated(record: Record) -> str | None:
     return "the answer is none of the options" if settle_answer(record["answer"], choices) is None else None
 
 
-def position_bias(rows: Iterable[Mapping[str, Any]], *, resamples: int = RESAMPLES) -> dict[str, Any]:
+def position_bias(rows: Iterable[Mapping[str, Any]], *, intervals: bool = True) -> dict[str, Any]:
     """How far answers depend on the place of the options, from the predictions for `rotated_records`.
 
     A model that goes by content names the same option in every rotation, each letter equally often, and is right
     equally often wherever the right option stands.
 
-    Returns: questions (with all rotations), incomplete (questions that lack some, not counted), accuracy over all
-    rotations, accuracy_lowest and accuracy_highest of the rotations, consistency (share of questions with one and the
-    same option named in all rotations), named_by_letter (share of the parsed answers), accuracy_by_letter (of the right
-    option's place), unparsed, and intervals (of accuracy and consistency, over patients; none for 0 `resamples`). Figures
-    are None without questions.
+    Returns: questions (with all rotations) and their patients, incomplete (questions that lack some, not counted),
+    accuracy over all rotations, accuracy_lowest and accuracy_highest of the rotations, consistency (share of questions with
+    one and the same option named in all rotations), named_by_letter (share of the parsed answers), accuracy_by_letter (of
+    the right option's place), unparsed, and intervals (of accuracy and consistency, over patients; None without
+    `intervals`). Figures are None without questions.
     """
     questions: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
@@ -231,16 +231,16 @@ def position_bias(rows: Iterable[Mapping[str, Any]], *, resamples: int = RESAMPL
     if not complete:
         names = ("accuracy", "accuracy_lowest", "accuracy_highest", "consistency")
         nothing = {"named_by_letter": {}, "accuracy_by_letter": {}, "unparsed": 0, "intervals": {}}
-        return {**counts, **dict.fromkeys(names), **nothing}
+        return {**counts, "patients": 0, **dict.fromkeys(names), **nothing}
     judged = [[_judged(row) for row in question] for question in complete]
     patients = patient_keys([question[0] for question in complete])
-    return {**counts, **_bias_figures(judged, patients, resamples)}
+    return {**counts, "patients": len(set(patients)), **_bias_figures(judged, patients, intervals)}
 
 
 _Judged = tuple[int | None, int | None, str | None]
 
 
-def _bias_figures(questions: Sequence[Sequence[_Judged]], patients: Sequence[str], resamples: int) -> dict[str, Any]:
+def _bias_figures(questions: Sequence[Sequence[_Judged]], patients: Sequence[str], intervals: bool) -> dict[str, Any]:
     answers = [answer for question in questions for answer in question]
     by_shift = defaultdict(list)
     for question in questions:
@@ -260,7 +260,7 @@ def _bias_figures(questions: Sequence[Sequence[_Judged]], patients: Sequence[str
         "named_by_letter": _shares(named for named, _, _ in answers),
         "accuracy_by_letter": _accuracy_by_letter(answers),
         "unparsed": sum(named is None for named, _, _ in answers),
-        "intervals": bootstrap_intervals(metrics, patients, resamples=resamples),
+        "intervals": patient_intervals(metrics, patients) if intervals else dict.fromkeys(metrics),
     }
 
 

@@ -39,6 +39,7 @@ BASELINE_NAMES = {
 _BASELINE_COLUMNS = ("text.bleu_1", "text.bleu_4", "text.meteor", "text.rouge_l", "text.cider", "text.bertscore_f1")
 _FINDING_COLUMNS = ("macro.f1", "micro.f1", "crg", "sides.f1", "sizes.f1")
 LONGEST_QUOTE = 12
+CHANCE_LEVEL = 0.05
 
 
 def results_table(results: Mapping[str, Any]) -> str:
@@ -57,6 +58,8 @@ def results_table(results: Mapping[str, Any]) -> str:
         blocks.append(generation_table(answers))
     notes = [*_cohort_notes(results), *_collapse_notes(tasks), *_generation_notes(results.get("generation"))]
     notes += _missing_notes(results["not_available"])
+    notes += [f"- {_note_name(name)}: {what}" for name, what in results["notes"].items()]
+    notes += _provenance_notes(results)
     return "\n\n".join(block for block in [*blocks, "\n".join(notes)] if block) + "\n"
 
 
@@ -66,11 +69,13 @@ def markdown_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def figure(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """ "0.412 (0.398 to 0.427)"; "n/a" for None."""
+def figure(value: float | None, interval: Sequence[float] | None = None, n: int | None = None) -> str:
+    """ "0.412 (0.398 to 0.427; n 57)", "0.412 (n 57)" without an interval; "n/a" for None."""
     if value is None:
         return "n/a"
-    return f"{value:.3f}" if interval is None else f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+    bracket = [] if interval is None else [f"{interval[0]:.3f} to {interval[1]:.3f}"]
+    bracket += [] if n is None else [f"n {n}"]
+    return f"{value:.3f} ({'; '.join(bracket)})" if bracket else f"{value:.3f}"
 
 
 def generation_table(answers: Mapping[str, Any]) -> str:
@@ -90,8 +95,13 @@ def _short(value: float | None) -> str:
 
 
 def _task_table(tasks: Mapping[str, Any]) -> str:
-    rows = [[task, s["count"], s["empty"], s["truncated"]] for task, s in tasks.items()]
-    return markdown_table(["task", "answers", "empty", "truncated"], rows)
+    rows = [[task, s["count"], s["empty"], s["truncated"], s["patients"]] for task, s in tasks.items()]
+    return markdown_table(["task", "answers", "empty", "truncated", "patients (n)"], rows)
+
+
+def _counted(what: str, scores: Mapping[str, Any]) -> str:
+    """A heading with the number of patients that all figures below it depend on."""
+    return f"{what} (n {scores['patients']})"
 
 
 def _text_table(tasks: Mapping[str, Any]) -> str:
@@ -111,14 +121,15 @@ def _text_table(tasks: Mapping[str, Any]) -> str:
         ]
         for name in names
     ]
-    return markdown_table(["text", *tasks, "over the corpus", "as the published code"], rows)
+    heads = [_counted(task, scores) for task, scores in tasks.items()]
+    return markdown_table(["text", *heads, "over the corpus", "as the published code"], rows)
 
 
 def _choice_table(scores: Mapping[str, Any]) -> str:
     choice, intervals = scores["multiple_choice"], scores["intervals"]
     names = ("accuracy", "precision", "recall", "f1")
     cells = [figure(choice[name], intervals.get(f"multiple_choice.{name}")) for name in names]
-    header = ["multiple choice", "accuracy", "precision", "recall", "F1", "unparsed"]
+    header = [_counted("multiple choice", scores), "accuracy", "precision", "recall", "F1", "unparsed"]
     rows = [[f"{choice['count']} questions", *cells, choice["unparsed"]]]
     baselines = scores.get("baselines") or {}
     if constant := baselines.get("most_frequent_letter"):
@@ -129,10 +140,13 @@ def _choice_table(scores: Mapping[str, Any]) -> str:
 
 
 def _finding_table(report: Mapping[str, Any]) -> str:
-    findings, intervals = report["findings"], report["intervals"]
+    findings, intervals, counts = report["findings"], report["intervals"], report["n"]
+
+    def cell(value: float | None, path: str) -> str:
+        return figure(value, intervals.get(path), counts.get(path))
 
     def row(name: str, scores: Mapping[str, Any], key: str) -> list[Any]:
-        figures = [figure(scores[f], intervals.get(f"findings.{key}.{f}")) for f in ("precision", "recall", "f1")]
+        figures = [cell(scores[f], f"findings.{key}.{f}") for f in ("precision", "recall", "f1")]
         return [name, *figures, scores.get("support", ""), scores.get("predicted", "")]
 
     rows = [row(name, scores, f"per_finding.{name}") for name, scores in findings["per_finding"].items()]
@@ -141,13 +155,13 @@ def _finding_table(report: Mapping[str, Any]) -> str:
     rows.append(row("sides of findings", findings["sides"], "sides"))
     rows.append(row("sizes in mm", findings["sizes"], "sizes"))
     table = markdown_table(["finding in reports", "precision", "recall", "F1", "in references", "in predictions"], rows)
-    notes = [f"CRG {figure(findings['crg'], intervals.get('findings.crg'))}; all-negative answers have 0.333."]
+    notes = [f"CRG {cell(findings['crg'], 'findings.crg')}; all-negative answers have 0.333."]
     if findings["effusion_side"]["count"]:
         side = findings["effusion_side"]
-        share = figure(side["accuracy"], intervals.get("findings.effusion_side.accuracy"))
+        share = cell(side["accuracy"], "findings.effusion_side.accuracy")
         notes.append(f"Side of effusion right in {share} of {side['count']} reports with one.")
     for name, value in report.get("radeval", {}).items():
-        notes.append(f"{name} {figure(value, intervals.get(f'radeval.{name}'))}.")
+        notes.append(f"{name} {cell(value, f'radeval.{name}')}.")
     return f"{table}\n\n{' '.join(notes)}"
 
 
@@ -169,7 +183,7 @@ def _baseline_table(task: str, scores: Mapping[str, Any]) -> str:
         for name, system in systems.items()
     ]
     header = [_column_name(column) for column in columns]
-    return markdown_table([f"{task} beside baselines that read no image", *header], rows)
+    return markdown_table([_counted(f"{task} beside baselines that read no image", scores), *header], rows)
 
 
 def _column_name(path: str) -> str:
@@ -196,9 +210,10 @@ def _subgroup_table(task: str, scores: Mapping[str, Any]) -> str:
 def _cohort_notes(results: Mapping[str, Any]) -> list[str]:
     cohort, counts = results["cohort"], results["counts"]
     volumes = f"{cohort['volumes']} volumes, " if cohort["volumes"] else ""
-    notes = [
-        f"- Cohort: {cohort['predictions']} answers, {volumes}{cohort['scans']} scans, {cohort['patients']} patients."
-    ]
+    unknown = results["statistics"]["unknown_patients"]
+    patients = f"{cohort['patients']} patients" if unknown < cohort["predictions"] else "patients not known"
+    notes = [f"- Cohort: {cohort['predictions']} answers, {volumes}{cohort['scans']} scans, {patients}."]
+    notes += _unknown_patients(unknown, cohort["predictions"])
     for reason, excluded in cohort["excluded"].items():
         examples = f", e.g. {', '.join(excluded['ids'][:3])}" if excluded["ids"] else ""
         notes.append(f"- Left out: {excluded['count']} ({reason}){examples}.")
@@ -206,11 +221,36 @@ def _cohort_notes(results: Mapping[str, Any]) -> list[str]:
         notes.append(f"- {counts['duplicate_ids']} answers repeat an id; all of them are scored.")
     if counts["missing_ids"]:
         notes.append(f"- {counts['missing_ids']} answers have no id.")
-    drawn = results["statistics"]
-    if drawn["resamples"]:
+    made = results["statistics"]
+    if made["intervals"]:
         notes.append(
-            f"- In brackets: {drawn['level']:.0%} intervals, bootstrap over patients, {drawn['resamples']} draws."
+            f"- In brackets: {made['level']:.0%} intervals ({made['method']}), and n, the patients that a figure depends on."
         )
+    return notes
+
+
+def _unknown_patients(unknown: int, answers: int) -> list[str]:
+    if not unknown:
+        return []
+    return [
+        f"- Patients are not known for {unknown} of {answers} answers (no patient_id, and no name of CT-RATE's): there each "
+        "scan, or answer without one, counts as a patient, and where a patient has several the intervals and tests claim too "
+        "much. Give each row a patient_id."
+    ]
+
+
+def _provenance_notes(results: Mapping[str, Any]) -> list[str]:
+    """What the answers and the scores come from."""
+    settings, code = results["settings"], results["code"]
+    chosen = {name: value for name, value in settings.items() if name != "finding_names" and value not in (None, [])}
+    said = ", ".join(f"{name} {value}" for name, value in chosen.items())
+    version = f"samf {code['samf']}, " if "samf" in code else ""
+    notes = [
+        f"- Scores: {version}source {code['source']}; {said}; {len(settings['finding_names'])} findings; "
+        f"results.json of schema {results['schema']}."
+    ]
+    if model := results.get("model"):
+        notes.insert(0, f"- Model: {model.get('model', 'not named')}, weights {model.get('weights', 'not known')}.")
     return notes
 
 
@@ -219,6 +259,11 @@ def _missing_notes(not_available: Mapping[str, str]) -> list[str]:
     for name, why in not_available.items():
         names.setdefault(why, []).append(TEXT_NAMES.get(name, name))
     return [f"- {', '.join(group)}: not available. {why}" for why, group in names.items()]
+
+
+def _note_name(name: str) -> str:
+    task, _, metric = name.partition(": ")
+    return f"{TEXT_NAMES.get(metric, metric)}, {task}" if metric else name
 
 
 def _collapse_notes(tasks: Mapping[str, Any]) -> list[str]:
@@ -266,10 +311,11 @@ def position_bias_table(bias: Mapping[str, Any]) -> str:
         lines.append("- Places of the options: no question was answered in all rotations.")
     else:
         intervals = bias.get("intervals", {})
+        patients = f" (n {bias['patients']})" if "patients" in bias else ""
         named = ", ".join(f"{letter} {share:.2f}" for letter, share in bias["named_by_letter"].items())
         right = ", ".join(f"{letter} {share:.2f}" for letter, share in bias["accuracy_by_letter"].items())
         lines += [
-            f"- Places of the options: {bias['questions']} questions in every rotation, accuracy "
+            f"- Places of the options: {bias['questions']} questions in every rotation{patients}, accuracy "
             f"{figure(bias['accuracy'], intervals.get('accuracy'))}, from {bias['accuracy_lowest']:.3f} to "
             f"{bias['accuracy_highest']:.3f} by rotation; the same option in all rotations for "
             f"{figure(bias['consistency'], intervals.get('consistency'))} of the questions.",
@@ -285,19 +331,23 @@ def position_bias_table(bias: Mapping[str, Any]) -> str:
 
 def comparison_table(comparison: Mapping[str, Any], names: Sequence[Any] = ("first", "second")) -> str:
     """What `compare_predictions` returns, as Markdown: both figures, difference with interval, and p-value."""
-    blocks = []
+    blocks, tests = [], 0
     for task, metrics in comparison["tasks"].items():
         rows = [
-            [_metric_name(name), figure(m["first"]), figure(m["second"]), _signed(m), f"{m['p_value']:.4f}"]
+            [_metric_name(name), figure(m["first"]), figure(m["second"]), _signed(m), m["n"], f"{m['p_value']:.4f}"]
             for name, m in metrics.items()
             if m["p_value"] is not None and "per_finding" not in name
         ]
-        blocks.append(markdown_table([task, *names, "difference", "p"], rows))
+        blocks.append(markdown_table([task, *names, "difference", "n", "p (uncorrected)"], rows))
+        tests += len(rows)
     unmatched = f"{comparison['only_first']} only in the first, {comparison['only_second']} only in the second"
     note = (
-        f"{comparison['matched']} records are in both ({unmatched}). p: paired randomisation over patients, two-sided."
+        f"{comparison['matched']} records are in both ({unmatched}). p: paired randomisation over patients, two-sided, "
+        f"uncorrected: of {tests} p-values {tests * CHANCE_LEVEL:.1f} are expected below {CHANCE_LEVEL} by chance. n: patients."
     )
-    return "\n\n".join([*blocks, note]) + "\n"
+    notes = _unknown_patients(comparison.get("unknown_patients", 0), comparison["matched"])
+    notes += _missing_notes(comparison.get("not_available", {}))
+    return "\n\n".join([*blocks, note, *(["\n".join(notes)] if notes else [])]) + "\n"
 
 
 def _metric_name(path: str) -> str:

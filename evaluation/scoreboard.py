@@ -11,7 +11,8 @@ writes there
   nothing in it is loaded from elsewhere,
 - `model_index.yaml`: the scores as the Hub's model cards have them; `--card README.md` puts them into a card.
 
-Scores of a judge are taken from a `judge.json` beside each predictions file, what generation took from its `results.json`.
+Scores of a judge are taken from a `judge.json` beside each predictions file, what generation took from its `results.json`:
+as far as they are of these predictions, which is told by content.
 """
 
 import argparse
@@ -29,10 +30,11 @@ from huggingface_hub import metadata_load, metadata_save
 
 from samf.ct_volume import read_ct
 from samf.data.ct_rate import load_records
+from samf.data.text_files import read_text
 from samf.evaluation import html_report
 from samf.evaluation.answer_folder import answer_statistics
 from samf.evaluation.clinical_metrics import RADEVAL_METRICS
-from samf.evaluation.judge import compare_judged, judge_table
+from samf.evaluation.judge import compare_judged, judge_table, judged_rows
 from samf.evaluation.paper_tables import COLUMNS, PAPER_TABLES, SOURCE, PaperTable
 from samf.evaluation.results_table import BASELINE_NAMES, comparison_table, figure, markdown_table, results_table
 from samf.evaluation.scoring import (
@@ -67,30 +69,86 @@ class System:
 def load_system(name: str, path: str | os.PathLike, judge: str | os.PathLike | None = None, **scoring: Any) -> System:
     """Read and score a predictions file.
 
-    `judge`: a judge.json; default: the one beside the file, if any. Of the results.json beside the file `generation` and
-    `position_bias` are taken over; `answers` holds token counts and times by task.
-    Raises what `score_predictions` raises, and ValueError for a file that isn't JSON.
+    Args:
+        name: what the system is called.
+        path: predictions.jsonl.
+        judge: a judge.json; default: the one beside the file, if any. Only scores of rows that are in the file count.
+        scoring: keywords of `score_predictions`.
+
+    `model`, `generation` and `position_bias` are taken over from the results.json beside the file where it is of the same
+    predictions; `answers` holds token counts and times by task. What is of others is left out, and the notes say so.
+    Raises what `score_predictions` raises, FileNotFoundError without the named judge's file, and ValueError for a file that
+    can't be read or, where it is named, is of other predictions.
     """
     path = Path(path)
-    rows = read_predictions(path)
+    rows, notes = read_predictions(path), {}
+    judged = _load_judged(path, judge, rows, notes)  # first: scoring takes minutes
     results = score_predictions(path, **scoring)
-    before = _read_json(path.with_name("results.json")) or {}
-    results |= {name: before[name] for name in ("generation", "position_bias") if name in before}
+    results["notes"] |= notes
+    before = _results_beside(path, rows, results)
+    results |= {name: before[name] for name in _TAKEN_OVER if name in before}
     results["answers"] = before.get("generation", {}).get("tasks") or answer_statistics(rows)
-    beside = path.with_name("judge.json")
-    scores = _read_json(Path(judge) if judge else beside)
-    if judge and scores is None:
-        raise FileNotFoundError(f"{judge}: no such file; expected the judge.json that samf.evaluation.judge writes.")
-    return System(name, rows, results, scores)
+    return System(name, rows, results, judged)
+
+
+# What results.json holds that can't be computed from the predictions.
+_TAKEN_OVER = ("model", "generation", "position_bias")
+
+
+def _results_beside(path: Path, rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results.json beside a predictions file, as far as it is of these predictions; else a note in the new results.
+
+    One of an older version doesn't say of which predictions it is: then their number must be the same, and the note says it.
+    """
+    file, notes = path.with_name("results.json"), results["notes"]
+    before = _read_json(file) or {}
+    if not any(name in before for name in _TAKEN_OVER):
+        return {}
+    digest, made = before.get("predictions_digest"), before.get("generation") or {}
+    if digest == results["predictions_digest"]:
+        return before
+    if digest is None and made.get("written", 0) + made.get("resumed", 0) == len(rows):
+        notes["results.json"] = f"doesn't say of which answers it is; their number, {len(rows)}, is the same."
+        return before
+    notes["results.json"] = "is of other answers than these; what it says of generation is not shown."
+    logger.warning("%s is of other predictions than %s; it is not used.", file, path)
+    return {}
+
+
+def _load_judged(
+    path: Path, judge: str | os.PathLike | None, rows: Sequence[Mapping[str, Any]], notes: dict[str, str]
+) -> Mapping[str, Any] | None:
+    file = Path(judge) if judge else path.with_name("judge.json")
+    scores = _read_json(file)
+    if scores is None:
+        if judge:
+            raise FileNotFoundError(f"{file}: no such file; expected the judge.json that samf.evaluation.judge writes.")
+        return None
+    try:
+        judged = judged_rows(scores, rows)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error} Make it again, or move it away.") from error
+    if judged is None:
+        message = f"{file}: its scores are of other answers than {path}."
+        if judge:
+            raise ValueError(f"{message} Name the judge.json that was made of this file.")
+        logger.warning("%s They are not used.", message)
+        notes["judge.json"] = "its scores are of other answers than these; they are not shown."
+    return judged
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error}); make it again, or move it away.") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path}: a JSON {type(content).__name__}; expected an object. Make it again, or move it away."
+        )
+    return content
 
 
 # --- beside the paper ---------------------------------------------------------------------------------------------
@@ -119,14 +177,14 @@ def _paper_row(name: str, values: Mapping[str, float], suspect: Sequence[str], c
 
 def _our_rows(system: System, scores: Mapping[str, Any], table: PaperTable) -> list[list[str]]:
     rows = [
-        _row(f"**{system.name}**", scores, table, scores["intervals"]),
+        _row(f"**{system.name}** (n {scores['patients']})", scores, table, scores["intervals"]),
         _row(
             f"{system.name}, BLEU with pooled counts", {"text": scores["text"]}, table, scores["intervals"], pooled=True
         ),
     ]
     judged = _judged(system, table.task)
     if "judge" in table.columns and judged.get("mean") is not None:
-        rows[0][1 + table.columns.index("judge")] = figure(judged["mean"], judged["interval"])
+        rows[0][1 + table.columns.index("judge")] = figure(judged["mean"], judged["interval"], judged["patients"])
     return rows
 
 
@@ -183,9 +241,9 @@ def _judged(system: System, task: str) -> Mapping[str, Any]:
 
 def paper_comparison(systems: Sequence[System]) -> str:
     """Tables 1 to 3 with our rows, as Markdown, and what to heed when reading them."""
-    names = ", ".join(sorted({str(system.judge["judge"]["model"]) for system in systems if system.judge}))
+    names = ", ".join(sorted({str(system.judge["judge"].get("model")) for system in systems if system.judge}))
     notes = [
-        f"- The paper's figures: {SOURCE}. It gives no intervals; ours are 95 %, over patients.",
+        f"- The paper's figures: {SOURCE}. It gives no intervals; ours are 95 %, over patients (n).",
         "- BLEU in our first row is the mean over samples, as the published code computes it, with our tokenisation.",
         "- The constant report and the shuffled answers read no image: what they score is what a metric gives for nothing.",
         f"- Llama score: the paper's judge was a 70-billion-parameter Llama with CT-CHAT's prompt; "
@@ -233,11 +291,11 @@ def model_index(
         for path, (kind, name) in names.items():
             value = _look_up(scores, path)
             if value is not None:
-                metrics.append(_index_entry(kind, name, value, scores["intervals"].get(path)))
+                metrics.append(_index_entry(kind, name, value, scores["intervals"].get(path), scores["n"][path]))
         judged = _judged(system, task)
         if judged.get("mean") is not None:
-            name = f"Judge, of {judged['highest']:g} ({system.judge['judge']['model']})"
-            metrics.append(_index_entry("llm_judge", name, judged["mean"], judged["interval"]))
+            name = f"Judge, of {judged['highest']:g} ({system.judge['judge'].get('model')})"
+            metrics.append(_index_entry("llm_judge", name, judged["mean"], judged["interval"], judged["patients"]))
         entries.append(
             {
                 "task": {"type": "image-text-to-text", "name": _TASK_NAMES[task]},
@@ -248,10 +306,10 @@ def model_index(
     return [{"name": system.name, "results": entries}]
 
 
-def _index_entry(kind: str, name: str, value: float, interval: Sequence[float] | None) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": kind, "name": name, "value": round(value, 4)}
+def _index_entry(kind: str, name: str, value: float, interval: Sequence[float] | None, n: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": kind, "name": name, "value": round(value, 4), "args": {"patients": n}}
     if interval:
-        entry["args"] = {"interval_95": [round(bound, 4) for bound in interval], "over": "patients"}
+        entry["args"] |= {"interval_95": [round(bound, 4) for bound in interval], "over": "patients"}
     return entry
 
 
@@ -472,7 +530,7 @@ def _parser() -> argparse.ArgumentParser:
     scoring.add_argument("--bertscore_layers", type=int, help="its layer, where bert-score has none on record")
     scoring.add_argument("--radeval", nargs="+", default=(), choices=RADEVAL_METRICS, help="metrics of RadEval")
     scoring.add_argument("--device", help="for BERTScore and RadBERT, e.g. cuda")
-    scoring.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0: no intervals")
+    scoring.add_argument("--resamples", type=int, default=RESAMPLES, help="0: no intervals")
     scoring.add_argument("--permutations", type=int, default=PERMUTATIONS, help="of the test of two systems")
     scoring.add_argument("--metadata", help="CT-RATE's metadata CSV, for subgroups")
     return parser
@@ -523,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         systems, comparison = build_systems(args)
         # A volume that is missing becomes a case without a picture.
         records = load_records(args.data, args.split, on_missing="keep") if args.data else None
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"scoreboard: {error}")
     named = args.dataset or UNNAMED
     dataset = {"dataset": named, "dataset_name": args.dataset_name or named.split("/")[-1], "split": args.split}

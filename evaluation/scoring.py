@@ -4,8 +4,8 @@
     python -m samf.evaluation.scoring runs/ao2d/predictions.jsonl --against runs/samf/predictions.jsonl
 
 Each line is one JSON object with `id`, `scan_id`, `task`, `question`, `choices`, `reference` and `prediction`; of these
-only `task`, `reference` and `prediction` (and `choices` for multiple choice) must be there. `volume`, `tokens` and
-`truncated`, which eval.py adds, are used where they are present.
+only `task`, `reference` and `prediction` (and `choices` for multiple choice) must be there. `patient_id`, and `volume`,
+`tokens` and `truncated`, which eval.py adds, are used where they are present.
 
 What odd lines become: an empty prediction scores 0 and stays in every mean; a repeated id is scored again and counted; a
 line without id or scan_id is scored, and stands for a patient of its own in the intervals; a line whose reference is
@@ -13,19 +13,23 @@ empty can't be scored and is left out, counted among the cohort's exclusions.
 """
 
 import argparse
+import hashlib
+import importlib.metadata
 import json
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from samf.data.ct_rate import CT_RATE_LABELS
+from samf.data.text_files import TextEncodingError, read_text
 from samf.evaluation.clinical_metrics import (
     CRG_REMEDY,
     MACRO_REMEDY,
@@ -34,6 +38,7 @@ from samf.evaluation.clinical_metrics import (
     RADEVAL_METRICS,
     Labeller,
     chance_findings,
+    check_radeval,
     confusion_counts,
     describe_findings,
     finding_samples,
@@ -43,23 +48,42 @@ from samf.evaluation.clinical_metrics import (
     score_findings,
 )
 from samf.evaluation.multiple_choice import parse_choice, reference_choice, score_multiple_choice
+from samf.evaluation.prediction_rows import (
+    FIELDS,
+    TASKS,
+    PredictionsError,
+    check_row,
+    parse_object,
+    read_json_lines,
+    read_predictions,
+)
 from samf.evaluation.results_table import comparison_table, markdown_table, results_table
 from samf.evaluation.statistics import (
+    INTERVAL_METHOD,
     LEVEL,
     RESAMPLES,
     SampledMetric,
-    bootstrap_intervals,
     constant_reports,
     exchanged_reports,
     nearest_prior_reports,
     paired_randomisation,
+    patient_counts,
+    patient_intervals,
     patient_keys,
     ratio,
     read_subgroups,
     subgroup_table,
     template_collapse,
+    unknown_patients,
 )
-from samf.evaluation.text_metrics import TEXT_METRICS, describe_text, text_samples
+from samf.evaluation.text_metrics import (
+    BERTSCORE_NAMES,
+    TEXT_METRICS,
+    bertscore_samples,
+    check_bertscore,
+    describe_text,
+    text_samples,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +91,10 @@ __all__ = [
     "FIELDS",
     "TASKS",
     "PredictionsError",
+    "check_options",
     "compare_predictions",
     "markdown_table",
+    "predictions_digest",
     "read_predictions",
     "results_table",
     "score_findings",
@@ -77,8 +103,7 @@ __all__ = [
     "write_results",
 ]
 
-FIELDS = ("id", "scan_id", "task", "question", "choices", "reference", "prediction")
-TASKS = ("report", "multiple_choice", "short_answer", "long_answer")
+SCHEMA = 2  # of results.json; goes up when a key changes its meaning or goes away
 # What eval.py lists beside its predictions.
 FAILURES = "failures.jsonl"
 # What the data's loader counts: records that were not asked for at all, by reason.
@@ -93,54 +118,6 @@ SUBGROUP_METRICS = {
 }
 
 
-class PredictionsError(ValueError):
-    """A predictions file that can't be scored; the message names the file, the line and the remedy."""
-
-
-def read_predictions(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a predictions file. Raises PredictionsError: no file, no rows, bad JSON, or missing fields."""
-    path = Path(path)
-    if not path.is_file():
-        raise PredictionsError(f"{path}: no such file; expected the predictions.jsonl that eval.py writes.")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                rows.append(_parse_row(line, f"{path}, line {number}"))
-    if not rows:
-        raise PredictionsError(f"{path}: holds no predictions; expected one JSON object a line.")
-    return rows
-
-
-def _parse_row(line: str, place: str) -> dict[str, Any]:
-    row = _parse_json(line, place)
-    check_row(row, place)
-    return row
-
-
-def _parse_json(line: str, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PredictionsError(
-            f"{place}: not JSON ({error}); expected one object a line. Remove or repair it."
-        ) from error
-    if not isinstance(row, dict):
-        raise PredictionsError(f"{place}: a JSON {type(row).__name__}; expected an object with {', '.join(FIELDS)}.")
-    return row
-
-
-def check_row(row: Mapping[str, Any], place: str) -> None:
-    """Raise PredictionsError unless a row has what its task's scores need."""
-    missing = [name for name in ("task", "reference", "prediction") if row.get(name) is None]
-    if row.get("task") == "multiple_choice" and not row.get("choices"):
-        missing.append("choices")
-    if missing:
-        raise PredictionsError(f"{place}: lacks {', '.join(missing)}; expected the fields {', '.join(FIELDS)}.")
-    if row["task"] not in TASKS:
-        raise PredictionsError(f"{place}: task {row['task']!r} is unknown; expected one of {', '.join(TASKS)}.")
-
-
 @dataclass(frozen=True)
 class _Settings:
     """What `score_predictions` was asked for."""
@@ -150,10 +127,56 @@ class _Settings:
     labeller_name: str = "rules"
     bertscore: Mapping[str, Any] = field(default_factory=dict)
     radeval: Sequence[str] = ()
-    resamples: int = RESAMPLES
+    intervals: bool = True
     seed: int = 0
     baselines: bool = True
     metadata: str | os.PathLike | None = None
+
+    # Metric → why it could not be computed: filled while scoring, so that what failed once is not tried again.
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def bertscore_samples(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, SampledMetric]:
+        """BERTScore, where a model is named and can be used."""
+        if self.bertscore.get("bertscore_model") is None:
+            return {}
+        return self._unless_it_fails(
+            BERTSCORE_NAMES, lambda: bertscore_samples(predictions, references, **self.bertscore)
+        )
+
+    def radeval_samples(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, SampledMetric]:
+        """Those of the library RadEval that are named and can be used, each by itself."""
+        samples: dict[str, SampledMetric] = {}
+        for name in self.radeval:
+            compute = partial(radeval_samples, predictions, references, [name])
+            samples |= self._unless_it_fails(RADEVAL_METRICS[name], compute)
+        return samples
+
+    def _unless_it_fails(
+        self, names: Sequence[str], compute: Callable[[], dict[str, SampledMetric]]
+    ) -> dict[str, SampledMetric]:
+        """What `compute` gives; nothing, and a note for each name, where it fails now or has failed before."""
+        if any(name in self.failed for name in names):
+            return {}
+        try:
+            return compute()
+        except Exception as error:  # other people's models fail in any way: no other score is lost
+            logger.warning("%s: left out, since its library or model failed.", ", ".join(names), exc_info=error)
+            reason = next(iter(str(error).splitlines()), "")
+            self.failed.update(dict.fromkeys(names, f"It failed with {type(error).__name__}: {reason}"))
+            return {}
+
+    def as_results(self) -> dict[str, Any]:
+        """What the scores depend on beside the predictions."""
+        names = ("bertscore_model", "bertscore_layers")
+        return {
+            "finding_names": list(self.finding_names),
+            "labeller": self.labeller_name,
+            **{name: self.bertscore.get(name) for name in names},
+            "radeval": list(self.radeval),
+            "seed": self.seed,
+            "baselines": self.baselines,
+            "metadata": None if self.metadata is None else Path(self.metadata).name,
+        }
 
 
 def score_predictions(
@@ -178,7 +201,8 @@ def score_predictions(
         labeller: "rules", "radbert", or a path or Hub id of RadBertClassifier.pth.
         bertscore_model, bertscore_layers, device: see `text_metrics.bertscore`.
         radeval: metrics of the library RadEval for reports: radgraph, ratescore, green.
-        resamples, seed: of the bootstrap; 0 resamples: no intervals.
+        resamples: 0: no intervals. Intervals are computed, not drawn: any other number gives the same ones.
+        seed: of the shuffled baseline.
         baselines: also score what no image was read for, and look for template collapse.
         metadata: CT-RATE's metadata CSV, for a table of subgroups.
         exclusions: a failures.jsonl whose records belong to the cohort and have no prediction; default: the one beside
@@ -188,43 +212,134 @@ def score_predictions(
         counts: predictions, scans, patients, duplicate_ids, missing_ids.
         cohort: predictions (scored), volumes (None where no row names one), scans, patients, excluded (reason → count and
             the first ids): empty references, failures, and what the records.json beside the file says was left out.
-        tasks: task → count, empty, truncated, `text`, `intervals` ("text.bleu_4" → [low, high]), and for reports
-            `findings`, `radeval`, `collapse`; for multiple choice `multiple_choice`; `baselines`; with metadata `subgroups`.
-        statistics: unit, resamples, level, seed, labeller.
-        not_available: metric → why, and what to do.
+        schema, code, settings: version of this layout; versions of this package and of what it computes with; what the
+            scores depend on beside the predictions. predictions_digest: see `predictions_digest`.
+        tasks: task → count, empty, truncated, patients, `text`, `intervals` ("text.bleu_4" → [low, high]), `n` (the same
+            names → patients that the figure depends on), and for reports `findings`, `radeval`, `collapse`; for multiple
+            choice `multiple_choice`; `baselines`; with metadata `subgroups`.
+        statistics: unit, method, level, labeller, intervals (whether there are any), unknown_patients (answers that name no
+            patient).
+        not_available: metric → why, and what to do; one whose library or model fails is among them. notes: name → what to
+            heed.
 
-    Raises PredictionsError for rows that can't be scored, ValueError for an unknown finding.
+    Raises PredictionsError for rows that can't be scored, ValueError or FileNotFoundError for options that can't be used.
     """
-    names = _check_findings(finding_names)
+    bertscore = {"bertscore_model": bertscore_model, "bertscore_layers": bertscore_layers}
+    checked = {"radeval": radeval, "resamples": resamples, "metadata": metadata}
+    names = check_options(finding_names=finding_names, **bertscore, **checked)
     rows, place = _load_rows(path_or_rows)
+    failures, left_out = _read_exclusions(exclusions, path_or_rows), _read_left_out(path_or_rows)
+    scorable = [row for row in rows if str(row["reference"]).strip()]
+    if not scorable:
+        raise PredictionsError(f"{place}: all {len(rows)} references are empty; there is nothing to compare with.")
     settings = _Settings(
         names,
         make_labeller(labeller, device=device),
         labeller,
-        {"bertscore_model": bertscore_model, "bertscore_layers": bertscore_layers, "device": device},
+        {**bertscore, "device": device},
         tuple(radeval),
-        resamples,
+        resamples > 0,
         seed,
         baselines,
         metadata,
     )
-    scorable = [row for row in rows if str(row["reference"]).strip()]
-    if not scorable:
-        raise PredictionsError(f"{place}: all {len(rows)} references are empty; there is nothing to compare with.")
-    tasks, not_available = {}, {}
-    for task in TASKS:
-        chosen = [row for row in scorable if row["task"] == task]
-        if chosen:
-            tasks[task], lacking = _score_task(task, chosen, settings)
-            not_available |= lacking
-    statistics = {"unit": "patient", "resamples": resamples, "level": LEVEL, "seed": seed, "labeller": labeller}
     return {
+        "schema": SCHEMA,
+        "code": code_versions(),
+        "settings": settings.as_results(),
+        "predictions_digest": predictions_digest(rows),
         "counts": _count(rows),
-        "cohort": _cohort(rows, scorable, _read_exclusions(exclusions, path_or_rows), _read_left_out(path_or_rows)),
-        "tasks": tasks,
-        "statistics": statistics,
-        "not_available": not_available,
+        "cohort": _cohort(rows, scorable, failures, left_out),
+        **_score_tasks(scorable, settings),
     }
+
+
+def _score_tasks(rows: Sequence[Mapping[str, Any]], settings: _Settings) -> dict[str, Any]:
+    """tasks, statistics, not_available and notes of `score_predictions`, of rows with a reference."""
+    tasks, not_available, notes = {}, {}, {}
+    for task in TASKS:
+        chosen = [row for row in rows if row["task"] == task]
+        if chosen:
+            tasks[task], lacking, heed = _score_task(task, chosen, settings)
+            not_available |= lacking
+            notes |= {f"{task}: {name}": what for name, what in heed.items()}
+    statistics = {
+        "unit": "patient",
+        "method": INTERVAL_METHOD,
+        "level": LEVEL,
+        "labeller": settings.labeller_name,
+        "intervals": settings.intervals,
+        "unknown_patients": unknown_patients(rows),
+    }
+    return {"tasks": tasks, "statistics": statistics, "not_available": not_available, "notes": notes}
+
+
+# What the scores are computed with.
+_LIBRARIES = (
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "nltk",
+    "sacrebleu",
+    "rouge-score",
+    "bert-score",
+    "transformers",
+    "torch",
+)
+
+
+def code_versions() -> dict[str, Any]:
+    """Versions of this package and of the libraries that scores are computed with.
+
+    `source` is a hash of this package's evaluation code: a checkout has one version number for many states of it.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    found = {name: _version(name) for name in ("samf", *_LIBRARIES)}
+    return {"source": digest.hexdigest()[:12], **{name: version for name, version in found.items() if version}}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # a checkout that isn't installed has none
+        return None
+
+
+def predictions_digest(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A hash of what was predicted for which record, in any order: files beside the predictions say whose they are by it."""
+    lines = sorted(json.dumps([row["task"], str(row.get("id")), row["prediction"]]) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def check_options(
+    *,
+    finding_names: Sequence[str] | None = None,
+    labeller: str | None = None,
+    bertscore_model: str | None = None,
+    bertscore_layers: int | None = None,
+    radeval: Sequence[str] = (),
+    resamples: int = RESAMPLES,
+    metadata: str | os.PathLike | None = None,
+    device: str | None = None,
+) -> tuple[str, ...]:
+    """Check what `score_predictions` would be given, without predictions; returns the findings that count.
+
+    With `labeller` it is built, and so its weights are read. Raises ValueError, FileNotFoundError, ImportError or OSError
+    for what can't be used.
+    """
+    names = _check_findings(finding_names)
+    if resamples < 0:
+        raise ValueError(f"resamples is {resamples}; expected 0 (no intervals) or more.")
+    check_radeval(radeval)
+    if bertscore_model is not None:
+        check_bertscore(bertscore_model, bertscore_layers)
+    if metadata is not None:
+        read_subgroups(metadata, [])
+    if labeller is not None:
+        make_labeller(labeller, device=device)
+    return names
 
 
 def _load_rows(path_or_rows: str | os.PathLike | Iterable[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
@@ -276,8 +391,7 @@ def _read_exclusions(
     path = Path(path)
     if not path.is_file():
         raise PredictionsError(f"{path}: no such file; expected the failures.jsonl that eval.py writes.")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [_parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    return [row for _, row in read_json_lines(path)]
 
 
 def _read_left_out(predictions: str | os.PathLike | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -285,10 +399,17 @@ def _read_left_out(predictions: str | os.PathLike | Iterable[Mapping[str, Any]])
     path = Path(predictions).with_name(RECORD_COUNTS) if isinstance(predictions, str | os.PathLike) else None
     if path is None or not path.is_file():
         return []
-    left_out = _parse_json(path.read_text(encoding="utf-8"), str(path)).get("left_out")
-    if not isinstance(left_out, list) or not all(isinstance(entry, dict) and "reason" in entry for entry in left_out):
+    try:
+        left_out = parse_object(read_text(path), str(path)).get("left_out")
+    except TextEncodingError as error:
+        raise PredictionsError(str(error)) from error
+    if not isinstance(left_out, list) or not all(map(_is_left_out, left_out)):
         raise PredictionsError(f"{path}: no list `left_out` of reasons and counts; remove it, or run eval.py again.")
     return left_out
+
+
+def _is_left_out(entry: Any) -> bool:
+    return isinstance(entry, dict) and "reason" in entry and isinstance(entry.get("count", 0), int)
 
 
 def _cohort(
@@ -324,17 +445,16 @@ def _cohort(
 
 
 def _texts(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    return [str(row["prediction"]) for row in rows], [str(row["reference"]) for row in rows]
+    return [row["prediction"] for row in rows], [row["reference"] for row in rows]
 
 
 def _task_samples(task: str, rows: Sequence[Mapping[str, Any]], settings: _Settings) -> dict[str, SampledMetric]:
     """Every figure of a task by sample: "text.bleu_4", "findings.macro.f1", "multiple_choice.accuracy", …"""
     predictions, references = _texts(rows)
-    groups = {"text": text_samples(predictions, references, **settings.bertscore)}
+    groups = {"text": {**text_samples(predictions, references), **settings.bertscore_samples(predictions, references)}}
     if task == "report":
         groups["findings"] = finding_samples(predictions, references, settings.finding_names, settings.labeller)
-        if settings.radeval:
-            groups["radeval"] = radeval_samples(predictions, references, settings.radeval)
+        groups["radeval"] = settings.radeval_samples(predictions, references)
     if task == "multiple_choice":
         groups["multiple_choice"] = choice_samples(predictions, references, [row["choices"] for row in rows])
     return {f"{group}.{name}": metric for group, metrics in groups.items() for name, metric in metrics.items()}
@@ -346,7 +466,8 @@ def _select(samples: Mapping[str, SampledMetric], group: str) -> dict[str, Sampl
 
 def _score_task(
     task: str, rows: Sequence[Mapping[str, Any]], settings: _Settings
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """The task's scores; metric → why it is not available; metric → what to heed."""
     predictions, references = _texts(rows)
     patients = patient_keys(rows)
     samples = _task_samples(task, rows, settings)
@@ -356,29 +477,35 @@ def _score_task(
         "count": len(rows),
         "empty": text["empty_predictions"],
         "truncated": sum(bool(row.get("truncated")) for row in rows),
+        "patients": len(set(patients)),
         "text": text["scores"],
     }
     if task == "report":
         scores["findings"] = describe_findings(_select(samples, "findings"), settings.finding_names)
-        if scores["findings"]["crg"] is None:
-            not_available = {**not_available, "crg": CRG_REMEDY}
-        if not scores["findings"]["macro_findings"]:
-            not_available = {**not_available, "macro": MACRO_REMEDY}
-        if scores["findings"]["micro"]["f1"] is None:
-            not_available = {**not_available, "micro": MICRO_REMEDY}
+        not_available = {**not_available, **_undefined_findings(scores["findings"])}
         if settings.radeval:
             scores["radeval"] = {name: metric.value() for name, metric in _select(samples, "radeval").items()}
     if task == "multiple_choice":
         scores["multiple_choice"] = score_multiple_choice(predictions, references, [row["choices"] for row in rows])
     scores["intervals"] = _intervals(samples, patients, settings)
+    scores["n"] = patient_counts(samples, patients)
     if settings.baselines:
         scores |= _score_baselines(task, rows, patients, settings)
     if settings.metadata is not None and task in SUBGROUP_METRICS:
         chosen = {name: samples[name] for name in SUBGROUP_METRICS[task]}
         groups = read_subgroups(settings.metadata, rows)
-        drawing = {"resamples": settings.resamples, "seed": settings.seed}
-        scores["subgroups"] = subgroup_table(chosen, patients, groups, **drawing)
-    return scores, not_available
+        scores["subgroups"] = subgroup_table(chosen, patients, groups, intervals=settings.intervals)
+    return scores, {**not_available, **settings.failed}, text["notes"]
+
+
+def _undefined_findings(findings: Mapping[str, Any]) -> dict[str, str]:
+    """Name → why it has no value, of the figures over all findings."""
+    undefined = {
+        "crg": (findings["crg"] is None, CRG_REMEDY),
+        "macro": (not findings["macro_findings"], MACRO_REMEDY),
+        "micro": (findings["micro"]["f1"] is None, MICRO_REMEDY),
+    }
+    return {name: why for name, (is_so, why) in undefined.items() if is_so}
 
 
 def choice_samples(
@@ -426,7 +553,7 @@ def _report_baselines(
     is an expectation and has no interval.
     """
     constant = constant_reports(references, patients)
-    scored = {"constant_report": _score_reports(constant, references, patients, settings, settings.bertscore)}
+    scored = {"constant_report": _score_reports(constant, references, patients, settings, with_bertscore=True)}
     if len(set(patients)) > 1:
         labels = settings.labeller(references)
         nearest = nearest_prior_reports(references, labels, patients)
@@ -443,9 +570,13 @@ def _score_texts(
     references: Sequence[str],
     patients: Sequence[str],
     settings: _Settings,
-    options: Mapping[str, Any] | None = None,
+    *,
+    with_bertscore: bool = False,
 ) -> dict[str, Any]:
-    samples = {f"text.{name}": metric for name, metric in text_samples(texts, references, **(options or {})).items()}
+    figures = text_samples(texts, references)
+    if with_bertscore:
+        figures |= settings.bertscore_samples(texts, references)
+    samples = {f"text.{name}": metric for name, metric in figures.items()}
     text = describe_text(texts, references, _select(samples, "text"))["scores"]
     return {"text": text, "intervals": _intervals(samples, patients, settings)}
 
@@ -455,9 +586,10 @@ def _score_reports(
     references: Sequence[str],
     patients: Sequence[str],
     settings: _Settings,
-    options: Mapping[str, Any] | None = None,
+    *,
+    with_bertscore: bool = False,
 ) -> dict[str, Any]:
-    scores = _score_texts(texts, references, patients, settings, options)
+    scores = _score_texts(texts, references, patients, settings, with_bertscore=with_bertscore)
     found = finding_samples(texts, references, settings.finding_names, settings.labeller)
     groups = ("macro", "micro", "sides", "sizes")
     findings: dict[str, Any] = {
@@ -472,7 +604,7 @@ def _score_reports(
 def _intervals(
     samples: Mapping[str, SampledMetric], patients: Sequence[str], settings: _Settings
 ) -> dict[str, list[float] | None]:
-    return bootstrap_intervals(samples, patients, resamples=settings.resamples, seed=settings.seed)
+    return patient_intervals(samples, patients) if settings.intervals else dict.fromkeys(samples)
 
 
 def _choice_baselines(
@@ -517,13 +649,14 @@ def compare_predictions(
 ) -> dict[str, Any]:
     """Whether two systems differ on the records that both have answered: paired randomisation over patients.
 
-    Records are matched by task and id; of a repeated id the first counts. Returns `matched`, `only_first`, `only_second`
-    (counts), and `tasks`: task → name → first, second, difference (second - first), interval, p_value. The p-values are of
-    single figures; with many of them some are small by chance.
+    Records are matched by task and id; of a repeated id the first counts. Returns `matched`, `only_first`, `only_second` and
+    `unknown_patients` (counts), `tasks`: task → name → first, second, difference (second - first), interval, n, p_value, and
+    `not_available`. The p-values are of single figures, uncorrected; with many of them some are small by chance.
     Raises PredictionsError when no record is in both, or one has another reference in the second.
     """
+    checked = {"bertscore_model": bertscore_model, "bertscore_layers": bertscore_layers, "radeval": radeval}
     settings = _Settings(
-        _check_findings(finding_names),
+        check_options(finding_names=finding_names, **checked),
         make_labeller(labeller, device=device),
         labeller,
         {"bertscore_model": bertscore_model, "bertscore_layers": bertscore_layers, "device": device},
@@ -546,7 +679,9 @@ def compare_predictions(
         "only_first": len(sides[0].keys() - sides[1].keys()),
         "only_second": len(sides[1].keys() - sides[0].keys()),
         "permutations": permutations,
+        "unknown_patients": unknown_patients([sides[0][key] for key in common]),
         "tasks": tasks,
+        "not_available": dict(settings.failed),
     }
 
 
@@ -602,8 +737,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--radeval", nargs="+", default=(), choices=RADEVAL_METRICS, help="metrics of the library RadEval"
     )
-    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap; 0: no intervals")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap and the shuffled baseline")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="0: no intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffled baseline and of the test of two systems")
     parser.add_argument("--no_baselines", dest="baselines", action="store_false", help="leave the baselines out")
     parser.add_argument(
         "--metadata", help="CT-RATE's metadata CSV: a table of subgroups by sex, age, scanner and kernel"
@@ -630,7 +765,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             results = score_predictions(predictions, **options)
             table = results_table(results)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"scoring: {error}")
     if output:
         _write(results, table, output)

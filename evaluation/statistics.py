@@ -1,11 +1,10 @@
 """What a figure is worth: patient-level intervals and paired tests, baselines, template collapse, subgroups.
 
 Every figure here is a function of sums over samples (`SampledMetric`): a mean, corpus BLEU of its n-gram counts, an F1 of
-its confusion counts. A bootstrap resample or a randomisation is then one matrix product over the patients' sums, with no
-text read again. Patients, not reports, are drawn: reports of one patient resemble each other.
+its confusion counts. Leaving a patient out, or a randomisation, is then arithmetic on the patients' sums, with no text
+read again. Patients, not reports, are the units: reports of one patient resemble each other.
 """
 
-import csv
 import os
 import random
 import re
@@ -17,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
+
+from samf.data.text_files import open_csv
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -24,6 +26,14 @@ LEVEL = 0.95
 _CHUNK = 250
 # An interval is given where at least this share of the resamples has a defined value.
 _DEFINED_SHARE = 0.5
+# How the intervals of all figures are made; stands in results.json.
+INTERVAL_METHOD = (
+    "jackknife over patients, Student's t on the logit scale; exact (Clopper-Pearson) at a figure's bounds"
+)
+# A figure this near to its bound is at it; leaving patients out that move a figure less doesn't move it.
+_AT_BOUND = 1e-12
+# A figure that reads 1.000 or 0.000 has at least the interval that it would have at the bound (shares of the range).
+_NEAR_BOUND = 5e-4
 # Differences that are equal but for rounding count as equal in the randomisation test.
 _TIE = 1e-12
 
@@ -35,16 +45,20 @@ class SampledMetric:
     Attributes:
         samples: sufficient statistics of each sample, (N, K).
         combine: sums (…, K) → figures (…), NaN where the figure is undefined.
+        bounds: the lowest and the highest value that the figure can have; None where it has no bounds.
     """
 
     samples: np.ndarray
     combine: Callable[[np.ndarray], np.ndarray]
+    bounds: tuple[float, float] | None = (0.0, 1.0)
 
     @classmethod
-    def mean(cls, values: Sequence[float] | np.ndarray) -> "SampledMetric":
+    def mean(
+        cls, values: Sequence[float] | np.ndarray, bounds: tuple[float, float] | None = (0.0, 1.0)
+    ) -> "SampledMetric":
         """The mean of one value a sample."""
         values = np.asarray(values, dtype=np.float64)
-        return cls(np.stack([values, np.ones_like(values)], axis=-1), ratio)
+        return cls(np.stack([values, np.ones_like(values)], axis=-1), ratio, bounds)
 
     def value(self) -> float | None:
         """The figure over all samples; None where it is undefined."""
@@ -56,7 +70,7 @@ class SampledMetric:
 
     def take(self, index: np.ndarray) -> "SampledMetric":
         """The same figure over some of the samples."""
-        return SampledMetric(self.samples[index], self.combine)
+        return SampledMetric(self.samples[index], self.combine, self.bounds)
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -82,18 +96,26 @@ _PATIENT = re.compile(r"(?:^|/)((?:train|valid)_\d+)_")
 def patient_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The patient of each row of a predictions file.
 
-    Read from `scan_id`, else from `id`, by CT-RATE's names ("valid_53_a" is patient valid_53). Any other `scan_id` stands
-    for a patient of its own, and so does each row without one.
+    A row's `patient_id` says it, else CT-RATE's names do, in `scan_id` or `id` ("valid_53_a" is patient valid_53). Any
+    other `scan_id` stands for a patient of its own, and so does each row without one: see `unknown_patients`.
     """
-    return [_patient_key(row, position) for position, row in enumerate(rows)]
+    return [_patient_key(row, position)[0] for position, row in enumerate(rows)]
 
 
-def _patient_key(row: Mapping[str, Any], position: int) -> str:
+def unknown_patients(rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many rows name no patient, so that their scan, or the row itself, stands for one."""
+    return sum(not _patient_key(row, position)[1] for position, row in enumerate(rows))
+
+
+def _patient_key(row: Mapping[str, Any], position: int) -> tuple[str, bool]:
+    """A row's patient, and whether the row names it."""
+    if row.get("patient_id") is not None:
+        return str(row["patient_id"]), True
     names = [str(row[name]) for name in ("scan_id", "id") if row.get(name) is not None]
     found = next((match[1] for name in names if (match := _PATIENT.search(name))), None)
     if found:
-        return found
-    return names[0] if row.get("scan_id") is not None else f"row {position}"
+        return found, True
+    return (names[0] if row.get("scan_id") is not None else f"row {position}"), False
 
 
 def _group(patients: Sequence[Any]) -> tuple[np.ndarray, int]:
@@ -112,7 +134,114 @@ def _check_patients(metrics: Sequence[SampledMetric], patients: Sequence[Any]) -
             raise ValueError(f"{len(metric.samples)} samples and {len(patients)} patients; give each sample's patient.")
 
 
-# --- intervals and tests ----------------------------------------------------------------------------------------
+# --- intervals --------------------------------------------------------------------------------------------------
+
+
+def patient_intervals(
+    metrics: Mapping[str, SampledMetric], patients: Sequence[Any], *, level: float = LEVEL
+) -> dict[str, list[float] | None]:
+    """Intervals [low, high] of each figure over patients; None where there is none.
+
+    A jackknife over patients gives a figure's standard error, Student's t its multiple, with as many degrees of freedom
+    as the patients' influences allow; the interval is symmetric on the logit scale of the figure's bounds, and so never
+    leaves them. At a bound, where all patients are right or all wrong, the error can't be estimated: there the interval is
+    the exact one of as many trials as patients that the figure depends on (see `patient_counts`).
+
+    Args:
+        metrics: name → figure by sample.
+        patients: each sample's patient, (N,).
+        level: of the intervals.
+
+    Returns name → [low, high]; None for a single patient, for an undefined figure, and where every patient gives the same
+    figure within the bounds, so that nothing is known about its spread.
+    Raises ValueError for unequal lengths.
+    """
+    _check_patients(list(metrics.values()), patients)
+    codes, count = _group(patients)
+    if count < 2:
+        return dict.fromkeys(metrics)
+    return {
+        name: _patient_interval(metric, _group_sums(metric.samples, codes, count), level)
+        for name, metric in metrics.items()
+    }
+
+
+def patient_counts(metrics: Mapping[str, SampledMetric], patients: Sequence[Any]) -> dict[str, int]:
+    """How many patients each figure depends on: name → n.
+
+    A patient counts where the figure is defined for this patient alone, or moves when the patient is left out: for the F1
+    of a finding those who have it in a report or its reference, for a mean all.
+    """
+    _check_patients(list(metrics.values()), patients)
+    codes, count = _group(patients)
+    counts = {}
+    for name, metric in metrics.items():
+        sums = _group_sums(metric.samples, codes, count)
+        total = sums.sum(axis=0)
+        moved = _moves(metric.combine(total - sums), float(metric.combine(total)))
+        counts[name] = int((np.isfinite(metric.combine(sums)) | moved).sum())
+    return counts
+
+
+def _moves(without: np.ndarray, figure: float) -> np.ndarray:
+    """Which patients move the figure: (P,) of its values without each of them."""
+    if not np.isfinite(figure):
+        return np.zeros(len(without), dtype=bool)
+    return ~np.isfinite(without) | (np.abs(without - figure) > _AT_BOUND)
+
+
+def _patient_interval(metric: SampledMetric, sums: np.ndarray, level: float) -> list[float] | None:
+    """The interval of one figure from the patients' sums (P, K)."""
+    total = sums.sum(axis=0)
+    figure, without = float(metric.combine(total)), metric.combine(total - sums)  # (P,)
+    if not np.isfinite(figure):
+        return None
+    informative = int((np.isfinite(metric.combine(sums)) | _moves(without, figure)).sum())
+    low, high = metric.bounds or (-np.inf, np.inf)
+    share = (figure - low) / (high - low) if metric.bounds else np.nan
+    near = min(abs(share), abs(1 - share)) < _NEAR_BOUND
+    exact = _exact_interval(share > 0.5, informative, level, (low, high)) if near else None
+    spread = _jackknife(without, informative)
+    if spread is None or (near and not _AT_BOUND < share < 1 - _AT_BOUND):
+        return exact
+    error, freedom = spread
+    width = float(student_t.ppf((1 + level) / 2, freedom)) * error
+    if not 0 < share < 1:  # no bounds, or values that don't keep to them
+        return [figure - width, figure + width]
+    place, width = np.log(share / (1 - share)), width / (high - low) / (share * (1 - share))
+    interval = [float(low + (high - low) * _logistic(place + side * width)) for side in (-1, 1)]
+    return interval if exact is None else [min(interval[0], exact[0]), max(interval[1], exact[1])]
+
+
+def _exact_interval(at_highest: bool, count: int, level: float, bounds: tuple[float, float]) -> list[float] | None:
+    """Clopper-Pearson's interval where all, or none, of `count` trials succeed, on the scale of `bounds`."""
+    if not count:
+        return None
+    low, high = bounds
+    reach = (high - low) * ((1 - level) / 2) ** (1 / count)
+    return [float(low + reach), float(high)] if at_highest else [float(low), float(high - reach)]
+
+
+def _jackknife(without: np.ndarray, informative: int) -> tuple[float, float] | None:
+    """Standard error and degrees of freedom from a figure's values without each patient, (P,); None without a spread.
+
+    The degrees of freedom are Satterthwaite's: fewer where the error stems from few patients. They are kept between half
+    of and all that `informative` patients have, since the fourth moment of few values is a poor guide by itself.
+    """
+    without = without[np.isfinite(without)]
+    moves = without - without.mean() if len(without) else without
+    square = float((moves**2).sum())
+    if informative < 2 or square <= len(without) * _AT_BOUND**2:
+        return None
+    kurtosis = len(moves) * float((moves**4).sum()) / square**2
+    freedom = 2 * len(moves) / max(kurtosis - 1, _AT_BOUND)
+    most = informative - 1
+    freedom = max(1.0, min(max(freedom, most / 2), most))
+    return float(np.sqrt(square * (len(moves) - 1) / len(moves))), freedom
+
+
+def _logistic(x: float) -> float:
+    return float(0.5 * (1 + np.tanh(x / 2)))
 
 
 def bootstrap_values(
@@ -144,8 +273,8 @@ def bootstrap_intervals(
 ) -> dict[str, list[float] | None]:
     """Percentile intervals [low, high] of each figure over draws of patients; None where there is none.
 
-    None: a single patient, no draws, or a figure that is undefined in more than half of them. With fewer than about 30
-    patients percentile intervals are too narrow.
+    For comparison only: they are too narrow for up to some 200 patients (see `meta_evaluation coverage`); results have
+    those of `patient_intervals`. None: a single patient, no draws, or a figure that is undefined in more than half of them.
     """
     if len(set(patients)) < 2 or not resamples:
         return dict.fromkeys(metrics)
@@ -158,6 +287,9 @@ def _interval(values: np.ndarray, level: float) -> list[float] | None:
     if not len(defined) or len(defined) < _DEFINED_SHARE * len(values):
         return None
     return [float(bound) for bound in np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])]
+
+
+# --- tests of two systems ---------------------------------------------------------------------------------------
 
 
 def _chunks(total: int) -> Iterator[int]:
@@ -178,7 +310,8 @@ def paired_randomisation(
     (1 + permutations that differ at least as much) / (1 + permutations). `first` and `second` hold the same names, and
     their samples are the same questions in the same order, whose patients `patients` gives.
 
-    Returns name → first, second, difference (second - first), p_value, interval (bootstrap, of the difference).
+    Returns name → first, second, difference (second - first), p_value, interval (jackknife over patients, of the
+    difference) and n (patients that the difference can depend on: those of either figure).
     """
     names = [name for name in first if name in second]
     _check_patients([metrics[name] for metrics in (first, second) for name in names], patients)
@@ -195,13 +328,14 @@ def paired_randomisation(
             difference = _difference(first[name], a[name].sum(0) + moved, b[name].sum(0) - moved)
             # Not "greater": a permutation whose difference is undefined counts against a difference too.
             exceeding[name] += int(np.sum(~(np.abs(difference) < np.abs(observed[name]) - _TIE)))
-    intervals = _difference_intervals(first, a, b, count, seed)
+    counts = [patient_counts({name: system[name] for name in names}, patients) for system in (first, second)]
     return {
         name: {
             "first": first[name].value(),
             "second": second[name].value(),
             "difference": _plain(observed[name]),
-            "interval": intervals[name],
+            "interval": _difference_interval(first[name], a[name], b[name]),
+            "n": max(side[name] for side in counts),
             "p_value": (1 + exceeding[name]) / (1 + resamples) if np.isfinite(observed[name]) else None,
         }
         for name in names
@@ -212,23 +346,26 @@ def _difference(metric: SampledMetric, first: np.ndarray, second: np.ndarray) ->
     return metric.combine(second) - metric.combine(first)
 
 
-def _difference_intervals(
-    metrics: Mapping[str, SampledMetric],
-    a: Mapping[str, np.ndarray],
-    b: Mapping[str, np.ndarray],
-    count: int,
-    seed: int,
-) -> dict[str, list[float] | None]:
-    """Bootstrap intervals of second - first, both systems on the same drawn patients."""
-    if count < 2:
-        return dict.fromkeys(a)
-    rng = np.random.default_rng(seed)
-    drawn: dict[str, list[np.ndarray]] = {name: [] for name in a}
-    for size in _chunks(RESAMPLES):
-        weights = rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)
-        for name in a:
-            drawn[name].append(_difference(metrics[name], weights @ a[name], weights @ b[name]))
-    return {name: _interval(np.concatenate(values), LEVEL) for name, values in drawn.items()}
+def _difference_interval(metric: SampledMetric, a: np.ndarray, b: np.ndarray) -> list[float] | None:
+    """Interval of second - first from both systems' sums by patient (P, K): both are without the same patients.
+
+    Exact, as `patient_intervals` has it, where one system has all that a figure can have and the other nothing of it. None
+    where no patient moves the difference otherwise.
+    """
+    figure = float(_difference(metric, a.sum(0), b.sum(0)))
+    without = _difference(metric, a.sum(0) - a, b.sum(0) - b)
+    if not np.isfinite(figure):
+        return None
+    reach = metric.bounds[1] - metric.bounds[0] if metric.bounds else np.inf
+    if abs(abs(figure) - reach) < _AT_BOUND:
+        informative = int(np.isfinite(_difference(metric, a, b)).sum())
+        low, high = _exact_interval(True, max(informative, 1), LEVEL, (0.0, reach))
+        return [low, high] if figure > 0 else [-high, -low]
+    spread = _jackknife(without, int(_moves(without, figure).sum()))
+    if spread is None:
+        return None
+    width = float(student_t.ppf((1 + LEVEL) / 2, spread[1])) * spread[0]
+    return [figure - width, figure + width]
 
 
 # --- baselines: what reports score that no image was read for -----------------------------------------------------
@@ -411,8 +548,7 @@ def read_subgroups(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected CT-RATE's metadata, e.g. validation_metadata.csv.")
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+    with open_csv(path) as reader:
         if "VolumeName" not in (reader.fieldnames or ()):
             raise ValueError(f"{path}: no column VolumeName; its columns are {reader.fieldnames}.")
         volumes: dict[str, dict[str, str]] = {}
@@ -459,13 +595,13 @@ def subgroup_table(
     groups: Mapping[str, Sequence[str]],
     *,
     smallest: int = 10,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    intervals: bool = True,
 ) -> list[dict[str, Any]]:
     """The figures and their intervals in every subgroup of at least `smallest` samples, largest first.
 
-    `groups` as `read_subgroups` gives them. Rows hold `by`, `group`, `count`, `patients`, and name → {value, interval}.
-    Smaller groups are put together as SMALL_GROUPS; a column that has no other is left out.
+    `groups` as `read_subgroups` gives them; without `intervals` all of them are None. Rows hold `by`, `group`, `count`,
+    `patients`, and name → {value, interval}. Smaller groups are put together as SMALL_GROUPS; a column that has no other is
+    left out.
     """
     table = []
     for column, values in groups.items():
@@ -477,7 +613,7 @@ def subgroup_table(
             index = np.flatnonzero(names == name)
             chosen = [patients[k] for k in index]
             some = {key: metric.take(index) for key, metric in metrics.items()}
-            intervals = bootstrap_intervals(some, chosen, resamples=resamples, seed=seed)
-            figures = {key: {"value": some[key].value(), "interval": intervals[key]} for key in some}
+            drawn = patient_intervals(some, chosen) if intervals else dict.fromkeys(some)
+            figures = {key: {"value": some[key].value(), "interval": drawn[key]} for key in some}
             table.append({"by": column, "group": name, "count": count, "patients": len(set(chosen)), **figures})
     return table

@@ -20,6 +20,7 @@ import logging
 import math
 import re
 import sys
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -48,10 +49,15 @@ WORDNET_REMEDY = (
 )
 BERTSCORE_REMEDY = "BERTScore is computed when a model is named (bertscore_model, e.g. roberta-large)."
 CIDER_REMEDY = "CIDEr weighs n-grams by how rare they are among the references, and needs at least two of them."
+CIDER_IDENTICAL = (
+    "0 because all references are the same words: an n-gram that every reference has weighs log(N / N) = 0, so that even a "
+    "perfect prediction scores 0."
+)
 BERTSCORE_TOKENS = 512
 ORDERS = (1, 2, 3, 4)
 BERTSCORE_NAMES = ("bertscore_p", "bertscore_r", "bertscore_f1")
 
+_BOUNDS = {"cider": (0.0, 10.0), **dict.fromkeys(BERTSCORE_NAMES, (-1.0, 1.0))}  # of the others: 0 and 1
 _NEEDS = {"meteor": WORDNET_REMEDY, "cider": CIDER_REMEDY, **dict.fromkeys(BERTSCORE_NAMES, BERTSCORE_REMEDY)}
 TEXT_METRICS = (
     *(f"bleu_{n}" for n in ORDERS),
@@ -176,7 +182,7 @@ def wordnet_available() -> bool:
     """Whether nltk finds WordNet on this machine; never downloads."""
     try:
         wordnet.ensure_loaded()
-    except LookupError:
+    except (LookupError, OSError, zipfile.BadZipFile):  # absent, or cut off while it was copied
         return False
     return True
 
@@ -329,6 +335,16 @@ def cider(predictions: Sequence[str], references: Sequence[str]) -> list[float] 
 # --- BERTScore --------------------------------------------------------------------------------------------------
 
 
+def check_bertscore(model: str, num_layers: int | None = None) -> None:
+    """Raise ImportError without bert-score, ValueError for an unknown model without `num_layers`, or for a layer below 1."""
+    if BERTScorer is None:
+        raise ImportError("BERTScore needs the library bert-score: pip install bert-score.")
+    if num_layers is None and model not in model2layers:
+        raise ValueError(f"bert-score has no layer on record for {model!r}; name one (bertscore_layers, e.g. 9 of 12).")
+    if num_layers is not None and num_layers < 1:
+        raise ValueError(f"bertscore_layers is {num_layers}; layers are counted from 1.")
+
+
 def bertscore(
     predictions: Sequence[str],
     references: Sequence[str],
@@ -345,10 +361,7 @@ def bertscore(
     Raises ImportError without bert-score and ValueError for an unknown model without `num_layers`.
     """
     check_pairs(predictions, references)
-    if BERTScorer is None:
-        raise ImportError("BERTScore needs the library bert-score: pip install bert-score.")
-    if num_layers is None and model not in model2layers:
-        raise ValueError(f"bert-score has no layer on record for {model!r}; name one (bertscore_layers, e.g. 9 of 12).")
+    check_bertscore(model, num_layers)
     # bert-score fails on an empty string, so such pairs never reach it.
     filled = [i for i, pair in enumerate(zip(predictions, references, strict=True)) if all(s.strip() for s in pair)]
     scores = {name: [0.0] * len(predictions) for name in BERTSCORE_NAMES}
@@ -386,16 +399,35 @@ def text_samples(
     values: dict[str, Sequence[float] | None] = {"meteor": meteor(predictions, references)}
     values |= rouge(predictions, references)
     values["cider"] = cider(predictions, references)
-    if bertscore_model is not None:
-        values |= bertscore(predictions, references, bertscore_model, num_layers=bertscore_layers, device=device)
-    return samples | {name: SampledMetric.mean(list(v)) for name, v in values.items() if v is not None}
+    samples |= {name: _mean(name, v) for name, v in values.items() if v is not None}
+    if bertscore_model is None:
+        return samples
+    options = {"bertscore_model": bertscore_model, "bertscore_layers": bertscore_layers, "device": device}
+    return samples | bertscore_samples(predictions, references, **options)
+
+
+def bertscore_samples(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    *,
+    bertscore_model: str,
+    bertscore_layers: int | None = None,
+    device: str | None = None,
+) -> dict[str, SampledMetric]:
+    """BERTScore's figures by sample. Raises what `bertscore` raises."""
+    values = bertscore(predictions, references, bertscore_model, num_layers=bertscore_layers, device=device)
+    return {name: _mean(name, v) for name, v in values.items()}
+
+
+def _mean(name: str, values: Sequence[float]) -> SampledMetric:
+    return SampledMetric.mean(list(values), _BOUNDS.get(name, (0.0, 1.0)))
 
 
 def text_metrics(predictions: Sequence[str], references: Sequence[str], **options: Any) -> dict[str, Any]:
     """All text metrics of a corpus; `options` as for `text_samples`.
 
-    Returns `count`, `empty_predictions`, `empty_references`, `scores` (name → figure, None where not available) and
-    `not_available` (name → why, and what to do). Raises ValueError for no or unequal pairs.
+    Returns `count`, `empty_predictions`, `empty_references`, `scores` (name → figure, None where not available),
+    `not_available` (name → why, and what to do) and `notes` (name → what to heed). Raises ValueError for no or unequal pairs.
     """
     return describe_text(predictions, references, text_samples(predictions, references, **options))
 
@@ -411,4 +443,11 @@ def describe_text(
         "empty_references": sum(not reference.strip() for reference in references),
         "scores": scores,
         "not_available": {name: _NEEDS[name] for name in TEXT_METRICS if name not in samples},
+        "notes": {"cider": CIDER_IDENTICAL} if scores["cider"] == 0 and _all_alike(references) else {},
     }
+
+
+def _all_alike(references: Sequence[str]) -> bool:
+    """Whether all references are the same words to CIDEr."""
+    first = cider_tokens(references[0])
+    return all(reference == references[0] or cider_tokens(reference) == first for reference in references)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 import torch
 from tiny import IMAGE_TOKENS, model_for, tiny_processor
 from torch import nn
-from transformers import TrainingArguments
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
 from samf import eval as eval_script
 from samf.data.collator import SamfCollator
@@ -214,6 +215,93 @@ def test_a_model_trained_on_does_not_continue_the_old_ones_file(records, tmp_pat
         model.weight += 1
     with pytest.raises(ResumeError, match="weights was 'sha256"):
         run(tmp_path, records, model=model)
+
+
+def test_a_weight_deep_inside_a_tensor_is_one_of_the_models(records, tmp_path):
+    model = EchoModel()
+    model.weight = nn.Parameter(torch.zeros(10_000))
+    run(tmp_path, records, model=model)
+    with torch.no_grad():
+        model.weight[5_001] = 1e-3
+    with pytest.raises(ResumeError, match="weights was 'sha256"):
+        run(tmp_path, records, model=model)
+
+
+def test_what_shapes_an_answer_can_not_change_within_a_run(records, tmp_path):
+    """The model's own generation settings, the processor's, the chat template, references: each is named."""
+
+    class Processor(ByteProcessor):
+        def __init__(self):
+            self.image_processor = types.SimpleNamespace(hu_windows=[[-1000, 200]], size=32)
+            self.chat_template = "{{ messages }}"
+
+    def answer(records=records, penalty=1.0, windows=((-1000, 200),), template="{{ messages }}", **settings):
+        model, processor = EchoModel(), Processor()
+        model.generation_config.repetition_penalty = penalty
+        processor.image_processor.hu_windows, processor.chat_template = windows, template
+        settings = GenerationSettings(**{"batch_size": 3, "max_new_tokens": 20, **settings})
+        return generate_predictions(model, processor, records, tmp_path, settings, collator=ByteCollator())
+
+    answer()
+    assert answer().written == 0
+    other = [{**records[0], "answer": "(a) emphysema"}, *records[1:]]
+    for changed, message in (
+        ({"penalty": 1.2}, r"generation_config\.repetition_penalty was 1\.0 and is now 1\.2"),
+        ({"windows": ((-160, 240),)}, r"processor\.image_processor\.hu_windows was \[\[-1000, 200\]\] and is now"),
+        ({"template": "{{ other }}"}, r"processor\.chat_template was '\{\{ messages \}\}' and is now"),
+        ({"records": other}, "references was 'sha256"),
+    ):
+        with pytest.raises(ResumeError, match=message):
+            answer(**changed)
+
+
+def test_a_volume_that_changed_is_not_the_one_that_was_answered_from(records, tmp_path):
+    """By content, wherever the data lie; a volume that failed may be repaired before the run is resumed."""
+    places = [tmp_path / name for name in ("here", "there")]
+    for place in places:
+        place.mkdir()
+        for volume in {record["volume"] for record in records if record["volume"]}:
+            (place / Path(volume).name).write_bytes(volume.encode() * 5000)
+
+    def at(place):
+        return [{**r, "volume": r["volume"] and str(place / Path(r["volume"]).name)} for r in records]
+
+    broken = at(places[0])
+    broken[4]["volume"] = str(places[0] / "valid_9_broken.nii.gz")
+    assert run(tmp_path / "out", broken, on_error="skip").written == len(records) - 1
+    assert run(tmp_path / "out", at(places[1]), on_error="skip").written == 1, "moved, and one repaired"
+    changed = places[1] / "valid_1_a_1.nii.gz"
+    changed.write_bytes(changed.read_bytes()[:-1] + b"x")
+    with pytest.raises(ResumeError, match=r"answered from another volume than .*valid_1_a_1\.nii\.gz is now"):
+        run(tmp_path / "out", at(places[1]), on_error="skip")
+    assert run(tmp_path / "out", at(places[0])).written == 0
+
+
+def test_draws_depend_on_the_batch_size_and_are_tied_to_it(records, tmp_path):
+    run(tmp_path, records, GenerationSettings(batch_size=3, do_sample=True))
+    with pytest.raises(ResumeError, match="batch_size was 3 and is now 2"):
+        run(tmp_path, records, GenerationSettings(batch_size=2, do_sample=True))
+
+
+def test_the_real_processor_and_model_are_the_same_after_loading_again(saved_model, tmp_path):
+    """Else no run could be resumed; and a tokenizer that was used, or a folder that was moved, is no other."""
+    described = []
+    moved = tmp_path / "moved"
+    shutil.copytree(saved_model, moved)
+    for folder in (saved_model, moved):
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
+        if folder == moved:
+            processor.tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
+        described.append(json.dumps(generation.describe_answering(model, processor), sort_keys=True))
+    assert described[0] == described[1]
+    found = json.loads(described[0])
+    assert found["processor"]["image_processor"]["slices_per_plane"] and found["processor"]["tokenizer"]
+    assert (
+        found["processor"]["chat_template"] and found["generation_config"] and found["config"]["model_type"] == "samf"
+    )
+    model.generation_config.num_beams = 5
+    assert generation.describe_answering(model, processor)["generation_config"]["num_beams"] == 5
 
 
 def test_a_foreign_predictions_file_is_not_continued(records, tmp_path):
@@ -519,6 +607,29 @@ def test_eval_script_limit_and_bad_arguments(saved_model, ct_folder, tmp_path):
     assert not (tmp_path / "bad").exists()
 
 
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--finding_names", "Gout"], "Unknown findings"),
+        (["--labeller", "nowhere.pth"], "nowhere.pth: no such file"),
+        (["--bertscore_model", "some/model"], "no layer on record"),
+        (["--bertscore_model", "no/such/folder", "--bertscore_layers", "3"], "no/such/folder"),
+        (["--radeval", "bleu"], "radeval names"),
+        (["--resamples", "-1"], "resamples is -1"),
+        (["--metadata", "nowhere.csv"], "nowhere.csv: no such file"),
+        (["--judge_ranges", "4"], "judge_ranges is 4"),
+        (["--judge_workers", "0"], "judge_workers is 0"),
+        (["--judge_endpoint", "localhost", "--judge_model", "m"], "expected an address"),
+        (["--temperature", "0.5"], "no meaning without do_sample"),
+    ],
+)
+def test_options_are_checked_before_the_first_answer(more, message, saved_model, ct_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_script, "build_model", lambda args: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit, match=message):
+        eval_script.main(eval_argv(saved_model, ct_folder, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
 def test_volume_memo_reads_a_volume_once(ct_folder):
     processor = tiny_processor().image_processor
     paths = sorted(ct_folder.rglob("*.nii.gz"))
@@ -783,7 +894,10 @@ def test_what_a_run_took_is_reported(records, tmp_path):
 def torchrun(count: int, *command: str, **options) -> subprocess.CompletedProcess | subprocess.Popen:
     """`command` under torchrun with gloo, one thread a process; `start=True` doesn't wait for it."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    places = os.pathsep.join(
+        [str(Path(__file__).parent), str(REPOSITORY.parent)]
+    )  # this checkout before an installed one
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
     if options.pop("start", False):
         return subprocess.Popen(launcher, env=environment, start_new_session=True, **options)
     return subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=200, **options)

@@ -237,6 +237,7 @@ def test_bias_has_intervals_over_patients():
         row["prediction"] = row["prediction"] if patient else "no idea"
     bias = position_bias(rows)
     assert bias["accuracy"] == bias["consistency"] == 0.5
-    assert bias["intervals"] == {"accuracy": [0.0, 1.0], "consistency": [0.0, 1.0]}
+    for bounds in bias["intervals"].values():
+        assert bounds == pytest.approx([0, 1], abs=1e-3), "two patients that have nothing in common say nothing"
     assert "accuracy 0.500 (0.000 to 1.000)" in position_bias_table(bias)
-    assert position_bias(rows, resamples=0)["intervals"] == {"accuracy": None, "consistency": None}
+    assert position_bias(rows, intervals=False)["intervals"] == {"accuracy": None, "consistency": None}

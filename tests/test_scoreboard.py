@@ -11,12 +11,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from samf.evaluation import html_report, scoreboard
 from samf.evaluation.html_report import extreme_reports, markdown_to_html, marked_html
 from samf.evaluation.paper_tables import COLUMNS, PAPER_TABLES, TABLE_1, TABLE_2, TABLE_3
-from samf.evaluation.scoring import read_predictions
+from samf.evaluation.scoring import predictions_digest, read_predictions
 from samf.evaluation.side_by_side import (
     AGREES,
     CONTRADICTS,
@@ -127,23 +128,65 @@ def test_our_figures_stand_in_the_papers_columns(good):
     accuracy = system.results["tasks"]["multiple_choice"]["multiple_choice"]["accuracy"]
     assert accuracy == pytest.approx(4 / 6) and choice[5].startswith(f"{accuracy:.3f}")
     always = cells(scoreboard.paper_table(TABLE_2, [system]), "constant: always (b)")
-    assert always[5] == "1.000 (1.000 to 1.000)" and always[1] == pooled[3] == ""
+    assert always[5] == f"1.000 ({0.025 ** (1 / 6):.3f} to 1.000)" and always[1] == pooled[3] == ""
 
 
 def test_the_judges_mean_stands_under_llama_score(good):
-    judged = {"mean": 6.5, "interval": [6.0, 7.0], "highest": 10.0, "count": 6, "scored": 6, "unparsed": 0, "failed": 0}
-    judged |= {"empty": 0, "without_reference": 0}
-    judge = {
-        "judge": {"model": "judge-1"},
-        "prompt_version": "1",
-        "ranges": 3,
-        "tasks": {"report": judged},
-        "scores": [],
-    }
-    good.with_name("judge.json").write_text(json.dumps(judge))
+    judged = add_judge(good, [row for row in read_predictions(good) if row["task"] == "report"])
+    mean = np.mean([score["score"] for score in judged["scores"]])
     system = scoreboard.load_system("ours", good, resamples=0)
-    assert cells(scoreboard.paper_table(TABLE_1, [system]), "**ours**")[6] == "6.500 (6.000 to 7.000)"
+    cell = cells(scoreboard.paper_table(TABLE_1, [system]), "**ours**")[6]
+    assert cell.startswith(f"{mean:.3f} (") and cell.endswith("; n 6)")
     assert "ours is judge-1" in scoreboard.paper_comparison([system])
+
+
+def test_a_judge_of_other_answers_is_not_shown(good, tmp_path, caplog):
+    rows = read_predictions(good)
+    add_judge(good, [{**row, "id": f"other {row['id']}"} for row in rows])
+    system = scoreboard.load_system("ours", good, resamples=0)
+    assert system.judge is None and "are of other answers" in caplog.text
+    assert "- judge.json: its scores are of other answers" in scoreboard.scoreboard_markdown([system])
+    with pytest.raises(ValueError, match=r"judge\.json: its scores are of other answers"):
+        scoreboard.load_system("ours", good, good.with_name("judge.json"), resamples=0)
+    add_judge(good, rows[:2])
+    assert "2 of 6 answers judged" in scoreboard.scoreboard_markdown([scoreboard.load_system("x", good, resamples=0)])
+    good.with_name("judge.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"judge\.json: a JSON list; expected an object"):
+        scoreboard.load_system("ours", good, resamples=0)
+
+
+def test_results_of_other_answers_are_not_shown(good):
+    """Another run's results.json beside the predictions, even of the same ids; an old one that has the same number."""
+    rows, file = read_predictions(good), good.with_name("results.json")
+    before = {
+        "generation": {"written": 12, "resumed": 0, "seconds": 3.0, "failures": 0, "tasks": {}},
+        "model": {"x": 1},
+    }
+    other = [{**rows[0], "prediction": "Another text."}, *rows[1:]]
+    for made_of, shown in ((rows, True), (other, False), (None, True)):
+        digest = {} if made_of is None else {"predictions_digest": predictions_digest(made_of)}
+        file.write_text(json.dumps({**before, **digest}), encoding="utf-8")
+        results = scoreboard.load_system("ours", good, resamples=0).results
+        assert ("generation" in results, "model" in results) == (shown, shown)
+        assert ("results.json" in results["notes"]) == (made_of is not rows)
+    before["generation"]["written"] = 11
+    file.write_text(json.dumps(before), encoding="utf-8")
+    results = scoreboard.load_system("ours", good, resamples=0).results
+    assert "generation" not in results and "is of other answers" in results["notes"]["results.json"]
+    assert results["answers"]["report"]["answers"] == 6
+
+
+def test_legends_cover_no_plot_rows(good, bad):
+    systems = {name: scoreboard.load_system(name, path) for name, path in (("one", good), ("two", bad))}
+    results = {name: system.results for name, system in systems.items()}
+    plots = [html_report.interval_plot(results, "report"), html_report.finding_bars(results)]
+    plots.append(html_report.length_histogram({name: system.rows for name, system in systems.items()}))
+    for plot in plots:
+        canvas = FigureCanvasAgg(plot)
+        canvas.draw()
+        (axes,) = plot.axes
+        legend = axes.get_legend().get_window_extent(canvas.get_renderer())
+        assert not legend.overlaps(axes.get_window_extent())
 
 
 # ---- side by side ----------------------------------------------------------------------------------------------------
@@ -318,12 +361,13 @@ def data(tmp_path):
     return folder / "reports.csv"
 
 
-def add_judge(path, rows) -> None:
+def add_judge(path, rows) -> dict:
     scores = [{"id": r["id"], "task": r["task"], "score": len(r["prediction"]) % 2, "status": "scored"} for r in rows]
     counts = {"count": 6, "scored": 6, "unparsed": 0, "failed": 0, "empty": 0, "without_reference": 0}
     tasks = {"report": {**counts, "mean": 0.5, "interval": None, "highest": 10.0}}
     judge = {"judge": {"model": "judge-1"}, "prompt_version": "1", "ranges": 3, "tasks": tasks, "scores": scores}
     path.with_name("judge.json").write_text(json.dumps(judge), encoding="utf-8")
+    return judge
 
 
 def test_one_command_writes_everything(good, bad, data, tmp_path, capsys):

@@ -10,11 +10,14 @@ import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
 from samf.data.ct_rate import CT_RATE_LABELS
+from samf.evaluation import scoring
 from samf.evaluation.finding_labeller import label_reports
 from samf.evaluation.multiple_choice import score_multiple_choice
 from samf.evaluation.results_table import comparison_table
 from samf.evaluation.scoring import (
+    SCHEMA,
     PredictionsError,
+    check_options,
     choice_samples,
     compare_predictions,
     read_predictions,
@@ -112,20 +115,22 @@ def test_score_predictions(rows, tmp_path):
 def test_table_names_every_score_and_remedy(rows):
     table = results_table(score_predictions(rows))
     for text in (
-        "| report | 3 | 0 | 0 |",
+        "| report | 3 | 0 | 0 | 3 |",
+        "| text | report (n 3) | multiple_choice (n 4) | short_answer (n 1) |",
         "| mean BLEU-4 |",
         "| counts pooled |",
         "| mean of samples | yes |",
         "| 4 questions | 0.500 (",
         "| always (a) | 0.500 (",
         "| chance | 0.250 |",
-        "| Cardiomegaly | n/a | 0.000 (0.000 to 0.000) | 0.000 (0.000 to 0.000) | 1 | 0 |",
+        # Two of three reports name it, one of them the reference: what a single patient shows of its recall is little.
+        "| Cardiomegaly | n/a | 0.000 (0.000 to 0.975; n 1) | 0.000 (0.000 to 0.975; n 1) | 1 | 0 |",
         "| Lung nodule | n/a | n/a | n/a | 0 | 0 |",
         "**macro** (4",
         "constant: the most frequent report",
         "another patient's answer",
         "Cohort: 8 answers, 8 scans, 8 patients.",
-        "95% intervals, bootstrap over patients, 1000 draws",
+        "95% intervals (jackknife over patients",
         "BERTScore P, BERTScore R, BERTScore F1: not available",
     ):
         assert text in table
@@ -339,7 +344,10 @@ def test_comparison_of_two_systems(two_systems):
     alone = score_predictions(first[1:])["tasks"]["report"]
     assert report["text.bleu_4"]["first"] == alone["text"]["bleu_4"]
     table = comparison_table(result, ("constant", "reader"))
-    assert "| report | constant | reader | difference | p |" in table and "39 records are in both" in table
+    assert (
+        "| report | constant | reader | difference | n | p (uncorrected) |" in table
+        and "39 records are in both" in table
+    )
 
 
 def test_comparison_errors(two_systems):
@@ -455,3 +463,150 @@ def test_command_line_of_a_bad_file(tmp_path, capsys):
 
     with pytest.raises(SystemExit, match="no such file"):
         main([str(tmp_path / "nowhere.jsonl")])
+
+
+# --- types of fields ----------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"prediction": NAN}, "prediction is NaN; expected a text.*fillna"),
+        ({"reference": NAN}, "reference is NaN"),
+        ({"prediction": ["Emphysema."]}, "prediction is a list of 1; expected a text.*choose one"),
+        ({"reference": ["Normal.", "Clear."]}, "reference is a list of 2"),
+        ({"prediction": 3}, "prediction is the number 3"),
+        ({"prediction": True}, "prediction is true"),
+        ({"prediction": {"text": "x"}}, "prediction is an object"),
+        ({"question": 7.5}, r"question is the number 7\.5"),
+        ({"task": 1}, "task is the number 1"),
+        ({"task": "multiple_choice", "choices": "abcd"}, "choices is a text; expected a list of texts"),
+        ({"task": "multiple_choice", "choices": ["a", 2]}, "choices is a list of 2; expected a list of texts"),
+        ({"choices": "abcd"}, "choices is a text"),
+        ({"tokens": "12"}, "tokens is a text; expected a whole number"),
+        ({"tokens": -1}, "tokens is the number -1"),
+        ({"truncated": "false"}, "truncated is a text; expected true or false"),
+        ({"id": NAN}, "id is NaN; expected a text or a whole number"),
+        ({"scan_id": ["valid_1_a"]}, "scan_id is a list"),
+        ({"patient_id": 3.0}, "patient_id is the number 3"),
+        ({"volume": 5}, "volume is the number 5"),
+        ({"prediction": "\ud83d"}, "prediction holds half of a surrogate pair"),
+    ],
+)
+def test_fields_of_the_wrong_type_are_named_with_file_and_line(changed, message, tmp_path):
+    rows = [row(0, "report", "Normal.", "Normal."), {**row(1, "report", "Normal.", "Clear."), **changed}]
+    path = write(tmp_path / "predictions.jsonl", rows)
+    with pytest.raises(PredictionsError, match=rf"predictions\.jsonl, line 2: {message}"):
+        score_predictions(path, resamples=0)
+    with pytest.raises(PredictionsError, match=rf"row 1: {message}"):
+        compare_predictions(rows, rows)
+    with pytest.raises(PredictionsError, match="row 0: a str"):
+        score_predictions(["a row"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_predictions_in_other_encodings(encoding, tmp_path):
+    """What a byte order mark names is read; a code page is an error with the remedy."""
+    path = tmp_path / "predictions.jsonl"
+    line = json.dumps(row(1, "report", "Müller: no nodule – normal.", "No nodule."), ensure_ascii=False)
+    path.write_text(line, encoding=encoding)
+    if encoding == "cp1252":
+        with pytest.raises(PredictionsError, match=r"predictions\.jsonl: not UTF-8.*iconv"):
+            score_predictions(path, resamples=0)
+    else:
+        assert read_predictions(path)[0]["reference"] == "Müller: no nodule – normal."
+
+
+# --- what a table must not hide -------------------------------------------------------------------------------------
+
+
+def test_no_figure_of_few_cases_is_certain(two_systems):
+    """Perfect answers: every interval has a width, and n stands beside each finding's figures."""
+    for rows in (two_systems[1], two_systems[1][:1]):
+        table = results_table(score_predictions(rows))
+        assert "1.000 (1.000 to 1.000" not in table
+    assert "| Emphysema | 1.000 (n 1) | 1.000 (n 1) | 1.000 (n 1) | 1 | 1 |" in table, "one case has no interval"
+    table = results_table(score_predictions(two_systems[1]))
+    assert f"| Emphysema | {' | '.join([f'1.000 ({0.025**0.1:.3f} to 1.000; n 10)'] * 3)} | 10 | 10 |" in table
+    compared = comparison_table(compare_predictions(*two_systems, permutations=50))
+    assert "p (uncorrected)" in compared and "are expected below 0.05 by chance" in compared
+
+
+def test_patients_that_are_not_known_are_said(rows):
+    assert "Patients are not known" not in results_table(score_predictions(rows, resamples=0))
+    anonymous = [{**r, "id": f"q{k}", "scan_id": f"case {k}"} for k, r in enumerate(rows)]
+    results = score_predictions(anonymous, resamples=0)
+    table = results_table(results)
+    assert results["statistics"]["unknown_patients"] == 8 and "8 scans, patients not known." in table
+    assert "- Patients are not known for 8 of 8 answers" in table
+    named = score_predictions([{**r, "patient_id": k // 4} for k, r in enumerate(anonymous)], resamples=0)
+    assert named["cohort"]["patients"] == 2 and "Patients are not known" not in results_table(named)
+
+
+def test_results_state_what_they_depend_on(rows):
+    results = score_predictions(rows, resamples=0, finding_names=["Emphysema"])
+    assert results["schema"] == SCHEMA and results["code"]["source"] and results["code"]["numpy"] == np.__version__
+    assert results["settings"]["finding_names"] == ["Emphysema"] and results["settings"]["labeller"] == "rules"
+    assert results["predictions_digest"] == score_predictions(rows[::-1], resamples=0)["predictions_digest"]
+    other = [{**rows[0], "prediction": "Other."}, *rows[1:]]
+    assert results["predictions_digest"] != score_predictions(other, resamples=0)["predictions_digest"]
+    table = results_table({**results, "model": {"model": "runs/ao2d", "weights": "sha256 12"}})
+    assert "- Model: runs/ao2d, weights sha256 12." in table and f"source {results['code']['source']}" in table
+
+
+def test_cider_of_identical_references_says_why_it_is_0():
+    same = [row(k, "report", "Normal chest.", "Normal chest.") for k in range(3)]
+    results = score_predictions(same, resamples=0)
+    assert results["tasks"]["report"]["text"]["cider"] == 0
+    assert "CIDEr (0 to 10), report: 0 because all references are the same words" in results_table(results)
+    assert score_predictions([*same, row(9, "report", "Nodule.", "Mass.")], resamples=0)["notes"] == {}
+
+
+def test_a_metric_that_fails_is_a_note_and_costs_no_other(two_systems, monkeypatch):
+    """RadEval 2.2.1's radgraph imports a package of another name than it installs; a BERTScore model may not load."""
+    calls = []
+
+    class RadEval:
+        def __init__(self, metrics, per_sample, show_progress):
+            calls.append(metrics)
+            if metrics == ["radgraph"]:
+                raise ModuleNotFoundError("No module named 'RadEval'")
+
+        def __call__(self, refs, hyps):
+            return {"ratescore": [0.5] * len(hyps)}
+
+    def broken(*texts, **options):
+        raise RuntimeError("no such model\nand a long story")
+
+    module = types.ModuleType("radeval")
+    module.RadEval = RadEval
+    monkeypatch.setitem(sys.modules, "radeval", module)
+    monkeypatch.setattr(scoring, "bertscore_samples", broken)
+    options = {"radeval": ["radgraph", "ratescore"], "bertscore_model": "some/model", "bertscore_layers": 3}
+    results = score_predictions(two_systems[0], resamples=0, **options)
+    assert results["tasks"]["report"]["radeval"] == {"ratescore": 0.5} and calls == [["radgraph"], ["ratescore"]]
+    assert results["tasks"]["report"]["findings"]["macro"]["f1"] is not None
+    assert results["not_available"]["bertscore_f1"] == "It failed with RuntimeError: no such model"
+    assert "ModuleNotFoundError" in results["not_available"]["radgraph_simple"]
+    compared = compare_predictions(*two_systems, permutations=10, **options)
+    assert "radeval.ratescore" in compared["tasks"]["report"]
+    assert "radgraph_simple" in comparison_table(compared)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"finding_names": ["Gout"]}, "Unknown findings"),
+        ({"radeval": ["bleu"]}, "radeval names"),
+        ({"resamples": -1}, "resamples is -1"),
+        ({"bertscore_model": "some/model"}, "no layer on record"),
+        ({"bertscore_model": "some/model", "bertscore_layers": 0}, "bertscore_layers is 0"),
+        ({"metadata": "nowhere.csv"}, "nowhere.csv: no such file"),
+        ({"labeller": "nowhere.pth"}, "nowhere.pth: no such file"),
+    ],
+)
+def test_options_are_checked_without_predictions(options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check_options(**options)

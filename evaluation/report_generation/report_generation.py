@@ -40,7 +40,7 @@ Returns:
     meteor, rouge_1, rouge_2, rouge_l (F-measures), cider (0 to 10), bertscore_p, bertscore_r, bertscore_f1: means.
     finding_macro_f1, finding_micro_f1, crg: of the findings that a rule-based labeller reads (needs samf).
     count, empty_predictions: numbers of pairs, and of predictions without a word, which score 0.
-    not_available: name -> why a figure is None, and what to do.
+    not_available: name -> why a figure is None, and what to do. notes: name -> what to heed, e.g. why CIDEr is 0.
 Examples:
     >>> metric = evaluate.load("evaluation/report_generation")
     >>> text = "Pleural effusion was not observed."
@@ -93,10 +93,12 @@ class ReportGeneration(evaluate.Metric):
         bertscore = {"bertscore_model": bertscore_model, "bertscore_layers": bertscore_layers, "device": device}
         if text_metrics is not None:
             text = text_metrics(predictions, references, **bertscore)
-            scores, not_available = text["scores"], text["not_available"]
+            scores, not_available, notes = text["scores"], text["not_available"], text["notes"]
         else:
             scores = reference_scores(predictions, references, **bertscore)
             not_available = {name: REMEDIES[name] for name, value in scores.items() if value is None}
+            alike = scores["cider"] == 0 and len(set(references)) == 1
+            notes = {"cider": "0 because all references are the same text: its n-grams weigh nothing."} if alike else {}
         clinical = clinical_scores(predictions, references)
         undefined = {"finding_macro_f1": MACRO_REMEDY, "finding_micro_f1": MICRO_REMEDY, "crg": CRG_REMEDY}
         reasons = REMEDIES if score_findings is None else undefined
@@ -107,6 +109,7 @@ class ReportGeneration(evaluate.Metric):
             "count": len(predictions),
             "empty_predictions": sum(not prediction.strip() for prediction in predictions),
             "not_available": not_available,
+            "notes": notes,
         }
 
 
