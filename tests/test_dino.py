@@ -26,10 +26,11 @@ from samf.data.slice_images import (
     some_slices,
 )
 from samf.pretraining.attention_maps import cls_attention
+from samf.pretraining.checkpoints import last_checkpoint
 from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews, cosine
 from samf.pretraining.dino_trainer import ATTENTION, DinoTrainer
 from samf.pretraining.neighbours import knn_accuracy, retrieval_accuracy
-from samf.pretraining.resumable import EpochSampler, ResumableTrainer, last_checkpoint, written_whole
+from samf.pretraining.resumable import EpochSampler, ResumableTrainer, written_whole
 from samf.training.samples import FOLDER
 
 pytest.importorskip("lightly", reason="DINO needs lightly: pip install 'lightly>=1.6'")
