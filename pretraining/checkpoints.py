@@ -14,6 +14,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch.distributed.checkpoint import FileSystemReader
@@ -165,16 +166,19 @@ def _missing_weights(folder: Path) -> str | None:
         return None
     if any((child / name).is_file() for child in folder.iterdir() if child.is_dir() for name in WEIGHTS):
         return None  # adapters under names of their own
-    return WEIGHTS[0]
+    return INDEXES[0] if any(folder.glob("model-*-of-*.safetensors")) else WEIGHTS[0]
 
 
 def _missing_states(folder: Path) -> str | None:
     """The first file of the optimizer's, scheduler's and random generators' that isn't there."""
     deepspeed = _deepspeed_folder(folder)
+    # One process writes rng_state.pth; several number theirs, so that there are at least two.
+    generators = _numbers(folder, r"rng_state_(\d+)\.pth")
+    processes = max(2, max(generators) + 1) if generators else 1
     if deepspeed is not None:
         if not (folder / DEEPSPEED_TAG).is_file():
             return DEEPSPEED_TAG
-        if (missing := _missing_deepspeed(deepspeed)) is not None:
+        if (missing := _missing_deepspeed(deepspeed, processes)) is not None:
             return f"{deepspeed.name}/{missing}"
     else:
         if not _any(folder, ("optimizer.pt", *FSDP_OPTIMIZER)):
@@ -183,28 +187,30 @@ def _missing_states(folder: Path) -> str | None:
             return "scheduler.pt"
     if (folder / "rng_state.pth").is_file():
         return None
-    # Several processes number theirs, so that there are at least two.
-    return _missing_number(folder, r"rng_state_(\d+)\.pth", "rng_state_{}.pth", least=2)
+    return _first_missing("rng_state_{}.pth", generators, processes) if generators else "rng_state.pth"
 
 
-def _missing_deepspeed(folder: Path) -> str | None:
+def _missing_deepspeed(folder: Path, processes: int) -> str | None:
     if not folder.is_dir():
         return "*"
     names = [path.name for path in folder.iterdir()]
     if not any(name.endswith("model_states.pt") for name in names):
         return "mp_rank_00_model_states.pt"
-    if any(name.startswith("zero_pp_rank_") and name.endswith("model_states.pt") for name in names):
-        form = r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt"
-        if missing := _missing_number(folder, form, "zero_pp_rank_{}_mp_rank_00_model_states.pt"):
-            return missing
-    form = r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt"
-    return _missing_number(folder, form, "zero_pp_rank_{}_mp_rank_00_optim_states.pt")
+    models = _numbers(folder, r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")  # one each under ZeRO-3 alone
+    if models and (missing := _first_missing("zero_pp_rank_{}_mp_rank_00_model_states.pt", models, processes)):
+        return missing
+    states = _numbers(folder, r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+    return _first_missing("zero_pp_rank_{}_mp_rank_00_optim_states.pt", states, processes)
 
 
-def _missing_number(folder: Path, form: str, name: str, least: int = 1) -> str | None:
-    """The first of a folder's numbered files that isn't there: from 0 to the highest that is."""
-    found = {int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(form, path.name))}
-    wanted = range(max(least, max(found, default=0) + 1))
+def _numbers(folder: Path, form: str) -> set[int]:
+    """The numbers of a folder's files whose names are of a regular expression's form."""
+    return {int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(form, path.name))}
+
+
+def _first_missing(name: str, found: set[int], count: int) -> str | None:
+    """The first of `count` numbered files, or more where higher numbers were found, that isn't there."""
+    wanted = range(max(count, max(found, default=-1) + 1))
     return next((name.format(number) for number in wanted if number not in found), None)
 
 
@@ -218,19 +224,24 @@ def _shards_damage(folder: Path) -> str | None:
             return f"{name}/{SHARDS_METADATA} is missing"
         try:
             extents = FileSystemReader(shards).read_metadata().storage_data.values()
-            ends: dict[str, int] = {}
-            for extent in extents:
-                end = extent.offset + extent.length
-                ends[extent.relative_path] = max(end, ends.get(extent.relative_path, 0))
+            last = {extent.relative_path: (extent.offset, extent.length) for extent in sorted(extents, key=_offset)}
         except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
             return f"{name}/{SHARDS_METADATA}: can't be read ({error})"
-        for file, end in sorted(ends.items()):
+        for file, (start, length) in sorted(last.items()):
             path = shards / file
             if not path.is_file():
                 return f"{name}/{file} is missing"
-            if path.stat().st_size < end:
-                return f"{name}/{file}: cut short: {path.stat().st_size} of {end} bytes"
+            if path.stat().st_size < start + length:
+                return f"{name}/{file}: cut short: {path.stat().st_size} of {start + length} bytes"
+            with path.open("rb") as stream:
+                stream.seek(start)
+                if not any(stream.read(8)):
+                    return f"{name}/{file}: zeros instead of data"
     return None
+
+
+def _offset(extent: Any) -> int:
+    return extent.offset
 
 
 # ---- what a run resumes from ---------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """What makes a Trainer's run repeatable: order and chance by epoch and index, checkpoints on signals, whole folders."""
 
+import atexit
 import logging
+import multiprocessing
 import os
 import random
 import shutil
@@ -88,6 +90,9 @@ class StoppableTrainer(Trainer):
         """
         loader = super()._get_dataloader(*args, **kwargs)
         if loader.num_workers:
+            # At its end Python would ask them by SIGTERM to go, and wait for ever.
+            atexit.unregister(_kill_daemons)
+            atexit.register(_kill_daemons)
             own = getattr(loader, "base_dataloader", loader)  # accelerate's loader starts the workers of the one within
             own.worker_init_fn = partial(_start_worker, own.worker_init_fn)
         return loader
@@ -215,6 +220,13 @@ class _AgreedBatches:
         batches, end = iter(self._loader), object()
         while (batch := self._fetch_together(lambda: next(batches, end))) is not end:
             yield batch
+
+
+def _kill_daemons() -> None:
+    """End those child processes that Python ends when this one does, also those that ignore signals."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _start_worker(before: Callable[[int], None] | None, worker: int) -> None:

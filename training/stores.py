@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
-from samf.ct_volume import read_ct
 from samf.data.cache_ledger import Ledger, look_at
 from samf.data.collator import VolumeStore
 from samf.data.embedding_cache import EmbeddingCache
@@ -22,7 +21,6 @@ from samf.data.volume_lists import VolumeKey
 from samf.modeling_samf import SamfForConditionalGeneration
 from samf.processing_samf import SamfProcessor
 from samf.training.arguments import DataArguments
-from samf.volume_sources import not_kept
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +53,7 @@ class OptionalSliceCache(SliceCache):
         except OSError as error:
             logger.debug("%s: %s", self.folder, error)
             record = None
-        if record is not None:
-            return record
-        with not_kept(path):
-            return self.image_processor.extract(read_ct(path, rescale=rescale))
+        return self.extract(path, rescale=rescale) if record is None else record
 
 
 def why_not_write(folder: Path, missing: int, bytes_each: int) -> str | None:
