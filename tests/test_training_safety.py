@@ -111,8 +111,8 @@ def test_a_worker_process_that_fails_leaves_a_checkpoint_too(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "kept", "message"),
     [
-        ("nan", ["checkpoint-2"], "step 4: the loss is nan"),
-        ("data", ["checkpoint-2", "checkpoint-3"], "row 7 is on a disk that went away"),
+        ("nan", ["checkpoint-2", "checkpoint-4"], "step 5: the loss is nan"),
+        ("data", ["checkpoint-2", "checkpoint-3"], "row 9 is on a disk that went away"),
         ("eval", ["checkpoint-3"], "row 3 is on a disk that went away"),
     ],
 )
