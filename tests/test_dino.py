@@ -391,7 +391,9 @@ def test_an_encoder_of_medmnist_keeps_the_window_that_it_has_seen(tmp_path):
     args = pretrain_encoder.EncoderArguments(data=[str(tmp_path)], image_size=28)
     pretrain_encoder.build_image_processor(args).save_pretrained(tmp_path / "encoder")
     later = load_image_processor(str(tmp_path / "encoder"))
-    abdomen = CTVolume(np.linspace(-400, 500, 64**3).reshape(64, 64, 64).astype(np.float32), (1.0, 1.0, 1.0), np.eye(4))
+    abdomen = CTVolume(
+        np.linspace(-400, 500, 64**3).reshape(64, 64, 64).astype(np.float32), (1.0, 1.0, 1.0), np.eye(4), "ramp"
+    )
     slices = later.extract(abdomen)["slices"]  # (S, 3, H, W)
     assert (slices == slices[:, :1]).all()  # grey
     assert [tuple(window) for window in later.hu_windows] == [(-160, 240)] * 3
