@@ -163,9 +163,9 @@ def train_by_dino(args: EncoderArguments, dino_args: DinoArguments, training: Tr
         attention_slices=args.attention_slices,
     )
     train_to_end(trainer)
+    trainer.save_encoder()  # first: an evaluation can fail
     if training.eval_strategy == "no":
         trainer.evaluate()
-    trainer.save_encoder()
     trainer.save_state()
 
 

@@ -150,7 +150,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     train_to_end(trainer)
     if training.do_eval and training.eval_strategy == "no":
-        trainer.evaluate()  # before the card, which has its losses
+        try:
+            trainer.evaluate()  # before the card, which has its losses
+        except Exception:
+            save_repository(trainer)  # what was trained isn't lost to an evaluation's data
+            raise
     save_repository(trainer)
     if tuning.merge and trainer.is_world_process_zero():
         merge_adapter(training.output_dir, Path(training.output_dir, MERGED))

@@ -102,9 +102,9 @@ def main(argv: list[str] | None = None) -> None:
         temperature=args.temperature,
     )
     train_to_end(trainer)
+    trainer.save_aggregator()  # first: an evaluation can fail
     if training.eval_strategy == "no":
         trainer.evaluate()
-    trainer.save_aggregator()
     trainer.save_state()
 
 

@@ -1,5 +1,7 @@
 """A slice encoder that learns to tell which finding lies in which quarter of a phantom's slice."""
 
+from copy import deepcopy
+
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
@@ -71,9 +73,9 @@ def train_on_labels(
         image_processor=image_processor,
     )
     train_to_end(trainer)
-    trainer.log_metrics("eval", trainer.evaluate())
     if trainer.is_world_process_zero():
-        with written_whole(training.output_dir) as temporary:
-            model.vit.half().save_pretrained(temporary)
+        with written_whole(training.output_dir) as temporary:  # first: an evaluation can fail
+            deepcopy(model.vit).half().save_pretrained(temporary)
             image_processor.save_pretrained(temporary)
+    trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_state()
