@@ -322,7 +322,7 @@ def test_a_crash_a_hang_and_a_torn_file_cost_their_volumes_alone(troubled, tmp_p
 def test_a_disk_that_stalls_costs_no_volume(tmp_path, monkeypatch, is_back):
     """A file server that starts anew, in the middle of the work: what it delays isn't noted, and the next run makes it."""
     folder, cache, back = tmp_path / "volumes", tmp_path / "cache", tmp_path / "back"
-    files = save_phantoms(folder, 6)
+    files = save_phantoms(folder, 4)
 
     def read(path, **options):
         while len(list(cache.glob("??/*.safetensors"))) >= 2 and not back.exists():
@@ -334,7 +334,7 @@ def test_a_disk_that_stalls_costs_no_volume(tmp_path, monkeypatch, is_back):
         preprocessing._Run, "settle_time_outs", lambda *args: (back.touch() if is_back else None, settle(*args))
     )
     monkeypatch.setattr(slice_cache, "read_ct", read)
-    assert run(folder, cache, on_error="skip", timeout=2) == (0 if is_back else preprocess.TRY_AGAIN)
+    assert run(folder, cache, on_error="skip", timeout=1) == (0 if is_back else preprocess.TRY_AGAIN)
     assert manifest(cache)["failed"] == 0 and manifest(cache)["complete"] == is_back
     assert not list(cache.glob("??/*.failed.json"))
     back.touch()
