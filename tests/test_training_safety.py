@@ -108,6 +108,19 @@ def test_a_worker_process_that_fails_leaves_a_checkpoint_too(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_fails_ends_although_its_workers_ignore_signals(tmp_path):
+    """Python would ask them by SIGTERM to go, and wait for them."""
+    done = subprocess.run(
+        [*command("tests/toy_training.py", 1, {}), str(tmp_path), "data"],
+        env={**environment(), "WORKERS": "2"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 1 and "row 9 is on a disk that went away" in done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kept", "message"),
     [

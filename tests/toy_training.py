@@ -65,5 +65,6 @@ def toy(folder: Path, kind: str = "", bad: int = -1, **options: Any) -> Orderly:
 
 if __name__ == "__main__":
     # Row 9 is the second of step 5: the last process's.
-    size = 2 // int(os.environ.get("WORLD_SIZE", "1"))
-    train_to_end(toy(Path(sys.argv[1]), sys.argv[2], bad=9, per_device_train_batch_size=size))
+    options = {"per_device_train_batch_size": 2 // int(os.environ.get("WORLD_SIZE", "1"))}
+    options["dataloader_num_workers"] = int(os.environ.get("WORKERS", "0"))
+    train_to_end(toy(Path(sys.argv[1]), sys.argv[2], bad=9, **options))
