@@ -28,7 +28,7 @@ from samf.data.embedding_cache import EmbeddingCache
 from samf.data.slice_cache import SliceCache, check_record, read_record, write_record
 from samf.data.worker_pool import WorkerDied, WorkerPool
 from samf.image_processing_samf import SamfImageProcessor
-from samf.volume_sources import is_address
+from samf.volume_sources import is_address, not_kept
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,11 @@ from samf.data.processes import is_first_process
 from samf.data.slice_cache import SliceCache, read_record
 from samf.data.slice_images import fill_slice_cache
 from samf.data.volume_lists import VolumeKey
+from samf.image_processing_samf import SamfImageProcessor
 from samf.modeling_samf import SamfForConditionalGeneration
 from samf.processing_samf import SamfProcessor
 from samf.training.arguments import DataArguments
+from samf.volume_sources import not_kept
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +33,28 @@ class OptionalSliceCache(SliceCache):
     """A slice cache that training can do without: what can't be kept is made again whenever it is needed.
 
     Args:
-        folder, image_processor: see SliceCache.
+        folder, image_processor, min_coverage: see SliceCache.
         is_writable: False uses the records that are there and adds none. It becomes False at the first record that
             can't be written, which a warning says once in each process.
     """
 
-    def __init__(self, folder: str | os.PathLike, image_processor: object, is_writable: bool = True):
-        super().__init__(folder, image_processor)
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        image_processor: SamfImageProcessor,
+        min_coverage: float = 0.0,
+        is_writable: bool = True,
+    ):
+        super().__init__(folder, image_processor, min_coverage)
         self.is_writable = is_writable
 
-    def get(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> dict[str, np.ndarray]:
+    def get(
+        self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None, searched: bool = False
+    ) -> dict[str, np.ndarray]:
         """What `SliceCache.get` gives, which raises CTReadError for a volume; but no error of the cache's own."""
         if self.is_writable:
             try:
-                return super().get(path, rescale=rescale)
+                return super().get(path, rescale=rescale, searched=searched)
             except OSError as error:
                 self.is_writable = False
                 logger.warning("%s: %s. Training goes on without adding to the cache.", self.folder, error)
@@ -53,7 +63,10 @@ class OptionalSliceCache(SliceCache):
         except OSError as error:
             logger.debug("%s: %s", self.folder, error)
             record = None
-        return self.extract(path, rescale=rescale) if record is None else record
+        if record is not None:
+            return record
+        with not_kept(path):
+            return self.image_processor.extract(self.read(path, rescale, searched))
 
 
 def why_not_write(folder: Path, missing: int, bytes_each: int) -> str | None:
@@ -111,7 +124,7 @@ def build_volume_store(
     if args.slice_cache is None:
         return None
     folder, image_processor = Path(args.slice_cache), processor.image_processor
-    slices = OptionalSliceCache(folder, image_processor)
+    slices = OptionalSliceCache(folder, image_processor, args.min_coverage)
     slices.is_writable = not _check(folder, "slices", slices, volumes, record_bytes(image_processor))
     if not args.cache_embeddings:
         return slices
