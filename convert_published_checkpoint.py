@@ -49,6 +49,7 @@ from samf.conversion_checks import (
     read_index,
     read_json,
 )
+from samf.hub_samf import publish_weights
 from samf.image_processing_samf import SamfImageProcessor
 from samf.model_card import make_card, write_model_card
 from samf.modeling_samf import SamfForConditionalGeneration
@@ -823,6 +824,7 @@ def new_folder(path: str) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        publish_weights(temporary)
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -3,13 +3,16 @@
 A Hub repository carries this file beside the classes, so it imports nothing of ours but `model_card.py`.
 """
 
+import contextlib
 import copy
 import json
 import os
+import stat
 import sys
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -171,6 +174,7 @@ class HubModel(PushToHubWithCard):
             self._save_wrapped_adapter(Path(save_directory), state_dict)
         if not is_main_process:
             return
+        publish_weights(save_directory)
         if adapter is not None:
             self.save_config_and_code(save_directory)
             if hub_id(adapter.base_model_name_or_path) is None:
@@ -300,11 +304,37 @@ def _base_problem(adapter: Any) -> str:
     )
 
 
+def publish_weights(folder: str | os.PathLike) -> None:
+    """Give a folder's safetensors files the permissions that a new file there gets.
+
+    safetensors 0.8 makes files that only their owner can read; on a disk that several people share, others may have to.
+    """
+    files = [file for file in Path(folder).glob("*.safetensors") if not file.is_symlink()]
+    if not files:
+        return
+    probe = Path(folder) / f".{uuid.uuid4().hex}.tmp"  # tells the umask, and what the folder passes on
+    os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+    for file in files:
+        found = stat.S_IMODE(file.stat().st_mode)
+        if found | mode != found:
+            with contextlib.suppress(PermissionError):  # another's file, which was there before
+                file.chmod(found | mode)
+
+
 def adapter_base(folder: str | os.PathLike | None) -> str | None:
     """The base model of a local folder that holds an adapter and no model; None for anything else.
 
+    A base model's folder within the adapter's, or for a run's checkpoint beside it, counts before the path that was noted:
+    the whole may have been moved or copied.
+
     Raises:
         ImportError: it is such a folder, and peft is missing.
+        ValueError: the adapter names no base model.
+        FileNotFoundError: its base model was a folder that isn't there any more.
     """
     config = Path(folder or "") / "adapter_config.json"
     if folder is None or not config.is_file() or any(any(Path(folder).glob(pattern)) for pattern in WEIGHTS):
@@ -314,6 +344,17 @@ def adapter_base(folder: str | os.PathLike | None) -> str | None:
     base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{config}: base_model_name_or_path is missing; set it to the base model's Hub id or folder.")
+    own = Path(folder).resolve()
+    name = PureWindowsPath(base).name  # the last part of either kind of path
+    places = [own, own.parent] if own.name.startswith("checkpoint-") else [own]
+    moved = next((place / name for place in places if (place / name / "config.json").is_file()), None)
+    if moved is not None and hub_id(base) is None:
+        return str(moved)
+    if hub_id(base) is None and not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"{config}: its base model is {base}, which isn't there, and neither is {own / name}. Put the base model's "
+            "folder there, or set base_model_name_or_path to its new place or Hub id."
+        )
     return base
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments, ViTConfig, ViTModel, set_seed
 
-from samf.data.slice_images import SLICES, SliceSets, slice_sets, some_slices
+from samf.data.slice_images import MEDMNIST_WINDOWS, SLICES, SliceSets, holds_medmnist, slice_sets, some_slices
 from samf.data.slice_settings import has_slice_settings
 from samf.data.source_arguments import SourceArguments
 from samf.image_processing_samf import SamfImageProcessor
+from samf.pretraining.checkpoints import checkpoint_to_resume
 from samf.pretraining.dino import DinoArguments
 from samf.pretraining.dino_trainer import DinoTrainer
 from samf.pretraining.labels import train_on_labels
@@ -110,13 +111,16 @@ def build_encoder(args: EncoderArguments) -> PreTrainedModel:
 
 
 def build_image_processor(args: EncoderArguments) -> SamfImageProcessor:
-    """The encoder's own, if it has one in its folder; `size` follows the encoder."""
-    if args.encoder is None:
-        return SamfImageProcessor(slices_per_plane=args.slices_per_plane, slab=args.slab, size=args.image_size)
-    if has_slice_settings(args.encoder):
+    """The encoder's own, if it has one in its folder; `size` follows the encoder.
+
+    Of an encoder that learns from MedMNIST it has that data's HU window in each channel, so that later stages show it CTs
+    as it knows them.
+    """
+    if args.encoder is not None and has_slice_settings(args.encoder):
         return SamfImageProcessor.from_pretrained(args.encoder)
-    size = AutoConfig.from_pretrained(args.encoder).image_size
-    return SamfImageProcessor(slices_per_plane=args.slices_per_plane, slab=args.slab, size=size)
+    size = args.image_size if args.encoder is None else AutoConfig.from_pretrained(args.encoder).image_size
+    windows = MEDMNIST_WINDOWS if holds_medmnist(args.data) else None
+    return SamfImageProcessor(slices_per_plane=args.slices_per_plane, slab=args.slab, size=size, hu_windows=windows)
 
 
 def load_slices(args: EncoderArguments, image_processor: SamfImageProcessor, output_dir: str) -> SliceSets:
@@ -159,9 +163,9 @@ def train_by_dino(args: EncoderArguments, dino_args: DinoArguments, training: Tr
         attention_slices=args.attention_slices,
     )
     train_to_end(trainer)
+    trainer.save_encoder()  # first: an evaluation can fail
     if training.eval_strategy == "no":
         trainer.evaluate()
-    trainer.save_encoder()
     trainer.save_state()
 
 
@@ -170,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     set_seed(training.seed)
     training.remove_unused_columns = False
+    training.resume_from_checkpoint = checkpoint_to_resume(training)  # before the volumes are read
     if args.objective == "dino":
         train_by_dino(args, dino_args, training)
         return

@@ -21,15 +21,18 @@ from samf.data.processes import Processes
 from samf.data.volume_lists import distinct_volumes
 from samf.evaluation.generation import GenerationSettings
 from samf.model_card import hub_id
-from samf.pretraining.resumable import checkpoint_to_resume, train_to_end
+from samf.pretraining.checkpoints import checkpoint_to_resume
+from samf.pretraining.resumable import train_to_end
 from samf.processing_samf import SamfProcessor
 from samf.recipe import parse_recipe
 from samf.training.adapter import BASE, MERGED, add_lora, cast_trained, merge_adapter, save_base
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments, TuningArguments
 from samf.training.boards import keep_boards_private
 from samf.training.building import apply_liger, build_model, build_processor
-from samf.training.records import build_mixture, build_volume_store, holds_text_alone, load_datasets
+from samf.training.records import build_mixture, holds_text_alone, load_datasets
 from samf.training.samples import SampleWriter, choose_samples
+from samf.training.skipping import skipping
+from samf.training.stores import build_volume_store
 from samf.training.throughput import CountingCollator
 from samf.training.trainer import SamfTrainer, card_settings, is_zero3, save_repository
 
@@ -106,7 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     training.label_names = ["finding_targets"] if findings_only else ["labels"]
 
     card, base = card_settings(model_args, data_args), Path(training.output_dir, BASE)
-    if tuning.lora_rank and checkpoint_to_resume(training) and (base / "config.json").is_file():
+    training.resume_from_checkpoint = checkpoint_to_resume(training)
+    if tuning.lora_rank and training.resume_from_checkpoint and (base / "config.json").is_file():
         model_args.model = str(base.resolve())  # the adapter goes on from the model that it began with
     # Or ZeRO-3 would shard each component as it loads, whatever its zero3_init_flag says; Trainer sets this again.
     unset_hf_deepspeed_config()
@@ -128,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         training.ddp_find_unused_parameters = True
     mixture = build_mixture(data_args, data["train_dataset"], training)
     measured = [data["eval_dataset"]["own"]] if data["eval_dataset"] else []
-    volumes = distinct_volumes(data["train_dataset"], *measured) if data_args.cache_embeddings else []
+    volumes = distinct_volumes(data["train_dataset"], *measured) if data_args.slice_cache else []
     store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes, training.device)
     collator = SamfCollator(processor, slice_cache=store, max_length=data_args.max_length, findings_only=findings_only)
     trainer = SamfTrainer(
@@ -141,12 +145,16 @@ def main(argv: list[str] | None = None) -> None:
         model=wrap_model(model, processor, model_args, tuning, training),
         args=training,
         processing_class=processor,
-        data_collator=CountingCollator(collator),
+        data_collator=CountingCollator(skipping(collator, data_args.on_error, data["train_dataset"])),
         **data,
     )
     train_to_end(trainer)
     if training.do_eval and training.eval_strategy == "no":
-        trainer.evaluate()  # before the card, which has its losses
+        try:
+            trainer.evaluate()  # before the card, which has its losses
+        except Exception:
+            save_repository(trainer)  # what was trained isn't lost to an evaluation's data
+            raise
     save_repository(trainer)
     if tuning.merge and trainer.is_world_process_zero():
         merge_adapter(training.output_dir, Path(training.output_dir, MERGED))

@@ -29,6 +29,7 @@ from samf.data.slice_settings import load_image_processor
 from samf.data.source_arguments import SourceArguments
 from samf.modeling_samf import SamfModel
 from samf.pretraining.aggregator_arguments import AggregatorArguments
+from samf.pretraining.checkpoints import checkpoint_to_resume
 from samf.pretraining.contrast import ContrastTrainer, build_slices_model
 from samf.pretraining.resumable import train_to_end
 from samf.recipe import parse_recipe
@@ -84,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     set_seed(training.seed)
     training.remove_unused_columns = False
+    training.resume_from_checkpoint = checkpoint_to_resume(training)  # before the volumes are read
 
     settings = {name: getattr(args, name) for name in MODEL_SETTINGS}
     model = build_slices_model(args.slice_encoder, args.dtype, **settings).to(training.device)
@@ -100,9 +102,9 @@ def main(argv: list[str] | None = None) -> None:
         temperature=args.temperature,
     )
     train_to_end(trainer)
+    trainer.save_aggregator()  # first: an evaluation can fail
     if training.eval_strategy == "no":
         trainer.evaluate()
-    trainer.save_aggregator()
     trainer.save_state()
 
 

@@ -12,6 +12,7 @@ What is done is what has a record: the logs only add who made it and how long it
 """
 
 import json
+import logging
 import os
 import platform
 import time
@@ -29,6 +30,8 @@ from samf.ct_volume import CTReadError, NotCTError
 from samf.data.claims import Claims
 from samf.data.slice_cache import Identity, identity_bytes, record_file, volume_identity, write_whole
 from samf.data.volume_lists import VolumeKey
+
+logger = logging.getLogger(__name__)
 
 _LOOKERS = 16  # threads that look at files: on a network file system they wait, and do little else
 _FORGOTTEN = 3600  # seconds after which a temporary file belongs to nobody any more
@@ -276,3 +279,5 @@ def _remove_if_old(file: Path) -> None:
             file.unlink()
     except FileNotFoundError:  # renamed meanwhile
         return
+    except OSError as error:  # a folder that is read-only, or another's
+        logger.debug("%s: a temporary file that stays (%s)", file, error.strerror)

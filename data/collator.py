@@ -51,7 +51,7 @@ class SamfCollator:
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Tensors with one row a record: `input_ids`, `attention_mask`, `prompt_mask` (B, T), the volumes' tensors,
         in training `labels` (B, T), and `finding_targets` (B, L) where a record has finding labels."""
-        volumes = [self._volume(record) for record in records]
+        volumes = [self.read_volume(record) for record in records]
         if self.findings_only:
             batch = self._volumes_alone(records, volumes)
         elif self.generation:
@@ -64,13 +64,21 @@ class SamfCollator:
             batch["finding_targets"] = torch.tensor([row or unknown for row in labels])
         return batch
 
-    def _volume(self, record: Mapping[str, Any]) -> Any:
+    def read_volume(self, record: Mapping[str, Any]) -> Any:
+        """A record's volume: from the store, or read from its file; None for text alone. Raises CTReadError."""
         path, rescale = record["volume"], record.get("rescale")
         if path is None:
             return None
         if self.slice_cache is None:
             return read_ct(path, rescale=rescale)
         return self.slice_cache.get(path, rescale=rescale)
+
+    def uncuttable_lengths(self, records: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Count each record's tokens that `max_length` can't cut: all but its answer's."""
+        volumes = [self.read_volume(record) for record in records]
+        encoded = self._encode(records, volumes, answer=True, padding=False)
+        pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        return [len(ids) - sum(answer) for ids, answer in pairs]
 
     def _encode(
         self, records: Sequence[Mapping[str, Any]], volumes: list[Any], *, answer: bool = False, **options: Any

@@ -38,6 +38,7 @@ CT_RATE_LABELS = (
 )
 
 UNKNOWN_LABEL = -100
+UNCERTAIN = -1  # in tables made by CheXpert's rules and their like
 VOLUME_COLUMN = ("VolumeName", "AccessionNo")  # the column has had two names
 LONGEST_JSON_RECORD = 1 << 26  # characters
 TAG = re.compile(r"<(long_answer|short_answer|multiple_choice|report_generation)>")
@@ -121,19 +122,36 @@ def given(text: str | None) -> str:
 def read_labels(path: Path | None, finding_names: Sequence[str]) -> dict[VolumeName, list[int]] | None:
     """{volume: labels in the order of `finding_names`}; None where nothing is asked or there is no file.
 
+    1 is present and 0 absent; nothing, "nan" and -1 (uncertain, as CheXpert writes it) are unknown and train nothing.
+
     Raises:
-        ValueError: a name is not a column of the file.
+        ValueError: a name is not a column of the file, or a label is something else; names row and column.
     """
     if not finding_names:
         return None
     if path is None:
         logger.warning("No label file: records carry no labels of %s.", ", ".join(finding_names))
         return None
-    labels = {}
-    for row in read_rows(path, (VOLUME_COLUMN, *finding_names)):
-        values = [given(row[name]) for name in finding_names]
-        labels[row_volume(row, path)] = [int(float(value)) if value else UNKNOWN_LABEL for value in values]
+    labels, uncertain = {}, 0
+    for number, row in enumerate(read_rows(path, (VOLUME_COLUMN, *finding_names)), start=1):
+        values = [_label(row[name], path, number, name) for name in finding_names]
+        uncertain += values.count(UNCERTAIN)
+        labels[row_volume(row, path)] = [UNKNOWN_LABEL if value == UNCERTAIN else value for value in values]
+    if uncertain:
+        logger.warning("%s: %d labels are -1, uncertain; they count as unknown.", path, uncertain)
     return labels
+
+
+def _label(text: str | None, path: Path, row: int, column: str) -> int:
+    """1, 0, UNCERTAIN or UNKNOWN_LABEL. Raises ValueError for anything else."""
+    text = given(text)
+    value = _number(text) if text else UNKNOWN_LABEL
+    if value in (0, 1, UNCERTAIN) or not text:
+        return int(value)
+    raise ValueError(
+        f"{path}: row {row} below the header, column {column!r}: {text!r} is no label; expected 0, 1, or for an unknown one "
+        "-1 or nothing. Turn probabilities into 0 and 1 by a threshold of yours."
+    )
 
 
 def read_rescale(path: Path | None) -> dict[VolumeName, list[float]]:

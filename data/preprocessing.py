@@ -358,20 +358,20 @@ class _Run:
         self.claimed: list[Volume] = []
         self.failed: list[Volume] = []
         self.timed_out: list[Volume] = []
+        self.stalled = 0  # volumes in a row that timed out
         self.has_success = False
 
     def make(self, volumes: Sequence[Volume]) -> list[tuple[Volume, Outcome]]:
-        outcomes, stalled = [], 0
+        outcomes = []
         for volume, result in self.pool.map(volumes):
             outcome = _outcome(result)
             outcomes.append((volume, outcome))
             if self.options.should_stop is not None and self.options.should_stop():
                 raise StoppedError("another process has stopped")
             if _is_time_out(result) and self.options.on_error == "skip":
-                stalled += 1
-                self._put_off(volume, outcome, stalled)
+                self._put_off(volume, outcome)
                 continue
-            stalled = 0
+            self.stalled = 0
             self._take(volume, result, outcome)
         return outcomes
 
@@ -396,13 +396,14 @@ class _Run:
                     self.ledger.note_failure(volume, result.error, result.message)
                 self._take(volume, result, _outcome(result))
 
-    def _put_off(self, volume: Volume, outcome: Outcome, stalled: int) -> None:
+    def _put_off(self, volume: Volume, outcome: Outcome) -> None:
         """Leave a volume that timed out to the end; after too many in a row, end the run: the disk stalls."""
         self.timed_out.append(volume)
+        self.stalled += 1
         logger.warning("%s: %s; it is read again at the end", volume.path, outcome.message)
-        if stalled == _ALL_FAIL:
+        if self.stalled == _ALL_FAIL:
             raise PreprocessError(
-                f"{volume.path}: {outcome.message}, as did the {stalled - 1} volumes before it. Does the volumes' disk "
+                f"{volume.path}: {outcome.message}, as did the {self.stalled - 1} volumes before it. Does the volumes' disk "
                 "stall? None of them is noted as failed: run again when it is back, or with a longer --timeout."
             )
 

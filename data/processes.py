@@ -98,6 +98,14 @@ class Processes:
                 f"different numbers of steps and wait for each other for ever. Do all machines see the same files?"
             )
 
+    def any(self, value: bool) -> bool:
+        """Tell whether `value` holds on any process; all must call."""
+        if self._group is None:
+            return value
+        found = torch.tensor(int(value))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(found)
+
     @contextmanager
     def first_one_first(self) -> Iterator[None]:
         """Rank 0 runs the block, then all others do: for what fills a folder that all of them read."""

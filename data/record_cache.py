@@ -22,7 +22,7 @@ from samf.data.tally import Tally
 logger = logging.getLogger(__name__)
 
 RECORDS, COUNTS = "records.arrow", "counts.json"
-FORMAT = 1  # goes up when the same tables would give other records
+FORMAT = 2  # goes up when the same tables would give other records
 CACHED_FROM = 32 << 20  # bytes of tables: what is smaller is read anew in a second or two
 ROWS_A_CHUNK = 20_000
 

@@ -17,7 +17,7 @@ import shutil
 import time
 import uuid
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -58,6 +58,9 @@ ORGANS = (
     *("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right"),
     *("liver", "lung-left", "lung-right", "pancreas", "spleen"),
 )
+# MedMNIST's paper: "transformed into gray-scale with an abdominal window"; it gives no numbers, and 400 HU about 40 is the
+# usual one. The grey picture stands in all three channels.
+MEDMNIST_WINDOWS = ((-160, 240),) * 3
 MEDMNIST_SPLITS = ("train", "val", "test")
 MEDMNIST_SIZES = (28, 64, 128, 224)
 
@@ -489,6 +492,12 @@ def scan_sets(scans: Mapping[str, Sequence[Scan]], cache: SliceCache, depth_bins
     return SliceSets(parts[0], *parts)
 
 
+def holds_medmnist(data: Iterable[str]) -> bool:
+    """Tell whether one of `data` is MedMNIST: the name of its package, or a folder with one of its organ sets."""
+    stems = ORGAN_SETS.values()
+    return any(root == "medmnist" or any(any(Path(root).glob(f"{stem}*.npz")) for stem in stems) for root in data)
+
+
 # ---- what scripts call ---------------------------------------------------------------------------------------------
 
 
@@ -525,8 +534,7 @@ def slice_sets(
     if list(data) == ["medmnist"]:
         with PartialState().main_process_first():
             folders = [download_medmnist(cache_folder / "medmnist", image_processor.size)]
-    is_organs = [any(any(folder.glob(f"{stem}*.npz")) for stem in ORGAN_SETS.values()) for folder in folders]
-    if any(is_organs):
+    if holds_medmnist(map(str, folders)):
         if len(folders) > 1:
             raise ValueError(f"data={list(data)}: MedMNIST's folder can't be mixed with others; give it alone.")
         return medmnist_sets(folders[0], splits, image_processor.size, cache_folder / "medmnist")

@@ -16,7 +16,7 @@ from samf.data.slice_images import Scan
 from samf.modeling_samf import SamfModel
 from samf.pretraining.aggregator_weights import save_aggregator
 from samf.pretraining.neighbours import retrieval_accuracy
-from samf.pretraining.resumable import ResumableTrainer, share_rows
+from samf.pretraining.resumable import ResumableTrainer, order_seed, share_rows
 
 try:
     from lightly.loss import NTXentLoss
@@ -161,7 +161,7 @@ class ContrastTrainer(ResumableTrainer):
         self.samf, self.valid, self.embeddings = model, valid, embeddings
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
-        pairs = PlanePairs(train, embeddings, run, args.data_seed or args.seed)
+        pairs = PlanePairs(train, embeddings, run, order_seed(args))
         super().__init__(model=PlaneContrast(model, temperature), args=args, train_dataset=pairs, eval_dataset=valid)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("The aggregator has few weights: start with recipes/accelerate/ddp.yaml or torchrun.")

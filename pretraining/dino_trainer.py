@@ -14,7 +14,7 @@ from samf.image_processing_samf import SamfImageProcessor
 from samf.pretraining.attention_maps import cls_attention, save_attention_picture
 from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews
 from samf.pretraining.neighbours import knn_accuracy
-from samf.pretraining.resumable import ResumableTrainer, share_rows, written_whole
+from samf.pretraining.resumable import ResumableTrainer, order_seed, share_rows, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class DinoTrainer(ResumableTrainer):
         super().__init__(
             model=self.dino,
             args=args,
-            train_dataset=DinoViews(slices, dino_args, size, mean, std, args.data_seed or args.seed),
+            train_dataset=DinoViews(slices, dino_args, size, mean, std, order_seed(args)),
             eval_dataset=queries,
             callbacks=[DinoSchedules(self.dino, dino_args)],
         )

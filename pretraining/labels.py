@@ -1,15 +1,17 @@
 """A slice encoder that learns to tell which finding lies in which quarter of a phantom's slice."""
 
+from copy import deepcopy
+
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 from samf.data.labelled_slices import LabelledSlices
 from samf.data.phantom_findings import DEMO_FINDINGS
 from samf.image_processing_samf import SamfImageProcessor
-from samf.pretraining.resumable import checkpoint_to_resume
+from samf.pretraining.resumable import StoppableTrainer, train_to_end, written_whole
 
 MAX_SHIFT = 3  # pixels
 
@@ -33,8 +35,8 @@ def mean_auc(prediction) -> dict[str, float]:
     return {"auc": float(np.mean([roc_auc_score(labels[:, column], logits[:, column]) for column in occur]))}
 
 
-class SliceTrainer(Trainer):
-    """Trainer whose training batches are moved by some pixels and whose evaluation batches aren't."""
+class SliceTrainer(StoppableTrainer):
+    """A trainer whose training batches are moved by some pixels and whose evaluation batches aren't."""
 
     def __init__(self, *args, image_processor: SamfImageProcessor, **kwargs):
         super().__init__(*args, data_collator=lambda rows: collate(rows, image_processor, MAX_SHIFT), **kwargs)
@@ -70,8 +72,10 @@ def train_on_labels(
         compute_metrics=mean_auc,
         image_processor=image_processor,
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(training))
+    train_to_end(trainer)
+    if trainer.is_world_process_zero():
+        with written_whole(training.output_dir) as temporary:  # first: an evaluation can fail
+            deepcopy(model.vit).half().save_pretrained(temporary)
+            image_processor.save_pretrained(temporary)
     trainer.log_metrics("eval", trainer.evaluate())
-    model.vit.half().save_pretrained(training.output_dir)
-    image_processor.save_pretrained(training.output_dir)
     trainer.save_state()

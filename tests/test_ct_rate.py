@@ -20,6 +20,7 @@ from samf.data.ct_rate import (
     split_options,
     volume_path,
 )
+from samf.data.ct_rate_tables import read_labels
 from samf.data.phantom import DEMO_FINDINGS, PhantomSettings, write_dataset
 from samf.data.prompts import REPORT_QUESTION
 
@@ -185,6 +186,28 @@ def test_labels_are_empty_without_a_file_or_a_question_for_them(ct_rate, caplog)
     found = load_ct_rate(ct_rate, "valid", finding_names=["Emphysema"])
     assert set(map(tuple, found["finding_labels"])) == {()}
     assert "No label file" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [("1", 1), ("0.0", 0), ("1.0", 1), ("", -100), ("nan", -100), ("-1", -100), ("-1.0", -100), ("Not given.", -100)],
+)
+def test_labels_are_0_1_or_unknown(tmp_path, text, label, caplog):
+    table = tmp_path / "labels.csv"
+    table.write_text(f"VolumeName,A,B\ntrain_1_a_1.nii.gz,1,0\ntrain_2_a_1.nii.gz,{text},1\n", encoding="utf-8")
+    labels = read_labels(table, ["A", "B"])
+    assert list(labels.values()) == [[1, 0], [label, 1]]
+    assert ("1 labels are -1, uncertain" in caplog.text) == text.startswith("-1")
+
+
+@pytest.mark.parametrize("text", ["0.97", "2", "-100", "inf", "yes", "1e-3"])
+def test_a_label_that_is_none_is_refused_by_its_row_and_column(tmp_path, text):
+    table = tmp_path / "labels.csv"
+    table.write_text(f"VolumeName,A,B\ntrain_1_a_1.nii.gz,1,0\ntrain_2_a_1.nii.gz,1,{text}\n", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=rf"labels.csv: row 2 below the header, column 'B': '{text}' is no label; expected 0"
+    ):
+        read_labels(table, ["A", "B"])
 
 
 def test_an_unknown_label_names_the_columns(ct_rate):

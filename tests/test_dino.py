@@ -13,6 +13,7 @@ from transformers import AutoModel, TrainerCallback, TrainingArguments, ViTConfi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from samf import SamfImageProcessor, pretrain_encoder
+from samf.ct_volume import CTVolume
 from samf.data.phantom import PhantomSettings, make_phantom, write_dataset, write_nifti
 from samf.data.slice_cache import SliceCache
 from samf.data.slice_images import (
@@ -25,11 +26,13 @@ from samf.data.slice_images import (
     slice_sets,
     some_slices,
 )
+from samf.data.slice_settings import load_image_processor
 from samf.pretraining.attention_maps import cls_attention
+from samf.pretraining.checkpoints import last_checkpoint
 from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews, cosine
 from samf.pretraining.dino_trainer import ATTENTION, DinoTrainer
 from samf.pretraining.neighbours import knn_accuracy, retrieval_accuracy
-from samf.pretraining.resumable import EpochSampler, ResumableTrainer, last_checkpoint, written_whole
+from samf.pretraining.resumable import EpochSampler, ResumableTrainer, written_whole
 from samf.training.samples import FOLDER
 
 pytest.importorskip("lightly", reason="DINO needs lightly: pip install 'lightly>=1.6'")
@@ -380,6 +383,31 @@ def test_medmnist_slices(tmp_path, splits, expected):
     assert list(sets.bank.labels) == [value % 11 for value in values] and sets.bank.label_names[6] == "liver"
     assert sets.queries[5].shape == (3, 28, 28) and (sets.queries[5] == 121).all()
     assert len(list((tmp_path / "cache" / "medmnist").iterdir())) == 3 * (2 + ("test" in splits or "all" in splits))
+
+
+def test_an_encoder_of_medmnist_keeps_the_window_that_it_has_seen(tmp_path):
+    """In stages 2 and 3 it would otherwise get lung windows in its first channel."""
+    save_organs(tmp_path)
+    args = pretrain_encoder.EncoderArguments(data=[str(tmp_path)], image_size=28)
+    pretrain_encoder.build_image_processor(args).save_pretrained(tmp_path / "encoder")
+    later = load_image_processor(str(tmp_path / "encoder"))
+    abdomen = CTVolume(
+        np.linspace(-400, 500, 64**3).reshape(64, 64, 64).astype(np.float32), (1.0, 1.0, 1.0), np.eye(4), "ramp"
+    )
+    slices = later.extract(abdomen)["slices"]  # (S, 3, H, W)
+    assert (slices == slices[:, :1]).all()  # grey
+    assert [tuple(window) for window in later.hu_windows] == [(-160, 240)] * 3
+    others = pretrain_encoder.EncoderArguments(data=[str(tmp_path / "cts")], image_size=28)
+    assert pretrain_encoder.build_image_processor(others).hu_windows == SamfImageProcessor().hu_windows
+
+
+def test_seed_0_of_the_data_is_a_seed(tmp_path):
+    orders = []
+    for data_seed in (0, 7, None):
+        run = trainer(tmp_path / str(data_seed), data_seed=data_seed, seed=7)
+        orders.append(list(run.sampler))
+        assert run.train_dataset.seed == (7 if data_seed is None else data_seed)
+    assert orders[0] != orders[1] == orders[2]
 
 
 def test_medmnist_that_is_not_there_says_what_is_looked_for(tmp_path):

@@ -318,6 +318,39 @@ def test_a_crash_a_hang_and_a_torn_file_cost_their_volumes_alone(troubled, tmp_p
     assert len(rows(cache / "failures.jsonl")) == 2
 
 
+@pytest.mark.parametrize("is_back", [True, False], ids=["until the second try", "for longer"])
+def test_a_disk_that_stalls_costs_no_volume(tmp_path, monkeypatch, is_back):
+    """A file server that starts anew, in the middle of the work: what it delays isn't noted, and the next run makes it."""
+    folder, cache, back = tmp_path / "volumes", tmp_path / "cache", tmp_path / "back"
+    files = save_phantoms(folder, 4)
+
+    def read(path, **options):
+        while len(list(cache.glob("??/*.safetensors"))) >= 2 and not back.exists():
+            time.sleep(0.02)
+        return read_ct(path, **options)
+
+    settle = preprocessing._Run.settle_time_outs
+    monkeypatch.setattr(
+        preprocessing._Run, "settle_time_outs", lambda *args: (back.touch() if is_back else None, settle(*args))
+    )
+    monkeypatch.setattr(slice_cache, "read_ct", read)
+    assert run(folder, cache, on_error="skip", timeout=1) == (0 if is_back else preprocess.TRY_AGAIN)
+    assert manifest(cache)["failed"] == 0 and manifest(cache)["complete"] == is_back
+    assert not list(cache.glob("??/*.failed.json"))
+    back.touch()
+    assert run(folder, cache, on_error="skip") == 0 and manifest(cache)["done"] == len(files)
+
+
+def test_a_disk_that_stays_away_ends_the_run(tmp_path, monkeypatch, capfd):
+    folder, cache = tmp_path / "volumes", tmp_path / "cache"
+    save_phantoms(folder, 4)
+    monkeypatch.setattr(slice_cache, "read_ct", lambda *_, **__: time.sleep(60))
+    monkeypatch.setattr(preprocessing, "_ALL_FAIL", 4)
+    assert run(folder, cache, on_error="skip", timeout=0.3) == 1
+    assert "as did the 3 volumes before it. Does the volumes' disk stall?" in capfd.readouterr().err
+    assert manifest(cache)["pending"] == 4 and not list(cache.glob("??/*.failed.json"))
+
+
 NOT_NOTED = {
     "memory": lambda path: os.kill(os.getpid(), signal.SIGKILL),
     "library": lambda path: importlib.import_module("a_library_that_is_missing"),
@@ -799,6 +832,19 @@ def test_temporary_files_of_a_killed_run_go_when_they_are_old(tmp_path):
     os.utime(old, (time.time() - 7200,) * 2)
     assert Ledger(tmp_path, "slices").keys() == (set(), set())
     assert not old.exists() and young.exists()
+
+
+def test_a_temporary_file_in_a_cache_that_is_read_only_stays(tmp_path, monkeypatch):
+    (tmp_path / "ab").mkdir()
+    old = tmp_path / "ab" / ".x.safetensors.1.tmp"
+    old.touch()
+    os.utime(old, (time.time() - 7200,) * 2)
+
+    def read_only(self, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", read_only)
+    assert Ledger(tmp_path, "slices").keys() == (set(), set())
 
 
 def test_options_that_make_no_sense_are_errors(tmp_path, capsys):

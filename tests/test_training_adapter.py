@@ -1,5 +1,7 @@
 """LoRA by train.py: what an adapter's folder holds, how it loads and merges, what it goes on from."""
 
+import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -9,11 +11,13 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from small_run import history, options_of, prepare, run, train_here
 from tiny import tiny_config
+from transformers import AutoModelForImageTextToText
 from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 from samf import SamfConfig, SamfForConditionalGeneration, SamfProcessor, train
 from samf.data.collator import SamfCollator
 from samf.data.ct_rate import load_records
+from samf.hub_samf import adapter_base
 from samf.training.adapter import add_lora, cast_trained, language_model_layers
 from samf.training.arguments import TuningArguments
 from samf.training.parts import PARTS, part_of
@@ -64,6 +68,30 @@ def test_folder_and_merged_folder_give_equal_logits(trained, batch):
     assert SamfProcessor.from_pretrained(trained / "merged").image_token_id == merged.config.image_token_id
     texts = [file.read_text(encoding="utf-8") for file in (trained / "merged").glob("*.json")]
     assert not any(str(trained) in text for text in texts)
+
+
+def test_a_folder_that_was_moved_has_its_base_model_within(trained, batch, tmp_path):
+    """The path that it notes is that of the machine, or the folder, where it was trained."""
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved, ignore=shutil.ignore_patterns("merged"))
+    config = json.loads((moved / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(trained / "base")
+    config["base_model_name_or_path"] = "/another/machine/lora/base"
+    (moved / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    expected = logits(SamfForConditionalGeneration.from_pretrained(trained), batch)
+    for load in (SamfForConditionalGeneration, AutoModelForImageTextToText):
+        assert torch.equal(logits(load.from_pretrained(moved), batch), expected)
+    train.merge_adapter(moved, tmp_path / "merged")
+    checkpoint = moved / "checkpoint-2"
+    checkpoint.mkdir()
+    for file in moved.glob("*.*"):
+        shutil.copyfile(file, checkpoint / file.name)
+    assert adapter_base(checkpoint) == str(moved / "base")
+    shutil.rmtree(moved / "base")
+    with pytest.raises(
+        FileNotFoundError, match="/another/machine/lora/base, which isn't there.*moved/base. Put the base"
+    ):
+        SamfForConditionalGeneration.from_pretrained(moved)
 
 
 def test_every_part_that_is_trained_is_in_the_folder(trained):

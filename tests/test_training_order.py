@@ -118,10 +118,13 @@ def test_rates_follow_the_schedule_and_are_logged(work):
     options = {"max_steps": 4, "logging_steps": 1, "lr_scheduler_type": "linear", "optim": "sgd", "weight_decay": 0.1}
     train_here(work, "rates", **options, learning_rates=rates)
     rows = [row for row in history(work / "rates") if "loss" in row]
-    for step, row in enumerate(rows[:-1], start=1):  # a line has the rate of the step to come
+    for step, row in enumerate(rows):  # a line has the rates that its step was made with, as Trainer's own has
         assert row["learning_rate_fusion"] == pytest.approx(1e-3 * (1 - step / 4))
         assert row["learning_rate_language_model"] == pytest.approx(4e-3 * (1 - step / 4))
         assert row["learning_rate_aggregator"] == pytest.approx(1e-2 * (1 - step / 4))
+        assert any(
+            row["learning_rate"] == pytest.approx(row[f"learning_rate_{part}"]) for part in ("aggregator", *rates)
+        )
 
 
 def test_a_finished_run_that_goes_on_has_nothing_to_do(work):

@@ -14,6 +14,7 @@ from samf.data.phantom import make_phantom, write_nifti
 from samf.data.slice_cache import read_record
 from samf.data.slice_images import Scan
 from samf.pretraining.aggregator_weights import load_aggregator, save_aggregator
+from samf.pretraining.checkpoints import last_checkpoint
 from samf.pretraining.contrast import (
     ContrastTrainer,
     PlaneContrast,
@@ -22,7 +23,6 @@ from samf.pretraining.contrast import (
     half,
     select_slices,
 )
-from samf.pretraining.resumable import last_checkpoint
 
 pytest.importorskip("lightly", reason="the warm-up needs lightly: pip install 'lightly>=1.6'")
 

@@ -6,27 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from transformers import TrainingArguments
 
 from samf.data.cache_ledger import Ledger, look_at
-from samf.data.collator import VolumeStore
 from samf.data.ct_rate import CT_RATE_LABELS, check_patient_overlap, load_records
 from samf.data.ct_rate_tables import UNKNOWN_LABEL
-from samf.data.embedding_cache import EmbeddingCache
-from samf.data.lengths import add_lengths
+from samf.data.lengths import add_lengths, find_overlong
 from samf.data.mixture import TaskMixture, parse_weights
 from samf.data.processes import Processes
 from samf.data.slice_cache import SliceCache
-from samf.data.volume_lists import VolumeKey, distinct_volumes
+from samf.data.volume_lists import distinct_volumes
 from samf.evaluation.finding_labeller import label_report
 from samf.evaluation.generation import shuffle_volumes
-from samf.modeling_samf import SamfForConditionalGeneration
+from samf.pretraining.resumable import order_seed
 from samf.processing_samf import SamfProcessor
 from samf.training.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
+LISTED = 5
 COUNTS = "_records_{}.json"  # Trainer pushes nothing that begins with an underscore
 
 
@@ -68,6 +66,8 @@ def load_datasets(
     if with_valid:
         valid = data["valid"].shuffle(seed=0)
         data["valid"] = valid.select(range(min(len(valid), args.valid_limit or len(valid))))
+    if args.max_length and args.objective == "text":
+        data = {name: without_overlong(part, name, processor, args) for name, part in data.items()}
     if with_lengths:
         data = {name: add_lengths(part, processor.tokenizer) for name, part in data.items()}
     valid = data.get("valid")
@@ -104,6 +104,32 @@ def without_failed(records: datasets.Dataset, cache: SliceCache) -> datasets.Dat
         cache.folder,
     )
     return records.select(rows)
+
+
+def without_overlong(
+    records: datasets.Dataset, split: str, processor: SamfProcessor, args: DataArguments
+) -> datasets.Dataset:
+    """The records that fit `max_length`, if need be with a shorter answer.
+
+    Raises:
+        ValueError: some don't, and `on_error` isn't "skip"; names them and the length that they need.
+    """
+    overlong = find_overlong(records, processor, args.max_length)
+    if not overlong:
+        return records
+    ids = records.select(list(overlong)[:LISTED])["id"][:]
+    named = ", ".join(f"{name!r} ({tokens} tokens)" for name, tokens in zip(ids, overlong.values(), strict=False))
+    found = (
+        f"{len(overlong)} of {len(records)} {split} records don't fit max_length={args.max_length} even without their "
+        f"answers: {named}{', …' if len(overlong) > LISTED else ''}"
+    )
+    if args.on_error != "skip":
+        raise ValueError(
+            f"{found}. Raise max_length to more than {max(overlong.values())}, give volumes fewer image tokens, or leave "
+            "these records out: --on_error skip."
+        )
+    logger.warning("%s; they are left out", found)
+    return records.select([row for row in range(len(records)) if row not in overlong])
 
 
 def label_findings(
@@ -153,7 +179,7 @@ def build_mixture(args: DataArguments, records: datasets.Dataset, training: Trai
             f"mixture decides the order of training, and so does train_sampling_strategy={training.train_sampling_strategy}; "
             "use random or group_by_length with it."
         )
-    return TaskMixture(records, weights, training.seed if training.data_seed is None else training.data_seed)
+    return TaskMixture(records, weights, order_seed(training))
 
 
 def repeat_tasks(records: datasets.Dataset, repeat: list[str]) -> datasets.Dataset:
@@ -172,28 +198,3 @@ def one_record_a_volume(records: datasets.Dataset) -> datasets.Dataset:
         if volume is not None:
             first.setdefault(volume, index)
     return records.select(sorted(first.values()))
-
-
-def build_volume_store(
-    args: DataArguments,
-    model: SamfForConditionalGeneration,
-    processor: SamfProcessor,
-    trained: list[str],
-    volumes: list[VolumeKey],
-    device: torch.device,
-) -> VolumeStore | None:
-    """Where the collator gets its volumes: the files, prepared slices, or a frozen encoder's embeddings.
-
-    What of these isn't there yet is made on `device`, by all processes together.
-    """
-    if args.slice_cache is None:
-        return None
-    slices = SliceCache(args.slice_cache, processor.image_processor, args.min_coverage)
-    if not args.cache_embeddings:
-        return slices
-    if "slice_encoder" in trained:
-        raise ValueError("cache_embeddings needs a frozen slice encoder: leave slice_encoder out of train_parts.")
-    embeddings = EmbeddingCache(args.slice_cache, slices, model.model)
-    model.model.slice_encoder.to(device)
-    embeddings.fill_together(volumes)
-    return embeddings

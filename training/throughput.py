@@ -11,23 +11,36 @@ import torch
 from samf.data.collator import SamfCollator
 from samf.training.flops import StepFlops, Work
 from samf.training.memory import peak_bytes
+from samf.training.skipping import SkippingCollator
 
-TRUNCATED = "truncated"
+TRUNCATED, UNREADABLE = "truncated", "unreadable"  # of a batch's records
+COUNTS = (TRUNCATED, UNREADABLE)
 
 
 class CountingCollator:
-    """A SamfCollator whose batches tell, as `truncated`, how many of their answers were cut.
+    """A collator whose batches tell how many of their answers were cut (`truncated`) and of their records replaced
+    (`unreadable`).
 
-    Its own count stays in the worker process that made the batch.
+    Its own counts stay in the worker process that made the batch.
     """
 
-    def __init__(self, collator: SamfCollator):
+    def __init__(self, collator: SamfCollator | SkippingCollator):
         self.collator = collator
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        before = self.collator.truncated
+        before = self._counts()
         batch = self.collator(records)
-        return {**batch, TRUNCATED: torch.tensor([self.collator.truncated - before])}
+        after = self._counts()
+        return {**batch, **{name: torch.tensor([after[name] - before[name]]) for name in COUNTS}}
+
+    def _counts(self) -> dict[str, int]:
+        return {name: getattr(self.collator, name, 0) for name in COUNTS}
+
+
+def drop_counts(inputs: dict[str, Any]) -> None:
+    """Take out of a batch what isn't for the model."""
+    for name in COUNTS:
+        inputs.pop(name, None)
 
 
 @torch.no_grad()
@@ -68,7 +81,7 @@ class Throughput:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.flops, self.peak_tflops, self.clock = flops, peak_tflops, clock
-        self.truncated: torch.Tensor | int = 0
+        self.counts: dict[str, torch.Tensor | int] = dict.fromkeys(COUNTS, 0)
         self._pauses = 0
         self.restart()
 
@@ -78,8 +91,9 @@ class Throughput:
         self.seconds, self._since = 0.0, self.clock()
 
     def count(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Add a batch, and take its `truncated` out."""
-        self.truncated = self.truncated + inputs.pop(TRUNCATED, torch.zeros(1, dtype=torch.int64)).sum()
+        """Add a batch, and take its counts out."""
+        for name in COUNTS:
+            self.counts[name] = self.counts[name] + inputs.pop(name, torch.zeros(1, dtype=torch.int64)).sum()
         self.work = self.work + batch_work(inputs)
 
     @contextmanager
@@ -105,16 +119,18 @@ class Throughput:
         if not isinstance(self.work, torch.Tensor):
             return {}
         seconds = max(self.seconds + self.clock() - self._since, 1e-9)
-        counted = torch.cat([self.work, torch.as_tensor(self.truncated).to(self.work.device).view(1)])
-        counted = reduce(counted.float()).tolist()
-        work = Work(**dict(zip([field.name for field in fields(Work)], counted[:-1], strict=True)))
+        counts = [torch.as_tensor(self.counts[name]).to(self.work.device).view(1) for name in COUNTS]
+        *counted, truncated, unreadable = reduce(torch.cat([self.work, *counts]).float()).tolist()
+        work = Work(**dict(zip([field.name for field in fields(Work)], counted, strict=True)))
         report = {
             "tokens_per_second": work.tokens / seconds,
             "slices_per_second": work.slices / seconds,
             "volumes_per_second": work.volumes / seconds,
             "memory_gb": peak_bytes(device) / 1e9,
-            "truncated_answers": int(counted[-1]),
+            "truncated_answers": int(truncated),
         }
+        if unreadable:
+            report["unreadable_volumes"] = int(unreadable)
         if work.padded:
             report["padding"] = 1 - work.tokens / work.padded
         if self.flops and self.peak_tflops:

@@ -14,12 +14,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from samf.data.mixture import TaskMixture
 from samf.hub_samf import has_own_card
 from samf.model_card import README, is_generated, write_model_card
-from samf.pretraining.resumable import SetEpoch, StoppableTrainer, preserved_random_state
+from samf.pretraining.resumable import SetEpoch, StoppableTrainer, order_seed, preserved_random_state
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments
 from samf.training.boards import show_sample
 from samf.training.flops import StepFlops, can_count, known_peak
@@ -28,7 +28,7 @@ from samf.training.records import holds_text_alone
 from samf.training.samples import SampleWriter
 from samf.training.sampling import RecordOrder
 from samf.training.sight import SliceWeights, measure_gap, warn_of_blindness
-from samf.training.throughput import TRUNCATED, Throughput
+from samf.training.throughput import Throughput, drop_counts
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class SamfTrainer(StoppableTrainer):
         flops = StepFlops(self.model) if can_count(self.model) else None
         self.throughput = Throughput(flops, self.monitor.peak_tflops or _known_peak(self.args.device))
         self._set_epoch: SetEpoch | None = None
+        self.part_rates = PartRates()
+        self.add_callback(self.part_rates)
         shards = self.is_fsdp_enabled or is_zero3(getattr(self.accelerator.state, "deepspeed_plugin", None))
         if shards and holds_text_alone(self.train_dataset, self.eval_dataset):
             raise ValueError(
@@ -102,7 +104,7 @@ class SamfTrainer(StoppableTrainer):
             return super()._get_train_sampler(train_dataset)
         by_length = self.sort_steps or strategy == "group_by_length"
         lengths = records[self.args.length_column_name][:] if by_length else None
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        seed = order_seed(self.args)
         step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         order = RecordOrder(len(records), seed, lengths, step, self.mixture, within_steps=self.sort_steps)
         if self._set_epoch is None:
@@ -133,14 +135,14 @@ class SamfTrainer(StoppableTrainer):
         return super()._prepare_inputs(inputs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        inputs.pop(TRUNCATED, None)
+        drop_counts(inputs)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Trainer's; an evaluation also counts the fusion's weights, which the model has computed anyway."""
-        inputs.pop(TRUNCATED, None)
+        drop_counts(inputs)
         has_volume = "pixel_values" in inputs or "slice_embeddings" in inputs
         if model.training or not has_volume or "prompt_mask" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
@@ -154,7 +156,7 @@ class SamfTrainer(StoppableTrainer):
         """Trainer's; a line with a training loss also has the throughput, and the learning rate of each part."""
         if "loss" in logs:
             logs |= self.throughput.report(self.args.device, self._sum, self.args.world_size)
-            logs |= {f"learning_rate_{part}": rate for part, rate in learning_rates(self.optimizer).items()}
+            logs |= {f"learning_rate_{part}": rate for part, rate in self.part_rates.rates.items()}
         super().log(logs, start_time)
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -173,7 +175,10 @@ class SamfTrainer(StoppableTrainer):
         with self.throughput.paused(), preserved_random_state():
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
             if several:
-                more = measure_gap(metrics) | self._answer_samples(metric_key_prefix)
+                # Trainer chooses the best checkpoint by `eval_loss` unless it is told otherwise.
+                own = metrics.get(f"{metric_key_prefix}_own_loss")
+                more = {} if own is None else {f"{metric_key_prefix}_loss": own}
+                more |= measure_gap(metrics) | self._answer_samples(metric_key_prefix)
             else:
                 weights = self.slice_weights.report(self.args.device, self._sum)
                 more = {f"{metric_key_prefix}_{name}": value for name, value in weights.items()}
@@ -245,6 +250,21 @@ class SamfTrainer(StoppableTrainer):
         if written and self.hub_model_id is not None and has_own_card(self.hub_model_id, revision, token):
             found = HfApi(token=token).hf_hub_download(self.hub_model_id, README, revision=revision)
             shutil.copyfile(found, folder / README)
+
+
+class PartRates(TrainerCallback):
+    """Keeps the learning rate of each part with which the last step was made, as Trainer logs its own.
+
+    When a line is logged, the scheduler has already set the next step's.
+    """
+
+    def __init__(self) -> None:
+        self.rates: dict[str, float] = {}
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.rates = learning_rates(kwargs["optimizer"])
 
 
 def is_zero3(plugin: DeepSpeedPlugin | None) -> bool:
