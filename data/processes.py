@@ -6,13 +6,15 @@ gloo is enough on any device, and the waiting may take as long as the slowest ra
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 # A rank that is done waits for the others: hours, where the usual limits are 10 (nccl) or 30 (gloo) minutes.
 PATIENCE = timedelta(days=30)
@@ -68,9 +70,29 @@ def join_processes() -> None:
 
 
 def leave_processes() -> None:
-    """End what `join_processes` began."""
+    """End the process group, if there is one: what `join_processes` or a Trainer began."""
     if dist.is_available() and dist.is_initialized():
+        _gloo_group.cache_clear()  # it belongs to the group that ends
         dist.destroy_process_group()
+
+
+def leaves_processes(main: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a script's main function: when it is done, or leaves by SystemExit, end the process group.
+
+    Not after another exception: the other processes may be waiting in a collective, and their launcher ends them.
+    """
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            result = main(*args, **kwargs)
+        except SystemExit:
+            leave_processes()
+            raise
+        leave_processes()
+        return result
+
+    return run
 
 
 def local_rank() -> int:

@@ -22,6 +22,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import sort_checkpoints
 
+from samf.pretraining.launchers import refuse_shards
+from samf.pretraining.run_shape import check_run_shape, shape_of
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,6 +65,7 @@ class StoppableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.interruption = Interruption()
         self.add_callback(self.interruption)
+        self.add_callback(shape_of(self))
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """The library's, whose workers leave signals to this process.
@@ -94,7 +98,7 @@ class ResumableTrainer(StoppableTrainer):
     """A StoppableTrainer whose training set is asked for (epoch, index).
 
     Raises:
-        ValueError: fewer rows than one step takes, or `push_to_hub`.
+        ValueError: fewer rows than one step takes, `push_to_hub`, or a launcher that shards weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -105,6 +109,7 @@ class ResumableTrainer(StoppableTrainer):
                 "push_to_hub would push the weights of checkpoints, which hold more than what this stage makes. Leave it "
                 f"out, and afterwards `hf upload OWNER/NAME {out} --exclude '_*' --exclude 'checkpoint-*'`."
             )
+        refuse_shards(training, type(self).__name__)
         super().__init__(*args, **kwargs)
         self.args.dataloader_drop_last = True  # every step has a whole batch, whatever the number of processes
         step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
@@ -191,7 +196,9 @@ def train_to_end(trainer: StoppableTrainer) -> None:
     Raises:
         SystemExit: stopped by a signal, with the status that shells expect (128 + its number); a checkpoint is saved.
     """
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
+    checkpoint = checkpoint_to_resume(trainer.args)
+    check_run_shape(trainer, checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.interruption.signal:
         logger.warning("stopped at step %d; go on with --resume_from_checkpoint last", trainer.state.global_step)
         raise SystemExit(128 + trainer.interruption.signal)
