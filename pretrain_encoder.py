@@ -16,6 +16,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments, ViTConfig, ViTModel, set_seed
 
+from samf.data.processes import leaves_processes
 from samf.data.slice_images import MEDMNIST_WINDOWS, SLICES, SliceSets, holds_medmnist, slice_sets, some_slices
 from samf.data.slice_settings import has_slice_settings
 from samf.data.source_arguments import SourceArguments
@@ -24,6 +25,7 @@ from samf.pretraining.checkpoints import checkpoint_to_resume
 from samf.pretraining.dino import DinoArguments
 from samf.pretraining.dino_trainer import DinoTrainer
 from samf.pretraining.labels import train_on_labels
+from samf.pretraining.launchers import refuse_shards
 from samf.pretraining.resumable import train_to_end
 from samf.recipe import parse_recipe
 
@@ -169,9 +171,11 @@ def train_by_dino(args: EncoderArguments, dino_args: DinoArguments, training: Tr
     trainer.save_state()
 
 
+@leaves_processes
 def main(argv: list[str] | None = None) -> None:
     args, dino_args, training = parse_recipe((EncoderArguments, DinoArguments, TrainingArguments), argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    refuse_shards(training, "The slice encoder's pretraining")
     set_seed(training.seed)
     training.remove_unused_columns = False
     training.resume_from_checkpoint = checkpoint_to_resume(training)  # before the volumes are read

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
 from samf.data.collator import SamfCollator, VolumeStore
-from samf.data.processes import Processes
+from samf.data.processes import Processes, leaves_processes
 from samf.data.volume_lists import distinct_volumes
 from samf.evaluation.generation import GenerationSettings
 from samf.model_card import hub_id
@@ -98,6 +98,7 @@ def build_samples(
     )
 
 
+@leaves_processes
 def main(argv: list[str] | None = None) -> None:
     model_args, data_args, tuning, monitor, training = parse_recipe(ARGUMENTS, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")

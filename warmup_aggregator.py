@@ -23,6 +23,7 @@ from pathlib import Path
 from transformers import TrainingArguments, set_seed
 
 from samf.data.embedding_cache import EmbeddingCache
+from samf.data.processes import leaves_processes
 from samf.data.slice_cache import SliceCache
 from samf.data.slice_images import SLICES, Scan, readable_scans
 from samf.data.slice_settings import load_image_processor
@@ -31,6 +32,7 @@ from samf.modeling_samf import SamfModel
 from samf.pretraining.aggregator_arguments import AggregatorArguments
 from samf.pretraining.checkpoints import checkpoint_to_resume
 from samf.pretraining.contrast import ContrastTrainer, build_slices_model
+from samf.pretraining.launchers import refuse_shards
 from samf.pretraining.resumable import train_to_end
 from samf.recipe import parse_recipe
 
@@ -80,9 +82,11 @@ def embed_scans(
     return scans, copy(embeddings)  # a copy is without the model
 
 
+@leaves_processes
 def main(argv: list[str] | None = None) -> None:
     args, training = parse_recipe((WarmupArguments, TrainingArguments), argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    refuse_shards(training, "The aggregator's warm-up")
     set_seed(training.seed)
     training.remove_unused_columns = False
     training.resume_from_checkpoint = checkpoint_to_resume(training)  # before the volumes are read

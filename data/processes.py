@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ import torch.distributed as dist
 # A rank that is done waits for the others: hours, where the usual limits are 10 (nccl) or 30 (gloo) minutes.
 PATIENCE = timedelta(days=30)
 
-T = TypeVar("T")
+P, R, T = ParamSpec("P"), TypeVar("R"), TypeVar("T")
 # Set while rank 0 works for all: what it calls must not wait for the others, who wait for its result.
 _works_for_all: ContextVar[bool] = ContextVar("_works_for_all", default=False)
 
@@ -143,14 +143,34 @@ def join_processes() -> None:
 
 
 def leave_processes() -> None:
-    """End what `join_processes` began."""
+    """End the process group, if there is one: what `join_processes` or a Trainer began."""
     if dist.is_available() and dist.is_initialized():
+        _gloo_group.cache_clear()  # it belongs to the group that ends
         dist.destroy_process_group()
 
 
 def processes_here() -> int:
     """How many of the launcher's processes share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def leaves_processes(main: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a script's main function: when it is done, or leaves by SystemExit, end the process group.
+
+    Not after another exception: the other processes may be waiting in a collective, and their launcher ends them.
+    """
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            result = main(*args, **kwargs)
+        except SystemExit:
+            leave_processes()
+            raise
+        leave_processes()
+        return result
+
+    return run
 
 
 def local_rank() -> int:

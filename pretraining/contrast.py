@@ -163,8 +163,6 @@ class ContrastTrainer(ResumableTrainer):
             args.ddp_find_unused_parameters = False
         pairs = PlanePairs(train, embeddings, run, order_seed(args))
         super().__init__(model=PlaneContrast(model, temperature), args=args, train_dataset=pairs, eval_dataset=valid)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("The aggregator has few weights: start with recipes/accelerate/ddp.yaml or torchrun.")
 
     def evaluate(self, *args: object, metric_key_prefix: str = "eval", **kwargs: object) -> dict[str, float]:
         """`eval_retrieval_interleaved` and `…_contiguous`: how often a scan's half finds its other half (see `half`)."""

@@ -65,11 +65,6 @@ class DinoTrainer(ResumableTrainer):
             eval_dataset=queries,
             callbacks=[DinoSchedules(self.dino, dino_args)],
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "DINO's teacher follows whole weights: start with recipes/accelerate/ddp.yaml or torchrun. A ViT-B and its "
-                "teacher fit on any GPU."
-            )
 
     def evaluate(self, *args: object, metric_key_prefix: str = "eval", **kwargs: object) -> dict[str, float]:
         """Nearest neighbours of the queries in the bank; on the main process also attention maps."""

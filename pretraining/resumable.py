@@ -27,6 +27,8 @@ from samf.data.processes import Processes
 from samf.hub_samf import publish_weights
 from samf.pretraining.checkpoints import checkpoint_to_resume
 from samf.pretraining.divergence import LOOK_EVERY, DivergenceError, LossWatch, diverged, has_finite_weights
+from samf.pretraining.launchers import refuse_shards
+from samf.pretraining.run_shape import check_run_shape, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,7 @@ class StoppableTrainer(Trainer):
         self.watch = LossWatch()
         self.interruption = Interruption(self.watch)
         self.add_callback(self.interruption)
+        self.add_callback(shape_of(self))
         self._processes: Processes | None = None
         self._saved_step, self._is_saving = 0, False
 
@@ -241,7 +244,7 @@ class ResumableTrainer(StoppableTrainer):
     """A StoppableTrainer whose training set is asked for (epoch, index).
 
     Raises:
-        ValueError: fewer rows than one step takes, or `push_to_hub`.
+        ValueError: fewer rows than one step takes, `push_to_hub`, or a launcher that shards weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -252,6 +255,7 @@ class ResumableTrainer(StoppableTrainer):
                 "push_to_hub would push the weights of checkpoints, which hold more than what this stage makes. Leave it "
                 f"out, and afterwards `hf upload OWNER/NAME {out} --exclude '_*' --exclude 'checkpoint-*'`."
             )
+        refuse_shards(training, type(self).__name__)
         super().__init__(*args, **kwargs)
         self.args.dataloader_drop_last = True  # every step has a whole batch, whatever the number of processes
         step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
@@ -324,8 +328,10 @@ def train_to_end(trainer: StoppableTrainer) -> None:
         DivergenceError: the loss or the weights aren't finite any more; nothing is saved.
         CheckpointError: there is no whole checkpoint to resume from.
     """
+    checkpoint = checkpoint_to_resume(trainer.args)
+    check_run_shape(trainer, checkpoint)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint_to_resume(trainer.args))
+        trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.interruption.restore_handlers()
     if trainer.interruption.signal:

@@ -19,6 +19,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from samf.data.mixture import TaskMixture
 from samf.hub_samf import has_own_card
 from samf.model_card import README, is_generated, write_model_card
+from samf.pretraining.launchers import (
+    float32_names,
+    float32_weights,
+    has_volume,
+    keep_float32_losses,
+    touch_unread_parts,
+    whole_count,
+)
 from samf.pretraining.resumable import SetEpoch, StoppableTrainer, order_seed, preserved_random_state
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments
 from samf.training.boards import show_sample
@@ -61,6 +69,9 @@ class SamfTrainer(StoppableTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        keep_float32_losses(self.accelerator.state)
+        self._float32_names = float32_names(self.model)  # DeepSpeed will cast them
+        self._float32_weights: dict[str, torch.Tensor] = {}
         self.card, self.rates, self.samples = dict(card or {}), dict(rates or {}), samples
         self.mixture, self.sort_steps = mixture, sort_steps
         if sort_steps and self.args.train_sampling_strategy != "random":
@@ -143,8 +154,13 @@ class SamfTrainer(StoppableTrainer):
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Trainer's; an evaluation also counts the fusion's weights, which the model has computed anyway."""
         drop_counts(inputs)
-        has_volume = "pixel_values" in inputs or "slice_embeddings" in inputs
-        if model.training or not has_volume or "prompt_mask" not in inputs:
+        if "num_items_in_batch" in kwargs and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            kwargs["num_items_in_batch"] = whole_count(kwargs["num_items_in_batch"])
+        if model.training and self.is_deepspeed_enabled and not has_volume(inputs):
+            loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
+            loss = touch_unread_parts(self.model, loss)
+            return (loss, outputs) if return_outputs else loss
+        if model.training or not has_volume(inputs) or "prompt_mask" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         asked = {**inputs, "output_slice_attentions": True}
         loss, outputs = super().compute_loss(model, asked, True, **kwargs)
@@ -216,11 +232,25 @@ class SamfTrainer(StoppableTrainer):
                 if self.args.should_save or getattr(self, "is_distributed_loading_by_transformers", False):
                     self._save(str(readme.parent), state_dict=state)
             else:
+                self._float32_weights = self._gather_float32_weights()
                 super().save_model(output_dir, _internal_call=True)
+                self._float32_weights = {}
             if self.args.should_save:
                 self._complete_folder(readme, card)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _gather_float32_weights(self) -> dict[str, torch.Tensor]:
+        """DeepSpeed's float32 copies of the weights that it trains in another precision; every process takes part."""
+        if not self.is_deepspeed_enabled or self.model is self.model_wrapped:
+            return {}
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return float32_weights(self.model, self._float32_names, safe_get_full_fp32_param)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Trainer's, with trained weights in the precision that they were given to it."""
+        super()._save(output_dir, state_dict={**state_dict, **self._float32_weights} if state_dict else state_dict)
 
     def _complete_folder(self, readme: Path, card: str | None) -> None:
         if hasattr(self.model, "get_base_model"):

@@ -1,0 +1,113 @@
+"""Precision and limits of what `accelerate launch` shards: FSDP2 and DeepSpeed.
+
+FSDP2 by accelerate's defaults rounds outputs and reduced gradients to the computing precision; DeepSpeed holds trained
+weights in it and keeps float32 copies in its optimizer. Here losses stay float32, and float32 weights are saved as such.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from transformers import TrainingArguments
+
+LANGUAGE_MODEL = ("language_model.", "lm_head.")
+
+
+def refuse_shards(training: TrainingArguments, stage: str) -> None:
+    """Refuse a launcher that shards weights, before anything is loaded under it.
+
+    Under ZeRO-3 `from_pretrained` returns empty shards, so what follows would fail far from the cause.
+
+    Args:
+        training: The run's arguments, which know the launcher.
+        stage: What the script trains, for the message, e.g. "The aggregator's warm-up".
+
+    Raises:
+        ValueError: The launcher is FSDP or DeepSpeed.
+    """
+    kind = str(getattr(training.distributed_state, "distributed_type", "")).rpartition(".")[2]
+    if training.deepspeed or training.fsdp or "DEEPSPEED" in kind or "FSDP" in kind:
+        raise ValueError(
+            f"{stage} needs whole weights on every process, and this launcher ({kind or 'DeepSpeed or FSDP'}) shards them. "
+            "They fit on any GPU: start with `accelerate launch --config_file recipes/accelerate/ddp.yaml` or torchrun."
+        )
+
+
+def keep_float32_losses(state: AcceleratorState) -> None:
+    """Let FSDP2 reduce gradients in float32 and leave outputs as the model computes them.
+
+    accelerate sets all three precisions to that of computing. A loss then has bfloat16's 8 bits (5.96875 for 5.975), and
+    gradients are summed over processes with as many.
+
+    Args:
+        state: The accelerator's state before it prepares the model; unchanged without FSDP2 or mixed precision.
+    """
+    plugin = getattr(state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if plugin is None or plugin.fsdp_version != 2 or policy is None or policy.param_dtype is None:
+        return
+    plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+
+def whole_count(count: torch.Tensor | int | None) -> torch.Tensor | int | None:
+    """Return Trainer's count of label tokens as an integer.
+
+    Trainer divides it by its parallel sizes, so it is a float32 tensor, and sharded models round floating inputs: in
+    bfloat16 674 tokens become 672, and loss and gradients grow by 0.3 %.
+    """
+    if isinstance(count, torch.Tensor) and count.is_floating_point():
+        return count.round().long()
+    return count
+
+
+def float32_names(model: nn.Module) -> frozenset[str]:
+    """Return the names of the trained parameters that are float32 now, before a launcher casts them."""
+    return frozenset(
+        name for name, weight in model.named_parameters() if weight.requires_grad and weight.dtype == torch.float32
+    )
+
+
+def float32_weights(
+    model: nn.Module, names: frozenset[str], read: Callable[[nn.Parameter], torch.Tensor | None]
+) -> dict[str, torch.Tensor]:
+    """Gather the float32 copies of weights that DeepSpeed holds in another precision. Every process must call it.
+
+    Args:
+        model: The model within DeepSpeed's engine.
+        names: Parameters to gather; those that are float32 in the model are left out.
+        read: DeepSpeed's `safe_get_full_fp32_param`.
+
+    Returns:
+        Tensors on the CPU by parameter name.
+    """
+    copies = {}
+    for name, weight in model.named_parameters():
+        if name in names and weight.dtype != torch.float32:
+            copy = read(weight)
+            if copy is not None:
+                copies[name] = copy.detach().float().cpu().reshape(getattr(weight, "ds_shape", weight.shape))
+    return copies
+
+
+def touch_unread_parts(model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    """Return the loss plus zero times the trained weights that read a volume.
+
+    ZeRO-1 and ZeRO-2 reduce what has a gradient, in the order of its coming. A process whose batch has no volume would send
+    fewer numbers than the others, which then wait for ever; with this its gradients of these parts are zeros.
+
+    Args:
+        model: The model, whole on this process.
+        loss: Loss of a batch without a volume, a scalar.
+    """
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not any(part in name for part in LANGUAGE_MODEL):
+            loss = loss + 0.0 * weight.flatten()[:1].sum().to(loss)
+    return loss
+
+
+def has_volume(inputs: Mapping[str, Any]) -> bool:
+    """Return whether a batch of the collator's holds any volume."""
+    return "pixel_values" in inputs or "slice_embeddings" in inputs
