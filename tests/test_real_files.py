@@ -24,6 +24,8 @@ from samf.ct_volume import AIR_HU, CTReadError, CTVolume, read_ct, to_ct_volume
 NO_HU = "its values are no Hounsfield units"
 
 # Path → what is read: shape, orientation of the stored array, spacing in mm, lowest and highest HU.
+TOY_VOXELS = 10_000
+LEAST_CHEST_MM = 60  # a newborn's chest has more, along each axis
 READ = {
     "ct/cip_ct-64.nrrd": ((64, 64, 79), "LPS", (4.171872, 4.171872, 3.987342), (-1007, 1095)),
     "ct/elastix_3DCT_lung_small.mha": ((57, 78, 64), "LPS", (2.732, 2.732, 5), (-1130, 1379)),
@@ -97,8 +99,13 @@ def test_the_tables_name_every_file(test_data):
 
 @pytest.mark.parametrize("name", READ)
 def test_read_right(test_data, caplog, name):
-    assert_is(read_ct(test_data / name), READ[name])
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    """Without a warning, but for a volume that covers less than a chest (and is no toy), of which one says how little."""
+    volume = read_ct(test_data / name)
+    assert_is(volume, READ[name])
+    covered = min(np.array(volume.hu.shape) * volume.spacing)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == (covered < LEAST_CHEST_MM and volume.hu.size >= TOY_VOXELS)
+    assert all(f"{covered:.0f} mm" in warning and "too little to be a chest" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("name", READ_WITH_A_WARNING)
