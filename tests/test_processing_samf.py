@@ -426,3 +426,64 @@ def test_what_it_does_not_read_is_no_argument_and_an_error():
     for name in ("videos", "audio"):
         with pytest.raises(ValueError, match="has no videos or audio"):
             processor(text="<image>", volumes=volume(), **{name: volume()})
+
+
+def test_a_mixed_batch_gives_each_prompt_its_own_volume():
+    """Also where the first prompt has none: rows stay with their prompts, as pixels and as embeddings."""
+    processor = tiny_processor()
+    texts = ["none", "<image> one", "none", "<image> two"]
+    for kind in (volume, embeddings):
+        alone = [processor(volumes=kind(seed), text="<image>", return_tensors="pt") for seed in (1, 2)]
+        together = processor(volumes=[kind(1), kind(2)], text=texts, padding=True, return_tensors="pt")
+        assert together["slice_mask"].any(dim=1).tolist() == [False, True, False, True]
+        for name in set(alone[0]) - {"input_ids", "attention_mask"}:
+            empty, first, other, second = together[name]
+            assert not empty.any() and not other.any(), name
+            for found, single in zip((first, second), alone, strict=True):
+                length = single[name].shape[1]
+                assert torch.equal(found[:length], single[name][0]), name
+                assert not found[length:].any(), name
+        assert (together["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [0, IMAGE_TOKENS] * 2
+
+
+def embeddings(slices: int) -> dict:
+    """A cached record of so many slices."""
+    rng = np.random.default_rng(slices)
+    return {
+        "slice_embeddings": rng.normal(size=(slices, 4)).astype(np.float32),
+        "slice_planes": rng.integers(1, 3, slices),
+        "slice_positions": rng.uniform(0.1, 1, slices).astype(np.float32),
+    }
+
+
+def test_padding_of_cached_embeddings_is_no_slice():
+    """Neither in the mask nor, with a token a slice, in the prompt."""
+    processor = tiny_processor(None)
+    inputs = processor(volumes=[embeddings(2), embeddings(5)], text=["<image>"] * 2, padding=True, return_tensors="pt")
+    assert inputs["slice_mask"].tolist() == [[True, True, False, False, False], [True] * 5]
+    assert (inputs["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [2, 5]
+    assert inputs["slice_embeddings"].shape == (2, 5, 4) and not inputs["slice_embeddings"][0, 2:].any()
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("answer", [None, "emphysema"])
+def test_padding_is_no_text_of_the_fusion(answer, padding_side):
+    processor = tiny_processor()
+    chats = [conversation(answer=answer), [said("system", "Be brief."), *conversation(answer=answer)]]
+    options = {"processor_kwargs": {"padding": True, "padding_side": padding_side}, "add_generation_prompt": not answer}
+    inputs = encode(processor, chats, **options)
+    attended = inputs["attention_mask"].bool()
+    assert not attended[0].all() and attended[1].all()
+    assert not (inputs["prompt_mask"] & ~attended).any()
+    alone = encode(processor, chats[0], **options)
+    assert torch.equal(inputs["prompt_mask"][0][attended[0]], alone["prompt_mask"][0])
+
+
+def test_a_continued_answer_that_cannot_be_found_again_gives_no_prompt_mask():
+    """This template writes the last message's length in front: cut off within it, the text is no part of the whole one."""
+    processor = tiny_processor()
+    template = "{{ messages[-1]['content'][-1]['text'] | length }}" + processor.chat_template
+    chat = conversation(answer="emphysema")
+    options = {"chat_template": template, "add_generation_prompt": False}
+    assert fused(processor, chat, **options) == f"9{ALONE}"
+    assert "prompt_mask" not in encode(processor, chat, continue_final_message=True, **options)
