@@ -38,14 +38,14 @@ def linear(layer: torch.nn.Module, rows: np.ndarray) -> np.ndarray:
     )
 
 
-def fuse_by_loops(fusion: SamfFusion, slices, volume, text, keep_slices, keep_text) -> np.ndarray:
+def fuse_by_loops(fusion: SamfFusion, factor, slices, volume, text, keep_slices, keep_text) -> np.ndarray:
     """Equations 3 to 12 of the paper for one volume, written as sums over kept slices and tokens."""
     f2d = linear(fusion.project_slices, slices)[keep_slices]
     f3d = linear(fusion.project_volume, volume[None])[0]
     ftext = linear(fusion.project_text, text)[keep_text]
 
     def weigh(query, rows):
-        weights = softmax([sum(q * r for q, r in zip(query, row, strict=True)) * fusion.scale for row in rows])
+        weights = softmax([sum(q * r for q, r in zip(query, row, strict=True)) * factor for row in rows])
         return sum(weight * row for weight, row in zip(weights, rows, strict=True))
 
     if fusion.fusion_type == "slice_tokens":
@@ -68,8 +68,10 @@ def test_fusion_is_the_papers_equations(fusion_type, project_text, scale):
     text_mask = torch.tensor([[0, 1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1]]).bool()
     with torch.no_grad():
         tokens, _ = fusion(slices, volume, text, slice_mask, text_mask)
+    factor = 1 / np.sqrt(32) if scale else 1.0
     for row in range(2):
-        expected = fuse_by_loops(fusion, *(part[row].numpy() for part in (slices, volume, text, slice_mask, text_mask)))
+        parts = (part[row].numpy() for part in (slices, volume, text, slice_mask, text_mask))
+        expected = fuse_by_loops(fusion, factor, *parts)
         actual = tokens[row][slice_mask[row]] if fusion_type == "slice_tokens" else tokens[row]
         np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-9, atol=1e-12)
 

@@ -87,6 +87,16 @@ def test_what_is_denser_than_300_below_water_is_body(hu, tissue):
     assert box == pytest.approx([10, 50, 20, 40, 0, 20] if tissue else [0, 60, 0, 60, 0, 20], abs=1)
 
 
+@pytest.mark.parametrize(("columns", "counts"), [(22, True), (18, False)])
+def test_a_part_counts_as_body_from_a_quarter_of_the_largest_on(columns, counts):
+    """Two bars through the whole field, of 20 x 20 and 5 x `columns` grid points of 4 mm: 27.5 or 22.5 % as large."""
+    volume = np.full((60, 80, 20), -1000)
+    volume[5:25, 10:30] = 40
+    volume[40:45, 10 : 10 + columns] = 40
+    x = body_box(make_volume(volume, (4.0, 4.0, 4.0)))[0]
+    assert (x.start, x.stop) == pytest.approx((5, 45 if counts else 25), abs=1)
+
+
 @pytest.mark.parametrize("field", ["full", "body"])
 def test_a_slice_of_a_turned_volume_lies_where_its_own_centre_lies(field):
     """Millimetres of the centre of what a picture shows, along the plane's normal; the corners are up to 20 mm off."""
