@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate import patient_of
+from samf.data.patients import patient_of_record
 from samf.data.processes import Processes, is_first_process
 from samf.data.prompts import record_prompt
 from samf.data.slice_cache import SliceCache
@@ -79,7 +79,7 @@ def shuffle_volumes(records: Sequence[Record] | datasets.Dataset, seed: int = 0)
     volumes: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in records:
         if record["volume"] is not None:
-            volumes[_patient(record)].setdefault(record["volume"], record)
+            volumes[patient_of_record(record)].setdefault(record["volume"], record)
     if len(volumes) < 2:
         raise ValueError(f"Shuffling volumes needs at least two patients; the records' volumes are of {len(volumes)}.")
     patients = sorted(volumes)
@@ -99,14 +99,6 @@ def shuffle_volumes(records: Sequence[Record] | datasets.Dataset, seed: int = 0)
             records = records.remove_columns(name).add_column(name, column, feature=feature)
         return records
     return [{**record, **fields} for record, fields in zip(records, moved, strict=True)]
-
-
-def _patient(record: Record) -> str:
-    """As the record names it, else by CT-RATE's file name; a volume that bears none is taken as its scan's."""
-    if record.get("patient_id") is not None:
-        return str(record["patient_id"])
-    patient = patient_of(record["volume"])
-    return record["scan_id"] if patient == record["volume"] else patient
 
 
 # --- generation -------------------------------------------------------------------------------------------------
