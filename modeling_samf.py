@@ -650,7 +650,8 @@ class SamfModel(SamfPreTrainedModel):
             lambda: (
                 f"Image features and image tokens do not match: the prompts hold {found.tolist()} placeholder tokens "
                 f"(id {self.config.image_token_id}), the volumes give {expected.tolist()}. Let the processor expand the "
-                "placeholder, and don't truncate its output."
+                "placeholder, and don't truncate its output. (Placeholders behind the end of prompt_mask don't count: "
+                "pad it with the ids.)"
             ),
             "Image features and image tokens do not match: other numbers of placeholder tokens than the volumes give",
         )
