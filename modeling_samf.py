@@ -31,6 +31,7 @@ from .components_samf import (
     CausalLanguageModel,
     build_language_model,
     encode_pixels,
+    forget_longest_sequence,
     pool_slices,
     prepare_slice_encoder,
     takes_positions,
@@ -781,6 +782,7 @@ class SamfModel(SamfPreTrainedModel):
 
         if self._takes_positions:
             kwargs["position_ids"] = position_ids
+        forget_longest_sequence(self.language_model, self.config.text_config)
         outputs = self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         return SamfModelOutputWithPast(
             **{name: value for name, value in outputs.items() if name in KEPT_OUTPUTS},
