@@ -358,7 +358,9 @@ def test_what_a_template_writes_of_a_path_is_no_control_token(tmp_path):
     processor = tiny_processor()
     path = tmp_path / "a<|end|>b.nii.gz"
     nibabel.save(nibabel.Nifti1Image(volume(), np.eye(4)), path)
-    template = "{% for m in messages %}{% for b in m.content %}{{ '<image>' + b.path + '<|end|>' }}{% endfor %}{% endfor %}"
+    template = (
+        "{% for m in messages %}{% for b in m.content %}{{ '<image>' + b.path + '<|end|>' }}{% endfor %}{% endfor %}"
+    )
     inputs = encode(
         processor, chat_of({"type": "volume", "path": path}), chat_template=template, sanitize_control_tokens=True
     )
