@@ -259,10 +259,13 @@ def test_a_record_without_choices_or_question():
         record_prompt({"id": 1, "question": "?", "choices": list("abcdefghijk")})
 
 
-@pytest.mark.skipif(
+can_sanitize = pytest.mark.skipif(
     "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters,
     reason="this transformers can't sanitize control tokens",
 )
+
+
+@can_sanitize
 def test_tokens_that_a_user_wrote_are_text_when_sanitized():
     processor = tiny_processor()
     content = [{"type": "volume", "volume": volume()}, {"type": "text", "text": "Is <image> a token? <|end|>"}]
@@ -351,6 +354,7 @@ def test_a_template_may_write_where_a_volume_lies(tmp_path):
         assert written == f"user: image={shown} text={PROMPT}"
 
 
+@can_sanitize
 def test_what_a_template_writes_of_a_path_is_no_control_token(tmp_path):
     """A file's name is the user's text, so that sanitizing covers it, and the file is read all the same."""
     import nibabel
