@@ -93,10 +93,6 @@ def language_model_problem(causal: PreTrainedModel) -> str | None:
         return f"its forward doesn't take {', '.join(missing)}"
     if getattr(config, "hidden_size_per_layer_input", None):
         return "its layers read the token ids again (hidden_size_per_layer_input), and an image token has none"
-    if any("dynamic" in (parameters.get("rope_type") or "") for parameters in _rope_parameters(config)):
-        return (
-            "rope_type='dynamic' makes logits depend on the longest sequence of earlier calls; set 'yarn' or 'linear'"
-        )
     return None
 
 
@@ -107,17 +103,49 @@ def _rope_parameters(config: PretrainedConfig) -> Iterator[Mapping[str, Any]]:
     yield from nested or [parameters]
 
 
-def rope_sets(config: PretrainedConfig, length: int) -> list[bool]:
-    """Return for each "longrope" embedding whether a sequence of `length` positions is rotated by its long factors.
+def rope_sets(config: PretrainedConfig, length: int) -> list[int]:
+    """Return which factors rotate a sequence of `length` positions, for each embedding whose factors depend on it.
 
-    Keys that were rotated by the other factors can't be used: a cache must be filled anew where this changes.
+    That is 0 or 1 for "longrope", the short or the long factors, and for "dynamic" 0 or, past the original length, the
+    length itself. Keys that were rotated by other factors can't be used: a cache must be filled anew where this changes.
     """
     sets = []
     for parameters in _rope_parameters(config):
         if parameters.get("rope_type") == "longrope":
             original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-            sets.append(length > original)
+            sets.append(int(length > original))
+        elif _is_dynamic(parameters):
+            sets.append(length if length > config.max_position_embeddings else 0)
     return sets
+
+
+def rope_stretch(config: PretrainedConfig) -> float:
+    """Return how many times `max_position_embeddings` positions the rotary embeddings are made for."""
+    factors = [parameters["factor"] for parameters in _rope_parameters(config) if _is_dynamic(parameters)]
+    return min(factors, default=1.0)
+
+
+def forget_longest_sequence(language_model: nn.Module, config: PretrainedConfig) -> None:
+    """Give "dynamic" rotary embeddings their first factors again.
+
+    The library's keep those of the longest sequence that they have seen, so that logits would depend on earlier calls.
+    From the first factors they go to those of the sequence that comes.
+    """
+    if not any(map(_is_dynamic, _rope_parameters(config))):
+        return
+    for module in language_model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layers, kind in kinds.items() if isinstance(kinds, Mapping) else [(None, kinds)]:
+            if not _is_dynamic({"rope_type": kind}):
+                continue
+            prefix = f"{layers}_" if layers else ""
+            inv_freq, first = getattr(module, f"{prefix}inv_freq"), getattr(module, f"{prefix}original_inv_freq")
+            module.register_buffer(f"{prefix}inv_freq", first.to(inv_freq.device), persistent=False)
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def _is_dynamic(parameters: Mapping[str, Any]) -> bool:
+    return "dynamic" in (parameters.get("rope_type") or "")
 
 
 def takes_positions(language_model: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Chat messages of several APIs as the messages and content blocks that chat templates render."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ from typing import Any
 TEXT_TYPES = ("text", "input_text", "output_text")
 VOLUME_TYPES = ("volume", "image", "input_image", "image_url")
 VOLUME_KEYS = ("volume", "image", "path", "url", "image_url")
+# Under which key templates, and the library's collection of a chat's images, find a block's volume; others keep their name.
+_TEMPLATE_KEYS = {"volume": "image", "image_url": "url"}
 _HINT_KEYS = {"type", "detail", "cache_control"}  # how to treat a picture: of no meaning for a volume
 _EXPECTED = (
     'expected {"type": "volume", "path": …} (also named image, input_image or image_url; the volume under volume, image, '
@@ -15,11 +18,20 @@ _EXPECTED = (
 )
 
 
-class OneVolume:
-    """Carries a block's volume through the chat template's clean-up, which would take arrays and dataclasses apart."""
+class OneVolume(str):
+    """Carries a block's volume through the chat template's clean-up, which would take arrays and dataclasses apart.
 
-    def __init__(self, value: Any):
+    As text, which a template may write, it is the path or address, and for anything else the name of its type, as the
+    library has it.
+    """
+
+    value: Any
+
+    def __new__(cls, value: Any) -> "OneVolume":
+        named = isinstance(value, (str, os.PathLike))
+        self = super().__new__(cls, os.fspath(value) if named else f"<{type(value).__name__}>")
         self.value = value
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OneVolume":
         return self  # some releases copy a conversation before they continue it
@@ -35,7 +47,8 @@ def read_conversation(conversation: Any, place: str = "") -> list[Any]:
 
     Returns:
         New messages with `content` a string or a list of `{"type": "text", "text": str}` and
-        `{"type": "image", "image": OneVolume}`; the latter without `image` where the block names no volume.
+        `{"type": "image", "image": OneVolume}`. The volume stands under `image`, `path` or `url`, as the block named it, for
+        templates that write it, and under no key where the block names none.
 
     Raises:
         ValueError: a block, role or content that no template renders; says where, what was found and what counts.
@@ -96,7 +109,7 @@ def _read_block(block: Any, place: str) -> dict[str, Any]:
             f"{place} is of type {kind!r} and holds {', '.join(map(repr, given + unknown))}; a block takes one volume, under "
             f"one of {', '.join(VOLUME_KEYS)}, and nothing else. Give a text, or another volume, a block of its own."
         )
-    return {"type": "image", "image": OneVolume(_source(block[given[0]], place))} if given else {"type": "image"}
+    return {"type": "image", **{_TEMPLATE_KEYS.get(key, key): OneVolume(_source(block[key], place)) for key in given}}
 
 
 def _source(value: Any, place: str) -> Any:

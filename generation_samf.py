@@ -9,6 +9,8 @@ from transformers.generation import SuppressTokensLogitsProcessor
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
+from .components_samf import rope_sets, rope_stretch
+
 logger = logging.get_logger(__name__)
 
 # What generate() needs at the first step alone: the prompt's cache already holds what they gave.
@@ -86,7 +88,8 @@ class SamfGenerationMixin(GenerationMixin):
             warn_of_length(
                 self.config.text_config, length, f"Image tokens, prompt and answer, {length} tokens together,"
             )
-            if not generation_config.use_cache:  # each step then reads the whole prompt again
+            refilled = rope_sets(self.config.text_config, length) != rope_sets(self.config.text_config, 0)
+            if refilled or not generation_config.use_cache:  # some steps or all then read the whole prompt again
                 self._encode_once(model_kwargs)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
@@ -164,6 +167,7 @@ def warn_of_length(text_config: PretrainedConfig, length: int, what: str) -> Non
             "(sliding_window), so tokens farther from the image tokens don't see the volume. Use fewer image tokens, a "
             "shorter prompt, or a smaller max_new_tokens."
         )
+    positions = None if positions is None else int(positions * rope_stretch(text_config))
     if positions is not None and length > positions:
         logger.warning_once(
             f"{what} exceed the {positions} positions that the language model was made for (max_position_embeddings): "

@@ -31,6 +31,7 @@ from .components_samf import (
     CausalLanguageModel,
     build_language_model,
     encode_pixels,
+    forget_longest_sequence,
     pool_slices,
     prepare_slice_encoder,
     takes_positions,
@@ -650,7 +651,8 @@ class SamfModel(SamfPreTrainedModel):
             lambda: (
                 f"Image features and image tokens do not match: the prompts hold {found.tolist()} placeholder tokens "
                 f"(id {self.config.image_token_id}), the volumes give {expected.tolist()}. Let the processor expand the "
-                "placeholder, and don't truncate its output."
+                "placeholder, and don't truncate its output. (Placeholders behind the end of prompt_mask don't count: "
+                "pad it with the ids.)"
             ),
             "Image features and image tokens do not match: other numbers of placeholder tokens than the volumes give",
         )
@@ -780,6 +782,7 @@ class SamfModel(SamfPreTrainedModel):
 
         if self._takes_positions:
             kwargs["position_ids"] = position_ids
+        forget_longest_sequence(self.language_model, self.config.text_config)
         outputs = self.language_model(attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         return SamfModelOutputWithPast(
             **{name: value for name, value in outputs.items() if name in KEPT_OUTPUTS},

@@ -67,6 +67,10 @@ LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe, longrope": ("phimoe", {**EXPERTS, **MSCALE, "lm_head_bias": True, "output_router_logits": True}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
     "llama": ("llama", {}),
+    "llama, dynamic rope": (
+        "llama",
+        {"max_position_embeddings": SWITCH, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    ),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
     "mistral": ("mistral", {"sliding_window": WINDOW}),
     "mixtral": ("mixtral", {**EXPERTS, "output_router_logits": True}),
@@ -96,7 +100,6 @@ LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
     "biogpt": ("biogpt", {}),
-    "llama, dynamic rope": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
     "gemma3n_text": (
         "gemma3n_text",
         {

@@ -1,5 +1,7 @@
 """The library's language models in SAMF: their own logits, losses and caches, or a refusal by name."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,7 +24,6 @@ from samf.benchmarks.components import (
 from samf.components_samf import rope_sets
 
 REFUSED = {
-    "llama, dynamic rope": ("LlamaForCausalLM", "dynamic"),
     "gemma3n_text": ("Gemma3nForCausalLM", "hidden_size_per_layer_input"),
     "bert": ("BertLMHeadModel", "head"),
     "bart": ("BartForCausalLM", "inputs_embeds"),
@@ -30,7 +31,7 @@ REFUSED = {
 }
 # One of each kind: rope switch, softcap, bias, experts with a loss, other names of the embeddings, a head that calls its
 # model's decoder, a recurrent one whose model fills its children's buffers.
-QUICK = ("phi3, longrope", "gemma2", "phi", "mixtral", "gpt2", "opt", "falcon_h1")
+QUICK = ("phi3, longrope", "llama, dynamic rope", "gemma2", "phi", "mixtral", "gpt2", "opt", "falcon_h1")
 ACCEPTED = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
     for name in LANGUAGE_MODELS
@@ -65,24 +66,52 @@ def test_a_multimodal_model_is_refused_with_the_remedy():
 def test_rope_sets_follow_the_librarys_switch():
     """Long factors from the first position past the original length on, in each rotary embedding that has them."""
     config = text_config("phi3, longrope")
-    assert [rope_sets(config, length) for length in (1, SWITCH, SWITCH + 1)] == [[False], [False], [True]]
+    assert [rope_sets(config, length) for length in (1, SWITCH, SWITCH + 1)] == [[0], [0], [1]]
+    config = text_config("llama, dynamic rope")
+    assert [rope_sets(config, length) for length in (1, SWITCH, SWITCH + 1)] == [[0], [0], [SWITCH + 1]]
     assert rope_sets(text_config("llama"), 10**6) == []
+
+
+@pytest.mark.parametrize("switches", ["llama, dynamic rope", "both kinds of layers"])
+def test_logits_depend_on_no_earlier_calls(switches):
+    """Dynamic rotary embeddings keep the factors of the longest sequence; each call here as the first of a new model."""
+    config = text_config("llama, dynamic rope")
+    if switches != "llama, dynamic rope":
+        config = text_config("gemma3_text")
+        config.max_position_embeddings = SWITCH
+        for parameters in config.rope_parameters.values():
+            parameters.update(rope_type="dynamic", factor=4.0)
+    own = randomise(AutoModelForCausalLM.from_config(config))
+    settings = samf_config()
+    settings.text_config = config
+    model = SamfForConditionalGeneration(settings).eval()
+    model.model.language_model.load_state_dict(own.base_model.state_dict())
+    model.lm_head.load_state_dict(own.lm_head.state_dict())
+    with torch.no_grad():
+        for length in (60, 50, SWITCH, 40, 20, 60):
+            input_ids = torch.randint(6, 99, (2, length), generator=torch.Generator().manual_seed(length))
+            expected = copy.deepcopy(own)(input_ids=input_ids).logits
+            torch.testing.assert_close(model(input_ids=input_ids).logits, expected, rtol=0, atol=1e-5)
 
 
 def test_the_cache_is_filled_anew_at_the_switch_by_positions_and_not_by_padding():
     """A batch whose every row is padded passes the switch later than its length says; each row as by itself."""
     model = randomise(SamfForConditionalGeneration(samf_config("phi3, longrope")))
     batch = volume_batch(rows=2)
+    encoded = []
     padded = {
         **batch,
         "input_ids": torch.nn.functional.pad(batch["input_ids"], (5, 0), value=1),
         "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (5, 0)),
     }
     reads = []
-    model.model.slice_encoder.register_forward_hook(lambda *_: reads.append(1))
+    model.model.aggregator.register_forward_hook(lambda *_: reads.append(1))
+    model.model.slice_encoder.register_forward_hook(lambda *_: encoded.append(1))
     expected = model.generate(**batch, **GREEDY, use_cache=False).logits
     reads.clear()
+    encoded.clear()
     actual = model.generate(**padded, **GREEDY).logits
+    assert len(encoded) == 1
     assert (
         2 <= len(reads) <= 3
     )  # with the prompt, at the switch, and where Phi-3's own code counts padding as positions

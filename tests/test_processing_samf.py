@@ -259,10 +259,13 @@ def test_a_record_without_choices_or_question():
         record_prompt({"id": 1, "question": "?", "choices": list("abcdefghijk")})
 
 
-@pytest.mark.skipif(
+can_sanitize = pytest.mark.skipif(
     "sanitize_control_tokens" not in inspect.signature(ProcessorMixin.apply_chat_template).parameters,
     reason="this transformers can't sanitize control tokens",
 )
+
+
+@can_sanitize
 def test_tokens_that_a_user_wrote_are_text_when_sanitized():
     processor = tiny_processor()
     content = [{"type": "volume", "volume": volume()}, {"type": "text", "text": "Is <image> a token? <|end|>"}]
@@ -328,6 +331,46 @@ def test_blocks_of_other_apis_are_read(tmp_path):
         inputs = encode(processor, chat)
         assert torch.equal(inputs["input_ids"], expected["input_ids"])
         assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+
+
+def test_a_template_may_write_where_a_volume_lies(tmp_path):
+    """As with the library's processors, under the key that the block has; what isn't a file shows its type alone."""
+    processor = tiny_processor()
+    template = (
+        "{% for m in messages %}{{ m.role }}:{% for b in m.content %} "
+        "{{ b.type }}={{ b.url or b.path or b.image or b.text }}{% endfor %}{% endfor %}"
+    )
+    text = {"type": "text", "text": PROMPT}
+    address = "https://example.com/scan.nii.gz"
+    for block, shown in [
+        ({"type": "image_url", "image_url": {"url": address}}, address),
+        ({"type": "input_image", "image_url": address}, address),
+        ({"type": "image", "url": address}, address),
+        ({"type": "volume", "path": tmp_path}, str(tmp_path)),
+        ({"type": "volume", "volume": "scan.nii.gz"}, "scan.nii.gz"),
+        ({"type": "volume", "volume": volume()}, "<ndarray>"),
+    ]:
+        written = processor.apply_chat_template(chat_of(block, text), chat_template=template)
+        assert written == f"user: image={shown} text={PROMPT}"
+
+
+@can_sanitize
+def test_what_a_template_writes_of_a_path_is_no_control_token(tmp_path):
+    """A file's name is the user's text, so that sanitizing covers it, and the file is read all the same."""
+    import nibabel
+
+    processor = tiny_processor()
+    path = tmp_path / "a<|end|>b.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(volume(), np.eye(4)), path)
+    template = (
+        "{% for m in messages %}{% for b in m.content %}{{ '<image>' + b.path + '<|end|>' }}{% endfor %}{% endfor %}"
+    )
+    inputs = encode(
+        processor, chat_of({"type": "volume", "path": path}), chat_template=template, sanitize_control_tokens=True
+    )
+    end = processor.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert (inputs["input_ids"] == end).sum() == 1
+    assert inputs["slice_mask"].any()
 
 
 def test_the_files_of_one_series_are_one_volume(tmp_path):
