@@ -1018,17 +1018,8 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
             logits_to_keep: compute logits for the last so many tokens only (0 = all), or for these indices.
         """
         finding_targets = _renamed(finding_targets, kwargs)
-        if (
-            self.training
-            and finding_targets is not None
-            and labels is None
-            and (input_ids, inputs_embeds) != (None, None)
-        ):
-            raise ValueError(
-                "finding_targets came with a text and no labels: a loss that is computed outside the model "
-                "(label_smoothing_factor, compute_loss_func) would drop the findings' loss. Leave that out, or take "
-                "finding_targets out of the batch, or train the findings on volumes alone."
-            )
+        if finding_targets is not None and labels is None and (input_ids is not None or inputs_embeds is not None):
+            self._check_findings_are_trained()
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -1073,6 +1064,15 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
     ) -> torch.Tensor:
         """The loss that the language model's own forward asks for; `vocab_size` may be that before a resize."""
         return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+
+    def _check_findings_are_trained(self) -> None:
+        """Raise ValueError in training: without labels beside a text, the loss is computed elsewhere."""
+        if self.training:
+            raise ValueError(
+                "finding_targets came with a text and no labels: a loss that is computed outside the model "
+                "(label_smoothing_factor, compute_loss_func) would drop the findings' loss. Leave that out, or take "
+                "finding_targets out of the batch, or train the findings on volumes alone."
+            )
 
     def _check_finding_targets(
         self, targets: torch.Tensor, image_outputs: Any, slice_mask: torch.Tensor | None
