@@ -10,7 +10,11 @@ OLDEST_READY := $(OLDEST_VENV)/.ready
 MODEL_TESTS := $(addprefix tests/test_,modeling_samf.py language_models.py slice_encoders.py generation.py backends.py extra_sources.py adapters.py \
 	processing_samf.py remote_code.py published_reference.py push_to_hub.py train.py training_adapter.py training_order.py)
 
-.PHONY: demo test test-slow test-oldest lint clean
+PYTEST := $(BIN)/python -m pytest -c tests/pytest.ini -q -rs
+# Two processes, one a core; these files take about as long as those. (pytest-xdist's workers don't survive tests that fork.)
+HALVES := test-a-to-r test-s-to-z
+
+.PHONY: demo test $(HALVES) test-slow test-oldest lint clean
 
 $(READY): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,10 +30,20 @@ demo: $(READY)
 	$(BIN)/python demo.py $(if $(CT),--ct "$(CT)") $(DEMO_OPTIONS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -c tests/pytest.ini tests -q -rs $(TEST_OPTIONS)
+ifdef TEST_OPTIONS
+	$(PYTEST) tests $(TEST_OPTIONS)
+else
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(HALVES)
+endif
+
+test-a-to-r: $(READY)
+	$(PYTEST) tests/test_[a-r]*.py
+
+test-s-to-z: $(READY)
+	$(PYTEST) tests/test_[s-z]*.py
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -c tests/pytest.ini tests -q -rs -m slow $(TEST_OPTIONS)
+	$(PYTEST) tests -m slow $(TEST_OPTIONS)
 
 test-oldest: $(OLDEST_READY)
 	$(OLDEST_VENV)/bin/python -m pytest -c tests/pytest.ini $(MODEL_TESTS) -q -rs $(TEST_OPTIONS)
