@@ -12,7 +12,7 @@ MODEL_TESTS := $(addprefix tests/test_,modeling_samf.py language_models.py slice
 
 PYTEST := $(BIN)/python -m pytest -c tests/pytest.ini -q -rs
 # Two processes, one a core; these files take about as long as those. (pytest-xdist's workers don't survive tests that fork.)
-HALVES := test-a-to-r test-s-to-z
+HALVES := test-a-to-p test-q-to-z
 
 .PHONY: demo test $(HALVES) test-slow test-oldest lint clean
 
@@ -36,11 +36,11 @@ else
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(HALVES)
 endif
 
-test-a-to-r: $(READY)
-	$(PYTEST) tests/test_[a-r]*.py
+test-a-to-p: $(READY)
+	$(PYTEST) tests/test_[a-p]*.py
 
-test-s-to-z: $(READY)
-	$(PYTEST) tests/test_[s-z]*.py
+test-q-to-z: $(READY)
+	$(PYTEST) tests/test_[q-z]*.py
 
 test-slow: $(READY)
 	$(PYTEST) tests -m slow $(TEST_OPTIONS)
