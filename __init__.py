@@ -13,11 +13,12 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_samf import SamfConfig
-from .ct_volume import CTReadError, CTVolume, read_ct
-from .image_processing_samf import SamfImageProcessor
-from .modeling_samf import SamfForConditionalGeneration, SamfModel, SamfPreTrainedModel
-from .processing_samf import SamfProcessor
+from .model.configuration_samf import SamfConfig
+from .model.ct_volume import CTReadError, CTVolume, read_ct
+from .model.image_processing_samf import SamfImageProcessor
+from .model.modeling_samf import SamfForConditionalGeneration, SamfModel, SamfPreTrainedModel
+from .model.processing_samf import SamfProcessor
+from .utils.moved import install as _install_old_names
 
 AutoConfig.register("samf", SamfConfig, exist_ok=True)
 # The model that generates, as the library has it for models that give text; features: get_image_features.
@@ -36,6 +37,8 @@ SamfModel.register_for_auto_class("AutoModel")
 SamfForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 SamfImageProcessor.register_for_auto_class()
 SamfProcessor.register_for_auto_class()
+
+_install_old_names(__name__)
 
 __all__ = [
     "CTReadError",

@@ -7,7 +7,7 @@
 was cut off goes on where it stopped), failures.jsonl, times.jsonl, results.json and results.md. `--shuffle_volumes` gives
 every question another patient's volume: what is still right then did not come from the image. `--mcq likelihood` takes
 the option that the model finds most likely, `--permute_options true` asks with the options in every rotation as well.
-Tables, figures and a report of what is in the output folder: `python -m samf.evaluation.scoreboard`.
+Tables, figures and a report of what is in the output folder: `python -m samf.evaluation.report.scoreboard`.
 """
 
 import json
@@ -24,18 +24,10 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from samf.data.ct_rate import load_records
-from samf.data.processes import (
-    Processes,
-    default_device,
-    is_first_process,
-    join_processes,
-    leave_processes,
-)
-from samf.data.slice_cache import SliceCache
+from samf.cache.slice_cache import SliceCache
+from samf.data.ct_rate.loader import load_records
 from samf.data.source_arguments import SourceArguments
-from samf.evaluation.clinical_metrics import make_labeller
-from samf.evaluation.generation import (
+from samf.evaluation.answering.generation import (
     PREDICTIONS,
     RESULTS,
     GenerationSettings,
@@ -44,7 +36,8 @@ from samf.evaluation.generation import (
     shuffle_volumes,
 )
 from samf.evaluation.judge import RANGES, REPLIES, Judge, JudgeError, build_judge, judge_predictions, judge_table
-from samf.evaluation.multiple_choice import not_rotated, position_bias, rotated_records
+from samf.evaluation.metrics.clinical_metrics import make_labeller
+from samf.evaluation.metrics.multiple_choice import not_rotated, position_bias, rotated_records
 from samf.evaluation.scoring import (
     RECORD_COUNTS,
     TASKS,
@@ -54,7 +47,14 @@ from samf.evaluation.scoring import (
     write_atomic,
     write_results,
 )
-from samf.recipe import parse_recipe
+from samf.utils.distributed import (
+    Processes,
+    default_device,
+    is_first_process,
+    join_processes,
+    leave_processes,
+)
+from samf.utils.recipe import parse_recipe
 
 logger = logging.getLogger("samf.eval")
 
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output_dir)
     sys.stdout.write(
         f"\nWritten to {folder}: {PREDICTIONS}, {RESULTS}, {Path(RESULTS).with_suffix('.md')}. Next:\n"
-        f"python -m samf.evaluation.scoreboard {folder / PREDICTIONS} --data {args.data} --split {args.split}\n"
+        f"python -m samf.evaluation.report.scoreboard {folder / PREDICTIONS} --data {args.data} --split {args.split}\n"
     )
 
 

@@ -28,9 +28,8 @@ from typing import Any, NoReturn
 
 from transformers import AutoConfig
 
-from samf.data.cache_ledger import Ledger, Shard, Volume, look_at
-from samf.data.embedding_cache import EmbeddingCache
-from samf.data.preprocessing import (
+from samf.cache.embedding_cache import EmbeddingCache
+from samf.cache.fill import (
     FillOptions,
     PreprocessError,
     describe_bytes,
@@ -41,16 +40,17 @@ from samf.data.preprocessing import (
     unsettled,
     verify,
 )
-from samf.data.processes import default_device, local_rank, processes_here
-from samf.data.slice_cache import RECORD_VERSION, SliceCache
-from samf.data.slice_settings import load_image_processor
+from samf.cache.manifest import Ledger, Shard, Volume, look_at
+from samf.cache.settings import load_image_processor
+from samf.cache.slice_cache import RECORD_VERSION, SliceCache
 from samf.data.source_arguments import SourceArguments
-from samf.data.text_files import TextEncodingError
-from samf.data.volume_lists import SPLITS, search_volumes
-from samf.data.workers import usable_cores
-from samf.image_processing_samf import EXTRACT_VERSION, FIELDS, PRESETS, SLABS, SamfImageProcessor
-from samf.modeling_samf import SamfForConditionalGeneration, SamfModel
-from samf.pretraining.contrast import build_slices_model
+from samf.data.volume_discovery import SPLITS, search_volumes
+from samf.model.image_processing_samf import EXTRACT_VERSION, FIELDS, PRESETS, SLABS, SamfImageProcessor
+from samf.model.modeling_samf import SamfForConditionalGeneration, SamfModel
+from samf.pretraining.contrastive import build_slices_model
+from samf.utils.distributed import default_device, local_rank, processes_here
+from samf.utils.parallel import usable_cores
+from samf.utils.text_files import TextEncodingError
 
 logger = logging.getLogger("samf.preprocess")
 

@@ -16,18 +16,18 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments, ViTConfig, ViTModel, set_seed
 
-from samf.data.processes import leaves_processes
-from samf.data.slice_images import MEDMNIST_WINDOWS, SLICES, SliceSets, holds_medmnist, slice_sets, some_slices
-from samf.data.slice_settings import has_slice_settings
+from samf.cache.settings import has_slice_settings
 from samf.data.source_arguments import SourceArguments
-from samf.image_processing_samf import SamfImageProcessor
-from samf.pretraining.checkpoints import checkpoint_to_resume
+from samf.model.image_processing_samf import SamfImageProcessor
 from samf.pretraining.dino import DinoArguments
 from samf.pretraining.dino_trainer import DinoTrainer
 from samf.pretraining.labels import train_on_labels
-from samf.pretraining.launchers import refuse_shards
-from samf.pretraining.resumable import train_to_end
-from samf.recipe import parse_recipe
+from samf.pretraining.slice_datasets import MEDMNIST_WINDOWS, SLICES, SliceSets, holds_medmnist, slice_sets, some_slices
+from samf.training.checkpoints import checkpoint_to_resume
+from samf.training.launchers import refuse_shards
+from samf.training.trainer_base import train_to_end
+from samf.utils.distributed import leaves_processes
+from samf.utils.recipe import parse_recipe
 
 logger = logging.getLogger("samf.pretrain_encoder")
 

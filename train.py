@@ -17,24 +17,24 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
 from samf.data.collator import SamfCollator, VolumeStore
-from samf.data.processes import Processes, leaves_processes
-from samf.data.volume_lists import distinct_volumes
-from samf.evaluation.generation import GenerationSettings
-from samf.model_card import hub_id
-from samf.pretraining.checkpoints import checkpoint_to_resume
-from samf.pretraining.resumable import train_to_end
-from samf.processing_samf import SamfProcessor
-from samf.recipe import parse_recipe
+from samf.data.volume_discovery import distinct_volumes
+from samf.evaluation.answering.generation import GenerationSettings
+from samf.model.model_card import hub_id
+from samf.model.processing_samf import SamfProcessor
 from samf.training.adapter import BASE, MERGED, add_lora, cast_trained, merge_adapter, save_base
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments, TuningArguments
-from samf.training.boards import keep_boards_private
-from samf.training.building import apply_liger, build_model, build_processor
-from samf.training.records import build_mixture, holds_text_alone, load_datasets
-from samf.training.samples import SampleWriter, choose_samples
+from samf.training.checkpoints import checkpoint_to_resume
+from samf.training.datasets import build_mixture, holds_text_alone, load_datasets
+from samf.training.factory import apply_liger, build_model, build_processor
+from samf.training.sample_generation import SampleWriter, choose_samples
 from samf.training.skipping import skipping
-from samf.training.stores import build_volume_store
 from samf.training.throughput import CountingCollator
+from samf.training.trackers import keep_boards_private
 from samf.training.trainer import SamfTrainer, card_settings, is_zero3, save_repository
+from samf.training.trainer_base import train_to_end
+from samf.training.volume_stores import build_volume_store
+from samf.utils.distributed import Processes, leaves_processes
+from samf.utils.recipe import parse_recipe
 
 ARGUMENTS = (ModelArguments, DataArguments, TuningArguments, MonitorArguments, TrainingArguments)
 

@@ -11,7 +11,7 @@ asked of where the two runs lie; `adjacent_slices` says how long they are.
 
 The slice embeddings are computed once and kept in `slice_cache`, where `train.py` finds them again if it freezes the same
 encoder in the same `dtype`. The output folder holds the aggregator and its position embeddings, which
-`samf.pretraining.aggregator_weights.load_aggregator` puts into a model.
+`samf.training.aggregator_weights.load_aggregator` puts into a model.
 """
 
 import logging
@@ -22,19 +22,19 @@ from pathlib import Path
 
 from transformers import TrainingArguments, set_seed
 
-from samf.data.embedding_cache import EmbeddingCache
-from samf.data.processes import leaves_processes
-from samf.data.slice_cache import SliceCache
-from samf.data.slice_images import SLICES, Scan, readable_scans
-from samf.data.slice_settings import load_image_processor
+from samf.cache.embedding_cache import EmbeddingCache
+from samf.cache.settings import load_image_processor
+from samf.cache.slice_cache import SliceCache
 from samf.data.source_arguments import SourceArguments
-from samf.modeling_samf import SamfModel
-from samf.pretraining.aggregator_arguments import AggregatorArguments
-from samf.pretraining.checkpoints import checkpoint_to_resume
-from samf.pretraining.contrast import ContrastTrainer, build_slices_model
-from samf.pretraining.launchers import refuse_shards
-from samf.pretraining.resumable import train_to_end
-from samf.recipe import parse_recipe
+from samf.model.modeling_samf import SamfModel
+from samf.pretraining.contrastive import ContrastTrainer, build_slices_model
+from samf.pretraining.slice_datasets import SLICES, Scan, readable_scans
+from samf.training.aggregator_arguments import AggregatorArguments
+from samf.training.checkpoints import checkpoint_to_resume
+from samf.training.launchers import refuse_shards
+from samf.training.trainer_base import train_to_end
+from samf.utils.distributed import leaves_processes
+from samf.utils.recipe import parse_recipe
 
 logger = logging.getLogger("samf.warmup_aggregator")
 

@@ -23,8 +23,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from samf.configuration_samf import SamfConfig
-from samf.modeling_samf import SamfForConditionalGeneration
+from samf.model.configuration_samf import SamfConfig
+from samf.model.modeling_samf import SamfForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 

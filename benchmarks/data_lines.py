@@ -21,15 +21,15 @@ from transformers import AutoTokenizer
 
 from samf.benchmarks.measuring import Figure, peak_memory
 from samf.benchmarks.workloads import Settings
-from samf.data.ct_rate import load_ct_rate
-from samf.data.ct_rate_names import VolumeName
-from samf.data.ct_rate_tables import CT_RATE_LABELS, read_rows
+from samf.data.ct_rate.loader import load_ct_rate
+from samf.data.ct_rate.names import VolumeName
+from samf.data.ct_rate.tables import CT_RATE_LABELS, read_rows
 from samf.data.lengths import count_tokens
 from samf.data.mixture import TaskMixture
-from samf.data.phantom import PhantomSettings, plan_patient
-from samf.data.phantom_text import join_report
 from samf.data.prompts import REPORT_QUESTION
-from samf.data.small_tokenizer import train_small_tokenizer
+from samf.phantoms.dataset import PhantomSettings, plan_patient
+from samf.phantoms.text import join_report
+from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.training.sampling import RecordOrder
 
 VOLUMES = 47_149  # of CT-RATE's training split

@@ -20,7 +20,7 @@ from samf.benchmarks.workloads import (
     generate,
     random_model,
 )
-from samf.modeling_samf import SamfForConditionalGeneration
+from samf.model.modeling_samf import SamfForConditionalGeneration
 
 LORA_TARGETS = r".*language_model.*\.(qkv_proj|o_proj|gate_up_proj|down_proj)"
 TRAINED_PARTS = ("slice_encoder", "slice_position", "aggregator", "fusion")

@@ -11,7 +11,7 @@ import torch
 
 from samf.benchmarks.measuring import Figure, ratios
 from samf.benchmarks.workloads import TINY_TEXT, Settings, conversation_batch, fill, generate, random_model, slice_stack
-from samf.modeling_samf import (
+from samf.model.modeling_samf import (
     SamfForConditionalGeneration,
     SamfFusion,
     SamfModel,

@@ -8,12 +8,12 @@ from torch import nn
 
 from samf.benchmarks.measuring import Figure
 from samf.benchmarks.workloads import SAVED_DTYPE, LineSkipped, Settings, random_model
-from samf.modeling_samf import SamfForConditionalGeneration
+from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.training.adapter import add_lora, cast_trained
 from samf.training.arguments import TuningArguments
-from samf.training.building import apply_liger
+from samf.training.factory import apply_liger
 from samf.training.flops import StepFlops, Work, known_peak
-from samf.training.parts import PARTS, train_parts
+from samf.training.param_groups import PARTS, train_parts
 from samf.training.throughput import batch_work
 
 # Rows, slices a volume, and tokens of question and answer: with 256 image tokens the paper's 512.

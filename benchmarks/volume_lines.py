@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from samf.benchmarks.measuring import Figure, ratios, resident
 from samf.benchmarks.workloads import Settings
-from samf.ct_volume import CTVolume, read_ct
-from samf.data.phantom_volume import make_phantom
-from samf.data.slice_cache import SliceCache
-from samf.image_processing_samf import SamfImageProcessor
+from samf.cache.slice_cache import SliceCache
+from samf.model.ct_volume import CTVolume, read_ct
+from samf.model.image_processing_samf import SamfImageProcessor
+from samf.phantoms.volume import make_phantom
 from samf.training.memory import peak_resident
 
 try:

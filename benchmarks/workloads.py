@@ -15,8 +15,8 @@ from transformers import initialization as init
 from transformers.generation.streamers import BaseStreamer
 
 from samf.benchmarks.measuring import Stopwatch, free_memory
-from samf.configuration_samf import SamfConfig
-from samf.modeling_samf import SamfForConditionalGeneration
+from samf.model.configuration_samf import SamfConfig
+from samf.model.modeling_samf import SamfForConditionalGeneration
 
 SAVED_DTYPE = torch.bfloat16  # as language models are published
 FILL_PERIOD = 1_000_003  # a prime: no two rows of a weight are equal

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import torch
 
-from samf.ct_volume import read_ct
 from samf.data.prompts import record_conversation
-from samf.processing_samf import SamfProcessor
+from samf.model.ct_volume import read_ct
+from samf.model.processing_samf import SamfProcessor
 
 logger = logging.getLogger(__name__)
 

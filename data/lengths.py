@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from samf.data.collator import SamfCollator
 from samf.data.prompts import record_prompt
 from samf.data.record_cache import build_once, default_cache
-from samf.processing_samf import SamfProcessor
+from samf.model.processing_samf import SamfProcessor
 
 TEXTS = ("id", "question", "choices", "answer")
 BATCH = 1000

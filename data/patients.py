@@ -20,10 +20,10 @@ from typing import Any
 import datasets
 import pyarrow.compute as pc
 
-from samf.data.ct_rate_names import VolumeName
-from samf.dicom_pixels import PARSE_ERRORS, pydicom
-from samf.dicom_volume import looks_like_dicom, walk_once
-from samf.volume_sources import is_address
+from samf.data.ct_rate.names import VolumeName
+from samf.model.ct_dicom import looks_like_dicom, walk_once
+from samf.model.ct_dicom_pixels import PARSE_ERRORS, pydicom
+from samf.model.ct_download import is_address
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
-from samf.data.slice_cache import record_key
-from samf.data.tally import Tally
+from samf.cache.slice_cache import record_key
+from samf.data.load_stats import Tally
 
 logger = logging.getLogger(__name__)
 

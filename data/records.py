@@ -14,8 +14,9 @@ from typing import Any
 
 import datasets
 
-from samf.data.ct_rate_names import VolumeName, volume_stem
-from samf.data.ct_rate_tables import (
+from samf.data.ct_rate.names import VolumeName, volume_stem
+from samf.data.ct_rate.questions import NO_OPTION, settle_answer, vqa_turns
+from samf.data.ct_rate.tables import (
     VOLUME_COLUMN,
     given,
     read_json_array,
@@ -23,10 +24,9 @@ from samf.data.ct_rate_tables import (
     row_volume,
     squeeze,
 )
+from samf.data.load_stats import Tally
 from samf.data.patients import PATIENT_COLUMN
 from samf.data.prompts import REPORT_QUESTION
-from samf.data.questions import NO_OPTION, settle_answer, vqa_turns
-from samf.data.tally import Tally
 
 #: Columns of the reports CSV that `report_sections` names.
 SECTIONS = {

@@ -5,7 +5,7 @@ from typing import Any
 
 from samf.data.patients import PatientRule
 from samf.data.table_columns import TableColumns, parse_splits
-from samf.data.volume_lists import SPLITS, SourceOptions
+from samf.data.volume_discovery import SPLITS, SourceOptions
 
 
 @dataclass(kw_only=True)

@@ -19,18 +19,18 @@ from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
-from samf.data.ct_rate import ON_MISSING, check_choice, check_volumes
-from samf.data.ct_rate_sources import HUB_NAME
-from samf.data.ct_rate_tables import given, squeeze
-from samf.data.processes import Processes
+from samf.cache.slice_cache import write_whole
+from samf.data.ct_rate.loader import ON_MISSING, check_choice, check_volumes
+from samf.data.ct_rate.questions import NO_OPTION, TASKS, settle_answer, split_options
+from samf.data.ct_rate.sources import HUB_NAME
+from samf.data.ct_rate.tables import given, squeeze
+from samf.data.load_stats import Tally
 from samf.data.prompts import REPORT_QUESTION
-from samf.data.questions import NO_OPTION, TASKS, settle_answer, split_options
 from samf.data.record_cache import default_cache, in_memory
 from samf.data.records import FEATURES, RecordReader, VolumeChoice
-from samf.data.slice_cache import write_whole
-from samf.data.tally import Tally
-from samf.data.text_files import open_csv, read_text
-from samf.volume_sources import file_path, is_address
+from samf.model.ct_download import file_path, is_address
+from samf.utils.distributed import Processes
+from samf.utils.text_files import open_csv, read_text
 
 logger = logging.getLogger(__name__)
 

@@ -38,9 +38,9 @@ from typing import IO, Any, Protocol
 from tqdm.auto import tqdm
 
 from samf.data.prompts import LETTERS
-from samf.evaluation.answer_folder import json_line, read_lines
+from samf.evaluation.answering.answer_folder import json_line, read_lines
+from samf.evaluation.metrics.bootstrap import SampledMetric, paired_randomisation, patient_intervals, patient_keys
 from samf.evaluation.scoring import read_predictions, write_atomic
-from samf.evaluation.statistics import SampledMetric, paired_randomisation, patient_intervals, patient_keys
 
 logger = logging.getLogger(__name__)
 

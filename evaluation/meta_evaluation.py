@@ -21,16 +21,16 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from samf.data.ct_rate import CT_RATE_LABELS
-from samf.data.text_files import open_csv
-from samf.evaluation.clinical_metrics import confusion_counts, finding_samples, make_labeller, micro_metrics
-from samf.evaluation.interval_coverage import COHORTS, METHODS, SIZES, coverage_table
-from samf.evaluation.labelled_sentences import read_labelled_sentences, sentence_table
-from samf.evaluation.report_sizes import find_lengths
+from samf.data.ct_rate.loader import CT_RATE_LABELS
+from samf.evaluation.metrics.bootstrap import SampledMetric, patient_intervals
+from samf.evaluation.metrics.clinical_metrics import confusion_counts, finding_samples, make_labeller, micro_metrics
+from samf.evaluation.metrics.interval_coverage import COHORTS, METHODS, SIZES, coverage_table
+from samf.evaluation.metrics.labelled_sentences import read_labelled_sentences, sentence_table
+from samf.evaluation.metrics.report_sizes import find_lengths
+from samf.evaluation.metrics.text_metrics import text_samples
 from samf.evaluation.results_table import TEXT_NAMES, figure, markdown_table
 from samf.evaluation.scoring import write_atomic
-from samf.evaluation.statistics import SampledMetric, patient_intervals
-from samf.evaluation.text_metrics import text_samples
+from samf.utils.text_files import open_csv
 
 TEXT = "report_text"
 

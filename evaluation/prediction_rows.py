@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from samf.data.text_files import TextEncodingError, read_lines
+from samf.utils.text_files import TextEncodingError, read_lines
 
 FIELDS = ("id", "scan_id", "task", "question", "choices", "reference", "prediction")
 TASKS = ("report", "multiple_choice", "short_answer", "long_answer")

@@ -28,37 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from samf.data.ct_rate import CT_RATE_LABELS
-from samf.data.text_files import TextEncodingError, read_text
-from samf.evaluation.clinical_metrics import (
-    CRG_REMEDY,
-    MACRO_REMEDY,
-    MICRO_REMEDY,
-    PRECISION_RECALL_F1,
-    RADEVAL_METRICS,
-    Labeller,
-    chance_findings,
-    check_radeval,
-    confusion_counts,
-    describe_findings,
-    finding_samples,
-    macro_metrics,
-    make_labeller,
-    radeval_samples,
-    score_findings,
-)
-from samf.evaluation.multiple_choice import parse_choice, reference_choice, score_multiple_choice
-from samf.evaluation.prediction_rows import (
-    FIELDS,
-    TASKS,
-    PredictionsError,
-    check_row,
-    parse_object,
-    read_json_lines,
-    read_predictions,
-)
-from samf.evaluation.results_table import comparison_table, markdown_table, results_table
-from samf.evaluation.statistics import (
+from samf.data.ct_rate.loader import CT_RATE_LABELS
+from samf.evaluation.metrics.bootstrap import (
     INTERVAL_METHOD,
     LEVEL,
     RESAMPLES,
@@ -76,7 +47,25 @@ from samf.evaluation.statistics import (
     template_collapse,
     unknown_patients,
 )
-from samf.evaluation.text_metrics import (
+from samf.evaluation.metrics.clinical_metrics import (
+    CRG_REMEDY,
+    MACRO_REMEDY,
+    MICRO_REMEDY,
+    PRECISION_RECALL_F1,
+    RADEVAL_METRICS,
+    Labeller,
+    chance_findings,
+    check_radeval,
+    confusion_counts,
+    describe_findings,
+    finding_samples,
+    macro_metrics,
+    make_labeller,
+    radeval_samples,
+    score_findings,
+)
+from samf.evaluation.metrics.multiple_choice import parse_choice, reference_choice, score_multiple_choice
+from samf.evaluation.metrics.text_metrics import (
     BERTSCORE_NAMES,
     TEXT_METRICS,
     bertscore_samples,
@@ -84,6 +73,17 @@ from samf.evaluation.text_metrics import (
     describe_text,
     text_samples,
 )
+from samf.evaluation.prediction_rows import (
+    FIELDS,
+    TASKS,
+    PredictionsError,
+    check_row,
+    parse_object,
+    read_json_lines,
+    read_predictions,
+)
+from samf.evaluation.results_table import comparison_table, markdown_table, results_table
+from samf.utils.text_files import TextEncodingError, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -294,7 +294,7 @@ def code_versions() -> dict[str, Any]:
     `source` is a hash of this package's evaluation code: a checkout has one version number for many states of it.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     found = {name: _version(name) for name in ("samf", *_LIBRARIES)}
     return {"source": digest.hexdigest()[:12], **{name: version for name, version in found.items() if version}}

@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from samf import train
+from samf.cache.slice_cache import SliceCache
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate import load_records
-from samf.data.phantom_findings import DEMO_FINDINGS
-from samf.data.slice_cache import SliceCache
-from samf.demo import make_language_model
-from samf.evaluation.generation import GenerationSettings, evaluate
+from samf.data.ct_rate.loader import load_records
+from samf.evaluation.answering.generation import GenerationSettings, evaluate
 from samf.evaluation.results_table import markdown_table
 from samf.evaluation.scoring import write_atomic
-from samf.modeling_samf import SamfForConditionalGeneration
-from samf.processing_samf import SamfProcessor
+from samf.experiments.demo import make_language_model
+from samf.model.modeling_samf import SamfForConditionalGeneration
+from samf.model.processing_samf import SamfProcessor
+from samf.phantoms.findings import DEMO_FINDINGS
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 MAX_NEW_TOKENS = 200
@@ -50,7 +50,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, steps: Mapping[str, in
 
     `steps` replace the recipes' numbers, by the names of the arguments.
     """
-    parser.add_argument("--data", type=Path, required=True, help="what python -m samf.data.phantom wrote")
+    parser.add_argument("--data", type=Path, required=True, help="what python -m samf.phantoms.dataset wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of all that is made")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--valid_limit", type=int, help="held-out records that are answered; default: all")

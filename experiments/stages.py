@@ -1,6 +1,6 @@
 """The paper's three stages on phantoms, over several seeds: does each stage do what it is for?
 
-    python -m samf.data.phantom runs/phantoms --patients 500
+    python -m samf.phantoms.dataset runs/phantoms --patients 500
     python -m samf.experiments.stages --data runs/phantoms --seeds 0 1 2 --output runs/stages
 
 Stage 1 trains a slice encoder by DINO (nearest neighbours before and after), stage 2 warms an aggregator up over it
@@ -30,8 +30,8 @@ from samf.experiments.phantoms import (
     write_table,
 )
 from samf.pretraining.dino import DinoArguments
-from samf.recipe import parse_recipe
-from samf.training.parts import PARTS
+from samf.training.param_groups import PARTS
+from samf.utils.recipe import parse_recipe
 
 DINO_RECIPE, WARMUP_RECIPE = RECIPES / "dino_phantoms.yaml", RECIPES / "warmup_phantoms.yaml"
 STAGE_3 = "slice_tokens"  # of recipes/table3: nothing frozen

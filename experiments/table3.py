@@ -1,6 +1,6 @@
 """Table 3 in miniature: its recipes, and choices of ours, on phantoms over several seeds.
 
-    python -m samf.data.phantom runs/phantoms --patients 500
+    python -m samf.phantoms.dataset runs/phantoms --patients 500
     python -m samf.experiments.table3 --data runs/phantoms --seeds 0 1 2 --output runs/table3
 
 A run is one recipe, or one of the variants of a recipe, with one seed; what is finished is kept, so a broken call goes on where
@@ -24,7 +24,7 @@ from samf.experiments.phantoms import (
     train_run,
     write_table,
 )
-from samf.recipe import read_recipe
+from samf.utils.recipe import read_recipe
 
 ROWS = (
     *("samf_vit_frozen", "samf_aggregator_frozen", "samf_warmup", "samf_warmup_vit_frozen"),

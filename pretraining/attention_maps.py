@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
-from samf.data.slice_cache import write_whole
+from samf.cache.slice_cache import write_whole
 
 
 @torch.no_grad()

@@ -9,12 +9,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, TrainingArguments
 
-from samf.data.slice_images import LabelledSet
-from samf.image_processing_samf import SamfImageProcessor
+from samf.model.image_processing_samf import SamfImageProcessor
 from samf.pretraining.attention_maps import cls_attention, save_attention_picture
 from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews
 from samf.pretraining.neighbours import knn_accuracy
-from samf.pretraining.resumable import ResumableTrainer, order_seed, share_rows, written_whole
+from samf.pretraining.slice_datasets import LabelledSet
+from samf.training.trainer_base import ResumableTrainer, order_seed, share_rows, written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
-from samf.data.labelled_slices import LabelledSlices
-from samf.data.phantom_findings import DEMO_FINDINGS
-from samf.image_processing_samf import SamfImageProcessor
-from samf.pretraining.resumable import StoppableTrainer, train_to_end, written_whole
+from samf.model.image_processing_samf import SamfImageProcessor
+from samf.phantoms.findings import DEMO_FINDINGS
+from samf.phantoms.labelled_slices import LabelledSlices
+from samf.training.trainer_base import StoppableTrainer, train_to_end, written_whole
 
 MAX_SHIFT = 3  # pixels
 

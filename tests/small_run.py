@@ -9,8 +9,8 @@ from tiny import TEXTS, tiny_config
 from transformers import Phi3Config, Phi3ForCausalLM, ViTConfig, ViTModel
 
 from samf import SamfForConditionalGeneration, SamfImageProcessor, train
-from samf.data.phantom import PhantomSettings, write_dataset
-from samf.data.small_tokenizer import train_small_tokenizer
+from samf.phantoms.dataset import PhantomSettings, write_dataset
+from samf.phantoms.tokenizer import train_small_tokenizer
 
 
 def prepare(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from samf import SamfForConditionalGeneration
-from samf.hub_samf import language_model_alone
+from samf.model.hub_samf import language_model_alone
 
 ATTENTIONS = (
     "eager",

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from samf import SamfForConditionalGeneration, SamfModel, benchmark
+from samf import SamfForConditionalGeneration, SamfModel
 from samf.benchmarks import memory_lines, speed_lines, volume_lines, workloads
+from samf.benchmarks import runner as benchmark
 from samf.benchmarks.measuring import (
     FEWEST_ROUNDS,
     MOST_ROUNDS,
@@ -22,7 +23,7 @@ from samf.benchmarks.measuring import (
     resident,
     summarise,
 )
-from samf.ct_volume import CTVolume, read_ct
+from samf.model.ct_volume import CTVolume, read_ct
 from samf.training.memory import peak_resident
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from samf import SamfForConditionalGeneration, SamfImageProcessor, SamfProcessor
-from samf.chat_template_samf import CHAT_TEMPLATE, render
 from samf.data.collator import IGNORED, SamfCollator
-from samf.training.building import agree_on_stop_tokens
+from samf.model.chat_template_samf import CHAT_TEMPLATE, render
+from samf.training.factory import agree_on_stop_tokens
 
 SMOLLM = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are "

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from toy_training import toy
 from transformers import TrainingArguments
 
-from samf.pretraining.checkpoints import CheckpointError, checkpoint_to_resume, find_damage, last_checkpoint
-from samf.pretraining.resumable import train_to_end
+from samf.training.checkpoints import CheckpointError, checkpoint_to_resume, find_damage, last_checkpoint
+from samf.training.trainer_base import train_to_end
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "emptied": lambda file: file.write_bytes(b""),

@@ -12,12 +12,12 @@ from sklearn.metrics import precision_recall_fscore_support
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast, RobertaConfig
 
-from samf.data.ct_rate import CT_RATE_LABELS
-from samf.evaluation import clinical_metrics as clinical
-from samf.evaluation.finding_labeller import label_reports
+from samf.data.ct_rate.loader import CT_RATE_LABELS
 from samf.evaluation.meta_evaluation import change_sizes
-from samf.evaluation.report_sizes import read_sizes
-from samf.evaluation.statistics import bootstrap_intervals, bootstrap_values
+from samf.evaluation.metrics import clinical_metrics as clinical
+from samf.evaluation.metrics.bootstrap import bootstrap_intervals, bootstrap_values
+from samf.evaluation.metrics.finding_labeller import label_reports
+from samf.evaluation.metrics.report_sizes import read_sizes
 
 # --- F1 ---------------------------------------------------------------------------------------------------------
 

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from samf import SamfForConditionalGeneration, SamfImageProcessor
-from samf import convert_published_checkpoint as convert
-from samf.convert_published_checkpoint import ConversionError, ConvertArguments, choose_file
-from samf.data.small_tokenizer import train_small_tokenizer
+from samf.phantoms.tokenizer import train_small_tokenizer
+from samf.scripts import convert_published_checkpoint as convert
+from samf.scripts.convert_published_checkpoint import ConversionError, ConvertArguments, choose_file
 
 IMAGE_TOKENS, IMAGE_ID, BOS = 4, 11, 2
 TEXT_SIZES = {

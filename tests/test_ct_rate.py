@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from samf.data.ct_rate import (
+from samf.data.ct_rate.loader import (
     FEATURES,
     VolumeName,
     check_patient_overlap,
@@ -20,9 +20,9 @@ from samf.data.ct_rate import (
     split_options,
     volume_path,
 )
-from samf.data.ct_rate_tables import read_labels
-from samf.data.phantom import DEMO_FINDINGS, PhantomSettings, write_dataset
+from samf.data.ct_rate.tables import read_labels
 from samf.data.prompts import REPORT_QUESTION
+from samf.phantoms.dataset import DEMO_FINDINGS, PhantomSettings, write_dataset
 
 REPORT_COLUMNS = ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"]
 QUESTION = "Which lobe is affected? (a) upper (b) middle (c) lower (d) none"

@@ -16,8 +16,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from samf import volume_files
-from samf.ct_volume import AIR_HU, CTReadError, CTVolume, judge_intensity, read_ct, to_ct_volume
+from samf.model import ct_formats as volume_files
+from samf.model.ct_volume import AIR_HU, CTReadError, CTVolume, judge_intensity, read_ct, to_ct_volume
 
 SHAPE = (9, 7, 5)
 SPACING = (0.75, 1.25, 2.5)

@@ -29,7 +29,7 @@ from dicom_series import FIRST, slice_dataset, slice_hu, stack_positions, write_
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from samf.ct_volume import CTReadError, CTVolume, read_ct, to_ct_volume
+from samf.model.ct_volume import CTReadError, CTVolume, read_ct, to_ct_volume
 
 SECONDS = 30  # an input; most take a few milliseconds
 MEMORY = 4 << 30  # bytes, of address space beyond what the process has when it starts, and of resident memory

@@ -7,8 +7,8 @@ import torch
 
 from samf.benchmarks import data_lines
 from samf.benchmarks.workloads import Settings
-from samf.data.ct_rate import load_ct_rate
-from samf.data.ct_rate_tables import CT_RATE_LABELS, read_json_array
+from samf.data.ct_rate.loader import load_ct_rate
+from samf.data.ct_rate.tables import CT_RATE_LABELS, read_json_array
 
 
 def test_the_copy_has_the_size_that_is_asked_for_and_every_kind_of_record(tmp_path, monkeypatch, caplog):

@@ -13,21 +13,22 @@ import pytest
 from dicom_series import stack_positions, write_series
 
 from samf import preprocess
-from samf.ct_volume import CTReadError, NotCTError, read_ct
-from samf.data import patients, slice_cache
-from samf.data.cache_ledger import Ledger
-from samf.data.ct_rate import check_patient_overlap, load_ct_rate, load_records
+from samf.cache import slice_cache
+from samf.cache.manifest import Ledger
+from samf.cache.slice_cache import SliceCache
+from samf.data import patients
+from samf.data.ct_rate.loader import check_patient_overlap, load_ct_rate, load_records
 from samf.data.patients import PatientRule
-from samf.data.phantom import make_phantom, write_nifti
-from samf.data.slice_cache import SliceCache
-from samf.data.slice_images import find_scans, slice_sets
 from samf.data.source_arguments import SourceArguments
 from samf.data.table_columns import TableColumns, parse_splits
-from samf.data.text_files import TextEncodingError
-from samf.data.volume_lists import SourceOptions, find_volumes, search_volumes
-from samf.evaluation.generation import shuffle_volumes
-from samf.image_processing_samf import SamfImageProcessor
-from samf.recipe import RecipeError, read_recipe
+from samf.data.volume_discovery import SourceOptions, find_volumes, search_volumes
+from samf.evaluation.answering.generation import shuffle_volumes
+from samf.model.ct_volume import CTReadError, NotCTError, read_ct
+from samf.model.image_processing_samf import SamfImageProcessor
+from samf.phantoms.dataset import make_phantom, write_nifti
+from samf.pretraining.slice_datasets import find_scans, slice_sets
+from samf.utils.recipe import RecipeError, read_recipe
+from samf.utils.text_files import TextEncodingError
 
 SMALL = SamfImageProcessor(size=16, slices_per_plane=2)
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from samf import demo
-from samf.data.phantom import make_phantom, write_nifti
+from samf.experiments import demo
+from samf.phantoms.dataset import make_phantom, write_nifti
 
 
 def test_the_demo_runs_and_goes_on_where_it_stopped(tmp_path, capsys):

@@ -39,9 +39,12 @@ from dicom_series import (
 )
 from pydicom.fileset import FileSet
 
-from samf import SamfImageProcessor, dicom_pixels, dicom_volume, view
-from samf.ct_volume import AIR_HU, CTReadError, read_ct
-from samf.data.slice_cache import SliceCache
+from samf import SamfImageProcessor
+from samf.cache.slice_cache import SliceCache
+from samf.model import ct_dicom as dicom_volume
+from samf.model import ct_dicom_pixels as dicom_pixels
+from samf.model.ct_volume import AIR_HU, CTReadError, read_ct
+from samf.reporting import slice_view as view
 
 TILT = np.deg2rad(14)
 

@@ -13,10 +13,15 @@ from transformers import AutoModel, TrainerCallback, TrainingArguments, ViTConfi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from samf import SamfImageProcessor, pretrain_encoder
-from samf.ct_volume import CTVolume
-from samf.data.phantom import PhantomSettings, make_phantom, write_dataset, write_nifti
-from samf.data.slice_cache import SliceCache
-from samf.data.slice_images import (
+from samf.cache.settings import load_image_processor
+from samf.cache.slice_cache import SliceCache
+from samf.model.ct_volume import CTVolume
+from samf.phantoms.dataset import PhantomSettings, make_phantom, write_dataset, write_nifti
+from samf.pretraining.attention_maps import cls_attention
+from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews, cosine
+from samf.pretraining.dino_trainer import ATTENTION, DinoTrainer
+from samf.pretraining.neighbours import knn_accuracy, retrieval_accuracy
+from samf.pretraining.slice_datasets import (
     SLICES,
     LabelledSet,
     VolumeSlices,
@@ -26,14 +31,9 @@ from samf.data.slice_images import (
     slice_sets,
     some_slices,
 )
-from samf.data.slice_settings import load_image_processor
-from samf.pretraining.attention_maps import cls_attention
-from samf.pretraining.checkpoints import last_checkpoint
-from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews, cosine
-from samf.pretraining.dino_trainer import ATTENTION, DinoTrainer
-from samf.pretraining.neighbours import knn_accuracy, retrieval_accuracy
-from samf.pretraining.resumable import EpochSampler, ResumableTrainer, written_whole
-from samf.training.samples import FOLDER
+from samf.training.checkpoints import last_checkpoint
+from samf.training.sample_generation import FOLDER
+from samf.training.trainer_base import EpochSampler, ResumableTrainer, written_whole
 
 pytest.importorskip("lightly", reason="DINO needs lightly: pip install 'lightly>=1.6'")
 

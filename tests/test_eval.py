@@ -24,12 +24,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 
 from samf import eval as eval_script
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate import FEATURES, load_records, patient_of
-from samf.data.processes import default_device
+from samf.data.ct_rate.loader import FEATURES, load_records, patient_of
 from samf.data.prompts import record_prompt
-from samf.evaluation import generation
-from samf.evaluation.answer_folder import AnswerFolder, ResumeError
-from samf.evaluation.generation import (
+from samf.evaluation.answering import generation
+from samf.evaluation.answering.answer_folder import AnswerFolder, ResumeError
+from samf.evaluation.answering.generation import (
     GenerationSettings,
     evaluate,
     generate_predictions,
@@ -37,10 +36,11 @@ from samf.evaluation.generation import (
     share_batches,
     shuffle_volumes,
 )
-from samf.evaluation.option_likelihood import OptionCollator, answer_log_likelihoods, option_rows
+from samf.evaluation.answering.option_likelihood import OptionCollator, answer_log_likelihoods, option_rows
+from samf.evaluation.answering.volume_readers import EncodedVolumes, ReadAhead, VolumeMemo
 from samf.evaluation.scoring import read_predictions
-from samf.evaluation.volume_readers import EncodedVolumes, ReadAhead, VolumeMemo
-from samf.recipe import RecipeError, parse_recipe
+from samf.utils.distributed import default_device
+from samf.utils.recipe import RecipeError, parse_recipe
 
 EOS, PAD = 3, 0
 CHOICES = ["emphysema", "consolidation", "cardiomegaly", "lung nodule"]
@@ -931,7 +931,7 @@ SLOW_RUN = """
 import sys, time
 import torch
 from test_eval import ByteCollator, ByteProcessor, EchoModel, GenerationSettings, generate_predictions, many_records
-from samf.data.processes import join_processes, leave_processes
+from samf.utils.distributed import join_processes, leave_processes
 
 class Slow(EchoModel):
     def generate(self, **inputs):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from samf.data.phantom import PhantomSettings, write_dataset
 from samf.experiments import phantoms, stages, table3
 from samf.experiments.phantoms import COLUMNS, table_rows
 from samf.experiments.table3 import all_runs, main
-from samf.training.parts import PARTS
+from samf.phantoms.dataset import PhantomSettings, write_dataset
+from samf.training.param_groups import PARTS
 
 
 def finish(output: Path, name: str, seed: int, **figures: float) -> None:

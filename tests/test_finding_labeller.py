@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from samf.data.ct_rate import CT_RATE_LABELS
-from samf.data.phantom_findings import sample_findings
-from samf.data.phantom_text import join_report, write_impression, write_statements
-from samf.evaluation.finding_labeller import (
+from samf.data.ct_rate.loader import CT_RATE_LABELS
+from samf.evaluation.metrics.finding_labeller import (
     TERMS,
     Status,
     effusion_sides,
@@ -23,15 +21,17 @@ from samf.evaluation.finding_labeller import (
     split_clauses,
     split_sentences,
 )
-from samf.evaluation.labelled_sentences import (
+from samf.evaluation.metrics.labelled_sentences import (
     LabelledSentence,
     counted,
     precision_recall,
     read_as,
     read_labelled_sentences,
 )
-from samf.evaluation.report_text import aligned_text, logical_lines, plain_text
-from samf.evaluation.side_by_side import mark_report
+from samf.evaluation.metrics.report_text import aligned_text, logical_lines, plain_text
+from samf.evaluation.report.side_by_side import mark_report
+from samf.phantoms.findings import sample_findings
+from samf.phantoms.text import join_report, write_impression, write_statements
 
 
 def positives(report: str, **options) -> set[str]:

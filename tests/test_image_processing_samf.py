@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoImageProcessor
 
-from samf.ct_volume import CTReadError, CTVolume, read_ct
-from samf.image_processing_samf import EXTRACT_VERSION, PLANES, SLABS, SamfImageProcessor, body_box
+from samf.model.ct_volume import CTReadError, CTVolume, read_ct
+from samf.model.image_processing_samf import EXTRACT_VERSION, PLANES, SLABS, SamfImageProcessor, body_box
 
 SHAPE = (20, 28, 24)
 SPACING = (2.0, 1.5, 1.75)
@@ -638,7 +638,7 @@ def test_another_codes_file_is_warned_of_or_refused(tmp_path, caplog):
     path = tmp_path / "preprocessor_config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**saved, "version": EXTRACT_VERSION - 1}), encoding="utf-8")
-    with caplog.at_level(logging.WARNING, logger="samf.image_processing_samf"):
+    with caplog.at_level(logging.WARNING, logger="samf.model.image_processing_samf"):
         assert SamfImageProcessor.from_pretrained(tmp_path).to_dict()["version"] == EXTRACT_VERSION
     assert f"version {EXTRACT_VERSION - 1}" in caplog.text
     path.write_text(json.dumps({**saved, "version": EXTRACT_VERSION + 1}), encoding="utf-8")

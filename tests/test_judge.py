@@ -13,7 +13,6 @@ import pytest
 from tiny import TEXTS
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from samf.data.small_tokenizer import train_small_tokenizer
 from samf.evaluation import judge as judging
 from samf.evaluation.judge import (
     EndpointJudge,
@@ -28,6 +27,7 @@ from samf.evaluation.judge import (
     judge_table,
     parse_score,
 )
+from samf.phantoms.tokenizer import train_small_tokenizer
 
 CHOICES = ["emphysema", "consolidation", "cardiomegaly", "lung nodule"]
 

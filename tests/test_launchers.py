@@ -16,7 +16,7 @@ from tiny import tiny_batch, tiny_model
 from transformers import Trainer
 
 from samf import pretrain_encoder, warmup_aggregator
-from samf.pretraining.launchers import (
+from samf.training.launchers import (
     float32_names,
     float32_weights,
     keep_float32_losses,

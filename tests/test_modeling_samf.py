@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, ViTConfig, ViTModel
 
 from samf import SamfConfig, SamfForConditionalGeneration, SamfModel
-from samf.modeling_samf import (
+from samf.model.modeling_samf import (
     FewRowsLinear,
     SamfFusion,
     SlicePositionEmbedding,

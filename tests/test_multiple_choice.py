@@ -2,7 +2,7 @@
 
 import pytest
 
-from samf.evaluation.multiple_choice import (
+from samf.evaluation.metrics.multiple_choice import (
     not_rotated,
     parse_choice,
     position_bias,

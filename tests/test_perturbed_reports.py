@@ -9,9 +9,7 @@ import csv
 import numpy as np
 import pytest
 
-from samf.data.ct_rate import CT_RATE_LABELS
-from samf.data.phantom_findings import sample_findings
-from samf.data.phantom_text import join_report, write_statements
+from samf.data.ct_rate.loader import CT_RATE_LABELS
 from samf.evaluation import meta_evaluation
 from samf.evaluation.meta_evaluation import (
     EXCHANGED,
@@ -23,6 +21,8 @@ from samf.evaluation.meta_evaluation import (
     swap_sides,
 )
 from samf.evaluation.scoring import read_predictions
+from samf.phantoms.findings import sample_findings
+from samf.phantoms.text import join_report, write_statements
 
 WORDS = ("bleu_1", "rouge_1", "rouge_l")
 LABELS = ("macro.f1", "micro.f1", "crg")

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from samf.data import phantom_text as text
-from samf.data.ct_rate import CT_RATE_LABELS
-from samf.data.phantom import (
+from samf.data.ct_rate.loader import CT_RATE_LABELS
+from samf.phantoms import text
+from samf.phantoms.dataset import (
     DEMO_FINDINGS,
     FINDING_NAMES,
     LOBES,

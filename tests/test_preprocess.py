@@ -26,20 +26,22 @@ from launch import command, environment
 from transformers import ViTConfig, ViTModel
 
 from samf import SamfForConditionalGeneration, preprocess
-from samf.ct_volume import CTReadError, read_ct
-from samf.data import preprocessing, slice_cache, slice_settings
-from samf.data.cache_ledger import Ledger, Shard, Volume
-from samf.data.claims import Claims
-from samf.data.ct_rate import load_ct_rate
-from samf.data.embedding_cache import EmbeddingCache
-from samf.data.phantom import make_phantom, write_nifti
-from samf.data.preprocessing import Estimate, FillOptions, record_bytes
-from samf.data.slice_cache import SliceCache, check_record, read_record
-from samf.data.tally import Tally
-from samf.data.volume_lists import find_volumes
-from samf.data.worker_pool import WorkerDied, WorkerPool
-from samf.image_processing_samf import SamfImageProcessor
-from samf.pretraining.contrast import build_slices_model
+from samf.cache import fill as preprocessing
+from samf.cache import settings as slice_settings
+from samf.cache import slice_cache
+from samf.cache.embedding_cache import EmbeddingCache
+from samf.cache.fill import Estimate, FillOptions, record_bytes
+from samf.cache.locks import Claims
+from samf.cache.manifest import Ledger, Shard, Volume
+from samf.cache.slice_cache import SliceCache, check_record, read_record
+from samf.cache.worker_pool import WorkerDied, WorkerPool
+from samf.data.ct_rate.loader import load_ct_rate
+from samf.data.load_stats import Tally
+from samf.data.volume_discovery import find_volumes
+from samf.model.ct_volume import CTReadError, read_ct
+from samf.model.image_processing_samf import SamfImageProcessor
+from samf.phantoms.dataset import make_phantom, write_nifti
+from samf.pretraining.contrastive import build_slices_model
 
 SMALL = {"slices_per_plane": 2, "image_size": 16}
 ON_ERROR_SKIP = {**SMALL, "on_error": "skip"}
@@ -743,7 +745,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, capl
     def no_locks(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("samf.data.claims.fcntl.lockf", no_locks)
+    monkeypatch.setattr("samf.cache.locks.fcntl.lockf", no_locks)
     for name in ("ab" * 20, "cd" * 20):
         with Claims(tmp_path / "claims.lock").hold(name) as ours:
             assert ours

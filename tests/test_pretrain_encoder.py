@@ -10,8 +10,8 @@ from launch import kill_script, logged, run_script
 from transformers import AutoModel
 
 from samf import SamfImageProcessor, pretrain_encoder
-from samf.data.labelled_slices import slice_labels
-from samf.data.phantom import Finding, make_phantom, write_nifti
+from samf.phantoms.dataset import Finding, make_phantom, write_nifti
+from samf.phantoms.labelled_slices import slice_labels
 
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from samf.data import processes
-from samf.data.processes import Processes
+from samf.utils import distributed as processes
+from samf.utils.distributed import Processes
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from samf import SamfForConditionalGeneration, SamfImageProcessor
-from samf.convert_published_checkpoint import ConvertArguments, convert_model
+from samf.scripts.convert_published_checkpoint import ConvertArguments, convert_model
 
 
 @pytest.fixture(scope="module", params=["samf", "ao2d"])

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from tiny import tiny_config
 
 from samf.data.prompts import REPORT_QUESTION
-from samf.model_card import is_generated, make_card, write_model_card
+from samf.model.model_card import is_generated, make_card, write_model_card
 
 OWN_CARD = "---\nlicense: mit\ntags: [mine]\n---\n# Written by hand\n"
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")

@@ -16,7 +16,7 @@ import pytest
 import SimpleITK as sitk
 from dicom_series import EachSlice, slice_dataset, slice_hu, stack_positions, world_hu, write_enhanced, write_series
 
-from samf.ct_volume import AIR_HU, CTReadError, read_ct, to_ct_volume
+from samf.model.ct_volume import AIR_HU, CTReadError, read_ct, to_ct_volume
 
 SHAPE, SPACING = (9, 7, 5), (0.7, 0.8, 1.5)
 ROOT = Path(__file__).parents[1]

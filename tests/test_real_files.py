@@ -19,7 +19,7 @@ import pytest
 import SimpleITK as sitk
 
 from samf import SamfImageProcessor
-from samf.ct_volume import AIR_HU, CTReadError, CTVolume, read_ct, to_ct_volume
+from samf.model.ct_volume import AIR_HU, CTReadError, CTVolume, read_ct, to_ct_volume
 
 NO_HU = "its values are no Hounsfield units"
 

@@ -14,9 +14,9 @@ from samf import SamfConfig, SamfForConditionalGeneration
 from samf.experiments.table3 import ROWS, all_runs
 from samf.pretrain_encoder import EncoderArguments
 from samf.pretraining.dino import DinoArguments
-from samf.recipe import RecipeError, parse_recipe, read_recipe
 from samf.train import ARGUMENTS
-from samf.training.parts import PARTS
+from samf.training.param_groups import PARTS
+from samf.utils.recipe import RecipeError, parse_recipe, read_recipe
 from samf.warmup_aggregator import WarmupArguments
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

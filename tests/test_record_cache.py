@@ -13,12 +13,12 @@ import pytest
 from tiny import TEXTS
 
 from samf.data import lengths, record_cache
-from samf.data.ct_rate import load_ct_rate, load_records
+from samf.data.ct_rate.loader import load_ct_rate, load_records
 from samf.data.lengths import add_lengths
 from samf.data.prompts import record_prompt
 from samf.data.record_cache import build_once
 from samf.data.records import FEATURES
-from samf.data.small_tokenizer import train_small_tokenizer
+from samf.phantoms.tokenizer import train_small_tokenizer
 
 
 @pytest.fixture

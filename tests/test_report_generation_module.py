@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from samf.evaluation.clinical_metrics import score_findings
-from samf.evaluation.text_metrics import TEXT_METRICS, text_metrics
+from samf.evaluation.metrics.clinical_metrics import score_findings
+from samf.evaluation.metrics.text_metrics import TEXT_METRICS, text_metrics
 
 evaluate = pytest.importorskip("evaluate")
 

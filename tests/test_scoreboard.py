@@ -14,11 +14,10 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from samf.evaluation import html_report, scoreboard
-from samf.evaluation.html_report import extreme_reports, markdown_to_html, marked_html
-from samf.evaluation.paper_tables import COLUMNS, PAPER_TABLES, TABLE_1, TABLE_2, TABLE_3
-from samf.evaluation.scoring import predictions_digest, read_predictions
-from samf.evaluation.side_by_side import (
+from samf.evaluation.report import html_report, scoreboard
+from samf.evaluation.report.html_report import extreme_reports, markdown_to_html, marked_html
+from samf.evaluation.report.paper_tables import COLUMNS, PAPER_TABLES, TABLE_1, TABLE_2, TABLE_3
+from samf.evaluation.report.side_by_side import (
     AGREES,
     CONTRADICTS,
     UNSUPPORTED,
@@ -29,6 +28,7 @@ from samf.evaluation.side_by_side import (
     marked_text,
     report_scores,
 )
+from samf.evaluation.scoring import predictions_digest, read_predictions
 
 CHOICES = ["emphysema", "consolidation", "cardiomegaly", "lung nodule"]
 REFERENCES = [

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
-from samf.data.ct_rate import CT_RATE_LABELS
+from samf.data.ct_rate.loader import CT_RATE_LABELS
 from samf.evaluation import scoring
-from samf.evaluation.finding_labeller import label_reports
-from samf.evaluation.multiple_choice import score_multiple_choice
+from samf.evaluation.metrics.finding_labeller import label_reports
+from samf.evaluation.metrics.multiple_choice import score_multiple_choice
+from samf.evaluation.metrics.text_metrics import text_metrics
 from samf.evaluation.results_table import comparison_table
 from samf.evaluation.scoring import (
     SCHEMA,
@@ -26,7 +27,6 @@ from samf.evaluation.scoring import (
     score_predictions,
     write_results,
 )
-from samf.evaluation.text_metrics import text_metrics
 
 CHOICES = ["emphysema", "consolidation", "cardiomegaly", "lung nodule"]
 REPORTS = [

@@ -14,15 +14,17 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from samf.ct_volume import CTReadError, read_ct
-from samf.data import cache_ledger, slice_cache, slice_images
-from samf.data.cache_ledger import Ledger, look_at
-from samf.data.phantom import make_phantom, write_nifti
-from samf.data.processes import Processes
-from samf.data.slice_cache import SliceCache, record_file
-from samf.data.slice_images import fill_slice_cache, readable_scans
-from samf.data.volume_lists import SourceOptions
-from samf.image_processing_samf import SamfImageProcessor
+from samf.cache import manifest as cache_ledger
+from samf.cache import slice_cache
+from samf.cache.manifest import Ledger, look_at
+from samf.cache.slice_cache import SliceCache, record_file
+from samf.data.volume_discovery import SourceOptions
+from samf.model.ct_volume import CTReadError, read_ct
+from samf.model.image_processing_samf import SamfImageProcessor
+from samf.phantoms.dataset import make_phantom, write_nifti
+from samf.pretraining import slice_datasets as slice_images
+from samf.pretraining.slice_datasets import fill_slice_cache, readable_scans
+from samf.utils.distributed import Processes
 
 LATE = 0.3  # seconds from its first look on after which the second process sees what the first has written
 

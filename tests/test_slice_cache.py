@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from samf import volume_sources
-from samf.ct_volume import CTReadError, read_ct
-from samf.data import slice_cache
-from samf.data.slice_cache import SliceCache, check_record, read_record, volume_identity, write_record
-from samf.dicom_volume import dicom_files
-from samf.image_processing_samf import SamfImageProcessor
+from samf.cache import slice_cache
+from samf.cache.slice_cache import SliceCache, check_record, read_record, volume_identity, write_record
+from samf.model import ct_download as volume_sources
+from samf.model.ct_dicom import dicom_files
+from samf.model.ct_volume import CTReadError, read_ct
+from samf.model.image_processing_samf import SamfImageProcessor
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_processor_takes_a_record_without_copying_it_first(tmp_path, processor, 
 def test_second_read_does_not_open_the_volume(tmp_path, processor, scan, monkeypatch):
     cache = SliceCache(tmp_path / "cache", processor)
     cache.get(scan)
-    monkeypatch.setattr("samf.data.slice_cache.read_ct", lambda *_, **__: pytest.fail("the volume was read again"))
+    monkeypatch.setattr("samf.cache.slice_cache.read_ct", lambda *_, **__: pytest.fail("the volume was read again"))
     cache.get(scan)
     cache.get(os.path.relpath(scan))  # the same file by another name of its path
 
@@ -105,7 +105,7 @@ def test_a_version_of_the_code_makes_other_records(tmp_path, processor, scan, mo
     monkeypatch.setattr(slice_cache, "RECORD_VERSION", slice_cache.RECORD_VERSION + 1)
     assert SliceCache(tmp_path, processor).record_path(scan) != before
     monkeypatch.undo()
-    monkeypatch.setattr("samf.image_processing_samf.EXTRACT_VERSION", 99)
+    monkeypatch.setattr("samf.model.image_processing_samf.EXTRACT_VERSION", 99)
     assert SliceCache(tmp_path, processor).record_path(scan) != before
 
 
@@ -213,7 +213,7 @@ def test_failed_write_leaves_neither_record_nor_temporary_file(tmp_path, monkeyp
     def no_rename(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("samf.data.slice_cache.os.replace", no_rename)
+    monkeypatch.setattr("samf.cache.slice_cache.os.replace", no_rename)
     with pytest.raises(OSError, match="disk full"):
         write_record(tmp_path / "cache" / "r.safetensors", {"slices": np.zeros(3, np.uint8)})
     assert records(tmp_path / "cache") == [] and read_record(tmp_path / "cache" / "r.safetensors") is None

@@ -17,9 +17,9 @@ from samf.benchmarks.components import (
     vision_config,
     volume_batch,
 )
-from samf.data.embedding_cache import encoder_fingerprint
-from samf.modeling_samf import SamfForConditionalGeneration
-from samf.pretraining.contrast import build_slices_model
+from samf.cache.embedding_cache import encoder_fingerprint
+from samf.model.modeling_samf import SamfForConditionalGeneration
+from samf.pretraining.contrastive import build_slices_model
 
 REFUSED = {
     "clip": "CLIPConfig, which has no hidden_size",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from nibabel.affines import apply_affine
 
-from samf.ct_volume import CTVolume
-from samf.image_processing_samf import PLANES, SLABS, SamfImageProcessor, body_box
+from samf.model.ct_volume import CTVolume
+from samf.model.image_processing_samf import PLANES, SLABS, SamfImageProcessor, body_box
 
 AIR, BRIGHT = -1024, 3071
 # A plane's normal, and the axes of its rows and columns, both of which run against the RAS+ axes.

@@ -8,11 +8,9 @@ import pytest
 from sacrebleu.metrics import BLEU
 from scipy.stats import binomtest, ttest_1samp
 
-from samf.data.ct_rate import CT_RATE_LABELS
-from samf.evaluation.clinical_metrics import confusion_counts, micro_metrics
-from samf.evaluation.interval_coverage import LABEL_FREQUENCIES, METRICS, coverage_by_metric, true_figures
+from samf.data.ct_rate.loader import CT_RATE_LABELS
 from samf.evaluation.meta_evaluation import coverage, simulated_f1, simulated_mean
-from samf.evaluation.statistics import (
+from samf.evaluation.metrics.bootstrap import (
     SampledMetric,
     bootstrap_intervals,
     bootstrap_values,
@@ -28,7 +26,9 @@ from samf.evaluation.statistics import (
     template_collapse,
     unknown_patients,
 )
-from samf.evaluation.text_metrics import text_samples
+from samf.evaluation.metrics.clinical_metrics import confusion_counts, micro_metrics
+from samf.evaluation.metrics.interval_coverage import LABEL_FREQUENCIES, METRICS, coverage_by_metric, true_figures
+from samf.evaluation.metrics.text_metrics import text_samples
 
 WORDS = [
     "no",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from samf.data.text_files import TextEncodingError, decode_text, open_csv, open_text, read_json, read_lines, read_text
+from samf.utils.text_files import TextEncodingError, decode_text, open_csv, open_text, read_json, read_lines, read_text
 
 TEXT = "Müller – no nodule > 5 µm"
 MARKED = ("utf-8", "utf-8-sig", "utf-16", "utf-32")

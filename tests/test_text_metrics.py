@@ -15,7 +15,7 @@ from nltk.translate.meteor_score import single_meteor_score
 from pycocoevalcap.cider.cider import Cider
 from rouge_score.rouge_scorer import RougeScorer
 
-from samf.evaluation import text_metrics as metrics
+from samf.evaluation.metrics import text_metrics as metrics
 
 REFERENCES = [
     "Pleural effusion was observed in the right hemithorax. Heart size is normal.",

@@ -14,13 +14,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer
 from transformers.integrations import deepspeed
 
 from samf import SamfForConditionalGeneration, SamfImageProcessor, SamfProcessor, preprocess, train
-from samf.data.ct_rate import load_records
-from samf.data.embedding_cache import EmbeddingCache
-from samf.data.slice_cache import SliceCache
-from samf.data.small_tokenizer import train_small_tokenizer
+from samf.cache.embedding_cache import EmbeddingCache
+from samf.cache.slice_cache import SliceCache
+from samf.data.ct_rate.loader import load_records
+from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.training.arguments import DataArguments
-from samf.training.parts import PARTS
-from samf.training.records import load_datasets
+from samf.training.datasets import load_datasets
+from samf.training.param_groups import PARTS
 from samf.training.trainer import SamfTrainer
 
 FINDINGS = ("Cardiomegaly", "Pleural effusion")

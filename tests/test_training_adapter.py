@@ -16,11 +16,11 @@ from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 from samf import SamfConfig, SamfForConditionalGeneration, SamfProcessor, train
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate import load_records
-from samf.hub_samf import adapter_base
+from samf.data.ct_rate.loader import load_records
+from samf.model.hub_samf import adapter_base
 from samf.training.adapter import add_lora, cast_trained, language_model_layers
 from samf.training.arguments import TuningArguments
-from samf.training.parts import PARTS, part_of
+from samf.training.param_groups import PARTS, part_of
 from samf.training.trainer import check_whole
 
 LORA = {"lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.1, "max_steps": 4, "seed": 3}

@@ -14,20 +14,20 @@ from small_run import history, prepare, train_here
 from tiny import TEXTS, tiny_model
 
 from samf import SamfImageProcessor, SamfProcessor
-from samf.ct_volume import CTReadError
-from samf.data import slice_cache
+from samf.cache import slice_cache
+from samf.cache.slice_cache import SliceCache
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate import load_records
+from samf.data.ct_rate.loader import load_records
 from samf.data.lengths import find_overlong
-from samf.data.slice_cache import SliceCache
-from samf.data.small_tokenizer import train_small_tokenizer
-from samf.hub_samf import publish_weights
-from samf.pretraining.aggregator_weights import save_aggregator
-from samf.training import stores
+from samf.model.ct_volume import CTReadError
+from samf.model.hub_samf import publish_weights
+from samf.phantoms.tokenizer import train_small_tokenizer
+from samf.training import volume_stores as stores
+from samf.training.aggregator_weights import save_aggregator
 from samf.training.arguments import DataArguments
-from samf.training.records import without_overlong
+from samf.training.datasets import without_overlong
 from samf.training.skipping import SkippingCollator
-from samf.training.stores import OptionalSliceCache, why_not_write
+from samf.training.volume_stores import OptionalSliceCache, why_not_write
 
 
 @pytest.fixture(scope="module")

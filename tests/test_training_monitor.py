@@ -19,21 +19,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from samf import SamfConfig, SamfForConditionalGeneration
-from samf.data.ct_rate import load_records
-from samf.data.phantom_findings import DEMO_FINDINGS
-from samf.modeling_samf import SamfSliceAttentions
-from samf.pretraining.resumable import preserved_random_state
-from samf.training import samples
+from samf.data.ct_rate.loader import load_records
+from samf.model.modeling_samf import SamfSliceAttentions
+from samf.phantoms.findings import DEMO_FINDINGS
+from samf.training import sample_generation as samples
 from samf.training.adapter import add_lora
 from samf.training.arguments import DataArguments, TuningArguments
-from samf.training.boards import keep_boards_private, show_sample
-from samf.training.building import apply_liger
+from samf.training.datasets import label_findings
+from samf.training.factory import apply_liger
 from samf.training.flops import StepFlops, Work, known_peak
-from samf.training.parts import PARTS, train_parts
-from samf.training.records import label_findings
-from samf.training.samples import score_samples
-from samf.training.sight import SliceWeights, relative_entropy, warn_of_blindness
+from samf.training.image_grounding import SliceWeights, relative_entropy, warn_of_blindness
+from samf.training.param_groups import PARTS, train_parts
+from samf.training.sample_generation import score_samples
 from samf.training.throughput import TRUNCATED, Throughput, batch_work
+from samf.training.trackers import keep_boards_private, show_sample
+from samf.training.trainer_base import preserved_random_state
 
 VISION = {"model_type": "vit", "image_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"model_type": "phi3", "vocab_size": 99, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -13,10 +13,10 @@ from tiny import tiny_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from samf.data.mixture import TaskMixture
-from samf.pretraining.resumable import Interruption
 from samf.training import trainer as trainer_module
-from samf.training.parts import PARTS, learning_rates, part_of, split_by_part
+from samf.training.param_groups import PARTS, learning_rates, part_of, split_by_part
 from samf.training.sampling import RecordOrder, group_by_length
+from samf.training.trainer_base import Interruption
 
 
 @pytest.fixture(scope="module")

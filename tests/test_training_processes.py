@@ -21,7 +21,7 @@ from small_run import options_of, prepare
 from tiny import tiny_batch, tiny_model
 
 from samf import SamfForConditionalGeneration
-from samf.pretraining.checkpoints import last_checkpoint
+from samf.training.checkpoints import last_checkpoint
 from samf.training.trainer import check_whole
 
 pytestmark = pytest.mark.slow

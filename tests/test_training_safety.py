@@ -12,9 +12,9 @@ from torch import nn
 from toy_training import toy
 from transformers.trainer_utils import get_last_checkpoint
 
-from samf.pretraining.checkpoints import find_damage, last_checkpoint
-from samf.pretraining.divergence import DivergenceError, LossWatch, has_finite_weights
-from samf.pretraining.resumable import train_to_end
+from samf.training.checkpoints import find_damage, last_checkpoint
+from samf.training.divergence import DivergenceError, LossWatch, has_finite_weights
+from samf.training.trainer_base import train_to_end
 
 
 def checkpoints(folder: Path) -> list[str]:

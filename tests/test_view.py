@@ -12,9 +12,9 @@ import SimpleITK as sitk
 from dicom_series import write_series
 from PIL import Image
 
-from samf.ct_volume import read_ct, to_ct_volume
-from samf.image_processing_samf import SamfImageProcessor
-from samf.view import _draw, _knows_sides, main, save_slice_picture
+from samf.model.ct_volume import read_ct, to_ct_volume
+from samf.model.image_processing_samf import SamfImageProcessor
+from samf.reporting.slice_view import _draw, _knows_sides, main, save_slice_picture
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,14 @@ def test_command_line(tmp_path, volume):
 
 def test_command_line_reports_a_bad_file(tmp_path):
     run = subprocess.run(
-        [sys.executable, "-m", "samf.view", str(tmp_path / "missing.nii.gz"), "--output", str(tmp_path / "x.png")],
+        [
+            sys.executable,
+            "-m",
+            "samf.reporting.slice_view",
+            str(tmp_path / "missing.nii.gz"),
+            "--output",
+            str(tmp_path / "x.png"),
+        ],
         capture_output=True,
         encoding="utf-8",
         check=False,

@@ -19,7 +19,7 @@ import torch
 from dicom_series import stack_positions, write_enhanced, write_series
 
 from samf import SamfImageProcessor
-from samf.ct_volume import CTReadError, CTVolume, read_ct, to_ct_volume
+from samf.model.ct_volume import CTReadError, CTVolume, read_ct, to_ct_volume
 
 SHAPE, AFFINE = (
     (9, 7, 5),

@@ -18,9 +18,9 @@ import SimpleITK as sitk
 from dicom_series import stack_positions, write_series
 from huggingface_hub.errors import HfHubHTTPError
 
-from samf import volume_sources
-from samf.ct_volume import CTReadError, read_ct, to_ct_volume
-from samf.dicom_volume import walk_once
+from samf.model import ct_download as volume_sources
+from samf.model.ct_dicom import walk_once
+from samf.model.ct_volume import CTReadError, read_ct, to_ct_volume
 
 
 def nifti_bytes(shift: int = 0) -> bytes:

@@ -10,12 +10,9 @@ from tiny import tiny_model
 from transformers import AutoModel, TrainingArguments, ViTConfig, ViTModel, set_seed
 
 from samf import SamfImageProcessor, warmup_aggregator
-from samf.data.phantom import make_phantom, write_nifti
-from samf.data.slice_cache import read_record
-from samf.data.slice_images import Scan
-from samf.pretraining.aggregator_weights import load_aggregator, save_aggregator
-from samf.pretraining.checkpoints import last_checkpoint
-from samf.pretraining.contrast import (
+from samf.cache.slice_cache import read_record
+from samf.phantoms.dataset import make_phantom, write_nifti
+from samf.pretraining.contrastive import (
     ContrastTrainer,
     PlaneContrast,
     PlanePairs,
@@ -23,6 +20,9 @@ from samf.pretraining.contrast import (
     half,
     select_slices,
 )
+from samf.pretraining.slice_datasets import Scan
+from samf.training.aggregator_weights import load_aggregator, save_aggregator
+from samf.training.checkpoints import last_checkpoint
 
 pytest.importorskip("lightly", reason="the warm-up needs lightly: pip install 'lightly>=1.6'")
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from samf import SamfConfig, SamfForConditionalGeneration, SamfImageProcessor, SamfProcessor
-from samf.data.small_tokenizer import train_small_tokenizer
+from samf.phantoms.tokenizer import train_small_tokenizer
 
 TEXTS = [
     "Write the radiology report of this chest CT.",

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from samf.pretraining.resumable import StoppableTrainer, train_to_end
+from samf.training.trainer_base import StoppableTrainer, train_to_end
 
 
 class Toy(nn.Module):

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from samf.hub_samf import adapter_base
-from samf.modeling_samf import SamfForConditionalGeneration
-from samf.pretraining.resumable import written_whole
-from samf.processing_samf import SamfProcessor
+from samf.model.hub_samf import adapter_base
+from samf.model.modeling_samf import SamfForConditionalGeneration
+from samf.model.processing_samf import SamfProcessor
 from samf.training.arguments import TuningArguments
-from samf.training.parts import PARTS
+from samf.training.param_groups import PARTS
+from samf.training.trainer_base import written_whole
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from samf.data.mixture import parse_weights
 from samf.data.source_arguments import SourceArguments
-from samf.pretraining.aggregator_arguments import AggregatorArguments
-from samf.training.parts import PARTS, check_parts
+from samf.training.aggregator_arguments import AggregatorArguments
+from samf.training.param_groups import PARTS, check_parts
 
 
 @dataclass

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from samf.modeling_samf import SamfForConditionalGeneration
-from samf.training.parts import part_of
+from samf.model.modeling_samf import SamfForConditionalGeneration
+from samf.training.param_groups import part_of
 
 #: Dense bfloat16 peaks in TFLOP/s by what a GPU's name contains, as its maker states them; the first that fits counts.
 PEAK_TFLOPS = {

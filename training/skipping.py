@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 import torch
 
-from samf.ct_volume import CTReadError
 from samf.data.collator import SamfCollator
+from samf.model.ct_volume import CTReadError
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,13 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from samf.data.mixture import TaskMixture
-from samf.hub_samf import has_own_card
-from samf.model_card import README, is_generated, write_model_card
-from samf.pretraining.launchers import (
+from samf.model.hub_samf import has_own_card
+from samf.model.model_card import README, is_generated, write_model_card
+from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments
+from samf.training.datasets import holds_text_alone
+from samf.training.flops import StepFlops, can_count, known_peak
+from samf.training.image_grounding import SliceWeights, measure_gap, warn_of_blindness
+from samf.training.launchers import (
     float32_names,
     float32_weights,
     has_volume,
@@ -27,16 +31,12 @@ from samf.pretraining.launchers import (
     touch_unread_parts,
     whole_count,
 )
-from samf.pretraining.resumable import SetEpoch, StoppableTrainer, order_seed, preserved_random_state
-from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments
-from samf.training.boards import show_sample
-from samf.training.flops import StepFlops, can_count, known_peak
-from samf.training.parts import learning_rates, split_by_part
-from samf.training.records import holds_text_alone
-from samf.training.samples import SampleWriter
+from samf.training.param_groups import learning_rates, split_by_part
+from samf.training.sample_generation import SampleWriter
 from samf.training.sampling import RecordOrder
-from samf.training.sight import SliceWeights, measure_gap, warn_of_blindness
 from samf.training.throughput import Throughput, drop_counts
+from samf.training.trackers import show_sample
+from samf.training.trainer_base import SetEpoch, StoppableTrainer, order_seed, preserved_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class SamfTrainer(StoppableTrainer):
 
     Args:
         card: what `make_card` can't know from the model.
-        rates: learning rates by part; see `samf.training.parts`.
+        rates: learning rates by part; see `samf.training.param_groups`.
         monitor: what is measured while training.
         samples: answers records at every evaluation.
         mixture: which of the training records each epoch has; None = all.

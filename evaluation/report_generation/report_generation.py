@@ -19,8 +19,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 try:
-    from samf.evaluation.clinical_metrics import CRG_REMEDY, MACRO_REMEDY, MICRO_REMEDY, score_findings
-    from samf.evaluation.text_metrics import text_metrics
+    from samf.evaluation.metrics.clinical_metrics import CRG_REMEDY, MACRO_REMEDY, MICRO_REMEDY, score_findings
+    from samf.evaluation.metrics.text_metrics import text_metrics
 except ImportError:
     CRG_REMEDY = MACRO_REMEDY = MICRO_REMEDY = score_findings = text_metrics = None
 

@@ -1,0 +1,212 @@
+"""Measure the model, training, or the reading of data: speed and memory, with their spread and, where there are any, limits.
+
+    python benchmark.py model                                   # every line at full size: about 20 GB of memory
+    python benchmark.py model --lines vit,fusion --device cuda --json figures.json
+    SAMF_TEST_DATA=FOLDER python benchmark.py volumes           # a scan of 512 x 512 x 300: 2 GB, four minutes
+    SAMF_TEST_DATA=FOLDER python benchmark.py data              # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
+    python benchmark.py training --device cuda                  # a step as recipes/ct_rate.yaml has it
+
+FOLDER has real scans in ct/, reports in reports/ and Phi-3's tokenizer in tokenizers/phi3; what is missing, phantoms stand for.
+Each stage of a line runs in a process of its own. The exit status is 1 when a limit is missed or a stage failed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
+from samf.benchmarks.measuring import Figure, describe_machine, describe_versions, peak_memory
+from samf.benchmarks.memory_lines import quantise_model, reload_model, reload_quantised, save_model, train_lora
+from samf.benchmarks.speed_lines import count_parameters, time_decoding, time_fusion, time_vit
+from samf.benchmarks.train_lines import STAGES as TRAINING_STAGES
+from samf.benchmarks.volume_lines import measure_memory, measure_slab_memory, time_cache, time_slices, write_scan
+from samf.benchmarks.workloads import SIZES, LineSkipped, Settings
+
+Stage = Callable[[Settings], list[Figure]]
+# Each command's lines; each line's stages, which share a folder.
+LINES: dict[str, dict[str, dict[str, Stage]]] = {
+    "model": {
+        "parameters": {"parameters": count_parameters},
+        "vit": {"vit": time_vit},
+        "fusion": {"fusion": time_fusion},
+        "decode": {"decode": time_decoding},
+        "save": {"save": save_model, "reload": reload_model, "8bit": quantise_model, "8bit_reload": reload_quantised},
+        "lora": {"lora": train_lora},
+    },
+    "volumes": {
+        "slices": {
+            "scan": write_scan,
+            "slices": time_slices,
+            "cache": time_cache,
+            "memory": measure_memory,
+            "slab_memory": measure_slab_memory,
+        },
+    },
+    "data": {
+        "records": {"copy": write_copy, "first": read_copy, "second": read_copy},
+        "padding": {"padding": count_padding},
+    },
+    "training": {name: {name: stage} for name, stage in TRAINING_STAGES.items()},
+}
+COMMANDS = {
+    "model": "parameters, speed and memory of the model",
+    "volumes": "from a scan's file to its slices",
+    "data": "from CT-RATE's tables to records",
+    "training": "a training step",
+}
+ON_A_DEVICE = ("model", "training")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEADER = ["stage", "figure", "median", "quartiles", "repeats", "limit", "", "note"]
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in COMMANDS.items():
+        command, lines = commands.add_parser(name, help=what), ",".join(LINES[name])
+        command.add_argument("--lines", default=lines, help=f"some of {lines}")
+        if name in ON_A_DEVICE:
+            command.add_argument("--device", default="cpu", help="cpu, or cuda")
+            command.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
+        else:
+            command.set_defaults(device="cpu", dtype=None)
+        command.add_argument("--size", choices=SIZES, default="full", help="tiny shows that everything runs")
+        command.add_argument("--budget", type=float, default=60, help="seconds that a stage's repeats may take, about")
+        command.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
+        command.add_argument("--folder", type=Path, help="where large files may lie for a while; default: the system's")
+        command.add_argument("--json", type=Path, help="write the figures here too")
+        command.add_argument("--stage", help=argparse.SUPPRESS)  # a child's: LINE/STAGE, its figures to --json
+    args = parser.parse_args(argv)
+    args.lines = [line for line in args.lines.split(",") if line]
+    unknown = sorted(set(args.lines) - set(LINES[args.command]))
+    if unknown or not args.lines:
+        parser.error(f"--lines names {unknown}; the lines are {', '.join(LINES[args.command])}")
+    args.device = torch.device(args.device)
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; leave --device away for the CPU")
+    args.dtype = DTYPES[args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")]
+    return args
+
+
+# One stage, in this process -------------------------------------------------------------------------------------------
+
+
+def run_stage(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of `args.stage` as JSON has them, with this process's peak memory."""
+    line, _, stage = args.stage.partition("/")
+    settings = Settings(args.size, args.device, args.dtype, args.budget, args.folder)
+    try:
+        figures = LINES[args.command][line][stage](settings)
+    except LineSkipped as reason:
+        return {"figures": [], "skipped": str(reason)}
+    return {
+        "figures": [figure.summary() for figure in figures + peak_memory(args.device)],
+        "machine": describe_machine(args.device),
+    }
+
+
+# All stages, each in a process of its own -------------------------------------------------------------------------------
+
+
+def run_lines(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the lines' stages one after the other; returns what --json gets."""
+    lines = LINES[args.command]
+    stages = [(line, stage) for line in args.lines for stage in lines[line]]
+    results, progress = [], tqdm(stages)
+    for line, stage in progress:
+        progress.set_description(stage)
+        if stage == next(iter(lines[line])):
+            folder = tempfile.TemporaryDirectory(prefix="samf_benchmark_", dir=args.folder)
+        results.append({"line": line, "stage": stage, **run_child(args, f"{line}/{stage}", Path(folder.name))})
+        if stage == list(lines[line])[-1]:
+            folder.cleanup()
+    verdicts = [figure["passed"] for result in results for figure in result["figures"]]
+    return {
+        "command": args.command,
+        "size": args.size,
+        "device": str(args.device),
+        "dtype": str(args.dtype).removeprefix("torch."),
+        "machine": describe_machine(args.device) | {"threads": args.threads or torch.get_num_threads()},
+        "versions": describe_versions(),
+        "stages": results,
+        "passed": False not in verdicts and not any("error" in result for result in results),
+    }
+
+
+def run_child(args: argparse.Namespace, stage: str, folder: Path) -> dict[str, Any]:
+    """A stage's figures, its seconds as a whole, and an `error` where it failed."""
+    output = folder / "figures.json"
+    output.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "samf.benchmarks", args.command, f"--stage={stage}", f"--json={output}"]
+    command += [f"--folder={folder}", f"--size={args.size}", f"--budget={args.budget}"]
+    if args.command in ON_A_DEVICE:
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == args.dtype)
+        command += [f"--device={args.device}", f"--dtype={dtype}"]
+    command += [f"--threads={args.threads}"] if args.threads else []
+    started = time.monotonic()
+    child = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    result: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
+    if child.returncode == 0:
+        return result | json.loads(output.read_text(encoding="utf-8"))
+    reason = "was killed, often for want of memory" if child.returncode == -9 else "failed; its message is above"
+    return result | {"figures": [], "error": f"{stage} {reason} (exit status {child.returncode})"}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results for a reader: a line a figure, in aligned columns that markdown reads too."""
+    rows = [HEADER, *(row for result in results["stages"] for row in _stage_rows(result))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    facts = {"device": results["device"], "dtype": results["dtype"], **results["machine"], **results["versions"]}
+    return "\n".join([*lines, "", ", ".join(f"{name} {fact}" for name, fact in facts.items() if fact is not None), ""])
+
+
+def _stage_rows(result: dict[str, Any]) -> list[list[str]]:
+    missing = result.get("error") or result.get("skipped")
+    if missing:
+        return [[result["stage"], "FAILED" if "error" in result else "skipped", *[""] * 5, missing]]
+    rows = []
+    for figure in result["figures"]:
+        limits = (("at_least", ">="), ("at_most", "<="))
+        limit = " ".join(f"{sign} {figure[name]:g}" for name, sign in limits if figure[name] is not None)
+        verdict = {None: "", True: "pass", False: "MISSED"}[figure["passed"]]
+        spread = f"{figure['first_quartile']:.4g} to {figure['third_quartile']:.4g}" if figure["repeats"] > 1 else ""
+        median = f"{figure['median']:.4g} {figure['unit']}"
+        name = [result["stage"], figure["name"]]
+        rows.append([*name, median, spread, str(figure["repeats"]), limit, verdict, figure["note"]])
+    return rows
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.stage:
+        write_json(args.json, run_stage(args))
+        return 0
+    results = run_lines(args)
+    if args.json:
+        write_json(args.json, results)
+    sys.stdout.write(table(results))
+    return 0 if results["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""What lies beside scans in a tree and is no CT: told by a header, or by the values."""
+
+import struct
+import zlib
+
+import numpy as np
+
+from samf.model.ct_volume import CTVolume, NotCTError
+
+_HEADER = 348  # bytes of a NIfTI-1 header
+_UNPACKED_FROM = 4096  # bytes of a .nii.gz, of which a header can be unpacked
+_BYTE_TYPES = (2, 256)  # NIfTI's codes of uint8 and int8
+_BYTE_VALUES = (0, 255)
+
+
+def mask_by_header(path: str) -> bool:
+    """Return whether a NIfTI file holds unscaled 8-bit values, which can't be Hounsfield units: masks and pictures.
+
+    False for everything else, also what can't be read: its reader will say so.
+    """
+    name = path.lower()
+    if not name.endswith((".nii", ".nii.gz")):
+        return False
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(_UNPACKED_FROM)
+        if name.endswith(".gz"):
+            head = zlib.decompressobj(wbits=31).decompress(head, _HEADER)
+    except (OSError, zlib.error):
+        return False
+    if len(head) < _HEADER:
+        return False
+    order = next((order for order in "<>" if struct.unpack(f"{order}i", head[:4])[0] == _HEADER), None)
+    if order is None:  # NIfTI-2, or none
+        return False
+    (datatype,) = struct.unpack_from(f"{order}h", head, 70)
+    slope, intercept = struct.unpack_from(f"{order}2f", head, 112)
+    is_scaled = np.isfinite(slope) and slope != 0 and (slope, intercept) != (1.0, 0.0)
+    return datatype in _BYTE_TYPES and not is_scaled
+
+
+def refuse_mask(volume: CTVolume) -> None:
+    """Raise NotCTError for a volume whose values are all those of a byte: no air, no fat, but labels or grey values.
+
+    For volumes that nobody named: an empty mask has one value, which `read_ct` can't tell from a crop.
+    """
+    low, high = int(volume.hu.min()), int(volume.hu.max())
+    if _BYTE_VALUES[0] <= low and high <= _BYTE_VALUES[1]:
+        raise NotCTError(
+            f"{volume.source}: values from {low} to {high}, without air or fat: a mask or a picture. Expected a CT in "
+            f"Hounsfield units; name the file itself if it is one."
+        )

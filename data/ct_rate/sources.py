@@ -1,0 +1,212 @@
+"""Where CT-RATE's files of one split lie: in a folder, or in a data set on the Hub."""
+
+import logging
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from huggingface_hub import get_token, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from samf.data.ct_rate.names import LAYOUTS, VolumeName, volume_location
+
+logger = logging.getLogger(__name__)
+
+HUB_NAME = re.compile(
+    r"(?:hf://datasets/|https://huggingface\.co/datasets/)?(?P<name>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/]+))?/?"
+)
+
+
+class CtRateSource(ABC):
+    """The tables and volumes of one split of CT-RATE.
+
+    Args:
+        root: where its files lie, for messages.
+        split: "train", "valid" or "validation".
+        layout: "v1" or "v2".
+    """
+
+    def __init__(self, root: str | Path, split: str, layout: str):
+        self.root, self.split, self.layout = root, split, layout
+
+    def table(self, folder: str, ending: str) -> Path | None:
+        """`folder`/{split}_{ending}, the split spelled as that file does (valid or validation); None where absent."""
+        stems = ("train",) if self.split == "train" else ("valid", "validation")
+        files = (self.file(f"{folder}/{stem}_{ending}") for stem in stems)
+        return next((file for file in files if file is not None), None)
+
+    @abstractmethod
+    def file(self, name: str) -> Path | None:
+        """A file below the root, on this machine; None where there is none."""
+
+    @abstractmethod
+    def locate(self, name: str) -> str:
+        """A volume's path or address; a name that isn't CT-RATE's is taken as a path below the root."""
+
+    @property
+    def reports(self) -> Path | None:
+        return self.table("radiology_text_reports", "reports.csv")
+
+    @property
+    def metadata(self) -> Path | None:
+        return self.table("metadata", "metadata.csv")
+
+    @property
+    def labels(self) -> Path | None:
+        return self.table("multi_abnormality_labels", "predicted_labels.csv")
+
+    @property
+    def vqa(self) -> Path | None:
+        return self.table("vqa", "vqa.json")
+
+    @property
+    def no_chest(self) -> Path | None:
+        return self.file(f"metadata/no_chest_{self.split}.txt")
+
+    def find_vqa(self, name: str | Path) -> Path:
+        """A VQA file given by path, or by its name below the data set. Raises FileNotFoundError."""
+        if Path(name).is_file():
+            return Path(name)
+        below = [str(name), f"vqa/{name}"]
+        found = None if Path(name).is_absolute() else next(filter(None, map(self.file, below)), None)
+        if found is None:
+            raise FileNotFoundError(
+                f"VQA file {name} not found; looked for {', '.join([str(name), *(f'{self.root}/{b}' for b in below)])}."
+            )
+        return found
+
+
+def check_split(split: str, layout: str | None) -> str:
+    """The split as the volumes' names have it. Raises ValueError for an unknown split or layout."""
+    name = {"validation": "valid"}.get(split, split)
+    if name not in ("train", "valid") or layout not in (None, *LAYOUTS):
+        raise ValueError(f"split={split!r}, layout={layout!r}; expected 'train' or 'valid', and 'v1', 'v2' or None.")
+    return name
+
+
+# ---- a folder ------------------------------------------------------------------------------------------------------
+
+
+class CtRateFolder(CtRateSource):
+    """A split in a folder.
+
+    Args:
+        root: CT-RATE's folder, with or without its `dataset` level.
+        split: "train", "valid" or "validation".
+        layout: "v1", "v2", or None to take what is there, v2 first.
+
+    Raises:
+        FileNotFoundError: there is neither a volume folder of the split nor one of the tables.
+        ValueError: an unknown split or layout.
+    """
+
+    def __init__(self, root: str | Path, split: str, layout: str | None = None):
+        split = check_split(split, layout)
+        root = self._find_root(Path(root).expanduser().absolute(), split)
+        present = [name for name, folder in self._volume_folders(root, split).items() if folder.is_dir()]
+        super().__init__(root, split, layout or ("v1" if present == ["v1"] else "v2"))
+        if layout is None and len(present) == 2:
+            logger.info("%s holds v1 and v2 volumes of %s; reading v2 (layout='v1' reads the others).", root, split)
+
+    @staticmethod
+    def _volume_folders(root: Path, split: str) -> dict[str, Path]:
+        return {"v1": root / split, "v2": root / f"{split}_fixed"}
+
+    @classmethod
+    def _find_root(cls, root: Path, split: str) -> Path:
+        for candidate in (root, root / "dataset"):
+            folders = (*cls._volume_folders(candidate, split).values(), candidate / "radiology_text_reports")
+            if any(folder.is_dir() for folder in folders):
+                return candidate
+        raise FileNotFoundError(
+            f"0 volumes under {root}: expected CT-RATE's layout, {root}[/dataset]/{split}_fixed/{split}_1/{split}_1_a/"
+            f"{split}_1_a_1.nii.gz (v2) or the same below {split}/ (v1), beside radiology_text_reports/ and vqa/."
+        )
+
+    def file(self, name: str) -> Path | None:
+        path = self.root / name
+        return path if path.is_file() else None
+
+    def locate(self, name: str) -> str:
+        return str(self.root / (volume_location(name, self.layout) if VolumeName.find(name) else name))
+
+
+# ---- the Hub -------------------------------------------------------------------------------------------------------
+
+
+class CtRateHub(CtRateSource):
+    """A split of a data set on the Hub that has CT-RATE's layout, such as `ibrahimhamamci/CT-RATE` itself.
+
+    Its tables are fetched into the Hub's cache when they are asked for. Its volumes aren't: `locate` gives their
+    addresses (hf://datasets/…), which `read_ct` fetches one by one.
+
+    Args:
+        name: owner/name, or owner/name@revision.
+        split: "train", "valid" or "validation".
+        layout: "v1" or "v2"; None is v2.
+
+    Raises (with the first file that is asked for):
+        PermissionError: the data set is gated and this account has no access; says how to get it.
+        FileNotFoundError: no such data set or revision, or it can't be reached and isn't in the cache.
+    """
+
+    def __init__(self, name: str, split: str, layout: str | None = None):
+        split, match = check_split(split, layout), HUB_NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name!r} is no data set's name; expected owner/name or owner/name@revision.")
+        self.name, self.revision = match["name"], match["revision"]
+        at = f"@{self.revision}" if self.revision else ""
+        super().__init__(f"hf://datasets/{self.name}{at}/dataset", split, layout or "v2")
+
+    def file(self, name: str) -> Path | None:
+        where = {"filename": f"dataset/{name}", "repo_type": "dataset", "revision": self.revision}
+        try:
+            return Path(hf_hub_download(self.name, **where))
+        except RemoteEntryNotFoundError:
+            return None
+        except LocalEntryNotFoundError as error:  # offline; whether the file exists may be known all the same
+            if try_to_load_from_cache(self.name, **where) is not None:
+                return None
+            raise FileNotFoundError(
+                f"{self.root}/{name}: the Hub can't be reached, and the file isn't in the cache. {self._or_a_folder()}"
+            ) from error
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise self._explained(error) from error
+
+    def locate(self, name: str) -> str:
+        return f"{self.root}/{volume_location(name, self.layout) if VolumeName.find(name) else name}"
+
+    def _or_a_folder(self) -> str:
+        return f"If {self.name} is meant to be a folder: there is none under {Path.cwd()}."
+
+    def _explained(self, error: Exception) -> OSError:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        page = f"https://huggingface.co/datasets/{self.name}"
+        if isinstance(error, GatedRepoError) or status == 403:
+            login = "" if get_token() else "You are not logged in here. "
+            return PermissionError(
+                f"{self.name} is gated: its owners give access to those who accept its terms. {login}Log in at {page} and "
+                f"accept the terms there; then run `hf auth login` on this machine, or set HF_TOKEN, with a token of that "
+                f"account that may read gated repositories. (The Hub says: {str(error).splitlines()[0]})"
+            )
+        if isinstance(error, RevisionNotFoundError):
+            return FileNotFoundError(f"{self.name} has no revision {self.revision!r}; see {page}/refs.")
+        if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+            return FileNotFoundError(
+                f"{self.name}: no data set of this name on the Hub, or a private one and this account doesn't see it "
+                f"(hf auth login). {self._or_a_folder()}"
+            )
+        return ConnectionError(f"{self.name}: the Hub answers {status} ({error}). Try again later.")
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether `source` reads like a data set on the Hub: owner/name, with or without @revision or hf://datasets/."""
+    return HUB_NAME.fullmatch(source) is not None

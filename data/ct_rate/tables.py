@@ -1,0 +1,237 @@
+"""CT-RATE's files as Python values: CSV rows, the VQA file's records one by one, labels, rescales, exclusions."""
+
+import json
+import logging
+import math
+import random
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from samf.data.ct_rate.names import VolumeName
+from samf.data.ct_rate.sources import CtRateSource
+from samf.utils.text_files import open_csv, open_text, read_lines
+
+logger = logging.getLogger(__name__)
+
+#: The 18 label columns of CT-RATE's multi_abnormality_labels, in its order.
+CT_RATE_LABELS = (
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+)
+
+UNKNOWN_LABEL = -100
+UNCERTAIN = -1  # in tables made by CheXpert's rules and their like
+VOLUME_COLUMN = ("VolumeName", "AccessionNo")  # the column has had two names
+LONGEST_JSON_RECORD = 1 << 26  # characters
+TAG = re.compile(r"<(long_answer|short_answer|multiple_choice|report_generation)>")
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path, required: Iterable[str | tuple[str, ...]] = ()) -> Iterator[dict[str, str]]:
+    """Rows of a CSV. Each of `required` is a column, or alternatives of which one must be there.
+
+    Raises:
+        ValueError: a required column is absent; names those found.
+    """
+    with open_csv(path) as reader:
+        columns = reader.fieldnames or []
+        for names in required:
+            alternatives = (names,) if isinstance(names, str) else names
+            if not set(alternatives) & set(columns):
+                raise ValueError(f"{path}: no column {' or '.join(alternatives)}; its columns are {columns}.")
+        yield from reader
+
+
+def row_volume(row: dict[str, str], path: Path) -> VolumeName:
+    """A row's volume. Raises ValueError that names the file."""
+    try:
+        return VolumeName.parse(row.get("VolumeName") or row.get("AccessionNo") or "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_json_array(path: Path, chunk: int = 1 << 20) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON file that holds one array, without reading it whole (CT-RATE's has a gigabyte).
+
+    Raises:
+        ValueError: not an array of objects, or broken; names the file and the record.
+    """
+    decoder, count = json.JSONDecoder(), 0
+    with open_text(path) as file:
+        text = file.read(chunk).lstrip()
+        if not text.startswith("["):
+            raise ValueError(f"{path}: starts with {text[:20]!r}; expected a JSON array of VQA records.")
+        position, at_end = 1, False
+        while True:
+            while position < len(text) and text[position] in " \t\r\n,":
+                position += 1
+            if text.startswith("]", position):
+                return
+            try:
+                record, position = decoder.raw_decode(text, position)
+            except json.JSONDecodeError as error:
+                if at_end or len(text) - position > LONGEST_JSON_RECORD:
+                    raise ValueError(f"{path}: record {count} is broken or cut off ({error}).") from error
+                more = file.read(chunk)
+                text, position, at_end = text[position:] + more, 0, not more
+                continue
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}: record {count} is {type(record).__name__}; expected an object.")
+            yield record
+            count += 1
+
+
+# ---- texts ---------------------------------------------------------------------------------------------------------
+
+
+def squeeze(text: str | None) -> str:
+    """Text with single spaces and without CT-RATE's tags."""
+    text = text or ""
+    return " ".join((TAG.sub(" ", text) if "<" in text else text).split())
+
+
+def given(text: str | None) -> str:
+    """A table's text, "" for what CT-RATE writes where there is none: "Not given.", nan, nothing."""
+    text = squeeze(text)
+    return "" if text.lower().rstrip(".") in ("", "not given", "nan") else text
+
+
+# ---- what is known of each volume ----------------------------------------------------------------------------------
+
+
+def read_labels(path: Path | None, finding_names: Sequence[str]) -> dict[VolumeName, list[int]] | None:
+    """{volume: labels in the order of `finding_names`}; None where nothing is asked or there is no file.
+
+    1 is present and 0 absent; nothing, "nan" and -1 (uncertain, as CheXpert writes it) are unknown and train nothing.
+
+    Raises:
+        ValueError: a name is not a column of the file, or a label is something else; names row and column.
+    """
+    if not finding_names:
+        return None
+    if path is None:
+        logger.warning("No label file: records carry no labels of %s.", ", ".join(finding_names))
+        return None
+    labels, uncertain = {}, 0
+    for number, row in enumerate(read_rows(path, (VOLUME_COLUMN, *finding_names)), start=1):
+        values = [_label(row[name], path, number, name) for name in finding_names]
+        uncertain += values.count(UNCERTAIN)
+        labels[row_volume(row, path)] = [UNKNOWN_LABEL if value == UNCERTAIN else value for value in values]
+    if uncertain:
+        logger.warning("%s: %d labels are -1, uncertain; they count as unknown.", path, uncertain)
+    return labels
+
+
+def _label(text: str | None, path: Path, row: int, column: str) -> int:
+    """1, 0, UNCERTAIN or UNKNOWN_LABEL. Raises ValueError for anything else."""
+    text = given(text)
+    value = _number(text) if text else UNKNOWN_LABEL
+    if value in (0, 1, UNCERTAIN) or not text:
+        return int(value)
+    raise ValueError(
+        f"{path}: row {row} below the header, column {column!r}: {text!r} is no label; expected 0, 1, or for an unknown one "
+        "-1 or nothing. Turn probabilities into 0 and 1 by a threshold of yours."
+    )
+
+
+def read_rescale(path: Path | None) -> dict[VolumeName, list[float]]:
+    """{volume: what `read_ct` takes as its rescale} from a metadata CSV; volumes without finite numbers are left out.
+
+    Slope and intercept, and the voxel's size in mm along the stored axes where the file has it: XYSpacing is written
+    "[row distance, column distance]".
+    """
+    if path is None:
+        raise FileNotFoundError(
+            "Volumes of v1 hold raw stored values, and metadata/*_metadata.csv with their slope and intercept is missing. "
+            "Download it, or use the v2 volumes (train_fixed, valid_fixed), which hold HU."
+        )
+    rescale, without_size = {}, []
+    for row in read_rows(path, (VOLUME_COLUMN, "RescaleSlope", "RescaleIntercept")):
+        pair = [_number(row[name]) for name in ("RescaleSlope", "RescaleIntercept")]
+        if all(math.isfinite(value) for value in pair):
+            volume, size = row_volume(row, path), _voxel_size(row)
+            rescale[volume] = pair + size
+            if not size:
+                without_size.append(volume)
+    if without_size:
+        logger.warning(
+            "%s: %d volumes without XYSpacing and ZSpacing; their voxel sizes will be those of their files' headers, "
+            "which are blank in v1 (first: %s).",
+            path,
+            len(without_size),
+            without_size[0],
+        )
+    return rescale
+
+
+def _voxel_size(row: dict[str, str]) -> list[float]:
+    """Voxel size in mm along x, y and z; empty where it isn't given in full."""
+    in_plane = [_number(text) for text in (row.get("XYSpacing") or "").strip("[] ").split(",")]
+    size = [*reversed(in_plane), _number(row.get("ZSpacing"))]
+    return size if len(size) == 3 and all(0 < value < math.inf for value in size) else []
+
+
+def _number(text: str | None) -> float:
+    """A table's number, NaN for anything else."""
+    try:
+        return float(given(text) or "nan")
+    except ValueError:
+        return math.nan
+
+
+def read_no_chest(path: Path | None) -> dict[VolumeName, str]:
+    """{volume: reason} of the scans that CT-RATE lists as not of the chest."""
+    if path is None:
+        return {}
+    lines = [line.strip().strip(",") for line in read_lines(path)]
+    volumes = {line: VolumeName.find(line) for line in lines if line}
+    if unread := [line for line, volume in volumes.items() if volume is None]:
+        logger.warning("%s: %d lines are no volume names (first: %r).", path, len(unread), unread[0])
+    return {volume: f"listed in {path.name}" for volume in volumes.values() if volume is not None}
+
+
+def volume_list(source: CtRateSource) -> Path | None:
+    """The table from which the reconstructions of each scan are known."""
+    return source.reports or source.metadata or source.labels
+
+
+def choose_reconstructions(
+    source: CtRateSource, excluded: Collection[VolumeName], how: str, seed: int
+) -> dict[str, int] | None:
+    """{scan_id: the reconstruction that is used}, of those that the first table lists; None = all of them.
+
+    Args:
+        how: "all"; "first", the lowest number; "sample", one at random, by `seed` and the scan alone.
+        excluded: never chosen.
+    """
+    if how == "all":
+        return None
+    table = volume_list(source)
+    numbers: dict[str, set[int]] = {}
+    for row in read_rows(table, [VOLUME_COLUMN]) if table else ():
+        volume = row_volume(row, table)
+        if volume not in excluded:
+            numbers.setdefault(volume.scan_id, set()).add(volume.reconstruction)
+    if how == "first":
+        return {scan: min(found) for scan, found in numbers.items()}
+    return {scan: random.Random(f"{seed} {scan}").choice(sorted(found)) for scan, found in numbers.items()}

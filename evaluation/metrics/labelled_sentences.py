@@ -1,0 +1,143 @@
+"""Sentences with their gold labels, and how well the rule-based labeller reads them: findings, sides and lengths.
+
+A file of them holds one sentence per line, `manner | part | findings | lengths in mm | sentence`, after comments that
+begin with "#"; tests/labeller_sentences.txt describes the columns.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from samf.data.ct_rate.loader import CT_RATE_LABELS
+from samf.evaluation.metrics.finding_labeller import finding_sides, label_report
+from samf.evaluation.metrics.report_sizes import read_sizes
+from samf.evaluation.results_table import figure, markdown_table
+
+COLUMNS = ("manner", "part", "findings", "lengths", "sentence")
+OPEN_MARKS, NOT_SCORED = "?~", "*"
+SIDES = ("right", "left")
+
+
+@dataclass(frozen=True)
+class LabelledSentence:
+    """A sentence and what it says.
+
+    Attributes:
+        manner: manner of reporting ("us", "uk", "in", "tr").
+        part: "dev", or "held-out" for sentences of which only overall figures are looked at.
+        present: labels that are present.
+        not_scored: labels that the sentence leaves open, or that readers differ on.
+        sides: (label, "right" or "left") that it names.
+        sides_not_scored: labels whose sides aren't scored.
+        lengths: lengths in mm, sorted; None where they aren't scored.
+    """
+
+    manner: str
+    part: str
+    present: frozenset[str]
+    not_scored: frozenset[str]
+    sides: frozenset[tuple[str, str]]
+    sides_not_scored: frozenset[str]
+    lengths: tuple[float, ...] | None
+    text: str
+
+
+def read_labelled_sentences(path: Path) -> list[LabelledSentence]:
+    """Read a file of labelled sentences.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line without the five columns, an unknown label or side; the message names file and line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; expected sentences with labels, {' | '.join(COLUMNS)} per line."
+        )
+    sentences = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip() and not line.startswith("#"):
+            try:
+                sentences.append(_parse(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    return sentences
+
+
+def _parse(line: str) -> LabelledSentence:
+    columns = [column.strip() for column in line.split("|", len(COLUMNS) - 1)]
+    if len(columns) != len(COLUMNS):
+        raise ValueError(f"{len(columns)} columns; expected {' | '.join(COLUMNS)}.")
+    manner, part, findings, lengths, text = columns
+    present, not_scored, sides, any_side = set(), set(), set(), set()
+    for item in filter(None, findings.split("; ")):
+        label, _, side = item.partition(": ")
+        name = label.rstrip(OPEN_MARKS)
+        named = {word for word in side.split("+") if word}
+        if name not in CT_RATE_LABELS or not named <= {*SIDES, NOT_SCORED}:
+            raise ValueError(
+                f"{item!r} is no finding with a side; expected a label of CT-RATE, right, left, right+left or *."
+            )
+        (not_scored if label != name else present).add(name)
+        if label != name or NOT_SCORED in named:
+            any_side.add(name)
+        else:
+            sides |= {(name, word) for word in named}
+    sizes = None if lengths == NOT_SCORED else tuple(sorted(float(length) for length in lengths.split()))
+    text = text.replace("\\n", "\n").replace("\\t", "\t")
+    return LabelledSentence(
+        manner, part, frozenset(present), frozenset(not_scored), frozenset(sides), frozenset(any_side), sizes, text
+    )
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How a sentence was read: right, wrong and missed findings; sides of the right findings; whether lengths agree."""
+
+    findings: tuple[frozenset, frozenset, frozenset]
+    sides: tuple[frozenset, frozenset, frozenset]
+    lengths_agree: bool
+
+
+def read_as(sentence: LabelledSentence) -> Errors:
+    """Compare what the labeller reads in a sentence with its gold labels."""
+    found = {label for label, value in label_report(sentence.text).items() if value}
+    hits = found & sentence.present
+    sides = {pair for pair in finding_sides(sentence.text) if pair[0] in hits - sentence.sides_not_scored}
+    findings = (frozenset(hits), frozenset(found - hits - sentence.not_scored), sentence.present - hits)
+    lengths = tuple(sorted(read_sizes(sentence.text).elements()))
+    pairs = (frozenset(sides & sentence.sides), frozenset(sides - sentence.sides), sentence.sides - sides)
+    return Errors(findings, pairs, sentence.lengths in (None, lengths))
+
+
+def counted(errors: Iterable[Errors], of: Callable[[Errors], tuple[frozenset, ...]]) -> tuple[int, int, int]:
+    """Count right, wrong and missed in all sentences together, of `Errors.findings` or `Errors.sides`."""
+    totals = [sum(map(len, column)) for column in zip(*map(of, errors), strict=True)]
+    return tuple(totals) if totals else (0, 0, 0)
+
+
+def precision_recall(counts: tuple[int, int, int]) -> tuple[float | None, float | None]:
+    """Return precision and recall of right, wrong and missed; None where nothing was found, or there was nothing to find."""
+    right, wrong, missed = counts
+    return tuple(right / total if (total := right + other) else None for other in (wrong, missed))
+
+
+def sentence_table(sentences: Sequence[LabelledSentence]) -> str:
+    """Tabulate precision and recall of findings and sides by part and manner, and how often lengths differ, as Markdown."""
+    rows = []
+    for name, group in _groups(sentences):
+        errors = [read_as(sentence) for sentence in group]
+        findings = precision_recall(counted(errors, lambda error: error.findings))
+        sides = precision_recall(counted(errors, lambda error: error.sides))
+        positives = sum(len(sentence.present) for sentence in group)
+        differing = sum(not error.lengths_agree for error in errors)
+        rows.append([name, len(group), positives, *map(figure, (*findings, *sides)), differing])
+    header = ["sentences", "number", "findings", "precision", "recall", "sides: precision", "recall", "lengths differ"]
+    return markdown_table(header, rows)
+
+
+def _groups(sentences: Sequence[LabelledSentence]) -> Iterator[tuple[str, list[LabelledSentence]]]:
+    for part in dict.fromkeys(sentence.part for sentence in sentences):
+        members = [sentence for sentence in sentences if sentence.part == part]
+        yield f"**{part}**", members
+        for manner in dict.fromkeys(sentence.manner for sentence in members):
+            yield f"{part}, {manner}", [sentence for sentence in members if sentence.manner == manner]

@@ -1,0 +1,225 @@
+"""Reports beside their reference, statement by statement: what agrees, what contradicts, what is missing.
+
+The rule-based labeller reads the statements about the 18 findings of CT-RATE; what else a report says is not marked.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from samf.evaluation.metrics.clinical_metrics import finding_samples
+from samf.evaluation.metrics.finding_labeller import Mention, Status, find_mentions, finding_sides
+from samf.evaluation.metrics.multiple_choice import parse_choice, reference_choice
+from samf.evaluation.metrics.report_text import aligned_text
+from samf.evaluation.metrics.text_metrics import bleu_samples, combine_bleu
+
+AGREES, CONTRADICTS, UNSUPPORTED = "agrees", "contradicts", "unsupported"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of a report; `verdict` is one of AGREES, CONTRADICTS, UNSUPPORTED, or None where nothing is said of it."""
+
+    text: str
+    verdict: str | None = None
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A report in spans that add up to it, and the findings of the reference that it doesn't mention."""
+
+    spans: tuple[Span, ...]
+    missed: tuple[str, ...]
+
+
+def _says(report: str) -> dict[str, bool]:
+    """Finding → whether the report calls it present (or possible) anywhere; findings that it doesn't mention are absent."""
+    present: dict[str, bool] = {}
+    for mention in find_mentions(report):
+        present[mention.label] = present.get(mention.label, False) or mention.status is not Status.NEGATED
+    return present
+
+
+def mark_report(report: str, reference: str) -> Marked:
+    """Mark the statements of a report by what the reference says of the same finding.
+
+    A statement agrees where both call a finding present, or both absent; it contradicts where one calls it present and
+    the other absent, or puts it on the other side; it is unsupported where it calls present what the reference doesn't
+    mention. A clause with several findings takes the worst of its verdicts.
+    """
+    said, sides = _says(reference), finding_sides(reference)
+    verdicts: dict[str, set[str]] = {}
+    for mention in find_mentions(report):
+        verdict = _verdict(mention.status is not Status.NEGATED, said.get(mention.label))
+        if verdict == AGREES and _other_side(mention, sides):
+            verdict = CONTRADICTS
+        if verdict:
+            verdicts.setdefault(mention.clause, set()).add(verdict)
+    worst = {
+        clause: next(v for v in (CONTRADICTS, UNSUPPORTED, AGREES) if v in found) for clause, found in verdicts.items()
+    }
+    missed = tuple(label for label, present in said.items() if present and label not in _says(report))
+    return Marked(_cut(report, worst), missed)
+
+
+def _verdict(present: bool, in_reference: bool | None) -> str | None:
+    if in_reference is None:
+        return UNSUPPORTED if present else None
+    return AGREES if present == in_reference else CONTRADICTS
+
+
+def _other_side(mention: Mention, sides: Collection[tuple[str, str]]) -> bool:
+    """Whether a statement names a side for its finding, and the reference's (finding, side) pairs only the other one."""
+    named = {side for label, side in finding_sides(mention.clause) if label == mention.label}
+    expected = {side for label, side in sides if label == mention.label}
+    return bool(named and expected) and not named & expected
+
+
+def _cut(report: str, verdicts: Mapping[str, str]) -> tuple[Span, ...]:
+    """The report cut at the clauses that have a verdict; a clause is found again by its words."""
+    # The labeller reads plain characters in lower case, and words that a line end broke as one.
+    plain, origins = aligned_text(report)
+    places: list[tuple[int, int, str]] = []
+    for clause, verdict in verdicts.items():
+        pattern = r"\s+".join(map(re.escape, clause.split()))
+        found = re.finditer(pattern, plain) if pattern else ()
+        places += [(origins[match.start()], origins[match.end()], verdict) for match in found]
+    spans, end = [], 0
+    for start, stop, verdict in sorted(places):
+        if start < end:
+            continue  # within a longer clause that begins earlier
+        spans += [Span(report[end:start]), Span(report[start:stop], verdict)]
+        end = stop
+    return tuple(span for span in (*spans, Span(report[end:])) if span.text)
+
+
+def report_scores(rows: Sequence[Mapping[str, Any]], labeller: Callable | None = None) -> np.ndarray:
+    """How well each report's findings agree with its reference's, (N,) in [0, 1]: for ranking cases.
+
+    F1 over the 18 findings, and 1 where neither has any; a hundredth of BLEU-4 breaks ties. The sum is scaled to [0, 1].
+    """
+    predictions, references = ([str(row[name]) for row in rows] for name in ("prediction", "reference"))
+    options = {} if labeller is None else {"labeller": labeller}
+    metric = finding_samples(predictions, references, **options)["micro.f1"]
+    f1 = np.where(metric.samples.sum(axis=1) == 0, 1.0, np.nan_to_num(metric.of_samples()))
+    bleu = combine_bleu(bleu_samples(predictions, references), 4)
+    return (f1 + 0.01 * np.nan_to_num(bleu)) / 1.01
+
+
+# --- two systems ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One record that two systems answered."""
+
+    id: str
+    reference: str
+    first: str
+    second: str
+    question: str = ""
+    why: str = ""
+
+
+def common_rows(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], task: str
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Pairs of rows of one task with the same id and reference, in the first file's order; of a repeated id the first."""
+
+    def by_id(rows: Sequence[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
+        chosen = [row for row in rows if row["task"] == task and row.get("id") is not None]
+        return {row["id"]: row for row in reversed(chosen)}
+
+    others = by_id(second)
+    pairs = [(row, others[id]) for id, row in reversed(by_id(first).items()) if id in others]
+    return [(a, b) for a, b in pairs if a["reference"] == b["reference"] and str(a["reference"]).strip()]
+
+
+def choose_reports(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], count: int = 5
+) -> list[Case]:
+    """Reports on which the two differ most, either way, and one on which they differ as usual: no hand picks the cases."""
+    pairs = common_rows(first, second, "report")
+    if not pairs:
+        return []
+    difference = report_scores([b for _, b in pairs]) - report_scores([a for a, _ in pairs])
+    order = np.argsort(difference, kind="stable").tolist()
+    middle = order[len(order) // 2]
+    half = max(1, (count - 1) // 2)
+    chosen = [(place, "the first is better by most") for place in order[:half] if difference[place] < 0]
+    chosen += [(place, "the second is better by most") for place in order[::-1][:half] if difference[place] > 0]
+    if all(place != middle for place, _ in chosen):
+        chosen.append((middle, "the median difference"))
+    return [_case(*pairs[place], why) for place, why in chosen[:count]]
+
+
+def _case(first: Mapping[str, Any], second: Mapping[str, Any], why: str) -> Case:
+    texts = (str(first["reference"]), str(first["prediction"]), str(second["prediction"]))
+    return Case(str(first["id"]), *texts, str(first.get("question") or ""), why)
+
+
+_OUTCOMES = {
+    (True, True): "both",
+    (True, False): "only_first",
+    (False, True): "only_second",
+    (False, False): "neither",
+}
+
+
+def compare_choices(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], count: int = 5
+) -> dict[str, Any]:
+    """Multiple choice of two systems: how many questions both, one, or neither answers rightly, and some that differ.
+
+    Returns questions, both, only_first, only_second, neither (counts) and cases (`Case`s, half of each kind).
+    """
+    kinds: dict[str, list[Case]] = {name: [] for name in _OUTCOMES.values()}
+    for a, b in common_rows(first, second, "multiple_choice"):
+        right = reference_choice(str(a["reference"]), a["choices"])
+        if right is not None:
+            hits = tuple(parse_choice(str(row["prediction"]), row["choices"]) == right for row in (a, b))
+            kind = _OUTCOMES[hits]
+            kinds[kind].append(_case(a, b, f"right: {kind.replace('_', ' ')}"))
+    half = max(1, count // 2)
+    cases = kinds["only_first"][:half] + kinds["only_second"][:half]
+    return {
+        "questions": sum(map(len, kinds.values())),
+        **{name: len(found) for name, found in kinds.items()},
+        "cases": cases,
+    }
+
+
+# --- as text ----------------------------------------------------------------------------------------------------
+
+_SIGNS = {AGREES: "✓", CONTRADICTS: "✗", UNSUPPORTED: "?"}
+
+
+def marked_text(marked: Marked) -> str:
+    """A marked report in one line of Markdown: **✓ agrees**, **✗ contradicts**, **? not in the reference**."""
+
+    def piece(span: Span) -> str:
+        text = " ".join(span.text.split())
+        if span.verdict is None:
+            return text
+        return f"**{_SIGNS[span.verdict]} {text}**"
+
+    line = " ".join(piece(span) for span in marked.spans)
+    return f"{line} _Not mentioned: {', '.join(marked.missed)}._" if marked.missed else line
+
+
+def side_by_side(cases: Sequence[Case], names: Sequence[str]) -> str:
+    """Markdown: each case as a table of the reference and the two systems."""
+    blocks = []
+    for case in cases:
+        rows = [f"| reference | {_cell(case.reference)} |"]
+        for name, text in zip(names, (case.first, case.second), strict=True):
+            rows.append(f"| {name} | {_cell(marked_text(mark_report(text, case.reference)))} |")
+        blocks.append("\n".join([f"| {_cell(case.id)} | {case.why} |", "| --- | --- |", *rows]))
+    return "\n\n".join(blocks)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|") or "(empty)"

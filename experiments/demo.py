@@ -1,0 +1,206 @@
+"""The whole system on phantoms: make them, train a tiny SAMF in stages, evaluate it, write a report.
+
+    python demo.py                      # or: make demo
+    python demo.py --ct scan.nii.gz     # and a report for that file or DICOM folder; or: make demo CT=scan.nii.gz
+
+What is finished under `--output` is kept: a second run goes on where the first one stopped.
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, set_seed
+from transformers.utils import logging as transformers_logging
+
+from samf import SamfForConditionalGeneration, SamfProcessor, read_ct, train
+from samf.cache.embedding_cache import EmbeddingCache
+from samf.cache.slice_cache import SliceCache
+from samf.data.ct_rate.loader import load_records
+from samf.data.prompts import REPORT_QUESTION, record_conversation, record_prompt
+from samf.evaluation.answering.generation import GenerationSettings, evaluate, shuffle_volumes
+from samf.evaluation.scoring import markdown_table, read_predictions
+from samf.phantoms.dataset import DEMO_FINDINGS, PhantomSettings, write_dataset
+from samf.phantoms.tokenizer import train_small_tokenizer
+from samf.reporting.slice_view import save_slice_picture
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RECIPES = REPOSITORY / "recipes" / "demo"
+STAGES = ("1_aggregator", "2_language", "3_report")
+MAX_NEW_TOKENS = 200
+TEXT_QUESTIONS = 20_000
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "runs" / "demo", help="folder of all that is made")
+    parser.add_argument("--train_patients", type=int, default=400)
+    parser.add_argument("--valid_patients", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="of phantoms, weights and batches")
+    parser.add_argument("--max_steps", type=int, help="train each stage for so many steps: to see that everything runs")
+    parser.add_argument("--ct", type=Path, help="CT file or DICOM folder to write a report for at the end")
+    return parser.parse_args(argv)
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    say(f"\n=== {name}")
+    started = time.monotonic()
+    yield
+    say(f"=== {name}: {time.monotonic() - started:.0f} s")
+
+
+def make_language_model(folder: Path, data: Path, seed: int) -> None:
+    """A Phi-3 of 0.7 million random weights, and a tokenizer whose words are those of the phantoms' training texts."""
+    records = load_records(str(data), "train", tasks=("report", "multiple_choice"), finding_names=DEMO_FINDINGS)
+    texts = [text for record in records for text in (record_prompt(record), record["answer"])]
+    tokenizer = train_small_tokenizer(texts)
+    set_seed(seed)
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|endoftext|>")]
+    config = Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        initializer_range=0.08,  # about 1/sqrt(width): 0.02 suits the width of a real model, and learns slowly here
+        max_position_embeddings=1024,
+        original_max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends[0],
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Phi3ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, max_new_tokens=MAX_NEW_TOKENS
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def train_stages(output: Path, data: Path, seed: int, max_steps: int | None) -> Path:
+    """Run the three recipes one after the other; returns the folder of the last one's model."""
+    previous = None
+    for stage in STAGES:
+        folder = output / ("model" if stage == STAGES[-1] else stage)
+        if not (folder / "trainer_state.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
+            options = {"data": data, "output_dir": folder, "seed": seed, **stage_inputs(stage, output, data, previous)}
+            if max_steps is not None:
+                options["max_steps"] = max_steps
+            with step(f"train {stage}"):
+                overrides = [f"--{key}={value}" for key, value in options.items()]
+                train.main(["--config", str(RECIPES / f"{stage}.yaml"), *overrides])
+        previous = folder
+    return previous
+
+
+def stage_inputs(stage: str, output: Path, data: Path, previous: Path | None) -> dict[str, Path]:
+    """What a stage starts from: the components or the model before it, and its slices or texts."""
+    if previous is None:
+        start = {"slice_encoder": RECIPES / "slice_encoder", "text_model": output / "language_model"}
+    else:
+        start = {"model": previous}
+    if stage == "2_language":
+        return {**start, "vqa_files": data / "dataset" / "vqa" / "train_text_vqa.json"}
+    return {**start, "slice_cache": output / "cache"}
+
+
+def evaluate_twice(model, processor: SamfProcessor, output: Path, data: Path) -> dict[str, dict[str, Any]]:
+    """Scores on held-out patients with each patient's own volume ("own") and with another patient's ("shuffled")."""
+    records = load_records(str(data), "valid", tasks=("report", "multiple_choice"), finding_names=DEMO_FINDINGS)
+    volumes = EmbeddingCache(output / "cache", SliceCache(output / "cache", processor.image_processor), model.model)
+    settings = GenerationSettings(batch_size=32, max_new_tokens=MAX_NEW_TOKENS)
+    results = {}
+    for name, asked in (("own", records), ("shuffled", shuffle_volumes(records))):
+        results[name] = evaluate(
+            model,
+            processor,
+            asked,
+            output / f"evaluation_{name}",
+            settings,
+            finding_names=DEMO_FINDINGS,
+            slice_cache=volumes,
+        )
+    return results
+
+
+def results_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """One row a figure: its name, with right volumes, with shuffled ones."""
+    own, shuffled = (results[name]["tasks"] for name in ("own", "shuffled"))
+    findings = [tasks["report"]["findings"] for tasks in (own, shuffled)]
+    rows = [["reports: findings, macro-F1", *(found["macro"]["f1"] for found in findings)]]
+    for name in DEMO_FINDINGS:
+        rows.append([f"reports: {name}, F1", *(found["per_finding"][name]["f1"] for found in findings)])
+    choices = [tasks["multiple_choice"]["multiple_choice"] for tasks in (own, shuffled)]
+    rows.append(["multiple choice: accuracy (chance 0.25)", *(choice["accuracy"] for choice in choices)])
+    rows.append(["reports: BLEU-4", *(tasks["report"]["text"]["bleu_4"] for tasks in (own, shuffled))])
+    return [[name, *("n/a" if figure is None else f"{figure:.3f}" for figure in figures)] for name, *figures in rows]
+
+
+def write_report(model, processor: SamfProcessor, ct: Path, picture: Path) -> str:
+    """The model's report for a CT file or folder; the slices it read are saved as `picture`."""
+    slices = processor.image_processor.extract(read_ct(ct))
+    save_slice_picture(slices, picture, image_processor=processor.image_processor, window=1)
+    conversation = record_conversation({"question": REPORT_QUESTION, "choices": None}, slices)
+    inputs = processor.apply_chat_template(
+        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    output, data = args.output, args.output / "phantoms"
+    with step("draw phantoms"):
+        write_dataset(
+            data,
+            train_patients=args.train_patients,
+            valid_patients=args.valid_patients,
+            settings=PhantomSettings(seed=args.seed),
+            text_questions=TEXT_QUESTIONS,
+        )
+    if not (output / "language_model" / "config.json").is_file():
+        make_language_model(output / "language_model", data, args.seed)
+    folder = train_stages(output, data, args.seed, args.max_steps)
+    model, processor = SamfForConditionalGeneration.from_pretrained(folder), SamfProcessor.from_pretrained(folder)
+    with step("evaluate on held-out patients"):
+        results = evaluate_twice(model, processor, output, data)
+    say("\n" + markdown_table(["held-out phantoms", "own volume", "another patient's"], results_rows(results)))
+    example = next(
+        row for row in read_predictions(output / "evaluation_own" / "predictions.jsonl") if row["task"] == "report"
+    )
+    volume = next(iter((data / "dataset" / "valid_fixed").rglob(f"{example['scan_id']}_1.nii.gz")))
+    report = write_report(model, processor, volume, output / "slices.png")
+    say(
+        f"\nReport for {volume.name}:\n  {report}\nReference:\n  {example['reference']}\nIts slices: {output / 'slices.png'}"
+    )
+    if args.ct:
+        picture = output / f"{args.ct.name}.png"
+        report = write_report(model, processor, args.ct, picture)
+        say(f"\nReport for {args.ct}, by a model that has only ever seen phantoms:\n  {report}\nIts slices: {picture}")
+    say(
+        f"\nThe model: {folder}. Load it with AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)."
+    )
+    say("For research only, not for diagnosis.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""`python -m samf.phantoms`: write a dataset of phantoms."""
+
+from samf.phantoms.dataset import main
+
+if __name__ == "__main__":
+    main()

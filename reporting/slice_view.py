@@ -1,0 +1,187 @@
+"""One picture of a volume's slices, as the model sees them.
+
+    python -m samf.reporting.slice_view scan.nii.gz
+    python -m samf.reporting.slice_view folder_of_dicom --output liver.png --slices 8 --window mediastinum --field body
+
+Each plane takes one or more rows. Over each slice stands its place in patient coordinates (mm); the letters at its
+sides say which way the patient lies (R right, L left, A front, P back, S head, I foot). The picture holds no patient
+data beyond the slices: no name, no path, no header fields.
+"""
+
+import argparse
+import io
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from samf.cache.slice_cache import write_whole
+from samf.model.ct_volume import CTReadError, CTVolume, read_ct
+from samf.model.image_processing_samf import FIELDS, PLANES, SIDES, SLABS, SamfImageProcessor
+
+logger = logging.getLogger(__name__)
+
+WINDOWS = {"lung": (-1350, 150), "mediastinum": (-160, 240), "wide": (-1000, 1000)}
+_MAX_COLUMNS = 12
+_INCHES = 1.6  # a slice's width
+_OUTLINE = withStroke(linewidth=1.5, foreground="black")  # letters stay legible on bright tissue
+
+
+def save_slice_picture(
+    extracted: Mapping[str, np.ndarray] | CTVolume,
+    path: str | os.PathLike,
+    *,
+    window: int = 0,
+    weights: Sequence[float] | None = None,
+    title: str | None = None,
+    image_processor: SamfImageProcessor | None = None,
+) -> Path:
+    """Writes one PNG of all slices of a volume.
+
+    Args:
+        extracted: what `SamfImageProcessor.extract` gave, or a volume.
+        path: the PNG; replaced only once the new picture is whole.
+        window: which HU window (channel) to show.
+        weights: one number a slice, such as its attention; stands under it, and brightens its frame.
+        title: a line on top. Keep patient data out of it.
+        image_processor: cuts the volume, and lends the window its name. The default settings if left out.
+
+    Returns:
+        The PNG's path.
+
+    Raises:
+        ValueError: no such window, or another number of weights than of slices.
+    """
+    if isinstance(extracted, CTVolume):
+        image_processor = image_processor or SamfImageProcessor()
+        extracted = image_processor.extract(extracted)
+    count, channels = extracted["slices"].shape[:2]
+    if not 0 <= window < channels:
+        raise ValueError(f"window={window}; these slices have the windows 0 to {channels - 1}")
+    if weights is not None and len(weights) != count:
+        raise ValueError(f"{len(weights)} weights for {count} slices; expected one for each")
+    heading = ", ".join(part for part in (title, _window_name(window, image_processor)) if part)
+    picture = io.BytesIO()
+    figure = _draw(extracted, window, weights, heading, _knows_sides(image_processor))
+    figure.savefig(picture, format="png", dpi=110, facecolor=figure.get_facecolor())
+    write_whole(Path(path), picture.getvalue())
+    return Path(path)
+
+
+def _knows_sides(image_processor: SamfImageProcessor | None) -> bool:
+    """Whether pictures stand in the patient's axes: the published preset takes the array as it is stored."""
+    return image_processor is None or image_processor.preset != "published"
+
+
+def _window_name(window: int, image_processor: SamfImageProcessor | None) -> str:
+    if image_processor is None or image_processor.hu_windows is None:
+        return f"window {window}"
+    low, high = image_processor.hu_windows[window]
+    name = next((f"{name} " for name, limits in WINDOWS.items() if limits == (low, high)), "")
+    return f"{name}window {low:g} to {high:g} HU"
+
+
+def _draw(
+    extracted: Mapping[str, np.ndarray], window: int, weights: Sequence[float] | None, heading: str, letters: bool
+) -> Figure:
+    planes = np.asarray(extracted["slice_planes"])
+    groups = [np.flatnonzero(planes == number) for number in dict.fromkeys(planes.tolist())]
+    columns = min(_MAX_COLUMNS, max(len(group) for group in groups))
+    rows = sum(-(-len(group) // columns) for group in groups)
+    figure = Figure(figsize=(columns * _INCHES, rows * _INCHES * 1.16 + 0.4), facecolor="black")
+    FigureCanvasAgg(figure)
+    top = 1 - 0.35 / figure.get_figheight()
+    figure.text(0.5, 1 - 0.1 / figure.get_figheight(), heading, color="white", ha="center", va="top", fontsize=11)
+    grid = figure.add_gridspec(
+        rows, columns, left=0.005, right=0.995, bottom=0.03 / rows, top=top, wspace=0.04, hspace=0.2
+    )
+    strongest = max(weights) if weights is not None and max(weights) > 0 else 1.0
+    row = 0
+    for group in groups:
+        for place, s in enumerate(group):
+            axes = figure.add_subplot(grid[row + place // columns, place % columns])
+            _draw_slice(axes, extracted, s, window)
+            if letters:
+                _draw_sides(axes, SIDES[PLANES[int(planes[s])]])
+            if weights is not None:
+                _draw_weight(axes, float(weights[s]), strongest)
+        row += -(-len(group) // columns)
+    return figure
+
+
+def _draw_slice(axes, extracted: Mapping[str, np.ndarray], s: int, window: int) -> None:
+    plane = PLANES[int(extracted["slice_planes"][s])]
+    axes.imshow(extracted["slices"][s, window], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_title(f"{plane} {extracted['slice_mm'][s]:.0f} mm", color="white", fontsize=8, pad=2)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _draw_sides(axes, sides: str) -> None:
+    places = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.97), (0.5, 0.03))
+    for letter, (x, y), ha, va in zip(
+        sides, places, ("left", "right", "center", "center"), ("center", "center", "top", "bottom"), strict=True
+    ):
+        axes.text(
+            x, y, letter, transform=axes.transAxes, color="#ffd24d", fontsize=7, ha=ha, va=va, path_effects=[_OUTLINE]
+        )
+
+
+def _draw_weight(axes, weight: float, strongest: float) -> None:
+    axes.set_xlabel(f"{weight:.3f}", color="white", fontsize=7, labelpad=1)
+    share = min(max(weight / strongest, 0.0), 1.0)
+    for spine in axes.spines.values():
+        spine.set_edgecolor((1.0, 0.35, 0.1, share))
+        spine.set_linewidth(2.5)
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m samf.reporting.slice_view", description=__doc__.splitlines()[0])
+    parser.add_argument("path", help="a volume file, a folder of DICOM slices, a zip of either, or an address")
+    parser.add_argument("--output", default="slices.png", help="the PNG to write (default slices.png)")
+    parser.add_argument("--processor", help="folder or Hub name of a model: cut the volume as that model does")
+    parser.add_argument("--slices", type=int, help="slices of each plane (default 12, or the processor's)")
+    parser.add_argument("--slab", choices=SLABS, help="reduce the voxels between slices")
+    parser.add_argument("--field", choices=FIELDS, help="show the whole field, or the body alone")
+    parser.add_argument("--window", choices=tuple(WINDOWS), default="lung", help="HU window (default lung)")
+    parser.add_argument("--rescale", type=float, nargs=2, metavar=("SLOPE", "INTERCEPT"), help="of raw stored values")
+    parser.add_argument("--series_uid", help="which series of a DICOM study (default: the largest axial CT)")
+    parser.add_argument("--allow_non_ct", action="store_true", help="also show what is no CT")
+    return parser.parse_args(arguments)
+
+
+def build_image_processor(args: argparse.Namespace) -> SamfImageProcessor:
+    """The model's image processor if one is named, else our defaults; with the window that shall be shown."""
+    settings = {"hu_windows": (WINDOWS[args.window],), "image_mean": 0.5, "image_std": 0.5}
+    settings |= {name: value for name in ("field", "slab") if (value := getattr(args, name)) is not None}
+    if args.processor is not None:
+        if args.slices is not None:
+            settings["slices_per_plane"] = args.slices
+        return SamfImageProcessor.from_pretrained(args.processor, **settings)
+    return SamfImageProcessor(slices_per_plane=args.slices or 12, **settings)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    image_processor = build_image_processor(args)
+    try:
+        volume = read_ct(args.path, rescale=args.rescale, series_uid=args.series_uid, allow_non_ct=args.allow_non_ct)
+    except CTReadError as error:
+        logger.error("%s", error)
+        return 1
+    shape, spacing = (" x ".join(f"{v:.4g}" for v in values) for values in (volume.shape, volume.spacing))
+    title = f"{shape} voxels of {spacing} mm"
+    path = save_slice_picture(volume, args.output, title=title, image_processor=image_processor)
+    logger.info("wrote %s (%d slices)", path, image_processor.num_slices)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Where stage 3's volumes come from: their files, prepared slices, or a frozen encoder's embeddings."""
+
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+
+from samf.cache.embedding_cache import EmbeddingCache
+from samf.cache.fill import describe_bytes, free_bytes, record_bytes
+from samf.cache.manifest import Ledger, look_at
+from samf.cache.slice_cache import SliceCache, read_record
+from samf.data.collator import VolumeStore
+from samf.data.volume_discovery import VolumeKey
+from samf.model.ct_download import not_kept
+from samf.model.image_processing_samf import SamfImageProcessor
+from samf.model.modeling_samf import SamfForConditionalGeneration
+from samf.model.processing_samf import SamfProcessor
+from samf.pretraining.slice_datasets import fill_slice_cache
+from samf.training.arguments import DataArguments
+from samf.utils.distributed import is_first_process
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING_BYTES = 4  # of a number
+
+
+class OptionalSliceCache(SliceCache):
+    """A slice cache that training can do without: what can't be kept is made again whenever it is needed.
+
+    Args:
+        folder, image_processor, min_coverage: see SliceCache.
+        is_writable: False uses the records that are there and adds none. It becomes False at the first record that
+            can't be written, which a warning says once in each process.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        image_processor: SamfImageProcessor,
+        min_coverage: float = 0.0,
+        is_writable: bool = True,
+    ):
+        super().__init__(folder, image_processor, min_coverage)
+        self.is_writable = is_writable
+
+    def get(
+        self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None, searched: bool = False
+    ) -> dict[str, np.ndarray]:
+        """What `SliceCache.get` gives, which raises CTReadError for a volume; but no error of the cache's own."""
+        if self.is_writable:
+            try:
+                return super().get(path, rescale=rescale, searched=searched)
+            except OSError as error:
+                self.is_writable = False
+                logger.warning("%s: %s. Training goes on without adding to the cache.", self.folder, error)
+        try:
+            record = read_record(self.record_path(path, rescale=rescale))
+        except OSError as error:
+            logger.debug("%s: %s", self.folder, error)
+            record = None
+        if record is not None:
+            return record
+        with not_kept(path):
+            return self.image_processor.extract(self.read(path, rescale, searched))
+
+
+def why_not_write(folder: Path, missing: int, bytes_each: int) -> str | None:
+    """Tell why so many records can't be added to a cache; None if they can."""
+    probe = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return f"can't be written ({error.strerror})"
+    free = free_bytes(folder)
+    if missing * bytes_each > free:
+        needed = describe_bytes(missing * bytes_each)
+        return f"lacks {missing} records of {needed} together, and {describe_bytes(free)} are free"
+    return None
+
+
+def _shared(value: str | None) -> str | None:
+    """What the first process found, on all of them: another might see the disk otherwise."""
+    return broadcast_object_list([value])[0]
+
+
+def _check(
+    folder: Path, stage: str, store: SliceCache | EmbeddingCache, volumes: Sequence[VolumeKey], size: int
+) -> str:
+    """Why not all of `volumes` can be added to a cache, "" if they can; the same on all processes."""
+    problem = ""
+    if is_first_process():
+        done, _ = Ledger(folder, stage).keys()
+        listed = look_at(volumes, store)
+        missing = sum(volume.key is not None and volume.key not in done for volume in listed)
+        problem = (why_not_write(folder, missing, size) or "") if missing else ""
+        if problem:
+            logger.warning("%s %s: what it has of the %s is used, and nothing is added.", folder, problem, stage)
+    return _shared(problem) or ""
+
+
+def build_volume_store(
+    args: DataArguments,
+    model: SamfForConditionalGeneration,
+    processor: SamfProcessor,
+    trained: list[str],
+    volumes: list[VolumeKey],
+    device: torch.device,
+) -> VolumeStore | None:
+    """Where the collator gets its volumes: the files, prepared slices, or a frozen encoder's embeddings.
+
+    What of the embeddings isn't there yet is made on `device`, by all processes together. A cache that can't be written,
+    or whose disk is too small, is used as it is, which a warning says.
+
+    Args:
+        volumes: all that training and evaluation will read.
+    """
+    if args.slice_cache is None:
+        return None
+    folder, image_processor = Path(args.slice_cache), processor.image_processor
+    slices = OptionalSliceCache(folder, image_processor, args.min_coverage)
+    slices.is_writable = not _check(folder, "slices", slices, volumes, record_bytes(image_processor))
+    if not args.cache_embeddings:
+        return slices
+    if "slice_encoder" in trained:
+        raise ValueError("cache_embeddings needs a frozen slice encoder: leave slice_encoder out of train_parts.")
+    model.model.slice_encoder.to(device)
+    embeddings = EmbeddingCache(folder, slices, model.model)
+    size = image_processor.num_slices * (model.config.vision_config.hidden_size * EMBEDDING_BYTES + 24) + 600
+    if _check(folder, "embeddings", embeddings, volumes, size):
+        return slices
+    if args.on_error == "skip":
+        volumes = fill_slice_cache(slices, volumes, "skip")
+    embeddings.fill_together(volumes)
+    return embeddings
