@@ -7,12 +7,11 @@ READY := $(VENV)/.ready
 OLDEST := $(shell sed -n 's/^transformers>=\([0-9.]*\).*/\1/p' requirements.txt)
 OLDEST_VENV := .venv-oldest
 OLDEST_READY := $(OLDEST_VENV)/.ready
-MODEL_TESTS := $(addprefix tests/test_,modeling_samf.py language_models.py slice_encoders.py generation.py backends.py extra_sources.py adapters.py \
-	processing_samf.py remote_code.py published_reference.py push_to_hub.py train.py training_adapter.py training_order.py)
+MODEL_TESTS := tests/model tests/training/test_train.py tests/training/test_training_adapter.py tests/training/test_training_order.py
 
-PYTEST := $(BIN)/python -m pytest -c tests/pytest.ini -q -rs
+PYTEST := $(BIN)/python -m pytest -q -rs
 # Two processes, one a core; these files take about as long as those. (pytest-xdist's workers don't survive tests that fork.)
-HALVES := test-a-to-p test-q-to-z
+HALVES := test-model test-others
 
 .PHONY: demo test $(HALVES) test-slow test-oldest lint clean
 
@@ -27,7 +26,7 @@ $(OLDEST_READY): requirements.txt pyproject.toml
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python demo.py $(if $(CT),--ct "$(CT)") $(DEMO_OPTIONS)
+	$(BIN)/python -m samf.experiments.demo $(if $(CT),--ct "$(CT)") $(DEMO_OPTIONS)
 
 test: $(READY)
 ifdef TEST_OPTIONS
@@ -36,17 +35,17 @@ else
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(HALVES)
 endif
 
-test-a-to-p: $(READY)
-	$(PYTEST) tests/test_[a-p]*.py
+test-model: $(READY)
+	$(PYTEST) tests/model tests/evaluation
 
-test-q-to-z: $(READY)
-	$(PYTEST) tests/test_[q-z]*.py
+test-others: $(READY)
+	$(PYTEST) tests --ignore tests/model --ignore tests/evaluation
 
 test-slow: $(READY)
 	$(PYTEST) tests -m slow $(TEST_OPTIONS)
 
 test-oldest: $(OLDEST_READY)
-	$(OLDEST_VENV)/bin/python -m pytest -c tests/pytest.ini $(MODEL_TESTS) -q -rs $(TEST_OPTIONS)
+	$(OLDEST_VENV)/bin/python -m pytest $(MODEL_TESTS) -q -rs $(TEST_OPTIONS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

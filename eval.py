@@ -44,7 +44,6 @@ from samf.evaluation.scoring import (
     check_options,
     read_predictions,
     results_table,
-    write_atomic,
     write_results,
 )
 from samf.utils.distributed import (
@@ -54,6 +53,7 @@ from samf.utils.distributed import (
     join_processes,
     leave_processes,
 )
+from samf.utils.files import write_json
 from samf.utils.recipe import parse_recipe
 
 logger = logging.getLogger("samf.eval")
@@ -185,7 +185,7 @@ def count_as_left_out(path: Path, reason: str, count: int) -> None:
     """Add a reason to the loader's counts, so that the cohort's statement has it."""
     counts = json.loads(path.read_text(encoding="utf-8"))
     counts["left_out"] += [{"reason": reason, "count": count}] if count else []
-    write_atomic(path, json.dumps(counts, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, counts)
 
 
 def describe(args: EvalArguments) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def judge(args: EvalArguments) -> str:
     folder = Path(args.output_dir)
     rows = [row for row in read_predictions(folder / PREDICTIONS) if row["task"] in ("report", "multiple_choice")]
     scores = judge_predictions(rows, args.build_judge(), ranges=args.judge_ranges, replies=folder / REPLIES)
-    write_atomic(folder / "judge.json", json.dumps(scores, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "judge.json", scores)
     return judge_table(scores)
 
 

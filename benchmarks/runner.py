@@ -12,7 +12,6 @@ Each stage of a line runs in a process of its own. The exit status is 1 when a l
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from samf.benchmarks.speed_lines import count_parameters, time_decoding, time_fu
 from samf.benchmarks.train_lines import STAGES as TRAINING_STAGES
 from samf.benchmarks.volume_lines import measure_memory, measure_slab_memory, time_cache, time_slices, write_scan
 from samf.benchmarks.workloads import SIZES, LineSkipped, Settings
+from samf.utils.files import write_json
 
 Stage = Callable[[Settings], list[Figure]]
 # Each command's lines; each line's stages, which share a folder.
@@ -186,12 +186,6 @@ def _stage_rows(result: dict[str, Any]) -> list[list[str]]:
         name = [result["stage"], figure["name"]]
         rows.append([*name, median, spread, str(figure["repeats"]), limit, verdict, figure["note"]])
     return rows
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

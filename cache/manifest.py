@@ -27,9 +27,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from samf.cache.locks import Claims
-from samf.cache.slice_cache import Identity, identity_bytes, record_file, volume_identity, write_whole
+from samf.cache.slice_cache import Identity, identity_bytes, record_file, volume_identity
 from samf.data.volume_discovery import VolumeKey
 from samf.model.ct_volume import CTReadError, NotCTError
+from samf.utils.files import atomic_write, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class Ledger:
             return {volume.key for volume, note in zip(asked, notes, strict=True) if note and note["error"] == NO_CT}
 
     def note_failure(self, volume: Volume, error: str, message: str) -> None:
-        write_whole(self.marker(volume.key), _line(_failure(volume, error, message)).encode())
+        atomic_write(self.marker(volume.key), _line(_failure(volume, error, message)).encode())
 
     def forget_failure(self, key: str) -> None:
         self.marker(key).unlink(missing_ok=True)
@@ -198,8 +199,8 @@ class Ledger:
             manifest["passed_over"] = len(passed_over)
             files = {"volumes.jsonl": made, "failures.jsonl": failures, "passed_over.jsonl": passed_over}
             for name, rows in files.items():
-                write_whole(self.path(name), "".join(map(_line, rows)).encode())
-            write_whole(self.path("manifest.json"), (json.dumps(manifest, indent=2) + "\n").encode())
+                atomic_write(self.path(name), "".join(map(_line, rows)).encode())
+            write_json(self.path("manifest.json"), manifest)
         return manifest
 
     def _failed(self, volume: Volume) -> dict[str, Any]:

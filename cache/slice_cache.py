@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import struct
-import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from samf.model.ct_download import file_path, is_address, not_kept
 from samf.model.ct_formats import other_half
 from samf.model.ct_volume import CTReadError, CTVolume, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
+from samf.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -182,18 +182,7 @@ def record_key(*parts: object) -> str:
 def write_record(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes `arrays` with their checksum as one safetensors file, whole or not at all."""
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    write_whole(path, save(arrays, metadata={_CHECKSUM: _checksum(arrays)}))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name beside it, then renames: nobody ever sees a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # tempfile's would be readable by us alone
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    atomic_write(path, save(arrays, metadata={_CHECKSUM: _checksum(arrays)}))
 
 
 def read_record(path: Path) -> dict[str, np.ndarray] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from samf.cache.slice_cache import write_whole
+from samf.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -48,4 +48,4 @@ class Tally:
     def save(self, path: str | Path, **facts: Any) -> None:
         """Write the counts as JSON, with `facts` about their source, whole or not at all."""
         content = json.dumps({**facts, **self.summary()}, indent=2)  # in ASCII: file names may be no UTF-8
-        write_whole(Path(path), f"{content}\n".encode())
+        atomic_write(Path(path), f"{content}\n".encode())

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from samf.cache.slice_cache import record_key
 from samf.data.load_stats import Tally
+from samf.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +75,8 @@ def build_once(path: Path, build: Callable[[Path], None]) -> None:
     with WeakFileLock(path.with_name(f".{path.name}.lock")):
         if path.is_file():
             return
-        partial = path.with_name(f".{path.name}.partial")  # nobody else writes: we have the lock
-        try:
-            build(partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_path(path) as temporary:
+            build(temporary)
 
 
 def _write(partial: Path, make: MakeRecords, features: datasets.Features, options: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
-from samf.cache.slice_cache import write_whole
 from samf.data.ct_rate.loader import ON_MISSING, check_choice, check_volumes
 from samf.data.ct_rate.questions import NO_OPTION, TASKS, settle_answer, split_options
 from samf.data.ct_rate.sources import HUB_NAME
@@ -30,6 +29,7 @@ from samf.data.record_cache import default_cache, in_memory
 from samf.data.records import FEATURES, RecordReader, VolumeChoice
 from samf.model.ct_download import file_path, is_address
 from samf.utils.distributed import Processes
+from samf.utils.files import atomic_write
 from samf.utils.text_files import open_csv, read_text
 
 logger = logging.getLogger(__name__)
@@ -367,5 +367,5 @@ def volume_name(value: Any, folder: Path, number: int) -> str | None:
         return None
     target = folder / f"{number:07d}{'.nii.gz' if data.startswith(_GZIP) else '.nii'}"
     if not (target.is_file() and target.stat().st_size == len(data)):
-        write_whole(target, data)
+        atomic_write(target, data)
     return str(target)

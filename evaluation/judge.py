@@ -40,7 +40,8 @@ from tqdm.auto import tqdm
 from samf.data.prompts import LETTERS
 from samf.evaluation.answering.answer_folder import json_line, read_lines
 from samf.evaluation.metrics.bootstrap import SampledMetric, paired_randomisation, patient_intervals, patient_keys
-from samf.evaluation.scoring import read_predictions, write_atomic
+from samf.evaluation.scoring import read_predictions
+from samf.utils.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -698,7 +699,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = judge_predictions(rows, judge, ranges=args.ranges, replies=output.with_name(REPLIES))
     except (ValueError, OSError, JudgeError) as error:
         sys.exit(f"judge: {error}")
-    write_atomic(output, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_json(output, results)
     sys.stdout.write(f"{judge_table(results)}\nWritten to {output}\n")
 
 

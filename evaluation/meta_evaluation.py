@@ -1,7 +1,7 @@
 """How far the measures themselves can be trusted: the figures of docs/evaluation.md, on anybody's labelled reports.
 
     python -m samf.evaluation.meta_evaluation labeller reports.csv --from 100     # the labeller against given labels
-    python -m samf.evaluation.meta_evaluation sentences tests/labeller_sentences.txt      # and against labelled sentences
+    python -m samf.evaluation.meta_evaluation sentences tests/evaluation/labeller_sentences.txt  # and labelled sentences
     python -m samf.evaluation.meta_evaluation perturbations reports.csv           # which metrics notice which error
     python -m samf.evaluation.meta_evaluation coverage                            # how often intervals hold the truth
     python -m samf.evaluation.meta_evaluation predictions reports.csv --count 3039 --output predictions.jsonl
@@ -29,7 +29,7 @@ from samf.evaluation.metrics.labelled_sentences import read_labelled_sentences, 
 from samf.evaluation.metrics.report_sizes import find_lengths
 from samf.evaluation.metrics.text_metrics import text_samples
 from samf.evaluation.results_table import TEXT_NAMES, figure, markdown_table
-from samf.evaluation.scoring import write_atomic
+from samf.utils.files import atomic_write
 from samf.utils.text_files import open_csv
 
 TEXT = "report_text"
@@ -234,7 +234,7 @@ def _perturbations(args: argparse.Namespace) -> str:
 
 def _predictions(args: argparse.Namespace) -> str:
     rows = mixed_predictions([row[TEXT] for row in read_reports(args.reports)], args.count, args.seed)
-    write_atomic(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    atomic_write(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     words = np.mean([len(row["prediction"].split()) for row in rows])
     patients = len({row["scan_id"] for row in rows})
     return f"{len(rows)} predictions of {words:.0f} words on average, {patients} patients: {args.output}"

@@ -83,6 +83,7 @@ from samf.evaluation.prediction_rows import (
     read_predictions,
 )
 from samf.evaluation.results_table import comparison_table, markdown_table, results_table
+from samf.utils.files import atomic_write, write_json
 from samf.utils.text_files import TextEncodingError, read_text
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,6 @@ __all__ = [
     "results_table",
     "score_findings",
     "score_predictions",
-    "write_atomic",
     "write_results",
 ]
 
@@ -706,23 +706,14 @@ def _check_references(
 # --- files and command line -------------------------------------------------------------------------------------
 
 
-def write_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write a text file under a temporary name, then rename it: a reader never sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def write_results(results: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Write results as JSON to `path` and as a Markdown table beside it (same name, .md)."""
     _write(results, results_table(results), path)
 
 
 def _write(results: Mapping[str, Any], table: str, path: str | os.PathLike) -> None:
-    write_atomic(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(Path(path).with_suffix(".md"), table)
+    write_json(path, results)
+    atomic_write(Path(path).with_suffix(".md"), table)
 
 
 def _parser() -> argparse.ArgumentParser:

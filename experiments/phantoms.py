@@ -20,11 +20,11 @@ from samf.data.collator import SamfCollator
 from samf.data.ct_rate.loader import load_records
 from samf.evaluation.answering.generation import GenerationSettings, evaluate
 from samf.evaluation.results_table import markdown_table
-from samf.evaluation.scoring import write_atomic
 from samf.experiments.demo import make_language_model
 from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.model.processing_samf import SamfProcessor
 from samf.phantoms.findings import DEMO_FINDINGS
+from samf.utils.files import atomic_write, write_json
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 MAX_NEW_TOKENS = 200
@@ -82,7 +82,7 @@ def open_output(args: argparse.Namespace, settings: Sequence[str]) -> None:
         ]
         if other:
             raise ValueError(f"{args.output} holds runs of other settings: {', '.join(other)}. Give another --output.")
-    write_atomic(file, json.dumps(shared, indent=2) + "\n")
+    write_json(file, shared)
 
 
 # Stages ---------------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def train_run(args: argparse.Namespace, recipe: str, folder: Path, options: Mapp
     }
     call(train, [RECIPES / "table3" / f"{recipe}.yaml", RECIPES / "table3" / "phantoms.yaml"], {**common, **options})
     found = measure(args, folder)
-    write_atomic(figures, json.dumps(found, indent=2) + "\n")
+    write_json(figures, found)
     return found
 
 
@@ -219,6 +219,6 @@ def write_table(
 ) -> str:
     """Write `stem`.md and .json into `output`; returns the table."""
     table = markdown_table(["run", "seeds", *columns.values()], list(table_rows(results, columns)))
-    write_atomic(output / f"{stem}.md", table + "\n")
-    write_atomic(output / f"{stem}.json", json.dumps(results, indent=2) + "\n")
+    atomic_write(output / f"{stem}.md", table + "\n")
+    write_json(output / f"{stem}.json", results)
     return table

@@ -15,7 +15,6 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from .ct_formats import CTReadError, is_disk_error
+from .files_samf import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -181,19 +181,14 @@ def _save(address: str, response: Any, folder: Path) -> None:
     expected = int(declared) if declared and declared.isdigit() else None
     if expected is not None:
         _check_size(address, expected)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
+    with atomic_path(folder / "volume") as temporary:
         with open(temporary, "wb") as out:
             size = _copy(address, response, out)
         if expected is not None and size != expected:
             raise CTReadError(f"{shown(address)}: {size} of {expected} bytes came. Try again.")
-        record = {"size": size, **{key: response.headers.get(key) for key in ("etag", "last-modified")}}
-        os.replace(temporary, folder / "volume")
+    record = {"size": size, **{key: response.headers.get(key) for key in ("etag", "last-modified")}}
+    with atomic_path(folder / "record.json") as temporary:
         temporary.write_text(json.dumps(record), encoding="utf-8")
-        os.replace(temporary, folder / "record.json")
-    finally:
-        temporary.unlink(missing_ok=True)
     logger.info("%s: %d bytes fetched", shown(address), size)
 
 

@@ -13,6 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .files_samf import atomic_path
+
 README = "README.md"
 FUSIONS = {
     "samf": "the volume, its slices and the prompt become one vector, which stands for the volume in the prompt",
@@ -151,9 +153,8 @@ def write_model_card(folder: str | os.PathLike, card: ModelCard) -> bool:
     path = Path(folder) / README
     if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
         return False
-    temporary = path.with_name(f".{README}.tmp")
-    temporary.write_text(str(card), encoding="utf-8")
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
     return True
 
 

@@ -13,7 +13,6 @@ import argparse
 import csv
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +35,7 @@ from samf.phantoms.findings import (
     sample_findings,
 )
 from samf.phantoms.volume import Phantom, make_phantom, render_phantom
+from samf.utils.files import atomic_path, atomic_write
 from samf.utils.parallel import process_pool, usable_cores
 
 __all__ = [
@@ -172,10 +172,7 @@ def write_nifti(phantom: Phantom, path: Path, axis_codes: str = "RAS") -> nib.Ni
     stored.header.set_xyzt_units("mm")
     stored.set_sform(stored.affine, code=1)
     stored.set_qform(stored.affine, code=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(igzip.compress(stored.to_bytes(), 1, mtime=0))
-    os.replace(temporary, path)
+    atomic_write(path, igzip.compress(stored.to_bytes(), 1, mtime=0))
     return stored
 
 
@@ -224,11 +221,8 @@ def write_volumes(
 
 def write_text(path: Path, write: Callable) -> None:
     """Call `write` on an open text file that becomes `path` once it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         write(file)
-    os.replace(temporary, path)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
-from samf.cache.slice_cache import write_whole
+from samf.utils.files import atomic_write
 
 
 @torch.no_grad()
@@ -57,4 +57,4 @@ def save_attention_picture(
         axis.set_title(name, fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
-    write_whole(Path(path), picture.getvalue())
+    atomic_write(Path(path), picture.getvalue())

@@ -42,6 +42,7 @@ from samf.data.patients import (
 from samf.data.volume_discovery import FoundVolumes, SourceOptions, VolumeKey, find_splits, join_found
 from samf.model.image_processing_samf import EXTRACT_VERSION, PLANES, SamfImageProcessor
 from samf.utils.distributed import Processes, processes_here
+from samf.utils.files import atomic_path
 from samf.utils.parallel import usable_cores
 
 try:
@@ -133,16 +134,16 @@ def unpack_member(file: Path, member: str, folder: Path) -> Path:
     target = folder / f"{file.stem}-{stat.st_size}-{stat.st_mtime_ns}-{member}"
     if target.is_file():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with zipfile.ZipFile(file) as archive, archive.open(member) as source, open(temporary, "wb") as copy:
+        with (
+            atomic_path(target) as temporary,
+            zipfile.ZipFile(file) as archive,
+            archive.open(member) as source,
+            open(temporary, "wb") as copy,
+        ):
             shutil.copyfileobj(source, copy, 1 << 20)
-        os.replace(temporary, target)
     except (KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file}: not a MedMNIST file with {member} in it ({error}). Download it again.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 

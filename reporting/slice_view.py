@@ -21,9 +21,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from samf.cache.slice_cache import write_whole
 from samf.model.ct_volume import CTReadError, CTVolume, read_ct
 from samf.model.image_processing_samf import FIELDS, PLANES, SIDES, SLABS, SamfImageProcessor
+from samf.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def save_slice_picture(
     picture = io.BytesIO()
     figure = _draw(extracted, window, weights, heading, _knows_sides(image_processor))
     figure.savefig(picture, format="png", dpi=110, facecolor=figure.get_facecolor())
-    write_whole(Path(path), picture.getvalue())
+    atomic_write(Path(path), picture.getvalue())
     return Path(path)
 
 

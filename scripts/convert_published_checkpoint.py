@@ -13,7 +13,6 @@ options below, or the paper. Every tensor of the source is used, merged or left 
 
 import argparse
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -54,6 +53,7 @@ from samf.scripts.conversion_checks import (
     read_index,
     read_json,
 )
+from samf.utils.files import atomic_folder
 from samf.utils.recipe import parse_recipe
 
 logger = logging.getLogger("samf.convert")
@@ -819,15 +819,9 @@ def new_folder(path: str) -> Iterator[Path]:
     target = Path(path).absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConversionError(f"{target}: is there already. Give a new folder, or move it away.")
-    temporary = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(target) as temporary:
         yield temporary
         publish_weights(temporary)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> None:

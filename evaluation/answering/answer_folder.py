@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from samf.data.prompts import record_prompt
-from samf.evaluation.scoring import write_atomic
+from samf.utils.files import atomic_write, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class AnswerFolder:
             if not parts and name != FAILURES and _is_whole(merged):
                 continue  # an empty list of failures is written too: it says that there were none
             rows = [row for path in (merged, *parts) for row in read_lines(path)]
-            write_atomic(merged, "".join(map(json_line, self._in_order(name, rows))))
+            atomic_write(merged, "".join(map(json_line, self._in_order(name, rows))))
             for part in parts:
                 part.unlink()
 
@@ -225,7 +225,7 @@ def _tie_to_settings(output_dir: Path, settings: Mapping[str, Any]) -> None:
     if not path.is_file():
         if (output_dir / PREDICTIONS).is_file():
             raise ResumeError(f"{output_dir / PREDICTIONS} exists without {path.name}; choose another output folder.")
-        write_atomic(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        write_json(path, settings)
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Sentences with their gold labels, and how well the rule-based labeller reads them: findings, sides and lengths.
 
 A file of them holds one sentence per line, `manner | part | findings | lengths in mm | sentence`, after comments that
-begin with "#"; tests/labeller_sentences.txt describes the columns.
+begin with "#"; tests/evaluation/labeller_sentences.txt describes the columns.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -42,12 +42,12 @@ from samf.evaluation.scoring import (
     compare_predictions,
     read_predictions,
     score_predictions,
-    write_atomic,
     write_results,
 )
 from samf.model.ct_volume import read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.reporting.slice_view import WINDOWS, save_slice_picture
+from samf.utils.files import atomic_path, atomic_write, write_json
 from samf.utils.text_files import read_text
 
 logger = logging.getLogger(__name__)
@@ -335,10 +335,9 @@ def write_to_card(card: str | os.PathLike, index: Sequence[Mapping[str, Any]]) -
     before = (metadata.get("model-index") or [{"name": card.resolve().parent.name, "results": []}])[0]
     kept = [result for result in before["results"] if not any(_same_test(result, other) for other in new["results"])]
     metadata["model-index"] = [{"name": before["name"], "results": [*kept, *new["results"]]}]
-    partial = card.with_name(f".{card.name}.partial")
-    partial.write_bytes(card.read_bytes())
-    metadata_save(partial, metadata)
-    os.replace(partial, card)
+    with atomic_path(card) as temporary:
+        temporary.write_bytes(card.read_bytes())
+        metadata_save(temporary, metadata)
 
 
 def _same_test(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -491,18 +490,18 @@ def write_scoreboard(
     for system, name in zip(systems, ("results.json", "against.json"), strict=False):
         write_results(system.results, output / name)
     if comparison is not None:
-        write_atomic(output / "comparison.json", json.dumps(comparison, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(output / "scoreboard.md", scoreboard_markdown(systems, comparison))
+        write_json(output / "comparison.json", comparison)
+    atomic_write(output / "scoreboard.md", scoreboard_markdown(systems, comparison))
     index = yaml.safe_dump(
         {"model-index": model_index(systems[0], **(dataset or {}))}, sort_keys=False, allow_unicode=True
     )
-    write_atomic(output / "model_index.yaml", index)
+    atomic_write(output / "model_index.yaml", index)
     pictures: dict[Any, Any] = {}
     if records is not None:
         extreme = [row for cases in html_report.extreme_reports(systems[0].rows).values() for row, _ in cases]
         pictures = draw_slices(extreme, records, output / "pictures")
     title = " and ".join(system.name for system in systems)
-    write_atomic(output / "report.html", html_report.page(title, html_sections(systems, comparison, pictures)))
+    atomic_write(output / "report.html", html_report.page(title, html_sections(systems, comparison, pictures)))
 
 
 # --- command line -------------------------------------------------------------------------------------------------

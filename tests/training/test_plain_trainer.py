@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import IMAGE_ID, model_for, tiny_batch, tiny_model, tiny_processor
 from transformers import Trainer, TrainingArguments
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
 PROMPT = "Which finding is present?"
 ANSWERS = ("emphysema", "cardiomegaly", "consolidation")

@@ -19,7 +19,7 @@ from dicom_series import EachSlice, slice_dataset, slice_hu, stack_positions, wo
 from samf.model.ct_volume import AIR_HU, CTReadError, read_ct, to_ct_volume
 
 SHAPE, SPACING = (9, 7, 5), (0.7, 0.8, 1.5)
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def ramp() -> np.ndarray:
@@ -417,7 +417,7 @@ def test_every_row_of_the_page_names_a_test_that_there_is():
     rows = [
         line for line in text.splitlines() if line.startswith("| ") and "---" not in line and "| held by" not in line
     ]
-    files = (ROOT / "tests").glob("test_*.py")
+    files = (ROOT / "tests").rglob("test_*.py")
     tests = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M)}
     named = [re.findall(r"`(test_\w+)`", row) for row in rows]
     assert len(rows) >= 35 and all(named), [row for row, found in zip(rows, named, strict=True) if not found]

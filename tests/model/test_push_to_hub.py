@@ -218,7 +218,7 @@ def run(script: str, hub: HubStandIn, work: Path, home: str, *arguments: str) ->
 
 @pytest.fixture(scope="module")
 def published(hub, work) -> dict:
-    return run(PUBLISHER, hub, work, "publisher", str(Path(__file__).parent), OWN_CARD)
+    return run(PUBLISHER, hub, work, "publisher", str(Path(__file__).parents[1]), OWN_CARD)
 
 
 def commit(hub: HubStandIn, name: str, message: str) -> str:

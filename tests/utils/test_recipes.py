@@ -19,7 +19,7 @@ from samf.training.param_groups import PARTS
 from samf.utils.recipe import RecipeError, parse_recipe, read_recipe
 from samf.warmup_aggregator import WarmupArguments
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 LAUNCHERS = sorted((RECIPES / "accelerate").glob("*.yaml"))

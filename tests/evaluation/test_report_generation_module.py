@@ -15,7 +15,7 @@ from samf.evaluation.metrics.text_metrics import TEXT_METRICS, text_metrics
 
 evaluate = pytest.importorskip("evaluate")
 
-MODULE = Path(__file__).resolve().parent.parent / "evaluation" / "report_generation"
+MODULE = Path(__file__).resolve().parents[2] / "evaluation" / "report_generation"
 REFERENCES = [
     "Pleural effusion was observed in the right hemithorax. Heart size is normal.",
     "No nodule was detected in both lungs.",

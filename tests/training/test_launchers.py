@@ -25,7 +25,7 @@ from samf.training.launchers import (
 )
 from samf.training.trainer import SamfTrainer
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -796,7 +796,7 @@ def test_eval_script_with_a_judge(saved_model, ct_folder, tmp_path, capsys, monk
 
 # ---- several processes, and kills ------------------------------------------------------------------------------------
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
@@ -894,9 +894,8 @@ def test_what_a_run_took_is_reported(records, tmp_path):
 def torchrun(count: int, *command: str, **options) -> subprocess.CompletedProcess | subprocess.Popen:
     """`command` under torchrun with gloo, one thread a process; `start=True` doesn't wait for it."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *command]
-    places = os.pathsep.join(
-        [str(Path(__file__).parent), str(REPOSITORY.parent)]
-    )  # this checkout before an installed one
+    # This checkout before an installed one, and this folder for what the other processes import from this file.
+    places = os.pathsep.join(map(str, [Path(__file__).parent, Path(__file__).parents[1], REPOSITORY.parent]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
     if options.pop("start", False):
         return subprocess.Popen(launcher, env=environment, start_new_session=True, **options)

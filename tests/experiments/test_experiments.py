@@ -57,7 +57,7 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "samf_warmup_seed1").mkdir()
     (tmp_path / "runs" / "samf_warmup_seed1" / "left").touch()  # of a run that was cut off
     options = ["--data", "phantoms", "--output", str(tmp_path), "--runs", "samf_warmup", "--seeds", "0", "1"]
-    monkeypatch.setattr(phantoms, "write_atomic", write_with_folder)
+    monkeypatch.setattr(phantoms, "atomic_write", write_with_folder)
     main(options)
     assert [(run["seed"], run["aggregator"].name) for run in started] == [(1, "none")]
     assert not (tmp_path / "runs" / "samf_warmup_seed1" / "left").exists()
@@ -104,7 +104,7 @@ def test_stages_compare_what_is_trained_with_what_is_not(tmp_path, monkeypatch, 
     monkeypatch.setattr(phantoms, "call", lambda script, recipes, options: started.append(options))
     monkeypatch.setattr(phantoms, "prepare_language_model", lambda args: tmp_path)
     monkeypatch.setattr(phantoms, "measure", lambda args, folder: {"accuracy": 0.5})
-    monkeypatch.setattr(phantoms, "write_atomic", write_with_folder)
+    monkeypatch.setattr(phantoms, "atomic_write", write_with_folder)
     stages.main(["--data", "phantoms", "--output", str(tmp_path), "--seeds", "0"])
     folder = tmp_path / "seed0"
     untrained, trained = folder / "untrained_encoder", folder / "1_encoder"

@@ -1,0 +1,38 @@
+"""Writing files and folders atomically: what a reader finds under the final name is complete."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from samf.model.files_samf import TEMPORARY_SUFFIX, atomic_path
+
+__all__ = ["TEMPORARY_SUFFIX", "atomic_folder", "atomic_path", "atomic_write", "write_json"]
+
+
+def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a text (as UTF-8) or bytes to a file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write `content` as an indented JSON file, whole or not at all."""
+    atomic_write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder`, which must be missing or empty, when the block ends without an error."""
+    folder = Path(folder).absolute()
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
