@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from samf.cache.slice_cache import SliceCache
 from samf.data.ct_rate.loader import load_records
+from samf.data.schema import TASKS
 from samf.data.source_arguments import SourceArguments
 from samf.evaluation.answering.generation import (
     PREDICTIONS,
@@ -40,7 +41,6 @@ from samf.evaluation.metrics.clinical_metrics import make_labeller
 from samf.evaluation.metrics.multiple_choice import not_rotated, position_bias, rotated_records
 from samf.evaluation.scoring import (
     RECORD_COUNTS,
-    TASKS,
     check_options,
     read_predictions,
     results_table,
@@ -149,7 +149,7 @@ class EvalArguments(SourceArguments):
 def build_model(args: EvalArguments) -> tuple[PreTrainedModel, Any]:
     """The model on this process's device, and its processor."""
     device = torch.device(args.device or default_device())
-    with Processes().first_one_first():  # the first one copies the model's code to where all import it from
+    with Processes().main_process_first():  # the first one copies the model's code to where all import it from
         model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
     return model.to(device), processor
@@ -218,7 +218,7 @@ def run(args: EvalArguments) -> dict[str, Any]:
     model, processor = build_model(args)
     answering = {
         "settings": args.settings(),
-        "slice_cache": build_slice_cache(args, processor),
+        "volume_store": build_slice_cache(args, processor),
         "on_error": args.on_error,
         "described_by": {**describe(args), "revision": getattr(model.config, "_commit_hash", None)},
     }

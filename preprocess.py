@@ -40,9 +40,9 @@ from samf.cache.fill import (
     unsettled,
     verify,
 )
-from samf.cache.manifest import Ledger, Shard, Volume, look_at
+from samf.cache.manifest import Manifest, Shard, Volume, inspect_volumes
 from samf.cache.settings import load_image_processor
-from samf.cache.slice_cache import RECORD_VERSION, SliceCache
+from samf.cache.slice_cache import ENTRY_VERSION, SliceCache
 from samf.data.source_arguments import SourceArguments
 from samf.data.volume_discovery import SPLITS, search_volumes
 from samf.model.image_processing_samf import EXTRACT_VERSION, FIELDS, PRESETS, SLABS, SamfImageProcessor
@@ -167,7 +167,7 @@ def describe(args: argparse.Namespace, image_processor: SamfImageProcessor) -> d
         "data": [os.path.abspath(source) if os.path.exists(source) else source for source in args.data],
         "settings_hash": image_processor.settings_hash(),
         "extract_version": EXTRACT_VERSION,
-        "record_version": RECORD_VERSION,
+        "record_version": ENTRY_VERSION,
         "image_processor": image_processor.to_dict(),
         "min_coverage": args.min_coverage,
     }
@@ -177,33 +177,33 @@ def run(args: argparse.Namespace) -> int:
     """Do what is asked; returns the exit status."""
     image_processor = build_image_processor(args)
     cache = SliceCache(args.cache, image_processor, args.min_coverage)
-    ledger, options = Ledger(args.cache, "slices"), fill_options(args)
+    manifest, options = Manifest(args.cache, "slices"), fill_options(args)
     found = search_volumes(args.data, args.sources.source_options(args.on_missing, args.pattern, tuple(args.splits)))
-    volumes = look_at(found.keys, cache, found.searched)
+    volumes = inspect_volumes(found.keys, cache, found.searched)
     about = describe(args, image_processor)
     if args.verify:
-        status = report_verified(verify(volumes, ledger, options, remove=args.verify == "remove"), "slices")
+        status = report_verified(verify(volumes, manifest, options, remove=args.verify == "remove"), "slices")
     elif args.dry_run:
-        sys.stdout.write(f"slices: {dry_run(volumes, cache, ledger, options)}\n")
+        sys.stdout.write(f"slices: {dry_run(volumes, cache, manifest, options)}\n")
         status = 0
     else:
-        report_filled(fill_slices(volumes, cache, ledger, options, about), ledger)
-        status = status_of(unsettled(volumes, ledger, options.shard))
+        report_filled(fill_slices(volumes, cache, manifest, options, about), manifest)
+        status = status_of(unsettled(volumes, manifest, options.shard))
     if not args.embeddings:
         return status
     embeddings = EmbeddingCache(args.cache, cache, build_slice_encoder(args))
-    ledger = Ledger(args.cache, "embeddings")
-    encoded = look_at(found.keys, embeddings, found.searched)
+    manifest = Manifest(args.cache, "embeddings")
+    encoded = inspect_volumes(found.keys, embeddings, found.searched)
     about |= {"encoder": args.embeddings, "fingerprint": embeddings.fingerprint}
     if args.verify:
-        status |= report_verified(verify(encoded, ledger, options, remove=args.verify == "remove"), "embeddings")
+        status |= report_verified(verify(encoded, manifest, options, remove=args.verify == "remove"), "embeddings")
     elif args.dry_run:
-        sys.stdout.write(f"embeddings: {estimate_embeddings(encoded, embeddings, ledger, options.shard)[0]}\n")
+        sys.stdout.write(f"embeddings: {estimate_embeddings(encoded, embeddings, manifest, options.shard)[0]}\n")
     else:
-        report_filled(fill_embeddings(encoded, embeddings, volumes, ledger, options, about), ledger)
-        cut = Ledger(args.cache, "slices").keys()[0]
+        report_filled(fill_embeddings(encoded, embeddings, volumes, manifest, options, about), manifest)
+        cut = Manifest(args.cache, "slices").keys()[0]
         made = {volume.path for volume in volumes if volume.key in cut}
-        left = [volume for volume in unsettled(encoded, ledger, options.shard) if volume.path in made]
+        left = [volume for volume in unsettled(encoded, manifest, options.shard) if volume.path in made]
         status = status or status_of(left)
     return status
 
@@ -218,19 +218,15 @@ def status_of(left: Sequence[Volume]) -> int:
     return TRY_AGAIN if left else 0
 
 
-def report_filled(manifest: dict[str, Any], ledger: Ledger) -> None:
-    state = (
-        "complete" if manifest["complete"] else f"{manifest['pending']} volumes are left to others or to another run"
-    )
-    reasons = ", ".join(f"{count} {error}" for error, count in manifest["failures"].items())
-    file = ledger.path("failures.jsonl")
-    failed = (
-        f", {manifest['failed']} failed ({reasons}; see {file}; --retry_failed tries them again)" if reasons else ""
-    )
-    passed = f", {manifest['passed_over']} no CT and passed over" if manifest["passed_over"] else ""
+def report_filled(summary: dict[str, Any], manifest: Manifest) -> None:
+    state = "complete" if summary["complete"] else f"{summary['pending']} volumes are left to others or to another run"
+    reasons = ", ".join(f"{count} {error}" for error, count in summary["failures"].items())
+    file = manifest.path("failures.jsonl")
+    failed = f", {summary['failed']} failed ({reasons}; see {file}; --retry_failed tries them again)" if reasons else ""
+    passed = f", {summary['passed_over']} no CT and passed over" if summary["passed_over"] else ""
     sys.stdout.write(
-        f"{ledger.stage}: {manifest['done']} of {manifest['volumes']} volumes, {describe_bytes(manifest['bytes'])}{failed}"
-        f"{passed}: {state}. {ledger.path('manifest.json')}\n"
+        f"{manifest.stage}: {summary['done']} of {summary['volumes']} volumes, {describe_bytes(summary['bytes'])}{failed}"
+        f"{passed}: {state}. {manifest.path('manifest.json')}\n"
     )
 
 

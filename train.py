@@ -16,7 +16,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 
-from samf.data.collator import SamfCollator, VolumeStore
+from samf.data.collator import SamfCollator
+from samf.data.schema import VolumeStore
 from samf.data.volume_discovery import distinct_volumes
 from samf.evaluation.answering.generation import GenerationSettings
 from samf.model.model_card import hub_id
@@ -24,12 +25,12 @@ from samf.model.processing_samf import SamfProcessor
 from samf.training.adapter import BASE, MERGED, add_lora, cast_trained, merge_adapter, save_base
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments, TuningArguments
 from samf.training.checkpoints import checkpoint_to_resume
-from samf.training.datasets import build_mixture, holds_text_alone, load_datasets
+from samf.training.datasets import build_mixture, holds_text_only, load_datasets
 from samf.training.factory import apply_liger, build_model, build_processor
 from samf.training.sample_generation import SampleWriter, choose_samples
 from samf.training.skipping import skipping
 from samf.training.throughput import CountingCollator
-from samf.training.trackers import keep_boards_private
+from samf.training.trackers import keep_trackers_private
 from samf.training.trainer import SamfTrainer, card_settings, is_zero3, save_repository
 from samf.training.trainer_base import train_to_end
 from samf.training.volume_stores import build_volume_store
@@ -61,7 +62,7 @@ def wrap_model(
         if base is None:
             base = Path(training.output_dir, BASE).resolve()
             processes = Processes()
-            with processes.first_one_first():
+            with processes.main_process_first():
                 if processes.is_first:
                     save_base(model, processor, base)
         if training.push_to_hub and hub_id(str(base)) is None:
@@ -87,7 +88,7 @@ def build_samples(
     if not monitor.generate_samples or data["eval_dataset"] is None:
         return None
     if training.push_to_hub:
-        keep_boards_private(training.output_dir)
+        keep_trackers_private(training.output_dir)
     return SampleWriter(
         choose_samples(data["eval_dataset"]["own"], monitor.generate_samples),
         processor,
@@ -128,14 +129,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     # A batch without volumes or without labels uses less than the whole model; Trainer's choice with checkpointing is False.
     if training.ddp_find_unused_parameters is None and (
-        model.config.finding_names or holds_text_alone(data["train_dataset"])
+        model.config.finding_names or holds_text_only(data["train_dataset"])
     ):
         training.ddp_find_unused_parameters = True
     mixture = build_mixture(data_args, data["train_dataset"], training)
     measured = [data["eval_dataset"]["own"]] if data["eval_dataset"] else []
     volumes = distinct_volumes(data["train_dataset"], *measured) if data_args.slice_cache else []
     store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes, training.device)
-    collator = SamfCollator(processor, slice_cache=store, max_length=data_args.max_length, findings_only=findings_only)
+    collator = SamfCollator(processor, volume_store=store, max_length=data_args.max_length, findings_only=findings_only)
     trainer = SamfTrainer(
         card=card,
         rates=tuning.learning_rates,

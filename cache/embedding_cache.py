@@ -16,11 +16,11 @@ from tqdm import tqdm
 from samf.cache.slice_cache import (
     Identity,
     SliceCache,
-    read_record,
-    record_file,
-    record_key,
+    entry_file,
+    entry_key,
+    read_entry,
     volume_identity,
-    write_record,
+    write_entry,
 )
 from samf.data.volume_discovery import VolumeKey
 from samf.model.modeling_samf import SamfModel
@@ -64,27 +64,27 @@ class EmbeddingCache:
 
     def get(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> dict[str, np.ndarray]:
         """`slice_embeddings` (S, D) float32, `slice_planes` and `slice_positions` (S,) of the volume at `path`."""
-        file = self.record_path(path, rescale=rescale)
-        record = read_record(file)
+        file = self.entry_path(path, rescale=rescale)
+        record = read_entry(file)
         if record is None:
             if self._model is None:
                 raise FileNotFoundError(f"{path} has no embeddings at {file}; call fill() before training.")
             record = self.encode(self.slices.get(path, rescale=rescale))
-            write_record(file, record)
+            write_entry(file, record)
         return record
 
     def has(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> bool:
         """Whether there is a whole record of the volume at `path`."""
-        return read_record(self.record_path(path, rescale=rescale)) is not None
+        return read_entry(self.entry_path(path, rescale=rescale)) is not None
 
-    def record_path(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Path:
+    def entry_path(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Path:
         """Where the record of the volume at `path` lies or would lie."""
-        return record_file(self.folder, self.key(volume_identity(path), rescale))
+        return entry_file(self.folder, self.key(volume_identity(path), rescale))
 
     def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
         """A record's name from its volume's identity."""
         pixels = [getattr(self.slices.image_processor, name) for name in PIXEL_SETTINGS]
-        return record_key(self.slices.key(identity, rescale), pixels, self.fingerprint)
+        return entry_key(self.slices.key(identity, rescale), pixels, self.fingerprint)
 
     def fill(self, volumes: Sequence[VolumeKey], num_workers: int | None = None) -> None:
         """Compute what is missing of `volumes`, pairs of a path and its rescale (None = as the file says).
@@ -97,7 +97,7 @@ class EmbeddingCache:
         workers = min(os.cpu_count() or 1, 8) if num_workers is None else num_workers
         ahead = self.slices_ahead(missing, workers)
         for (path, rescale), slices in tqdm(ahead, total=len(missing), desc="embedding slices"):
-            write_record(self.record_path(path, rescale=rescale), self.encode(slices))
+            write_entry(self.entry_path(path, rescale=rescale), self.encode(slices))
 
     def fill_together(self, volumes: Sequence[VolumeKey]) -> None:
         """`fill`, every process its share; all must call, and go on when all are done, however long a share takes."""

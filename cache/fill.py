@@ -23,8 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from samf.cache.embedding_cache import EmbeddingCache
-from samf.cache.manifest import Ledger, Shard, Volume, WorkLog
-from samf.cache.slice_cache import SliceCache, check_record, read_record, write_record
+from samf.cache.manifest import Manifest, Shard, Volume, WorkLog
+from samf.cache.slice_cache import SliceCache, check_entry, read_entry, write_entry
 from samf.cache.worker_pool import WorkerDied, WorkerPool
 from samf.model.ct_download import is_address, not_kept
 from samf.model.ct_volume import CTReadError
@@ -94,7 +94,7 @@ class Estimate:
     volumes: int
     pending: int
     here: int
-    record_bytes: int
+    entry_bytes: int
     free_bytes: int
     workers: int
     seconds: float | None = None
@@ -103,7 +103,7 @@ class Estimate:
 
     @property
     def needed_bytes(self) -> int:
-        return self.pending * self.record_bytes
+        return self.pending * self.entry_bytes
 
     @property
     def fits(self) -> bool:
@@ -112,8 +112,8 @@ class Estimate:
     def __str__(self) -> str:
         size = (
             f"{self.volumes} volumes, {self.volumes - self.pending} done or failed, {self.pending} to make "
-            f"({self.here} of them here). A record has {describe_bytes(self.record_bytes)}: "
-            f"{describe_bytes(self.needed_bytes)} more, {describe_bytes(self.volumes * self.record_bytes)} in all; "
+            f"({self.here} of them here). A record has {describe_bytes(self.entry_bytes)}: "
+            f"{describe_bytes(self.needed_bytes)} more, {describe_bytes(self.volumes * self.entry_bytes)} in all; "
             f"{describe_bytes(self.free_bytes)} are free."
         )
         if self.fetched:
@@ -126,7 +126,7 @@ class Estimate:
         )
 
 
-def record_bytes(image_processor: SamfImageProcessor) -> int:
+def entry_bytes(image_processor: SamfImageProcessor) -> int:
     """About as many as a record of slices has: the pixels, 24 bytes a slice for where it lies, and the header."""
     pixels = image_processor.num_channels * image_processor.size**2
     return image_processor.num_slices * (pixels + 24) + 600
@@ -193,25 +193,25 @@ class Control:
     volume: Volume
 
 
-def make_or_read(job: Volume | Control, *, cache: SliceCache, ledger: Ledger) -> Outcome:
+def make_or_read(job: Volume | Control, *, cache: SliceCache, manifest: Manifest) -> Outcome:
     """A worker's job: make a volume's record, or read a control's volume without writing anything."""
     if isinstance(job, Control):
         return measure_slices(job.volume, cache=cache)
-    return make_slices(job, cache=cache, ledger=ledger)
+    return make_slices(job, cache=cache, manifest=manifest)
 
 
-def make_slices(volume: Volume, *, cache: SliceCache, ledger: Ledger) -> Outcome:
+def make_slices(volume: Volume, *, cache: SliceCache, manifest: Manifest) -> Outcome:
     """One volume's record, unless it is there, has failed, or is another process's just now."""
-    record = ledger.record(volume.key)
-    with ledger.claims.hold(volume.key) as is_ours:
+    record = manifest.record(volume.key)
+    with manifest.claims.hold(volume.key) as is_ours:
         if not is_ours:
             return Outcome("claimed")
         try:
-            if read_record(record) is not None:
+            if read_entry(record) is not None:
                 return Outcome("found")
         except OSError as error:
             return Outcome("stopped", error=type(error).__name__, message=f"{record}: {error}")
-        if failure := ledger.failure(volume.key):
+        if failure := manifest.failure(volume.key):
             return Outcome("failed", error=failure["error"], message=failure["message"])
         start = time.perf_counter()
         try:
@@ -219,7 +219,7 @@ def make_slices(volume: Volume, *, cache: SliceCache, ledger: Ledger) -> Outcome
         except (CTReadError, MemoryError, ImportError) as error:
             failed = Outcome("failed", error=type(error).__name__, message=str(error))
             if is_volumes_fault(volume, error):
-                ledger.note_failure(volume, failed.error, failed.message)
+                manifest.note_failure(volume, failed.error, failed.message)
             return failed
         except OSError as error:  # of the cache: reading raises CTReadError
             return Outcome("stopped", error=type(error).__name__, message=f"{record}: {error}")
@@ -240,26 +240,26 @@ def measure_slices(volume: Volume, *, cache: SliceCache) -> Outcome:
 
 
 def estimate_slices(
-    volumes: Sequence[Volume], cache: SliceCache, ledger: Ledger, options: FillOptions
+    volumes: Sequence[Volume], cache: SliceCache, manifest: Manifest, options: FillOptions
 ) -> tuple[Estimate, list[Volume]]:
     """Size without time, and this shard's volumes that are to be made."""
-    done, failed = ledger.keys()
+    done, failed = manifest.keys()
     if options.retry_failed:
         failed = set()
     elif options.on_error == "stop":  # what fails is tried again; what is no CT stays none
-        failed = ledger.passed_over(volumes, failed)
+        failed = manifest.passed_over(volumes, failed)
     skipped = done | failed
     pending = [volume for volume in volumes if volume.key is not None and volume.key not in skipped]
     here = [volume for volume in options.shard.of(volumes) if volume.key is not None and volume.key not in skipped]
-    size, free = record_bytes(cache.image_processor), free_bytes(ledger.folder)
+    size, free = entry_bytes(cache.image_processor), free_bytes(manifest.folder)
     workers = max(1, min(options.workers, len(here)))
     fetched = sum(is_address(volume.path) for volume in pending)
     return Estimate(len(volumes), len(pending), len(here), size, free, workers, fetched=fetched), here
 
 
-def dry_run(volumes: Sequence[Volume], cache: SliceCache, ledger: Ledger, options: FillOptions) -> Estimate:
+def dry_run(volumes: Sequence[Volume], cache: SliceCache, manifest: Manifest, options: FillOptions) -> Estimate:
     """What `fill_slices` would take. A few volumes are read for it; nothing is written."""
-    estimate, here = estimate_slices(volumes, cache, ledger, options)
+    estimate, here = estimate_slices(volumes, cache, manifest, options)
     sample, _ = spread_sample(here, _sample_size(here, estimate))
     with WorkerPool(partial(measure_slices, cache=cache), min(estimate.workers, len(sample)), options.timeout) as pool:
         return _with_time(estimate, here, [(volume, _outcome(result)) for volume, result in pool.map(sample)])
@@ -268,7 +268,7 @@ def dry_run(volumes: Sequence[Volume], cache: SliceCache, ledger: Ledger, option
 def fill_slices(
     volumes: Sequence[Volume],
     cache: SliceCache,
-    ledger: Ledger,
+    manifest: Manifest,
     options: FillOptions,
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -277,36 +277,36 @@ def fill_slices(
     Raises:
         PreprocessError: the disk is too small, the cache can't be written, or, by `on_error`, a volume can't be read.
     """
-    estimate, here = estimate_slices(volumes, cache, ledger, options)
-    _check_space(estimate, ledger.folder, options.force)
-    _, failed = ledger.keys()
+    estimate, here = estimate_slices(volumes, cache, manifest, options)
+    _check_space(estimate, manifest.folder, options.force)
+    _, failed = manifest.keys()
     for volume in here:
         if volume.key in failed:  # before, and is tried again
-            ledger.forget_failure(volume.key)
+            manifest.forget_failure(volume.key)
     unseen = [volume for volume in options.shard.of(volumes) if volume.key is None]
     if unseen and options.on_error == "stop":
         raise UnreadableVolumeError(_stopped(unseen[0].problem))
-    done, _ = ledger.keys()
+    done, _ = manifest.keys()
     known = next((volume for volume in volumes if volume.key in done and not is_address(volume.path)), None)
     try:
         if here:
-            _make_all(here, known, estimate, cache, ledger, options)
+            _make_all(here, known, estimate, cache, manifest, options)
     except AllFailedError:  # the workers have ended: nobody notes anything more
         for volume in here:
-            ledger.forget_failure(volume.key)
+            manifest.forget_failure(volume.key)
         raise
     finally:
-        manifest = ledger.write_manifest(volumes, about)
-    if manifest["passed_over"]:
-        _tell_passed_over(manifest, ledger, options)
-    return manifest
+        summary = manifest.write_manifest(volumes, about)
+    if summary["passed_over"]:
+        _tell_passed_over(summary, manifest, options)
+    return summary
 
 
-def _tell_passed_over(manifest: Mapping[str, Any], ledger: Ledger, options: FillOptions) -> None:
+def _tell_passed_over(summary: Mapping[str, Any], manifest: Manifest, options: FillOptions) -> None:
     """Say what was found and is no CT. Raises PreprocessError where nothing else was found."""
-    file, count = ledger.path("passed_over.jsonl"), manifest["passed_over"]
+    file, count = manifest.path("passed_over.jsonl"), summary["passed_over"]
     reason = json.loads(file.read_text(encoding="utf-8").partition("\n")[0])["message"]
-    if not manifest["volumes"]:
+    if not summary["volumes"]:
         raise PreprocessError(f"None of the {count} volumes found is a CT; the first: {reason} All of them: {file}")
     if options.show_progress:
         logger.warning(
@@ -319,17 +319,17 @@ def _make_all(
     known: Volume | None,
     estimate: Estimate,
     cache: SliceCache,
-    ledger: Ledger,
+    manifest: Manifest,
     options: FillOptions,
 ) -> None:
     sample, rest = spread_sample(here, _sample_size(here, estimate))
-    work = partial(make_or_read, cache=cache, ledger=ledger)
+    work = partial(make_or_read, cache=cache, manifest=manifest)
     with (
-        WorkLog(ledger, options.shard) as log,
+        WorkLog(manifest, options.shard) as log,
         WorkerPool(work, estimate.workers, options.timeout) as pool,
         tqdm(total=len(here), desc="slices", unit="volume", disable=not options.show_progress) as progress,
     ):
-        run = _Run(pool, ledger, log, options, progress, known)
+        run = _Run(pool, manifest, log, options, progress, known)
         measured = run.make(sample)
         if options.show_progress:
             logger.info("%s", _with_time(estimate, here, measured))
@@ -347,13 +347,13 @@ class _Run:
     def __init__(
         self,
         pool: WorkerPool,
-        ledger: Ledger,
+        manifest: Manifest,
         log: WorkLog,
         options: FillOptions,
         progress: tqdm,
         readable: Volume | None = None,
     ):
-        self.pool, self.ledger, self.log, self.options, self.progress = pool, ledger, log, options, progress
+        self.pool, self.manifest, self.log, self.options, self.progress = pool, manifest, log, options, progress
         self.readable = readable
         self.claimed: list[Volume] = []
         self.failed: list[Volume] = []
@@ -393,7 +393,7 @@ class _Run:
                 if isinstance(volume, Control):
                     continue
                 if _is_time_out(result) and is_disk_there:
-                    self.ledger.note_failure(volume, result.error, result.message)
+                    self.manifest.note_failure(volume, result.error, result.message)
                 self._take(volume, result, _outcome(result))
 
     def _put_off(self, volume: Volume, outcome: Outcome) -> None:
@@ -409,7 +409,7 @@ class _Run:
 
     def _take(self, volume: Volume, result: Outcome | WorkerDied, outcome: Outcome) -> None:
         if isinstance(result, WorkerDied) and result.error in _DEADLY:
-            self.ledger.note_failure(volume, outcome.error, outcome.message)
+            self.manifest.note_failure(volume, outcome.error, outcome.message)
         if outcome.status == "claimed":
             self.claimed.append(volume)
             return
@@ -458,9 +458,9 @@ def _is_time_out(result: Outcome | WorkerDied) -> bool:
     return isinstance(result, WorkerDied) and result.error == _TIMEOUT
 
 
-def unsettled(volumes: Sequence[Volume], ledger: Ledger, shard: Shard) -> list[Volume]:
+def unsettled(volumes: Sequence[Volume], manifest: Manifest, shard: Shard) -> list[Volume]:
     """This shard's volumes that have neither a record nor a noted failure."""
-    done, failed = ledger.keys()
+    done, failed = manifest.keys()
     return [volume for volume in shard.of(volumes) if volume.key is not None and volume.key not in done | failed]
 
 
@@ -515,14 +515,14 @@ def measure_embeddings(embeddings: EmbeddingCache) -> tuple[float, int]:
 
 
 def estimate_embeddings(
-    volumes: Sequence[Volume], embeddings: EmbeddingCache, ledger: Ledger, shard: Shard
+    volumes: Sequence[Volume], embeddings: EmbeddingCache, manifest: Manifest, shard: Shard
 ) -> tuple[Estimate, list[Volume]]:
     """Size and time, and this shard's volumes that are to be encoded; `volumes` by the embeddings' keys."""
-    done, _ = ledger.keys()
+    done, _ = manifest.keys()
     pending = [volume for volume in volumes if volume.key is not None and volume.key not in done]
     here = [volume for volume in shard.of(volumes) if volume.key is not None and volume.key not in done]
     seconds, size = measure_embeddings(embeddings)
-    free = free_bytes(ledger.folder)
+    free = free_bytes(manifest.folder)
     return Estimate(len(volumes), len(pending), len(here), size, free, 1, seconds * len(here), 1), here
 
 
@@ -530,7 +530,7 @@ def fill_embeddings(
     volumes: Sequence[Volume],
     embeddings: EmbeddingCache,
     slices: Sequence[Volume],
-    ledger: Ledger,
+    manifest: Manifest,
     options: FillOptions,
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -543,22 +543,22 @@ def fill_embeddings(
     Raises:
         PreprocessError: the disk is too small.
     """
-    estimate, here = estimate_embeddings(volumes, embeddings, ledger, options.shard)
-    _check_space(estimate, ledger.folder, options.force)
+    estimate, here = estimate_embeddings(volumes, embeddings, manifest, options.shard)
+    _check_space(estimate, manifest.folder, options.force)
     if options.show_progress:
         logger.info("%s", estimate)
     keys = {volume.path: volume.key for volume in slices}
-    cut = ledger.keys()[0]
+    cut = manifest.keys()[0]
     here = [volume for volume in here if keys[volume.path] in cut]
     ahead = embeddings.slices_ahead([(volume.path, volume.rescale) for volume in here], min(options.workers, 8))
     try:
-        with WorkLog(ledger, options.shard) as log:
+        with WorkLog(manifest, options.shard) as log:
             progress = tqdm(here, desc="embeddings", unit="volume", disable=not options.show_progress)
             for volume, (_, stack) in zip(progress, ahead, strict=True):
-                _make_embeddings(volume, stack, embeddings, ledger, log)
+                _make_embeddings(volume, stack, embeddings, manifest, log)
     finally:
-        failed = ledger.keys()[1]
-        passed_over = ledger.passed_over(slices, failed)
+        failed = manifest.keys()[1]
+        passed_over = manifest.passed_over(slices, failed)
         listed = [
             replace(volume, key=None, problem="its slices can't be made: see failures.jsonl")
             if keys[volume.path] in failed
@@ -566,29 +566,29 @@ def fill_embeddings(
             for volume in volumes
             if keys[volume.path] not in passed_over
         ]
-        manifest = ledger.write_manifest(listed, about)
-    return manifest
+        summary = manifest.write_manifest(listed, about)
+    return summary
 
 
 def _make_embeddings(
-    volume: Volume, stack: Mapping[str, np.ndarray], embeddings: EmbeddingCache, ledger: Ledger, log: WorkLog
+    volume: Volume, stack: Mapping[str, np.ndarray], embeddings: EmbeddingCache, manifest: Manifest, log: WorkLog
 ) -> None:
-    record = ledger.record(volume.key)
-    with ledger.claims.hold(volume.key) as is_ours:
-        if not is_ours or read_record(record) is not None:
+    record = manifest.record(volume.key)
+    with manifest.claims.hold(volume.key) as is_ours:
+        if not is_ours or read_entry(record) is not None:
             return
         start = time.perf_counter()
-        write_record(record, embeddings.encode(stack))
+        write_entry(record, embeddings.encode(stack))
         log.append(volume, record.stat().st_size, time.perf_counter() - start)
 
 
 # ---- verifying -----------------------------------------------------------------------------------------------------
 
 
-def check_volume(volume: Volume, *, ledger: Ledger) -> tuple[str, str]:
+def check_volume(volume: Volume, *, manifest: Manifest) -> tuple[str, str]:
     """Of a volume's record: "whole", "missing", "damaged" or "unreadable", and why."""
     try:
-        damage = check_record(ledger.record(volume.key))
+        damage = check_entry(manifest.record(volume.key))
     except FileNotFoundError:
         return "missing", ""
     except OSError as error:
@@ -596,24 +596,24 @@ def check_volume(volume: Volume, *, ledger: Ledger) -> tuple[str, str]:
     return ("whole", "") if damage is None else ("damaged", damage)
 
 
-def verify(volumes: Sequence[Volume], ledger: Ledger, options: FillOptions, remove: bool) -> dict[str, Any]:
+def verify(volumes: Sequence[Volume], manifest: Manifest, options: FillOptions, remove: bool) -> dict[str, Any]:
     """Read this shard's records again, and compare them with their checksums.
 
     Returns:
         `whole`, `missing`: how many; `damaged`, `unreadable`: {record's path: what is wrong}. With `remove` the damaged
         ones are deleted: the next run makes them anew. Of the unreadable ones nothing is known: their disk may be at fault.
     """
-    passed_over = ledger.passed_over(volumes, ledger.keys()[1])
+    passed_over = manifest.passed_over(volumes, manifest.keys()[1])
     listed = [volume for volume in options.shard.of(volumes) if volume.key not in {None, *passed_over}]
     report: dict[str, Any] = {"whole": 0, "missing": 0, "damaged": {}, "unreadable": {}}
-    with WorkerPool(partial(check_volume, ledger=ledger), max(1, min(options.workers, len(listed)))) as pool:
+    with WorkerPool(partial(check_volume, manifest=manifest), max(1, min(options.workers, len(listed)))) as pool:
         results = pool.map(listed)
         for volume, found in tqdm(results, total=len(listed), desc="verifying", disable=not options.show_progress):
             state, reason = ("unreadable", found.message) if isinstance(found, WorkerDied) else found
             if state in ("whole", "missing"):
                 report[state] += 1
                 continue
-            record = ledger.record(volume.key)
+            record = manifest.record(volume.key)
             report[state][str(record)] = reason
             if state == "damaged" and remove:
                 record.unlink(missing_ok=True)

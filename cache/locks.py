@@ -21,8 +21,8 @@ def _warn_of_no_locks(path: Path, reason: str) -> None:
     logger.warning("%s: this file system has no locks (%s)", path, reason)
 
 
-class Claims:
-    """Claims on records by name: each is a lock on one byte of one file, at the place that the name gives.
+class EntryLocks:
+    """EntryLocks on records by name: each is a lock on one byte of one file, at the place that the name gives.
 
     The kernel takes a lock back in the moment in which its process ends, however it ends, and an orphan that still works
     still has it. So no claim is ever stale, and none needs a heartbeat or a clock, unlike claim files, of which a killed

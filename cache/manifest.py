@@ -26,8 +26,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from samf.cache.locks import Claims
-from samf.cache.slice_cache import Identity, identity_bytes, record_file, volume_identity
+from samf.cache.locks import EntryLocks
+from samf.cache.slice_cache import Identity, entry_file, identity_bytes, volume_identity
 from samf.data.volume_discovery import VolumeKey
 from samf.model.ct_volume import CTReadError, NotCTError
 from samf.utils.files import atomic_write, write_json
@@ -89,7 +89,7 @@ class Shard:
         return f"{self.index + 1}of{self.count}"
 
 
-def look_at(volumes: Sequence[VolumeKey], store: Store, searched: Collection[str] = ()) -> list[Volume]:
+def inspect_volumes(volumes: Sequence[VolumeKey], store: Store, searched: Collection[str] = ()) -> list[Volume]:
     """The list with the names of the records, in its order; touches the volumes' directories, not their contents.
 
     Args:
@@ -110,7 +110,7 @@ def look_at(volumes: Sequence[VolumeKey], store: Store, searched: Collection[str
         return list(threads.map(look, volumes))
 
 
-class Ledger:
+class Manifest:
     """What a cache folder knows of one stage: records, failures, logs, manifest. Picklable, for workers.
 
     Args:
@@ -119,14 +119,14 @@ class Ledger:
 
     def __init__(self, folder: Path, stage: str):
         self.folder, self.stage = Path(folder), stage
-        self.claims = Claims(self.folder / "claims.lock")
+        self.claims = EntryLocks(self.folder / "claims.lock")
 
     def path(self, name: str) -> Path:
         """Of manifest.json, volumes.jsonl, failures.jsonl and passed_over.jsonl."""
         return self.folder / (name if self.stage == "slices" else f"{self.stage}.{name}")
 
     def record(self, key: str) -> Path:
-        return record_file(self.folder, key)
+        return entry_file(self.folder, key)
 
     def marker(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.failed.json"
@@ -212,11 +212,11 @@ class Ledger:
 class WorkLog:
     """This process's log: a line for each volume that it made, with the operating system on return."""
 
-    def __init__(self, ledger: Ledger, shard: Shard):
-        folder = ledger.folder / "log"
+    def __init__(self, manifest: Manifest, shard: Shard):
+        folder = manifest.folder / "log"
         folder.mkdir(parents=True, exist_ok=True)
         self.host = platform.node().partition(".")[0]
-        name = f"{ledger.stage}-{shard}-{self.host}-{os.getpid()}-{time.time_ns()}.jsonl"
+        name = f"{manifest.stage}-{shard}-{self.host}-{os.getpid()}-{time.time_ns()}.jsonl"
         self._file = (folder / name).open("a", encoding="utf-8")
 
     def __enter__(self) -> "WorkLog":

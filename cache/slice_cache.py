@@ -1,11 +1,11 @@
 """Slice stacks on disk: what `SamfImageProcessor.extract` makes of each volume is made once.
 
 A record is one safetensors file a volume, named by what it depends on: path, size and time of change of the volume's
-files, its rescale, the image processor's `settings_hash()`, and the code's versions (`RECORD_VERSION`, and
+files, its rescale, the image processor's `settings_hash()`, and the code's versions (`ENTRY_VERSION`, and
 `EXTRACT_VERSION` within the hash). A changed volume, setting or version is therefore another record; nothing needs
 invalidating, and old records can be deleted at any time. Records are written under a temporary name and then renamed: a
 reader never sees half of one, and several processes may fill one cache. Each carries a checksum of its arrays, which
-`check_record` compares. `record_key`, `read_record` and `write_record` serve any further stage that keeps arrays of one
+`check_entry` compares. `entry_key`, `read_entry` and `write_entry` serve any further stage that keeps arrays of one
 volume, such as slice embeddings.
 """
 
@@ -33,7 +33,7 @@ from samf.utils.files import atomic_write
 logger = logging.getLogger(__name__)
 
 # Counts up whenever `read_ct` gives other HU for the same file, or a record's layout changes.
-RECORD_VERSION = 3
+ENTRY_VERSION = 3
 _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32, "F16": np.float16}
 _CHECKSUM = "crc32"
 # The line of a MetaImage or NRRD header that names another file with the voxels.
@@ -76,17 +76,17 @@ class SliceCache:
             CTReadError: the volume can't be read, or changed meanwhile. Nothing is written then.
             OSError: the record can't be written, or not read.
         """
-        record_path = self.record_path(path, rescale=rescale)
-        record = read_record(record_path)
+        entry_path = self.entry_path(path, rescale=rescale)
+        record = read_entry(entry_path)
         if record is None:
             with not_kept(path):
                 arrays = self.image_processor.extract(self.read(path, rescale, searched))
-            if self.record_path(path, rescale=rescale) != record_path:  # or it would stand under the old file's name
+            if self.entry_path(path, rescale=rescale) != entry_path:  # or it would stand under the old file's name
                 raise CTReadError(f"{path}: changed while it was read. Wait until it is written, then try again.")
-            write_record(record_path, arrays)
-            record = read_record(record_path)
+            write_entry(entry_path, arrays)
+            record = read_entry(entry_path)
         if record is None:
-            raise OSError(f"{record_path}: the record that was just written can't be read. Is the disk full or faulty?")
+            raise OSError(f"{entry_path}: the record that was just written can't be read. Is the disk full or faulty?")
         return record
 
     def read(self, path: str | os.PathLike, rescale: Sequence[float] | None = None, searched: bool = False) -> CTVolume:
@@ -99,20 +99,20 @@ class SliceCache:
 
     def has(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> bool:
         """Whether there is a whole record of the volume at `path`, read with this rescale."""
-        return read_record(self.record_path(path, rescale=rescale)) is not None
+        return read_entry(self.entry_path(path, rescale=rescale)) is not None
 
-    def record_path(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Path:
+    def entry_path(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Path:
         """Where the record of the volume at `path` lies or would lie."""
-        return record_file(self.folder, self.key(volume_identity(path), rescale))
+        return entry_file(self.folder, self.key(volume_identity(path), rescale))
 
     def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
         """A record's name from its volume's identity."""
         rescale = None if rescale is None else [float(number) for number in rescale]  # 1 and 1.0 are one rescale
         limits = [self.min_coverage] if self.min_coverage else []
-        return record_key(identity, rescale, self.image_processor.settings_hash(), RECORD_VERSION, *limits)
+        return entry_key(identity, rescale, self.image_processor.settings_hash(), ENTRY_VERSION, *limits)
 
 
-def record_file(folder: Path, key: str) -> Path:
+def entry_file(folder: Path, key: str) -> Path:
     """Where the record of this name lies in `folder`: one of 256 folders, none of which gets too long to list."""
     return folder / key[:2] / f"{key}.safetensors"
 
@@ -174,18 +174,18 @@ def _voxel_file(header: Path) -> Path | None:
     return file if file != header and file.is_file() else None
 
 
-def record_key(*parts: object) -> str:
+def entry_key(*parts: object) -> str:
     """A record's name from all that it depends on."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 
-def write_record(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_entry(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes `arrays` with their checksum as one safetensors file, whole or not at all."""
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     atomic_write(path, save(arrays, metadata={_CHECKSUM: _checksum(arrays)}))
 
 
-def read_record(path: Path) -> dict[str, np.ndarray] | None:
+def read_entry(path: Path) -> dict[str, np.ndarray] | None:
     """Read-only memory maps of a record's arrays, or None when there is no whole record at `path`.
 
     The contents aren't compared with their checksum: that would read all of them.
@@ -202,7 +202,7 @@ def read_record(path: Path) -> dict[str, np.ndarray] | None:
         return None
 
 
-def check_record(path: Path) -> str | None:
+def check_entry(path: Path) -> str | None:
     """Reads the whole record and says what is wrong with it; None if nothing is.
 
     Raises:

@@ -2,23 +2,16 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from samf.data.prompts import record_conversation
+from samf.data.schema import IGNORE_INDEX, VolumeStore
 from samf.model.ct_volume import read_ct
 from samf.model.processing_samf import SamfProcessor
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
-
-
-class VolumeStore(Protocol):
-    """Where prepared volumes come from: `SliceCache` (slices) or `EmbeddingCache` (embeddings of a frozen encoder)."""
-
-    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, Any]: ...
 
 
 class SamfCollator:
@@ -27,7 +20,7 @@ class SamfCollator:
     Args:
         processor: tokenizer, chat template and image processor.
         generation: False: right-padded, with `labels` on the answer and its end token. True: left-padded prompts.
-        slice_cache: a store whose `get(path)` gives a volume's slices or embeddings; None reads the file each time.
+        volume_store: a store whose `get(path)` gives a volume's slices or embeddings; None reads the file each time.
         max_length: longest sequence in training. A longer record loses the end of its answer, but never the end token,
             the prompt or an image token; `truncated` counts them. None = no limit.
         findings_only: volumes and `finding_targets` without any text, for training the findings head.
@@ -37,13 +30,13 @@ class SamfCollator:
         self,
         processor: SamfProcessor,
         generation: bool = False,
-        slice_cache: VolumeStore | None = None,
+        volume_store: VolumeStore | None = None,
         max_length: int | None = None,
         findings_only: bool = False,
     ):
         self.processor = processor
         self.generation = generation
-        self.slice_cache = slice_cache
+        self.volume_store = volume_store
         self.max_length = max_length
         self.findings_only = findings_only
         self.truncated = 0
@@ -60,7 +53,7 @@ class SamfCollator:
             batch = self._training_batch(records, volumes)
         labels = [record.get("finding_labels") or [] for record in records]
         if not self.generation and any(labels):
-            unknown = [IGNORED] * max(map(len, labels))
+            unknown = [IGNORE_INDEX] * max(map(len, labels))
             batch["finding_targets"] = torch.tensor([row or unknown for row in labels])
         return batch
 
@@ -69,9 +62,9 @@ class SamfCollator:
         path, rescale = record["volume"], record.get("rescale")
         if path is None:
             return None
-        if self.slice_cache is None:
+        if self.volume_store is None:
             return read_ct(path, rescale=rescale)
-        return self.slice_cache.get(path, rescale=rescale)
+        return self.volume_store.get(path, rescale=rescale)
 
     def uncuttable_lengths(self, records: Sequence[Mapping[str, Any]]) -> list[int]:
         """Count each record's tokens that `max_length` can't cut: all but its answer's."""
@@ -122,7 +115,7 @@ class SamfCollator:
         encoded["attention_mask"] = torch.tensor([padded([1] * len(ids), 0) for ids, _, _ in rows])
         encoded["prompt_mask"] = torch.tensor([padded(prompt, False) for _, _, prompt in rows])
         answers = torch.tensor([padded(answer, 0) for _, answer, _ in rows]).bool()
-        encoded["labels"] = encoded["input_ids"].masked_fill(~answers, IGNORED)
+        encoded["labels"] = encoded["input_ids"].masked_fill(~answers, IGNORE_INDEX)
         return encoded
 
     def _fit(

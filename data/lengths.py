@@ -79,7 +79,7 @@ def find_overlong(records: datasets.Dataset, processor: SamfProcessor, max_lengt
     Returns:
         {row: tokens without the answer} of those records.
     """
-    collator = SamfCollator(processor, slice_cache=_NoSlices(processor.image_processor.num_slices))
+    collator = SamfCollator(processor, volume_store=_NoSlices(processor.image_processor.num_slices))
     short = {"id": "", "question": "?", "choices": None, "answer": ".", "volume": ""}
     around = collator.uncuttable_lengths([short])[0] + ENDS
     suspects: list[int] = []

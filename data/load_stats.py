@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Tally:
+class LoadStats:
     """How many records were made of each task, and how many were left out for which reason."""
 
     kept: Counter[str] = field(default_factory=Counter)
@@ -39,11 +39,11 @@ class Tally:
         return {"records": dict(self.kept), "left_out": dropped}
 
     @classmethod
-    def from_summary(cls, summary: dict[str, Any]) -> "Tally":
-        tally = cls(Counter(summary["records"]))
+    def from_summary(cls, summary: dict[str, Any]) -> "LoadStats":
+        load_stats = cls(Counter(summary["records"]))
         for entry in summary["left_out"]:
-            tally.drop(entry["reason"], entry["first"], entry["count"])
-        return tally
+            load_stats.drop(entry["reason"], entry["first"], entry["count"])
+        return load_stats
 
     def save(self, path: str | Path, **facts: Any) -> None:
         """Write the counts as JSON, with `facts` about their source, whole or not at all."""

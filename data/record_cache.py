@@ -16,8 +16,8 @@ import pyarrow as pa
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
-from samf.cache.slice_cache import record_key
-from samf.data.load_stats import Tally
+from samf.cache.slice_cache import entry_key
+from samf.data.load_stats import LoadStats
 from samf.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ FORMAT = 2  # goes up when the same tables would give other records
 CACHED_FROM = 32 << 20  # bytes of tables: what is smaller is read anew in a second or two
 ROWS_A_CHUNK = 20_000
 
-MakeRecords = Callable[[Tally], Iterator[dict[str, Any]]]
+MakeRecords = Callable[[LoadStats], Iterator[dict[str, Any]]]
 
 
 def default_cache() -> Path:
@@ -41,7 +41,7 @@ def load_or_make(
     tables: Sequence[Path],
     options: Mapping[str, Any],
     cache_dir: str | Path | None = None,
-) -> tuple[datasets.Dataset, Tally]:
+) -> tuple[datasets.Dataset, LoadStats]:
     """The Dataset of `make`'s records, and their counts.
 
     Args:
@@ -52,13 +52,13 @@ def load_or_make(
         cache_dir: where Arrow files lie; default `default_cache()`.
     """
     if sum(table.stat().st_size for table in tables) < CACHED_FROM:
-        tally = Tally()
-        return in_memory(make(tally), features), tally
-    key = record_key(FORMAT, str(features), [_identity(table) for table in tables], dict(options))
+        load_stats = LoadStats()
+        return in_memory(make(load_stats), features), load_stats
+    key = entry_key(FORMAT, str(features), [_identity(table) for table in tables], dict(options))
     folder = Path(cache_dir or default_cache()) / key
     build_once(folder / RECORDS, lambda partial: _write(partial, make, features, options))
     counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
-    return datasets.Dataset.from_file(str(folder / RECORDS)), Tally.from_summary(counts)
+    return datasets.Dataset.from_file(str(folder / RECORDS)), LoadStats.from_summary(counts)
 
 
 def _identity(table: Path) -> list[Any]:
@@ -80,18 +80,18 @@ def build_once(path: Path, build: Callable[[Path], None]) -> None:
 
 
 def _write(partial: Path, make: MakeRecords, features: datasets.Features, options: Mapping[str, Any]) -> None:
-    tally, count = Tally(), 0
+    load_stats, count = LoadStats(), 0
     schema = features.arrow_schema
     with (
         pa.OSFile(str(partial), "wb") as file,
         pa.ipc.new_stream(file, schema) as writer,
         tqdm(desc=f"reading {options.get('split', 'records')}", unit=" records", unit_scale=True) as progress,
     ):
-        for table in _tables(make(tally), features):
+        for table in _tables(make(load_stats), features):
             writer.write_table(table)
             count += len(table)
             progress.update(len(table))
-    tally.save(partial.with_name(COUNTS), **options)  # before the records appear under their name
+    load_stats.save(partial.with_name(COUNTS), **options)  # before the records appear under their name
     logger.info("%s: %d records written", partial.parent, count)
 
 

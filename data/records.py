@@ -24,7 +24,7 @@ from samf.data.ct_rate.tables import (
     row_volume,
     squeeze,
 )
-from samf.data.load_stats import Tally
+from samf.data.load_stats import LoadStats
 from samf.data.patients import PATIENT_COLUMN
 from samf.data.prompts import REPORT_QUESTION
 
@@ -79,7 +79,7 @@ class VolumeChoice:
 
     Args:
         locate: volume name → path or address.
-        tally: counts what isn't used.
+        load_stats: counts what isn't used.
         excluded: {volume: why} of those that are left out.
         reconstructions: {scan_id: the number that is used}; None keeps all. Of a scan that isn't in it, the first that
             is met.
@@ -88,19 +88,19 @@ class VolumeChoice:
     def __init__(
         self,
         locate: Callable[[str], str],
-        tally: Tally,
+        load_stats: LoadStats,
         *,
         excluded: Mapping[VolumeName, str] | None = None,
         reconstructions: dict[str, int] | None = None,
     ):
-        self.locate, self.tally, self.excluded = locate, tally, excluded or {}
+        self.locate, self.load_stats, self.excluded = locate, load_stats, excluded or {}
         self.reconstructions = reconstructions
         self._paths: dict[str, str] = {}  # by name
 
     def path(self, name: str, volume: VolumeName | None) -> str | None:
         """The path of a volume whose record is to be used, else None with the reason counted."""
         if volume is not None and (reason := self._reason_to_leave_out(volume)):
-            self.tally.drop(reason, name)
+            self.load_stats.drop(reason, name)
             return None
         if name not in self._paths:
             self._paths[name] = self.locate(name)
@@ -129,14 +129,14 @@ class RecordReader:
     def __init__(
         self,
         volumes: VolumeChoice,
-        tally: Tally,
+        load_stats: LoadStats,
         tasks: Collection[str],
         *,
         labels: Mapping[VolumeName, list[int]] | None = None,
         rescale: Mapping[VolumeName, list[float]] | None = None,
         unknown: Sequence[int] = (),
     ):
-        self.volumes, self.tally, self.tasks = volumes, tally, tasks
+        self.volumes, self.load_stats, self.tasks = volumes, load_stats, tasks
         self.labels, self.rescale, self.unknown = labels, rescale, unknown
         self.unique = UniqueIds()
 
@@ -165,9 +165,9 @@ class RecordReader:
         if self.rescale is not None:
             record["rescale"] = self.rescale.get(volume)
             if name and record["rescale"] is None:
-                self.tally.drop("v1 volume without slope and intercept in the metadata", name)
+                self.load_stats.drop("v1 volume without slope and intercept in the metadata", name)
                 return None
-        self.tally.kept[content["task"]] += 1
+        self.load_stats.kept[content["task"]] += 1
         return record
 
     def reports(self, path: Path, sections: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -180,7 +180,7 @@ class RecordReader:
     def report(self, name: str, question: str, answer: str, patient: str | None = None) -> dict[str, Any] | None:
         """A report's record; None, counted, where there is no text."""
         if not answer:
-            self.tally.drop("report without text", name)
+            self.load_stats.drop("report without text", name)
             return None
         record_id = f"report_{volume_stem(name)}"
         return self.record(name, record_id, patient, task="report", question=question, answer=answer)
@@ -190,9 +190,9 @@ class RecordReader:
         for entry in read_json_array(path):
             name, entry_id = entry.get("image") or None, str(entry.get("id", "vqa"))
             if name is not None and not isinstance(name, str):
-                self.tally.drop("image that is no file name", entry_id)
+                self.load_stats.drop("image that is no file name", entry_id)
                 continue
-            for turn in vqa_turns(entry, self.tally):
+            for turn in vqa_turns(entry, self.load_stats):
                 if skip_reports and turn["task"] == "report":
                     continue
                 if record := self.record(name, entry_id, **turn):
@@ -216,7 +216,7 @@ class RecordReader:
                 f"({letter}) {squeeze(row['Answer'])}" if letter else squeeze(row["Answer"]), choices
             )
             if answer is None or len(choices) < 2:
-                self.tally.drop(NO_OPTION, row["Question ID"])
+                self.load_stats.drop(NO_OPTION, row["Question ID"])
                 continue
             content = {"question": squeeze(row["Question"]), "choices": choices, "answer": answer}
             patient = _patient(row, patient_column)

@@ -20,13 +20,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 from samf.data.ct_rate.loader import ON_MISSING, check_choice, check_volumes
-from samf.data.ct_rate.questions import NO_OPTION, TASKS, settle_answer, split_options
+from samf.data.ct_rate.questions import NO_OPTION, settle_answer, split_options
 from samf.data.ct_rate.sources import HUB_NAME
 from samf.data.ct_rate.tables import given, squeeze
-from samf.data.load_stats import Tally
+from samf.data.load_stats import LoadStats
 from samf.data.prompts import REPORT_QUESTION
 from samf.data.record_cache import default_cache, in_memory
 from samf.data.records import FEATURES, RecordReader, VolumeChoice
+from samf.data.schema import TASKS
 from samf.model.ct_download import file_path, is_address
 from samf.utils.distributed import Processes
 from samf.utils.files import atomic_write
@@ -94,14 +95,14 @@ class TableColumns:
         """
         check_choice("on_missing", [on_missing], ON_MISSING)
         tasks = self._tasks(tasks)
-        table, tally = self._open(source, split), Tally()
-        reader = RecordReader(VolumeChoice(Volumes(source, image_root).locate, tally), tally, tasks)
-        with Processes().first_one_first():  # volumes within the table are unpacked once
+        table, load_stats = self._open(source, split), LoadStats()
+        reader = RecordReader(VolumeChoice(Volumes(source, image_root).locate, load_stats), load_stats, tasks)
+        with Processes().main_process_first():  # volumes within the table are unpacked once
             records = in_memory(self._records(table, source, reader, tasks), FEATURES)
-        records = check_volumes(records, on_missing, tally)
-        tally.log(f"{source} {split}")
+        records = check_volumes(records, on_missing, load_stats)
+        load_stats.log(f"{source} {split}")
         if counts_file is not None:
-            tally.save(counts_file, source=str(source), split=split)
+            load_stats.save(counts_file, source=str(source), split=split)
         return records
 
     def load_splits(
@@ -110,15 +111,15 @@ class TableColumns:
         """Give each split that the data set has with a record a volume, whose texts are empty."""
         present = [split for split in splits if self.has_split(source, split)]
         for split in present or splits[:1]:
-            table, tally = self._open(source, split), Tally()
-            reader = RecordReader(VolumeChoice(Volumes(source, image_root).locate, tally), tally, TASKS)
+            table, load_stats = self._open(source, split), LoadStats()
+            reader = RecordReader(VolumeChoice(Volumes(source, image_root).locate, load_stats), load_stats, TASKS)
             rows = (
                 reader.record(name, name, task="report", question="", answer="", patient=self._patient(row))
-                for name, row in self._rows(table, source, tally)
+                for name, row in self._rows(table, source, load_stats)
             )
             records = in_memory(filter(None, rows), FEATURES)
-            yield split, check_volumes(records, on_missing, tally)
-            tally.log(f"{source} {split}")
+            yield split, check_volumes(records, on_missing, load_stats)
+            load_stats.log(f"{source} {split}")
 
     def has_split(self, source: str, split: str) -> bool:
         """Return whether the data set has this split; a table without splits is all "train", unless parts are named."""
@@ -172,36 +173,38 @@ class TableColumns:
     def _text_columns(self) -> tuple[str | None, ...]:
         return self.report, self.question, self.answer, self.choices
 
-    def _rows(self, table: datasets.Dataset, source: str | Path, tally: Tally) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _rows(
+        self, table: datasets.Dataset, source: str | Path, load_stats: LoadStats
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Each row that has a volume, with the volume's name."""
         folder = default_cache() / "volumes" / table._fingerprint
         rows = tqdm(table, desc=f"reading {source}", unit=" rows", disable=None, delay=5)
         for number, row in enumerate(rows):
             name = volume_name(row[self.volume], folder, number)
             if name is None:
-                tally.drop("row without a volume", f"row {number}")
+                load_stats.drop("row without a volume", f"row {number}")
                 continue
             yield name, row
 
     def _records(
         self, table: datasets.Dataset, source: str | Path, reader: RecordReader, tasks: Collection[str]
     ) -> Iterator[dict[str, Any]]:
-        for number, (name, row) in enumerate(self._rows(table, source, reader.tally)):
+        for number, (name, row) in enumerate(self._rows(table, source, reader.load_stats)):
             patient = self._patient(row)
             if "report" in tasks and (
                 record := reader.report(name, REPORT_QUESTION, given(_text(row[self.report])), patient)
             ):
                 yield record
-            if self.question is None or (turn := self._question(row, reader.tally, number)) is None:
+            if self.question is None or (turn := self._question(row, reader.load_stats, number)) is None:
                 continue
             if record := reader.record(name, f"{turn['task']}_{number}", patient=patient, **turn):
                 yield record
 
-    def _question(self, row: dict[str, Any], tally: Tally, number: int) -> dict[str, Any] | None:
+    def _question(self, row: dict[str, Any], load_stats: LoadStats, number: int) -> dict[str, Any] | None:
         """A row's question as the content of a record; None, counted, where it is unusable."""
         question, answer = given(_text(row[self.question])), given(_text(row[self.answer]))
         if not question or not answer:
-            tally.drop("no question or no answer", f"row {number}")
+            load_stats.drop("no question or no answer", f"row {number}")
             return None
         choices: Any = row[self.choices] if self.choices else None
         if self.choices is None:
@@ -213,7 +216,7 @@ class TableColumns:
             return {"task": "short_answer", "question": question, "answer": answer}
         settled = settle_answer(answer, choices)
         if settled is None:
-            tally.drop(NO_OPTION, f"row {number}")
+            load_stats.drop(NO_OPTION, f"row {number}")
             return None
         return {"task": "multiple_choice", "question": question, "choices": choices, "answer": settled}
 

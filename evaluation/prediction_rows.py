@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from samf.data.schema import TASKS
 from samf.utils.text_files import TextEncodingError, read_lines
 
 FIELDS = ("id", "scan_id", "task", "question", "choices", "reference", "prediction")
-TASKS = ("report", "multiple_choice", "short_answer", "long_answer")
 
 
 class PredictionsError(ValueError):

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
+from samf.data.schema import FAILURES_FILE, TASKS
 from samf.evaluation.metrics.bootstrap import (
     INTERVAL_METHOD,
     LEVEL,
@@ -75,7 +76,6 @@ from samf.evaluation.metrics.text_metrics import (
 )
 from samf.evaluation.prediction_rows import (
     FIELDS,
-    TASKS,
     PredictionsError,
     check_row,
     parse_object,
@@ -105,7 +105,6 @@ __all__ = [
 
 SCHEMA = 2  # of results.json; goes up when a key changes its meaning or goes away
 # What eval.py lists beside its predictions.
-FAILURES = "failures.jsonl"
 # What the data's loader counts: records that were not asked for at all, by reason.
 RECORD_COUNTS = "records.json"
 EMPTY_REFERENCE = "the reference is empty"
@@ -385,7 +384,7 @@ def _read_exclusions(
     if path is None:
         if not isinstance(predictions, str | os.PathLike):
             return []
-        path = Path(predictions).with_name(FAILURES)
+        path = Path(predictions).with_name(FAILURES_FILE)
         if not path.is_file():
             return []
     path = Path(path)

@@ -29,7 +29,7 @@ from samf.evaluation.answering.generation import GenerationSettings, evaluate, s
 from samf.evaluation.scoring import markdown_table, read_predictions
 from samf.phantoms.dataset import DEMO_FINDINGS, PhantomSettings, write_dataset
 from samf.phantoms.tokenizer import train_small_tokenizer
-from samf.reporting.slice_view import save_slice_picture
+from samf.reporting.slice_view import save_slice_image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "recipes" / "demo"
@@ -133,7 +133,7 @@ def evaluate_twice(model, processor: SamfProcessor, output: Path, data: Path) ->
             output / f"evaluation_{name}",
             settings,
             finding_names=DEMO_FINDINGS,
-            slice_cache=volumes,
+            volume_store=volumes,
         )
     return results
 
@@ -154,7 +154,7 @@ def results_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 def write_report(model, processor: SamfProcessor, ct: Path, picture: Path) -> str:
     """The model's report for a CT file or folder; the slices it read are saved as `picture`."""
     slices = processor.image_processor.extract(read_ct(ct))
-    save_slice_picture(slices, picture, image_processor=processor.image_processor, window=1)
+    save_slice_image(slices, picture, image_processor=processor.image_processor, window=1)
     conversation = record_conversation({"question": REPORT_QUESTION, "choices": None}, slices)
     inputs = processor.apply_chat_template(
         conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -174,7 +174,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Figures:
         GenerationSettings(batch_size=32, max_new_tokens=MAX_NEW_TOKENS),
         finding_names=DEMO_FINDINGS,
         scoring={"resamples": 0},
-        slice_cache=cache,
+        volume_store=cache,
     )["tasks"]
     hidden = {}
     if model.config.fusion_text_scope == "sequence":  # the logged loss had the answer in its image tokens
@@ -197,7 +197,7 @@ def loss_with_answers_hidden(
     model.config.fusion_text_scope = "prompt"
     records = records.select(range(min(len(records), LOSS_RECORDS))).remove_columns("finding_labels")
     loss, tokens = 0.0, 0
-    for batch in DataLoader(records, batch_size=32, collate_fn=SamfCollator(processor, slice_cache=cache)):
+    for batch in DataLoader(records, batch_size=32, collate_fn=SamfCollator(processor, volume_store=cache)):
         count = int((batch["labels"] != -100).sum())
         loss, tokens = loss + model(**batch).loss.item() * count, tokens + count
     return loss / tokens

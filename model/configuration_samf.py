@@ -25,6 +25,9 @@ DEFAULT_VISION_CONFIG = {"model_type": "vit", "layer_norm_eps": 1e-6}
 # Phi-3-mini-4k-instruct.
 DEFAULT_TEXT_CONFIG = {"model_type": "phi3", "sliding_window": 2047}
 
+# The label of what has no loss: tokens of a prompt, findings that nobody has read.
+IGNORE_INDEX = -100
+
 CHOICES = {
     "fusion_type": ("samf", "ao2d", "slice_tokens"),
     "fusion_scale": (None, "rsqrt"),

@@ -12,7 +12,7 @@ patient's, and at right angles within 0.5°, stay as they are, each named after 
 Rules of intensity. Slope and intercept count once. What is NaN, infinite or below -1500 HU (padding) becomes air, and is
 counted. Then a sample of the voxels is judged by its percentiles and its air: see `judge_intensity`.
 
-Whoever changes the HU that a file gives counts `RECORD_VERSION` in data/slice_cache.py up.
+Whoever changes the HU that a file gives counts `ENTRY_VERSION` in data/slice_cache.py up.
 """
 
 import logging

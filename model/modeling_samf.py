@@ -36,7 +36,7 @@ from .components_samf import (
     prepare_slice_encoder,
     takes_positions,
 )
-from .configuration_samf import SamfConfig
+from .configuration_samf import IGNORE_INDEX, SamfConfig
 from .generation_samf import SamfGenerationMixin, cached_tokens, warn_of_length
 from .hub_samf import HubModel
 from .model_card import hub_id
@@ -47,7 +47,6 @@ logger = logging.get_logger(__name__)
 NOT_MISSPELT = {"cache", "past_key_values", "use_cache", "cache_position", "return_dict", "output_router_logits"}
 RECORDED = ("output_attentions", "output_hidden_states")  # asked of the slice encoder too
 MANY_ROWS, LARGE_WEIGHT = 16, 1 << 20
-IGNORED = -100
 NUM_PLANES = 3  # axial, coronal, sagittal
 DEPTH_FREQUENCIES = 16
 
@@ -427,7 +426,7 @@ def fusion_text_mask(
     if prompt_mask is not None:
         mask = prompt_mask
     elif labels is not None:
-        answers = labels != IGNORED
+        answers = labels != IGNORE_INDEX
         behind = (image_mask.cumsum(dim=1) > 0) | ~image_mask.any(
             dim=1, keepdim=True
         )  # (B, T), the volume stands before
@@ -809,7 +808,7 @@ class SamfModel(SamfPreTrainedModel):
             text = torch.cat([before, text], dim=1)
             prefix_mask = (prefix_ids == self.config.image_token_id).to(image_mask.device)
             placeholders = torch.cat([prefix_mask, image_mask], dim=1)
-            labels = None if labels is None else F.pad(labels, (prefix, 0), value=IGNORED)
+            labels = None if labels is None else F.pad(labels, (prefix, 0), value=IGNORE_INDEX)
         text_mask = fusion_text_mask(self.config.fusion_text_scope, placeholders, attention_mask, prompt_mask, labels)
         if prompt_mask is not None and prompt_mask.shape[1] < prefix + length:  # the rest was made, or is proposed
             image_mask = image_mask.clone()
@@ -882,7 +881,7 @@ def finding_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Ten
     (B,). Divided by what every micro-batch knows, and not by how many findings happen to be known in it, the losses of
     micro-batches add up to that of the whole batch.
     """
-    known = targets != IGNORED
+    known = targets != IGNORE_INDEX
     losses = F.binary_cross_entropy_with_logits(logits.float(), targets.clamp(min=0).float(), reduction="none")
     rows = (losses * known).mean(dim=1)  # (B,)
     return rows.mean() if weights is None else (rows * weights).sum()
@@ -1084,7 +1083,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
                 f"finding_targets has shape {tuple(targets.shape)}, and config.finding_names has {len(names)} names: a model "
                 "with a findings head takes (volumes, names), one without takes none."
             )
-        known = targets != IGNORED
+        known = targets != IGNORE_INDEX
         check((targets == 0) | (targets == 1) | ~known, "finding_targets holds other values than 0, 1 and -100.")
         present = torch.zeros_like(known[:, :1]) if image_outputs is None else torch.ones_like(known[:, :1])
         if slice_mask is not None:
@@ -1108,7 +1107,9 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
         """
         targets, weights = targets.to(finding_logits.device), None
         if loss is not None:
-            items = (labels[:, 1:] != IGNORED).sum(dim=1).to(finding_logits.device)  # (B,); the first token has no loss
+            items = (
+                (labels[:, 1:] != IGNORE_INDEX).sum(dim=1).to(finding_logits.device)
+            )  # (B,); the first token has no loss
             total = items.sum() if num_items_in_batch is None else num_items_in_batch
             total = total.to(items.device) if isinstance(total, torch.Tensor) else total
             weights = items / total

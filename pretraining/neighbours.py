@@ -30,9 +30,9 @@ def knn_accuracy(
         similarity = queries[start : start + chunk] @ bank.T  # (m, N)
         nearest = np.argpartition(-similarity, neighbours - 1, axis=1)[:, :neighbours]
         votes = np.exp(np.take_along_axis(similarity, nearest, axis=1) / temperature)
-        tally = np.zeros((len(nearest), classes))
-        np.add.at(tally, (np.arange(len(nearest))[:, None], bank_labels[nearest]), votes)
-        right += int((tally.argmax(axis=1) == query_labels[start : start + chunk]).sum())
+        load_stats = np.zeros((len(nearest), classes))
+        np.add.at(load_stats, (np.arange(len(nearest))[:, None], bank_labels[nearest]), votes)
+        right += int((load_stats.argmax(axis=1) == query_labels[start : start + chunk]).sum())
     return right / len(queries)
 
 

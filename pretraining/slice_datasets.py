@@ -28,8 +28,8 @@ from accelerate import PartialState
 from torch.utils.data import ConcatDataset, Dataset
 
 from samf.cache.fill import FillOptions, StoppedError, fill_slices
-from samf.cache.manifest import Ledger, Shard, Volume, look_at
-from samf.cache.slice_cache import SliceCache, read_record, record_file
+from samf.cache.manifest import Manifest, Shard, Volume, inspect_volumes
+from samf.cache.slice_cache import SliceCache, entry_file, read_entry
 from samf.data.ct_rate.names import VolumeName
 from samf.data.patients import (
     PatientRule,
@@ -351,7 +351,7 @@ class VolumeSlices(Dataset):
 
 
 def _slice_record(file: Path) -> dict[str, np.ndarray]:
-    record = read_record(file)
+    record = read_entry(file)
     if record is None or "slices" not in record:
         raise FileNotFoundError(f"{file}: no record of slices (any more). Fill the slice cache again.")
     return record
@@ -385,7 +385,7 @@ def fill_slice_cache(
     if on_error not in ("stop", "skip", "error"):  # "error": what "stop" was called once
         raise ValueError(f"on_error={on_error!r}; expected 'stop' or 'skip'.")
     processes = Processes()
-    listed, run = processes.from_first(lambda: (look_at(volumes, cache, searched), uuid.uuid4().hex))
+    listed, run = processes.from_first(lambda: (inspect_volumes(volumes, cache, searched), uuid.uuid4().hex))
     stopped = cache.folder / "log" / f".{run}.stopped"  # there when a process of this run has failed
     shard = Shard(processes.rank, processes.count)
     options = FillOptions(
@@ -399,7 +399,7 @@ def fill_slice_cache(
     about = {"settings_hash": cache.image_processor.settings_hash(), "extract_version": EXTRACT_VERSION}
     failed = None
     try:
-        fill_slices(listed, cache, Ledger(cache.folder, "slices"), options, about)
+        fill_slices(listed, cache, Manifest(cache.folder, "slices"), options, about)
     except StoppedError:
         logger.warning("another process has stopped, and so does this one")
     except Exception as error:  # noqa: BLE001 - raised on every process, or the others would wait for this one
@@ -451,7 +451,7 @@ def _wait_for_files(cache: SliceCache, made: Sequence[Volume]) -> None:
 
 def _has_file(cache: SliceCache, volume: Volume) -> bool:
     """Whether a volume has a record; one that isn't there itself, such as a link to nowhere, has none."""
-    return volume.key is not None and record_file(cache.folder, volume.key).is_file()
+    return volume.key is not None and entry_file(cache.folder, volume.key).is_file()
 
 
 def is_slice_cache(folder: Path) -> bool:
@@ -470,8 +470,10 @@ def cached_sets(
 
     def look() -> list[Scan]:
         files = [file for folder in folders for file in sorted(folder.glob("??/*.safetensors"))]
-        files = [file for file in files if "slices" in (read_record(file) or {})]
-        logged = {line["record"]: line["volume"] for folder in folders for line in Ledger(folder, "slices").log_lines()}
+        files = [file for file in files if "slices" in (read_entry(file) or {})]
+        logged = {
+            line["record"]: line["volume"] for folder in folders for line in Manifest(folder, "slices").log_lines()
+        }
         patients = find_patients(logged.values(), rule=rule)
         known = {file: patients.get(logged.get(file.stem)) for file in files}
         warn_of_unknown(", ".join(map(str, folders)), sum(patient is None for patient in known.values()), len(files))
@@ -489,7 +491,7 @@ def scan_sets(scans: Mapping[str, Sequence[Scan]], cache: SliceCache, depth_bins
     parts = []
     for split in ("train", "valid"):
         volumes = [key for scan in scans[split] for key in scan.volumes]
-        parts.append(VolumeSlices([cache.record_path(path, rescale=rescale) for path, rescale in volumes], depth_bins))
+        parts.append(VolumeSlices([cache.entry_path(path, rescale=rescale) for path, rescale in volumes], depth_bins))
     return SliceSets(parts[0], *parts)
 
 

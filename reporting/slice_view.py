@@ -33,7 +33,7 @@ _INCHES = 1.6  # a slice's width
 _OUTLINE = withStroke(linewidth=1.5, foreground="black")  # letters stay legible on bright tissue
 
 
-def save_slice_picture(
+def save_slice_image(
     extracted: Mapping[str, np.ndarray] | CTVolume,
     path: str | os.PathLike,
     *,
@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     shape, spacing = (" x ".join(f"{v:.4g}" for v in values) for values in (volume.shape, volume.spacing))
     title = f"{shape} voxels of {spacing} mm"
-    path = save_slice_picture(volume, args.output, title=title, image_processor=image_processor)
+    path = save_slice_image(volume, args.output, title=title, image_processor=image_processor)
     logger.info("wrote %s (%d slices)", path, image_processor.num_slices)
     return 0
 

@@ -8,12 +8,12 @@ from typing import Any
 import datasets
 from transformers import TrainingArguments
 
-from samf.cache.manifest import Ledger, look_at
+from samf.cache.manifest import Manifest, inspect_volumes
 from samf.cache.slice_cache import SliceCache
 from samf.data.ct_rate.loader import CT_RATE_LABELS, check_patient_overlap, load_records
-from samf.data.ct_rate.tables import UNKNOWN_LABEL
 from samf.data.lengths import add_lengths, find_overlong
 from samf.data.mixture import TaskMixture, parse_weights
+from samf.data.schema import IGNORE_INDEX
 from samf.data.volume_discovery import distinct_volumes
 from samf.evaluation.answering.generation import shuffle_volumes
 from samf.evaluation.metrics.finding_labeller import label_report
@@ -59,7 +59,7 @@ def load_datasets(
         data = {name: without_failed(part, cache) for name, part in data.items()}
     data = {name: label_findings(part, args, name, finding_names) for name, part in data.items()}
     if args.objective == "findings":
-        data = {name: one_record_a_volume(part) for name, part in data.items()}
+        data = {name: one_record_per_volume(part) for name, part in data.items()}
     elif with_valid:
         data["valid"] = data["valid"].remove_columns("finding_labels")
     data["train"] = repeat_tasks(data["train"], args.repeat)
@@ -86,8 +86,8 @@ def without_failed(records: datasets.Dataset, cache: SliceCache) -> datasets.Dat
     """The records without those whose volume `preprocess.py` found that it can't read with these settings."""
 
     def look() -> list[str]:
-        failed = Ledger(cache.folder, "slices").keys()[1]
-        listed = look_at(distinct_volumes(records), cache) if failed else []
+        failed = Manifest(cache.folder, "slices").keys()[1]
+        listed = inspect_volumes(distinct_volumes(records), cache) if failed else []
         return [volume.path for volume in listed if volume.key in failed]
 
     volumes = Processes().from_first(look)  # the first process decides for all: they must have the same records
@@ -156,14 +156,14 @@ def label_findings(
     for scan, text in zip(reports["scan_id"][:], reports["answer"][:], strict=True):
         labels = label_report(text)
         found[scan] = [labels[name] for name in finding_names]
-    blank = [UNKNOWN_LABEL] * len(finding_names)  # and no empty row: under FSDP every process's head needs a gradient
+    blank = [IGNORE_INDEX] * len(finding_names)  # and no empty row: under FSDP every process's head needs a gradient
     rows = [found.get(scan, blank) for scan in records["scan_id"][:]]
     logger.warning("%s: findings of %d scans labelled by rules from their reports", split, len(found))
     feature = records.features["finding_labels"]
     return records.remove_columns("finding_labels").add_column("finding_labels", rows, feature=feature)
 
 
-def holds_text_alone(*splits: datasets.Dataset | Mapping[str, datasets.Dataset] | None) -> bool:
+def holds_text_only(*splits: datasets.Dataset | Mapping[str, datasets.Dataset] | None) -> bool:
     """Whether some records have no volume: a batch of them leaves the parts before the language model unused."""
     parts = [part for split in splits for part in (split.values() if isinstance(split, dict) else [split])]
     return any("volume" in getattr(part, "column_names", ()) and None in part["volume"][:] for part in parts)
@@ -191,7 +191,7 @@ def repeat_tasks(records: datasets.Dataset, repeat: list[str]) -> datasets.Datas
     return records.select(rows)
 
 
-def one_record_a_volume(records: datasets.Dataset) -> datasets.Dataset:
+def one_record_per_volume(records: datasets.Dataset) -> datasets.Dataset:
     """The first record of each volume: for the findings' loss the questions don't matter."""
     first: dict[str, int] = {}
     for index, volume in enumerate(records["volume"][:]):

@@ -22,7 +22,7 @@ def measure_gap(metrics: Mapping[str, float]) -> dict[str, float]:
     return {GAP: metrics[SHUFFLED_LOSS] - metrics[OWN_LOSS]}
 
 
-def warn_of_blindness(history: Sequence[Mapping[str, Any]], share: float, evaluations: int) -> bool:
+def warn_if_not_grounded(history: Sequence[Mapping[str, Any]], share: float, evaluations: int) -> bool:
     """Warn when the last so many gaps of a log are all below `share` of the last loss; returns whether it did."""
     gaps = [row[GAP] for row in history if GAP in row][-evaluations:]
     losses = [row[OWN_LOSS] for row in history if OWN_LOSS in row]

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from samf.cache.slice_cache import SliceCache
-from samf.data.collator import VolumeStore
+from samf.data.schema import VolumeStore
 from samf.evaluation.answering.answer_folder import PREDICTIONS
 from samf.evaluation.answering.generation import GenerationSettings, generate_predictions
 from samf.evaluation.metrics.multiple_choice import score_multiple_choice
@@ -20,7 +20,7 @@ from samf.evaluation.metrics.text_metrics import text_metrics
 from samf.evaluation.scoring import read_predictions
 from samf.model.ct_volume import read_ct
 from samf.model.processing_samf import SamfProcessor
-from samf.reporting.slice_view import save_slice_picture
+from samf.reporting.slice_view import save_slice_image
 from samf.utils.distributed import Processes
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class SampleWriter:
         records: what is answered; see `choose_samples`.
         folder: answers go to `folder`/_samples/step_…, as predictions.jsonl and pictures of the slices.
         shown: how many reports are shown beside their references.
-        slice_cache: prepared volumes.
+        volume_store: prepared volumes.
     """
 
     records: datasets.Dataset
@@ -46,7 +46,7 @@ class SampleWriter:
     folder: Path
     settings: GenerationSettings
     shown: int = 2
-    slice_cache: VolumeStore | None = None
+    volume_store: VolumeStore | None = None
 
     def __call__(self, model: nn.Module, step: int, show: Callable[..., None] | None = None) -> dict[str, float]:
         """Figures of the answers, on every process.
@@ -56,7 +56,7 @@ class SampleWriter:
             show: gets each report's name, text and picture's path, on the first process.
         """
         folder, processes = self.folder / FOLDER / f"step_{step:07d}", Processes()
-        with processes.first_one_first():
+        with processes.main_process_first():
             if processes.is_first:
                 shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         generate_predictions(
@@ -65,7 +65,7 @@ class SampleWriter:
             self.records,
             folder,
             self.settings,
-            slice_cache=self.slice_cache,
+            volume_store=self.volume_store,
             described_by={"step": step},
         )
         rows = read_predictions(folder / PREDICTIONS)
@@ -82,13 +82,13 @@ class SampleWriter:
                 picture = folder / f"report_{number}.png"
                 slices = self._slices(record)
                 window = min(SHOWN_WINDOW, slices["slices"].shape[1] - 1)
-                save_slice_picture(slices, picture, window=window, image_processor=self.processor.image_processor)
+                save_slice_image(slices, picture, window=window, image_processor=self.processor.image_processor)
             text = f"**Report**\n\n{row['prediction'] or '(empty)'}\n\n**Reference**\n\n{row['reference']}"
             show(f"report_{number}", text, picture)
 
     def _slices(self, record: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
         """What the image processor extracts, from the cache of slices where there is one."""
-        cache = getattr(self.slice_cache, "slices", self.slice_cache)  # an EmbeddingCache has one below it
+        cache = getattr(self.volume_store, "slices", self.volume_store)  # an EmbeddingCache has one below it
         if isinstance(cache, SliceCache):
             return cache.get(record["volume"], rescale=record.get("rescale"))
         return self.processor.image_processor.extract(read_ct(record["volume"], rescale=record.get("rescale")))

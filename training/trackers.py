@@ -14,7 +14,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 STEP = "train/global_step"  # what Trainer's callbacks call it
 
 
-def keep_boards_private(output_dir: str) -> None:
+def keep_trackers_private(output_dir: str) -> None:
     """Have TensorBoard's files go where Trainer doesn't push them, if no folder is named: they will show patients' slices."""
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(output_dir, "_boards")))
 

@@ -20,9 +20,9 @@ from samf.data.mixture import TaskMixture
 from samf.model.hub_samf import has_own_card
 from samf.model.model_card import README, is_generated, write_model_card
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments
-from samf.training.datasets import holds_text_alone
+from samf.training.datasets import holds_text_only
 from samf.training.flops import StepFlops, can_count, known_peak
-from samf.training.image_grounding import SliceWeights, measure_gap, warn_of_blindness
+from samf.training.image_grounding import SliceWeights, measure_gap, warn_if_not_grounded
 from samf.training.launchers import (
     float32_names,
     float32_weights,
@@ -87,7 +87,7 @@ class SamfTrainer(StoppableTrainer):
         self.part_rates = PartRates()
         self.add_callback(self.part_rates)
         shards = self.is_fsdp_enabled or is_zero3(getattr(self.accelerator.state, "deepspeed_plugin", None))
-        if shards and holds_text_alone(self.train_dataset, self.eval_dataset):
+        if shards and holds_text_only(self.train_dataset, self.eval_dataset):
             raise ValueError(
                 "Some records have no volume, and this launcher shards the weights: processes whose batches use other parts "
                 "than their fellows' would wait for each other for ever. Leave text-only records out (tasks, vqa_files), or "
@@ -201,7 +201,7 @@ class SamfTrainer(StoppableTrainer):
             if more:
                 self.log(dict(more))
         if several and "eval_gap" in more:
-            warn_of_blindness(self.state.log_history, self.monitor.blind_gap, self.monitor.blind_evaluations)
+            warn_if_not_grounded(self.state.log_history, self.monitor.blind_gap, self.monitor.blind_evaluations)
         return metrics | more
 
     def _answer_samples(self, prefix: str) -> dict[str, float]:

@@ -11,10 +11,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from samf.cache.embedding_cache import EmbeddingCache
-from samf.cache.fill import describe_bytes, free_bytes, record_bytes
-from samf.cache.manifest import Ledger, look_at
-from samf.cache.slice_cache import SliceCache, read_record
-from samf.data.collator import VolumeStore
+from samf.cache.fill import describe_bytes, entry_bytes, free_bytes
+from samf.cache.manifest import Manifest, inspect_volumes
+from samf.cache.slice_cache import SliceCache, read_entry
+from samf.data.schema import VolumeStore
 from samf.data.volume_discovery import VolumeKey
 from samf.model.ct_download import not_kept
 from samf.model.image_processing_samf import SamfImageProcessor
@@ -59,7 +59,7 @@ class OptionalSliceCache(SliceCache):
                 self.is_writable = False
                 logger.warning("%s: %s. Training goes on without adding to the cache.", self.folder, error)
         try:
-            record = read_record(self.record_path(path, rescale=rescale))
+            record = read_entry(self.entry_path(path, rescale=rescale))
         except OSError as error:
             logger.debug("%s: %s", self.folder, error)
             record = None
@@ -96,8 +96,8 @@ def _check(
     """Why not all of `volumes` can be added to a cache, "" if they can; the same on all processes."""
     problem = ""
     if is_first_process():
-        done, _ = Ledger(folder, stage).keys()
-        listed = look_at(volumes, store)
+        done, _ = Manifest(folder, stage).keys()
+        listed = inspect_volumes(volumes, store)
         missing = sum(volume.key is not None and volume.key not in done for volume in listed)
         problem = (why_not_write(folder, missing, size) or "") if missing else ""
         if problem:
@@ -125,7 +125,7 @@ def build_volume_store(
         return None
     folder, image_processor = Path(args.slice_cache), processor.image_processor
     slices = OptionalSliceCache(folder, image_processor, args.min_coverage)
-    slices.is_writable = not _check(folder, "slices", slices, volumes, record_bytes(image_processor))
+    slices.is_writable = not _check(folder, "slices", slices, volumes, entry_bytes(image_processor))
     if not args.cache_embeddings:
         return slices
     if "slice_encoder" in trained:

@@ -107,7 +107,7 @@ class Processes:
         return bool(found)
 
     @contextmanager
-    def first_one_first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Rank 0 runs the block, then all others do: for what fills a folder that all of them read."""
         if not self.is_first:
             self.wait()

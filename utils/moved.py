@@ -36,7 +36,7 @@ MOVED = {
     "data.slice_images": "pretraining.slice_datasets",
     "data.slice_settings": "cache.settings",
     "data.small_tokenizer": "phantoms.tokenizer",
-    "data.tally": "data.load_stats",
+    "data.load_stats": "data.load_stats",
     "data.text_files": "utils.text_files",
     "data.volume_lists": "data.volume_discovery",
     "data.worker_pool": "cache.worker_pool",

@@ -17,11 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from samf.data.ct_rate.names import VolumeName, volume_path
-from samf.data.ct_rate.questions import TASKS, settle_answer, split_options
+from samf.data.ct_rate.questions import settle_answer, split_options
 from samf.data.ct_rate.sources import CtRateFolder, CtRateHub, CtRateSource, is_hub_name
 from samf.data.ct_rate.tables import (
     CT_RATE_LABELS,
-    UNKNOWN_LABEL,
     choose_reconstructions,
     read_json_array,
     read_labels,
@@ -29,7 +28,7 @@ from samf.data.ct_rate.tables import (
     read_rescale,
     volume_list,
 )
-from samf.data.load_stats import Tally
+from samf.data.load_stats import LoadStats
 from samf.data.patients import (
     PatientRule,
     check_patient_overlap,
@@ -40,6 +39,7 @@ from samf.data.patients import (
 )
 from samf.data.record_cache import in_memory, load_or_make
 from samf.data.records import FEATURES, RESCALED_FEATURES, SECTIONS, RecordReader, VolumeChoice
+from samf.data.schema import IGNORE_INDEX, TASKS
 from samf.model.ct_download import file_path, is_address
 from samf.utils.distributed import Processes
 from samf.utils.text_files import open_csv
@@ -142,17 +142,17 @@ def load_ct_rate(
     }
     described = {"source": str(source.root), "split": source.split, "layout": source.layout, "tasks": list(tasks)}
     options = {**described, **chosen}
-    dataset, tally = load_or_make(
+    dataset, load_stats = load_or_make(
         partial(_read_split, source, questions, tasks, **chosen),
         RESCALED_FEATURES if source.layout == "v1" else FEATURES,
         _tables(source, questions, options),
         options,
         cache_dir,
     )
-    dataset = check_volumes(dataset, on_missing, tally)
-    tally.log(f"{source.root} {source.split} ({source.layout})")
+    dataset = check_volumes(dataset, on_missing, load_stats)
+    load_stats.log(f"{source.root} {source.split} ({source.layout})")
     if counts_file is not None:
-        tally.save(counts_file, **options)
+        load_stats.save(counts_file, **options)
     return dataset
 
 
@@ -205,7 +205,7 @@ def _read_split(
     source: CtRateSource,
     vqa_files: Sequence[Path],
     tasks: Collection[str],
-    tally: Tally,
+    load_stats: LoadStats,
     *,
     report_sections: Sequence[str],
     reconstructions: str,
@@ -215,14 +215,14 @@ def _read_split(
     """All records of a split: reports, then the VQA files in the order given."""
     excluded = read_no_chest(source.no_chest)
     chosen = choose_reconstructions(source, excluded, reconstructions, reconstruction_seed)
-    volumes = VolumeChoice(source.locate, tally, excluded=excluded, reconstructions=chosen)
+    volumes = VolumeChoice(source.locate, load_stats, excluded=excluded, reconstructions=chosen)
     rescale = None
     if source.layout == "v1":
         rescale = read_rescale(source.metadata)
         logger.warning("%s: v1 volumes; HU and voxel sizes by the metadata.", source.root)
     labels = read_labels(source.labels if finding_names else None, finding_names)
-    unknown = [UNKNOWN_LABEL] * len(finding_names)
-    reader = RecordReader(volumes, tally, tasks, labels=labels, rescale=rescale, unknown=unknown)
+    unknown = [IGNORE_INDEX] * len(finding_names)
+    reader = RecordReader(volumes, load_stats, tasks, labels=labels, rescale=rescale, unknown=unknown)
     from_csv = "report" in tasks and source.reports is not None
     if from_csv:
         yield from reader.reports(source.reports, report_sections)
@@ -231,12 +231,12 @@ def _read_split(
             yield from reader.vqa(path, skip_reports=from_csv)
 
 
-def check_volumes(dataset: datasets.Dataset, on_missing: str, tally: Tally) -> datasets.Dataset:
+def check_volumes(dataset: datasets.Dataset, on_missing: str, load_stats: LoadStats) -> datasets.Dataset:
     """The records whose volumes are there. Addresses aren't looked at.
 
     Args:
         on_missing: "error" raises FileNotFoundError with a list, "skip" leaves records out, "keep" doesn't look.
-        tally: of these records; brought up to date.
+        load_stats: of these records; brought up to date.
     """
     if on_missing == "keep":
         return dataset
@@ -254,8 +254,8 @@ def check_volumes(dataset: datasets.Dataset, on_missing: str, tally: Tally) -> d
             f"pretrain_encoder.py and warmup_aggregator.py; --on_error skip of train.py and eval.py)."
         )
     is_missing = pc.is_in(dataset.data.column("volume"), value_set=pa.array(missing)).to_numpy()
-    tally.drop("volume file missing", missing[0], int(is_missing.sum()))
-    tally.kept.subtract(Counter(dataset.data.column("task").filter(pa.array(is_missing)).to_pylist()))
+    load_stats.drop("volume file missing", missing[0], int(is_missing.sum()))
+    load_stats.kept.subtract(Counter(dataset.data.column("task").filter(pa.array(is_missing)).to_pylist()))
     return dataset.select(np.flatnonzero(~is_missing))
 
 
@@ -283,7 +283,7 @@ def load_samf_csv(
         on_missing, counts_file: as for `load_ct_rate`.
         patient_column: of the patients; default: `patient_id`, where there is one.
     """
-    root, tally = Path(image_root).expanduser().absolute(), Tally()
+    root, load_stats = Path(image_root).expanduser().absolute(), LoadStats()
     check_choice("on_missing", [on_missing], ON_MISSING)
     if tasks is not None:
         check_choice("tasks", tasks, TASKS)
@@ -297,7 +297,7 @@ def load_samf_csv(
             places += [volume_path(root, name, "v2"), volume_path(root, name, "v1")]
         return str(next((path for path in places if path.exists()), places[0]))
 
-    reader = RecordReader(VolumeChoice(locate, tally), tally, tasks or ("report", "multiple_choice"))
+    reader = RecordReader(VolumeChoice(locate, load_stats), load_stats, tasks or ("report", "multiple_choice"))
 
     def records() -> Iterator[dict[str, Any]]:
         if report_csv is not None:
@@ -305,11 +305,11 @@ def load_samf_csv(
         if mcq_csv is not None:
             yield from reader.choices(Path(mcq_csv), patient_column)
 
-    dataset = check_volumes(in_memory(records(), FEATURES), on_missing, tally)
+    dataset = check_volumes(in_memory(records(), FEATURES), on_missing, load_stats)
     source = " and ".join(str(path) for path in (report_csv, mcq_csv) if path is not None)
-    tally.log(source)
+    load_stats.log(source)
     if counts_file is not None:
-        tally.save(counts_file, source=source)
+        load_stats.save(counts_file, source=source)
     return dataset
 
 

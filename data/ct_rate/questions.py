@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from samf.data.ct_rate.tables import TAG, squeeze
-from samf.data.load_stats import Tally
+from samf.data.load_stats import LoadStats
 from samf.data.prompts import LETTERS
-
-TASKS = ("report", "multiple_choice", "short_answer", "long_answer")
+from samf.data.schema import TASKS
 
 OPTION = re.compile(r"\(([a-z])\)\s*")
 NO_OPTION = "multiple choice without options, or an answer that is none of them"  # why a record is left out
@@ -60,11 +59,11 @@ def turn_task(turn: dict[str, Any], record_id: str) -> str | None:
     return KINDS.get(kind)
 
 
-def vqa_turns(record: dict[str, Any], tally: Tally) -> Iterator[dict[str, Any]]:
+def vqa_turns(record: dict[str, Any], load_stats: LoadStats) -> Iterator[dict[str, Any]]:
     """The exchanges of one VQA record as task, question, choices and answer; unusable ones are counted and dropped."""
     record_id, conversation = str(record.get("id", "vqa")), record.get("conversations") or []
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
-        tally.drop("conversation that is no list of turns", record_id)
+        load_stats.drop("conversation that is no list of turns", record_id)
         return
     for k, turn in enumerate(conversation):
         if turn.get("from") != "human":
@@ -74,14 +73,14 @@ def vqa_turns(record: dict[str, Any], tally: Tally) -> Iterator[dict[str, Any]]:
         question = squeeze(_text(turn).replace("<image>", " "))
         answer = squeeze(_text(reply)) if reply.get("from") in ("gpt", "assistant") else ""
         if task is None or not answer or not (question or task == "report"):
-            tally.drop("no task tag" if task is None else "no question or no answer", record_id)
+            load_stats.drop("no task tag" if task is None else "no question or no answer", record_id)
             continue
         choices = None
         if task == "multiple_choice":
             question, choices = split_options(question)
             answer = settle_answer(answer, choices)
             if answer is None or not choices:
-                tally.drop(NO_OPTION, record_id)
+                load_stats.drop(NO_OPTION, record_id)
                 continue
         yield {"task": task, "question": question, "choices": choices, "answer": answer}
 

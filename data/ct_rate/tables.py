@@ -11,6 +11,7 @@ from typing import Any
 
 from samf.data.ct_rate.names import VolumeName
 from samf.data.ct_rate.sources import CtRateSource
+from samf.data.schema import IGNORE_INDEX
 from samf.utils.text_files import open_csv, open_text, read_lines
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ CT_RATE_LABELS = (
     "Interlobular septal thickening",
 )
 
-UNKNOWN_LABEL = -100
 UNCERTAIN = -1  # in tables made by CheXpert's rules and their like
 VOLUME_COLUMN = ("VolumeName", "AccessionNo")  # the column has had two names
 LONGEST_JSON_RECORD = 1 << 26  # characters
@@ -136,16 +136,16 @@ def read_labels(path: Path | None, finding_names: Sequence[str]) -> dict[VolumeN
     for number, row in enumerate(read_rows(path, (VOLUME_COLUMN, *finding_names)), start=1):
         values = [_label(row[name], path, number, name) for name in finding_names]
         uncertain += values.count(UNCERTAIN)
-        labels[row_volume(row, path)] = [UNKNOWN_LABEL if value == UNCERTAIN else value for value in values]
+        labels[row_volume(row, path)] = [IGNORE_INDEX if value == UNCERTAIN else value for value in values]
     if uncertain:
         logger.warning("%s: %d labels are -1, uncertain; they count as unknown.", path, uncertain)
     return labels
 
 
 def _label(text: str | None, path: Path, row: int, column: str) -> int:
-    """1, 0, UNCERTAIN or UNKNOWN_LABEL. Raises ValueError for anything else."""
+    """1, 0, UNCERTAIN or IGNORE_INDEX. Raises ValueError for anything else."""
     text = given(text)
-    value = _number(text) if text else UNKNOWN_LABEL
+    value = _number(text) if text else IGNORE_INDEX
     if value in (0, 1, UNCERTAIN) or not text:
         return int(value)
     raise ValueError(

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from samf.data.prompts import record_prompt
+from samf.data.schema import FAILURES_FILE
 from samf.utils.files import atomic_write, write_json
 
 logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "predictions.settings.json"
-FAILURES = "failures.jsonl"
 TIMES = "times.jsonl"
 
 Record = Mapping[str, Any]
@@ -92,7 +92,7 @@ class AnswerFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         _tie_to_settings(self.folder, {**settings, "records": self.records})
         self.merge()
-        for name in (FAILURES, *self._parts(FAILURES)):
+        for name in (FAILURES_FILE, *self._parts(FAILURES_FILE)):
             (self.folder / name).unlink(missing_ok=True)  # what failed before is tried again
 
     def check_volumes(self, records: Sequence[Record]) -> None:
@@ -121,7 +121,7 @@ class AnswerFolder:
         return {row["id"] for row in read_lines(self.folder / PREDICTIONS)}
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Lines for this process's part of PREDICTIONS, FAILURES or TIMES; with the operating system on return."""
+        """Lines for this process's part of PREDICTIONS, FAILURES_FILE or TIMES; with the operating system on return."""
         if name not in self._open:
             self._open[name] = (self.folder / _part(name, self.rank)).open("a", encoding="utf-8")
         self._open[name].write("".join(map(json_line, rows)))
@@ -137,10 +137,10 @@ class AnswerFolder:
 
         Safe against a kill at any point: a part is deleted once what it held is in the merged file.
         """
-        for name in (PREDICTIONS, FAILURES, TIMES):
+        for name in (PREDICTIONS, FAILURES_FILE, TIMES):
             parts = [self.folder / part for part in self._parts(name)]
             merged = self.folder / name
-            if not parts and name != FAILURES and _is_whole(merged):
+            if not parts and name != FAILURES_FILE and _is_whole(merged):
                 continue  # an empty list of failures is written too: it says that there were none
             rows = [row for path in (merged, *parts) for row in read_lines(path)]
             atomic_write(merged, "".join(map(json_line, self._in_order(name, rows))))

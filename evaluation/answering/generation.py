@@ -31,8 +31,8 @@ from samf.cache.slice_cache import SliceCache
 from samf.data.collator import SamfCollator
 from samf.data.patients import patient_of_record
 from samf.data.prompts import record_prompt
+from samf.data.schema import FAILURES_FILE
 from samf.evaluation.answering.answer_folder import (
-    FAILURES,
     PREDICTIONS,
     SETTINGS,
     TIMES,
@@ -179,7 +179,7 @@ def generate_predictions(
     settings: GenerationSettings | None = None,
     *,
     collator: Collator | None = None,
-    slice_cache: Any = None,
+    volume_store: Any = None,
     on_error: str = "stop",
     described_by: Mapping[str, Any] | None = None,
 ) -> GenerationSummary:
@@ -194,7 +194,7 @@ def generate_predictions(
         processor: its `batch_decode` writes the answers out.
         collator: records → left-padded tensors for `model.generate`; default: `SamfCollator(…, generation=True)` over
             volumes that are read ahead and encoded once. With settings.mcq="likelihood" it must be left out.
-        slice_cache: prepared volumes for the default collator; default: the last few volumes are kept in memory.
+        volume_store: prepared volumes for the default collator; default: the last few volumes are kept in memory.
         on_error: "stop" raises what a record's volume raised; "skip" logs it, lists it in failures.jsonl and goes on.
             A failed record is never replaced by another, and is tried again when the run is resumed.
         described_by: what else the predictions depend on (model, data, …); the file is tied to it, to the generation
@@ -208,12 +208,12 @@ def generate_predictions(
     settings, started = settings or GenerationSettings(), time.perf_counter()
     processes = Processes()
     folder = AnswerFolder(output_dir, records, processes.rank)
-    with processes.first_one_first():
+    with processes.main_process_first():
         if processes.is_first:
             folder.prepare({**_tied(settings, model, processor, records), **(described_by or {})})
             folder.check_volumes(records)
     answered = folder.answered()
-    volumes = None if collator else _Volumes(model, processor.image_processor, slice_cache, settings.batch_size)
+    volumes = None if collator else _Volumes(model, processor.image_processor, volume_store, settings.batch_size)
     collators = _collators(processor, collator, volumes, settings)
     answerer = _Answerer(model, processor, collators, settings, folder, on_error)
     was_training = model.training
@@ -229,7 +229,7 @@ def generate_predictions(
             folder.merge()
     if processes.count > 1:
         processes.wait()
-        with processes.first_one_first():
+        with processes.main_process_first():
             if processes.is_first:
                 folder.merge()
     return _summarise(folder, answered, time.perf_counter() - started, processes.count)
@@ -254,7 +254,7 @@ def _summarise(folder: AnswerFolder, answered: set[str], seconds: float, process
         seconds=seconds,
         new_tokens=sum(row["tokens"] for row in new),
         processes=processes,
-        failures=read_lines(folder.folder / FAILURES),
+        failures=read_lines(folder.folder / FAILURES_FILE),
         tasks=answer_statistics(rows, read_lines(folder.folder / TIMES)),
     )
 
@@ -262,9 +262,9 @@ def _summarise(folder: AnswerFolder, answered: set[str], seconds: float, process
 class _Volumes:
     """The default source of volumes: read ahead in threads, encoded once each."""
 
-    def __init__(self, model: nn.Module, image_processor: Any, slice_cache: Any, batch_size: int):
+    def __init__(self, model: nn.Module, image_processor: Any, volume_store: Any, batch_size: int):
         kept = 2 * batch_size + 1  # this batch's, the next one's, and one that reaches over
-        store = VolumeMemo(image_processor, kept) if slice_cache is None else slice_cache
+        store = VolumeMemo(image_processor, kept) if volume_store is None else volume_store
         # A store of another kind may use the model, which threads must not.
         self.ahead = ReadAhead(store) if isinstance(store, VolumeMemo | SliceCache) else None
         self.encoded = EncodedVolumes(model, image_processor, self.ahead or store, kept)
@@ -286,10 +286,10 @@ def _collators(
         if settings.mcq == "likelihood":
             raise ValueError("mcq='likelihood' needs training batches of its own; leave out `collator`.")
         return {"generate": collator}
-    collators = {"generate": SamfCollator(processor, generation=True, slice_cache=volumes.encoded)}
+    collators = {"generate": SamfCollator(processor, generation=True, volume_store=volumes.encoded)}
     if settings.mcq == "likelihood":
         collators["likelihood"] = OptionCollator(
-            SamfCollator(processor, slice_cache=volumes.encoded), settings.batch_size
+            SamfCollator(processor, volume_store=volumes.encoded), settings.batch_size
         )
     return collators
 
@@ -408,7 +408,7 @@ class _Answerer:
                 raise
             logger.warning("Record %s is skipped: %s", record["id"], error)
             failure = {name: record.get(name) for name in ("id", "scan_id", "task", "volume")}
-            self.folder.append(FAILURES, [{**failure, "error": f"{type(error).__name__}: {error}"}])
+            self.folder.append(FAILURES_FILE, [{**failure, "error": f"{type(error).__name__}: {error}"}])
             return False
         return True
 
@@ -577,7 +577,7 @@ def evaluate(
     if not is_first_process():
         return {}
     if not summary.written + summary.resumed:
-        raise ValueError(f"None of {len(records)} records could be read; {Path(output_dir) / FAILURES} lists why.")
+        raise ValueError(f"None of {len(records)} records could be read; {Path(output_dir) / FAILURES_FILE} lists why.")
     results = score_predictions(
         Path(output_dir) / PREDICTIONS,
         finding_names=finding_names,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from samf.data.collator import IGNORED
 from samf.data.prompts import LETTERS
+from samf.data.schema import IGNORE_INDEX
 
 Record = Mapping[str, Any]
 Collator = Callable[[Sequence[Record]], Mapping[str, torch.Tensor]]
@@ -59,10 +59,10 @@ def answer_log_likelihoods(model: nn.Module, batch: Mapping[str, torch.Tensor]) 
         raise ValueError("The batch has no prompt_mask; without it the image tokens would depend on the answer.")
     labels = batch["labels"]
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "finding_targets")}
-    columns = (labels != IGNORED).any(dim=0).nonzero()[:, 0]  # (A,), where an answer of the batch has a token
+    columns = (labels != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]  # (A,), where an answer of the batch has a token
     logits = model(**inputs, logits_to_keep=columns - 1, use_cache=False).logits  # (B, A, vocabulary)
     tokens = labels[:, columns]  # (B, A)
-    counted = tokens != IGNORED
+    counted = tokens != IGNORE_INDEX
     log_probs = logits.float().log_softmax(dim=-1).gather(-1, tokens.clamp(min=0).unsqueeze(-1)).squeeze(-1)  # (B, A)
     sums = (log_probs * counted).sum(dim=1)
     return list(zip(sums.tolist(), counted.sum(dim=1).tolist(), strict=True))

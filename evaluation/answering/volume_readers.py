@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from samf.data.collator import VolumeStore
+from samf.data.schema import VolumeStore
 from samf.model.ct_volume import read_ct
 
 Key = tuple[str, tuple[float, ...]]

@@ -46,7 +46,7 @@ from samf.evaluation.scoring import (
 )
 from samf.model.ct_volume import read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
-from samf.reporting.slice_view import WINDOWS, save_slice_picture
+from samf.reporting.slice_view import WINDOWS, save_slice_image
 from samf.utils.files import atomic_path, atomic_write, write_json
 from samf.utils.text_files import read_text
 
@@ -370,7 +370,7 @@ def draw_slices(
         try:
             volume = read_ct(record["volume"], rescale=record.get("rescale"))
             path = folder / f"slices_{number}.png"
-            drawn[row_id] = save_slice_picture(volume, path, image_processor=processor)
+            drawn[row_id] = save_slice_image(volume, path, image_processor=processor)
         except (OSError, ValueError) as error:
             logger.warning("%s: no picture of its slices: %s", row_id, error)
             drawn[row_id] = f"The volume can't be shown: {type(error).__name__}."

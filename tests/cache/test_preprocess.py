@@ -30,13 +30,13 @@ from samf.cache import fill as preprocessing
 from samf.cache import settings as slice_settings
 from samf.cache import slice_cache
 from samf.cache.embedding_cache import EmbeddingCache
-from samf.cache.fill import Estimate, FillOptions, record_bytes
-from samf.cache.locks import Claims
-from samf.cache.manifest import Ledger, Shard, Volume
-from samf.cache.slice_cache import SliceCache, check_record, read_record
+from samf.cache.fill import Estimate, FillOptions, entry_bytes
+from samf.cache.locks import EntryLocks
+from samf.cache.manifest import Manifest, Shard, Volume
+from samf.cache.slice_cache import SliceCache, check_entry, read_entry
 from samf.cache.worker_pool import WorkerDied, WorkerPool
 from samf.data.ct_rate.loader import load_ct_rate
-from samf.data.load_stats import Tally
+from samf.data.load_stats import LoadStats
 from samf.data.volume_discovery import find_volumes
 from samf.model.ct_volume import CTReadError, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
@@ -99,7 +99,7 @@ def assert_equals_extract(volumes: Sequence[Path], cache: Path) -> None:
     processor = SamfImageProcessor(slices_per_plane=2, size=16)
     store = SliceCache(cache, processor)
     for volume in volumes:
-        record, expected = read_record(store.record_path(volume)), processor.extract(read_ct(volume))
+        record, expected = read_entry(store.entry_path(volume)), processor.extract(read_ct(volume))
         for name, array in expected.items():
             np.testing.assert_array_equal(record[name], array, err_msg=f"{volume} {name}")
 
@@ -122,7 +122,7 @@ def kill_three_times(start: Callable[[], list[int]], cache: Path, thresholds: Se
             os.killpg(leader, signal.SIGKILL)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1]) for leader in leaders]
         assert -signal.SIGKILL in statuses, f"{statuses}: none was killed"
-        assert all(check_record(path) is None for path in cache.glob("??/*.safetensors"))
+        assert all(check_entry(path) is None for path in cache.glob("??/*.safetensors"))
         now = records(cache)
         assert len(now) >= threshold and all(now[name] == stat for name, stat in before.items())
         before = now
@@ -407,10 +407,10 @@ def test_a_file_name_that_is_no_utf8_is_a_name_as_any(phantoms, tmp_path):
     assert run(folder, cache, on_error="skip") == 0
     assert [row["volume"] for row in rows(cache / "volumes.jsonl")] == [str(good)]
     assert [row["volume"] for row in rows(cache / "failures.jsonl")] == [str(torn)]
-    tally = Tally()
-    tally.drop("unreadable", str(torn))
-    tally.save(tmp_path / "counts.json")
-    assert Tally.from_summary(json.loads((tmp_path / "counts.json").read_text(encoding="utf-8"))) == tally
+    load_stats = LoadStats()
+    load_stats.drop("unreadable", str(torn))
+    load_stats.save(tmp_path / "counts.json")
+    assert LoadStats.from_summary(json.loads((tmp_path / "counts.json").read_text(encoding="utf-8"))) == load_stats
 
 
 def test_stop_says_which_volume_and_why_and_leaves_the_manifest(troubled, tmp_path, capfd):
@@ -435,7 +435,7 @@ def test_a_missing_volume_is_listed_and_a_full_disk_stops(phantoms, tmp_path, mo
     def full(path, _):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(slice_cache, "write_record", full)
+    monkeypatch.setattr(slice_cache, "write_entry", full)
     assert run(phantoms[0].parent, tmp_path / "other", on_error="skip") == 1
     assert "No space left on device" in capfd.readouterr().err
     assert manifest(tmp_path / "other")["failed"] == 0  # no volume's fault
@@ -463,8 +463,8 @@ def test_a_record_of_slices_is_as_large_as_is_said(phantoms, tmp_path):
         processor = SamfImageProcessor(**settings)
         cache = SliceCache(tmp_path, processor)
         cache.get(phantoms[0])
-        assert cache.record_path(phantoms[0]).stat().st_size == pytest.approx(record_bytes(processor), rel=0.1, abs=300)
-    whole = record_bytes(SamfImageProcessor())
+        assert cache.entry_path(phantoms[0]).stat().st_size == pytest.approx(entry_bytes(processor), rel=0.1, abs=300)
+    whole = entry_bytes(SamfImageProcessor())
     assert whole == pytest.approx(72 * 3 * 224 * 224, rel=1e-3)
     estimate = str(Estimate(47_000, 47_000, 2_938, whole, 10**12, 16, seconds=7 * 3600.0, sample=16))
     assert "$HF_HOME" not in estimate
@@ -722,7 +722,7 @@ def test_an_encoders_settings_for_photographs_are_not_slice_settings(slices, tmp
 
 
 def test_a_claim_holds_between_processes_until_its_process_ends_however_it_ends(tmp_path):
-    claims = Claims(tmp_path / "claims.lock")
+    claims = EntryLocks(tmp_path / "claims.lock")
 
     def hold_and_sleep() -> int:
         with claims.hold("a1" * 20):
@@ -747,7 +747,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, capl
 
     monkeypatch.setattr("samf.cache.locks.fcntl.lockf", no_locks)
     for name in ("ab" * 20, "cd" * 20):
-        with Claims(tmp_path / "claims.lock").hold(name) as ours:
+        with EntryLocks(tmp_path / "claims.lock").hold(name) as ours:
             assert ours
     assert caplog.text.count("has no locks") == 1
 
@@ -832,7 +832,7 @@ def test_temporary_files_of_a_killed_run_go_when_they_are_old(tmp_path):
     for file in (old, young):
         file.touch()
     os.utime(old, (time.time() - 7200,) * 2)
-    assert Ledger(tmp_path, "slices").keys() == (set(), set())
+    assert Manifest(tmp_path, "slices").keys() == (set(), set())
     assert not old.exists() and young.exists()
 
 
@@ -846,7 +846,7 @@ def test_a_temporary_file_in_a_cache_that_is_read_only_stays(tmp_path, monkeypat
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", read_only)
-    assert Ledger(tmp_path, "slices").keys() == (set(), set())
+    assert Manifest(tmp_path, "slices").keys() == (set(), set())
 
 
 def test_options_that_make_no_sense_are_errors(tmp_path, capsys):

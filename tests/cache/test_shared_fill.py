@@ -16,8 +16,8 @@ import torch.multiprocessing as multiprocessing
 
 from samf.cache import manifest as cache_ledger
 from samf.cache import slice_cache
-from samf.cache.manifest import Ledger, look_at
-from samf.cache.slice_cache import SliceCache, record_file
+from samf.cache.manifest import Manifest, inspect_volumes
+from samf.cache.slice_cache import SliceCache, entry_file
 from samf.data.volume_discovery import SourceOptions
 from samf.model.ct_volume import CTReadError, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
@@ -69,7 +69,7 @@ def _see_late() -> None:
         return identity(path)
 
     def late(cache, volume):
-        place = record_file(cache.folder, str(volume.key))
+        place = entry_file(cache.folder, str(volume.key))
         is_seen = time.monotonic() - first_look.setdefault(place, time.monotonic()) > LATE
         return has_file(cache, volume) and (is_seen or _makes(place))
 
@@ -189,10 +189,10 @@ def test_what_fails_on_the_first_process_fails_on_both(tmp_path):
 def test_what_was_noted_as_deadly_is_not_read_again(volumes, tmp_path, monkeypatch):
     """Preprocessing saw it crash its reader or hang; a stage without guard would crash or hang with it."""
     keys, cache = keys_below(volumes), cache_at(tmp_path)
-    ledger = Ledger(tmp_path, "slices")
-    listed = look_at(keys, cache)
+    manifest = Manifest(tmp_path, "slices")
+    listed = inspect_volumes(keys, cache)
     for volume, reason in zip(listed[:2], ("SIGSEGV", "Timeout"), strict=True):
-        ledger.note_failure(volume, reason, "noted before")
+        manifest.note_failure(volume, reason, "noted before")
 
     def read(path, **options):
         assert path not in (keys[0][0], keys[1][0])

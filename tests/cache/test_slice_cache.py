@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from samf.cache import slice_cache
-from samf.cache.slice_cache import SliceCache, check_record, read_record, volume_identity, write_record
+from samf.cache.slice_cache import SliceCache, check_entry, read_entry, volume_identity, write_entry
 from samf.model import ct_download as volume_sources
 from samf.model.ct_dicom import dicom_files
 from samf.model.ct_volume import CTReadError, read_ct
@@ -101,12 +101,12 @@ def test_folder_of_slices_is_one_volume(tmp_path, processor, test_data):
 
 
 def test_a_version_of_the_code_makes_other_records(tmp_path, processor, scan, monkeypatch):
-    before = SliceCache(tmp_path, processor).record_path(scan)
-    monkeypatch.setattr(slice_cache, "RECORD_VERSION", slice_cache.RECORD_VERSION + 1)
-    assert SliceCache(tmp_path, processor).record_path(scan) != before
+    before = SliceCache(tmp_path, processor).entry_path(scan)
+    monkeypatch.setattr(slice_cache, "ENTRY_VERSION", slice_cache.ENTRY_VERSION + 1)
+    assert SliceCache(tmp_path, processor).entry_path(scan) != before
     monkeypatch.undo()
     monkeypatch.setattr("samf.model.image_processing_samf.EXTRACT_VERSION", 99)
-    assert SliceCache(tmp_path, processor).record_path(scan) != before
+    assert SliceCache(tmp_path, processor).entry_path(scan) != before
 
 
 def test_identity_follows_every_file_of_a_volume(tmp_path):
@@ -144,27 +144,27 @@ def test_record_of_an_address_is_found_without_the_network(tmp_path, processor, 
 def test_check_record_reads_what_opening_one_does_not(tmp_path):
     path = tmp_path / "record.safetensors"
     arrays = {"slices": np.arange(200, dtype=np.uint8), "slice_mm": np.ones(3, np.float32)}
-    write_record(path, arrays)
-    assert check_record(path) is None
+    write_entry(path, arrays)
+    assert check_entry(path) is None
     whole = path.read_bytes()
     for place in range(len(whole) - 212, len(whole), 53):  # anywhere in the arrays' 212 bytes
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
-        assert read_record(path) is not None and "checksum" in check_record(path)
+        assert read_entry(path) is not None and "checksum" in check_entry(path)
     path.write_bytes(whole[:-1])
-    assert check_record(path)
+    assert check_entry(path)
     with pytest.raises(FileNotFoundError):
-        check_record(tmp_path / "none")
+        check_entry(tmp_path / "none")
 
 
 def test_a_record_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch, caplog):
     path = tmp_path / "record.safetensors"
-    write_record(path, {"slices": np.arange(9, dtype=np.uint8)})
+    write_entry(path, {"slices": np.arange(9, dtype=np.uint8)})
 
     def no_open(*_, **__):
         raise OSError(errno.ESTALE, "Stale file handle")
 
     monkeypatch.setattr(slice_cache, "open", no_open, raising=False)
-    for read in (read_record, check_record):
+    for read in (read_entry, check_entry):
         with pytest.raises(OSError, match="Stale"):
             read(path)
     assert "damaged" not in caplog.text
@@ -215,8 +215,8 @@ def test_failed_write_leaves_neither_record_nor_temporary_file(tmp_path, monkeyp
 
     monkeypatch.setattr("samf.cache.slice_cache.os.replace", no_rename)
     with pytest.raises(OSError, match="disk full"):
-        write_record(tmp_path / "cache" / "r.safetensors", {"slices": np.zeros(3, np.uint8)})
-    assert records(tmp_path / "cache") == [] and read_record(tmp_path / "cache" / "r.safetensors") is None
+        write_entry(tmp_path / "cache" / "r.safetensors", {"slices": np.zeros(3, np.uint8)})
+    assert records(tmp_path / "cache") == [] and read_entry(tmp_path / "cache" / "r.safetensors") is None
 
 
 def _fill(job):

@@ -14,7 +14,7 @@ from dicom_series import stack_positions, write_series
 
 from samf import preprocess
 from samf.cache import slice_cache
-from samf.cache.manifest import Ledger
+from samf.cache.manifest import Manifest
 from samf.cache.slice_cache import SliceCache
 from samf.data import patients
 from samf.data.ct_rate.loader import check_patient_overlap, load_ct_rate, load_records
@@ -147,7 +147,7 @@ def test_a_table_may_name_folders_of_dicom_and_file_addresses(tmp_path, chest):
     for source in (address, str(tmp_path / "list.txt"), str(table.with_name("P 1"))):
         assert find_volumes([source]) == [(str(tmp_path / "P 1/ct"), None)]
     cache = SliceCache(tmp_path / "cache", SMALL)
-    assert cache.record_path(address) == cache.record_path(tmp_path / "P 1/ct")
+    assert cache.entry_path(address) == cache.entry_path(tmp_path / "P 1/ct")
 
 
 @pytest.mark.parametrize("address", ["file://server/share/a.nii", "file:a.nii"])
@@ -280,7 +280,7 @@ def test_a_caches_records_are_held_out_by_the_patients_of_their_volumes(cohort, 
     assert preprocess_tree(cohort, cache=tmp_path) == 0
     rule = PatientRule.parse("(LIDC-[0-9])")
     sets = slice_sets([str(tmp_path)], SMALL, tmp_path, valid_share=0.3, options=SourceOptions(patient_rule=rule))
-    volumes = {line["record"]: line["volume"] for line in Ledger(tmp_path, "slices").log_lines()}
+    volumes = {line["record"]: line["volume"] for line in Manifest(tmp_path, "slices").log_lines()}
     people = [{Path(volumes[file.stem]).parent for file in part.files} for part in (sets.train, sets.queries)]
     assert [len(part) for part in people] == [4, 2] and not people[0] & people[1]
 

@@ -709,10 +709,10 @@ def test_likelihoods_are_those_of_the_training_loss(ct_folder, num_image_tokens)
     records = choice_records(ct_folder)[:2]
     store = VolumeMemo(processor.image_processor, capacity=3)
     encoded = EncodedVolumes(model, processor.image_processor, store, capacity=3)
-    chunks = OptionCollator(SamfCollator(processor, slice_cache=encoded), rows=3)(records)
+    chunks = OptionCollator(SamfCollator(processor, volume_store=encoded), rows=3)(records)
     found = [pair for chunk in chunks for pair in answer_log_likelihoods(model, chunk)]
     assert [len(chunk["input_ids"]) for chunk in chunks] == [3, 3, 2]
-    alone = SamfCollator(processor, slice_cache=store)
+    alone = SamfCollator(processor, volume_store=store)
     for row, (log_likelihood, tokens) in zip(option_rows(records), found, strict=True):
         batch = alone([row])
         with torch.no_grad():
@@ -727,7 +727,7 @@ def test_the_fused_vector_is_the_prompts_whatever_the_option(ct_folder):
     model = model_for(processor)
     rows = option_rows(choice_records(ct_folder)[:1])
     store = VolumeMemo(processor.image_processor, capacity=3)
-    batch = SamfCollator(processor, slice_cache=store)([rows[0], {**rows[0], "answer": "(a) xyz xyz"}])
+    batch = SamfCollator(processor, volume_store=store)([rows[0], {**rows[0], "answer": "(a) xyz xyz"}])
     start = int((batch["labels"][0] != -100).nonzero()[0])
     labels = batch.pop("labels")
     with torch.no_grad():
@@ -823,7 +823,7 @@ def test_shares_of_several_processes_make_the_file_of_one(records, tmp_path, mon
         def wait(self):
             pass
 
-        first_one_first = contextlib.nullcontext
+        main_process_first = contextlib.nullcontext
 
     monkeypatch.setattr(generation, "Processes", Rank)
     folder = AnswerFolder(tmp_path / "several", records)

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from samf import SamfForConditionalGeneration, SamfImageProcessor, SamfProcessor
-from samf.data.collator import IGNORED, SamfCollator
+from samf.data.collator import SamfCollator
+from samf.data.schema import IGNORE_INDEX
 from samf.model.chat_template_samf import CHAT_TEMPLATE, render
 from samf.training.factory import agree_on_stop_tokens
 
@@ -195,7 +196,7 @@ def test_training_labels_end_where_generation_stops(family):
     processor, *_, answer = family
     record = {"id": "0", "question": "Heart?", "choices": None, "answer": "Normal.", "volume": None}
     batch = SamfCollator(processor)([record, {**record, "answer": "Normal. " * 9}])
-    labels = batch["labels"][0][batch["labels"][0] != IGNORED]
+    labels = batch["labels"][0][batch["labels"][0] != IGNORE_INDEX]
     assert processor.tokenizer.decode(labels) == answer.format("Normal.")
     model = SamfForConditionalGeneration(tiny_config())
     model.generation_config = GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id)

@@ -9,8 +9,9 @@ from tiny import IMAGE_TOKENS, model_for, tiny_processor
 from transformers.processing_utils import ProcessorMixin
 
 from samf import SamfProcessor
-from samf.data.collator import IGNORED, SamfCollator
+from samf.data.collator import SamfCollator
 from samf.data.prompts import record_prompt
+from samf.data.schema import IGNORE_INDEX
 
 PROMPT = "Which finding is present?"
 
@@ -215,11 +216,11 @@ class Store:
 def test_collator_puts_the_loss_on_the_answer_and_its_end_token():
     processor = tiny_processor()
     records = [record(0, finding_labels=[1, 0]), record(1, volume=None, answer="emphysema", finding_labels=[])]
-    batch = SamfCollator(processor, slice_cache=Store(processor))(records)
-    answers = [processor.tokenizer.decode(row[row != IGNORED]) for row in batch["labels"]]
+    batch = SamfCollator(processor, volume_store=Store(processor))(records)
+    answers = [processor.tokenizer.decode(row[row != IGNORE_INDEX]) for row in batch["labels"]]
     assert answers == ["(b) emphysema<|end|>", "emphysema<|end|>"]
-    assert not (batch["prompt_mask"] & (batch["labels"] != IGNORED)).any()
-    assert batch["finding_targets"].tolist() == [[1, 0], [IGNORED, IGNORED]]
+    assert not (batch["prompt_mask"] & (batch["labels"] != IGNORE_INDEX)).any()
+    assert batch["finding_targets"].tolist() == [[1, 0], [IGNORE_INDEX, IGNORE_INDEX]]
     assert batch["attention_mask"][:, 0].tolist() == [1, 1]  # right padding
     assert f"{PROMPT} (a) consolidation (b) emphysema" in processor.tokenizer.decode(batch["input_ids"][0])
     assert model_for(processor, finding_names=["x", "y"])(**batch).loss.isfinite()
@@ -233,8 +234,8 @@ def test_a_long_answer_loses_its_end_but_never_its_end_token():
     cut = collator([record(0, volume=None, answer="emphysema " * 20)])
     assert cut["input_ids"].shape[1] == length
     assert collator.truncated == 1
-    kept, end = cut["labels"][cut["labels"] != IGNORED], processor.tokenizer.convert_tokens_to_ids("<|end|>")
-    full = whole["labels"][whole["labels"] != IGNORED]
+    kept, end = cut["labels"][cut["labels"] != IGNORE_INDEX], processor.tokenizer.convert_tokens_to_ids("<|end|>")
+    full = whole["labels"][whole["labels"] != IGNORE_INDEX]
     assert kept[-1] == end
     assert torch.equal(kept[:-1], full[: len(kept) - 1])
     with pytest.raises(ValueError, match="Record '0' is .* can't be cut"):
@@ -243,7 +244,7 @@ def test_a_long_answer_loses_its_end_but_never_its_end_token():
 
 def test_collator_for_generation_pads_left_and_holds_no_answer():
     processor = tiny_processor()
-    batch = SamfCollator(processor, generation=True, slice_cache=Store(processor))(
+    batch = SamfCollator(processor, generation=True, volume_store=Store(processor))(
         [record(0), record(1, volume=None, answer="nothing of this")]
     )
     assert batch["attention_mask"][:, -1].tolist() == [1, 1]

@@ -508,7 +508,7 @@ def test_a_cache_of_several_settings_is_an_error(scans, tmp_path):
     for size in (16, 32):
         cache = SliceCache(tmp_path, SamfImageProcessor(size=size, slices_per_plane=2))
         cache.get(path)
-        files.append(cache.record_path(path))
+        files.append(cache.entry_path(path))
     with pytest.raises(ValueError, match="several settings"):
         VolumeSlices(files, 4)
 

@@ -10,7 +10,7 @@ from tiny import tiny_model
 from transformers import AutoModel, TrainingArguments, ViTConfig, ViTModel, set_seed
 
 from samf import SamfImageProcessor, warmup_aggregator
-from samf.cache.slice_cache import read_record
+from samf.cache.slice_cache import read_entry
 from samf.phantoms.dataset import make_phantom, write_nifti
 from samf.pretraining.contrastive import (
     ContrastTrainer,
@@ -340,7 +340,7 @@ def test_a_folder_without_an_aggregator_is_an_error(tmp_path):
 
 def test_slices_and_their_embeddings_are_kept(warmed, slice_encoder):
     """One record of slices and one of embeddings for each of ten scans; the second equals the encoder's output."""
-    records = [read_record(file) for file in sorted((warmed.parent / "cache").glob("??/*.safetensors"))]
+    records = [read_entry(file) for file in sorted((warmed.parent / "cache").glob("??/*.safetensors"))]
     slices, embeddings = ([r for r in records if name in r] for name in ("slices", "slice_embeddings"))
     assert (len(slices), len(embeddings)) == (10, 10)
     processor = SamfImageProcessor.from_pretrained(slice_encoder)

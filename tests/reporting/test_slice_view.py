@@ -14,7 +14,7 @@ from PIL import Image
 
 from samf.model.ct_volume import read_ct, to_ct_volume
 from samf.model.image_processing_samf import SamfImageProcessor
-from samf.reporting.slice_view import _draw, _knows_sides, main, save_slice_picture
+from samf.reporting.slice_view import _draw, _knows_sides, main, save_slice_image
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def processor():
 
 
 def test_picture_shows_every_slice(tmp_path, volume, processor):
-    path = save_slice_picture(volume, tmp_path / "new" / "slices.png", image_processor=processor)
+    path = save_slice_image(volume, tmp_path / "new" / "slices.png", image_processor=processor)
     picture = np.asarray(Image.open(path).convert("L"))
     assert list(path.parent.iterdir()) == [path]
     # Three rows of three bright squares on black: along a line through a row's middle, three bright runs.
@@ -43,23 +43,23 @@ def test_picture_shows_every_slice(tmp_path, volume, processor):
 def test_each_window_gives_another_picture_and_titles_and_weights_show(tmp_path, volume, processor):
     extracted = processor.extract(volume)
     pictures = {
-        "lung": save_slice_picture(extracted, tmp_path / "a.png"),
-        "wide": save_slice_picture(extracted, tmp_path / "b.png", window=2),
-        "title": save_slice_picture(extracted, tmp_path / "c.png", title="Nodule?"),
-        "weights": save_slice_picture(extracted, tmp_path / "d.png", weights=np.linspace(0, 1, 9)),
-        "zero weights": save_slice_picture(extracted, tmp_path / "e.png", weights=[0.0] * 9),
+        "lung": save_slice_image(extracted, tmp_path / "a.png"),
+        "wide": save_slice_image(extracted, tmp_path / "b.png", window=2),
+        "title": save_slice_image(extracted, tmp_path / "c.png", title="Nodule?"),
+        "weights": save_slice_image(extracted, tmp_path / "d.png", weights=np.linspace(0, 1, 9)),
+        "zero weights": save_slice_image(extracted, tmp_path / "e.png", weights=[0.0] * 9),
     }
     assert len({path.read_bytes() for path in pictures.values()}) == 5
-    again = save_slice_picture(extracted, tmp_path / "f.png")
+    again = save_slice_image(extracted, tmp_path / "f.png")
     assert again.read_bytes() == pictures["lung"].read_bytes()
 
 
 def test_wrong_calls_say_so(tmp_path, volume, processor):
     extracted = processor.extract(volume)
     with pytest.raises(ValueError, match="window=3.*0 to 2"):
-        save_slice_picture(extracted, tmp_path / "x.png", window=3)
+        save_slice_image(extracted, tmp_path / "x.png", window=3)
     with pytest.raises(ValueError, match="4 weights for 9 slices"):
-        save_slice_picture(extracted, tmp_path / "x.png", weights=[1, 2, 3, 4])
+        save_slice_image(extracted, tmp_path / "x.png", weights=[1, 2, 3, 4])
     assert not (tmp_path / "x.png").exists()
 
 
@@ -109,7 +109,7 @@ def test_every_format_gives_the_picture_of_its_slices(scans, tmp_path):
         output = tmp_path / "pictures" / f"{path.name}.png"
         assert main([str(path), "--output", str(output), "--slices", "1"]) == 0, path
         expected = SamfImageProcessor(slices_per_plane=1, hu_windows=((-1350, 150),)).extract(read_ct(path))
-        drawn = save_slice_picture(expected, tmp_path / "expected.png")
+        drawn = save_slice_image(expected, tmp_path / "expected.png")
         assert np.array_equal(_below_heading(output), _below_heading(drawn)), path
 
 

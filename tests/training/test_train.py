@@ -112,7 +112,7 @@ def test_embeddings_in_the_cache_are_the_encoders_and_follow_its_weights(work, t
     with torch.no_grad():
         model.model.slice_encoder.layernorm.bias += 1
     moved = EmbeddingCache(tmp_path, slices, model.model)
-    assert moved.record_path(path) != cache.record_path(path)
+    assert moved.entry_path(path) != cache.entry_path(path)
     torch.testing.assert_close(torch.tensor(moved.get(path)["slice_embeddings"]), expected + 1)
 
 

@@ -60,11 +60,11 @@ def test_records_are_too_long_where_the_collator_would_refuse_them(records, proc
     """At every length near theirs: what is left out is what ends training, no more and no less."""
     chosen = with_question(records.select(range(12)), 7, question)
     store = SliceCache(work / "cache", processor.image_processor)
-    exact = SamfCollator(processor, slice_cache=store).uncuttable_lengths(list(chosen))
+    exact = SamfCollator(processor, volume_store=store).uncuttable_lengths(list(chosen))
     for max_length in sorted({length + more for length in exact for more in (0, 1)}):
         expected = {row: length for row, length in enumerate(exact) if length >= max_length}
         assert find_overlong(chosen, processor, max_length) == expected, max_length
-        collate = SamfCollator(processor, slice_cache=store, max_length=max_length)
+        collate = SamfCollator(processor, volume_store=store, max_length=max_length)
         for row in (0, 7):
             if row in expected:
                 with pytest.raises(ValueError, match="can't be cut"):
@@ -107,10 +107,10 @@ def rows(*volumes: str | None) -> list[dict]:
 
 def test_a_record_of_the_batch_takes_an_unreadable_ones_place(processor, caplog):
     data = rows("v1", "v2", None, "v3")
-    collate = SkippingCollator(SamfCollator(processor, slice_cache=Store({"v2"})), data)
+    collate = SkippingCollator(SamfCollator(processor, volume_store=Store({"v2"})), data)
     batch, whole = (
         collate(data),
-        SamfCollator(processor, slice_cache=Store(set()))([data[0], data[3], data[2], data[3]]),
+        SamfCollator(processor, volume_store=Store(set()))([data[0], data[3], data[2], data[3]]),
     )
     assert batch.keys() == whole.keys() and all(torch.equal(batch[name], value) for name, value in whole.items())
     assert collate.unreadable == 1 and "v2: damaged" in caplog.text
@@ -122,10 +122,10 @@ def test_without_fellows_the_id_chooses_a_substitute(processor):
     data = rows(*(f"v{k}" for k in range(8)), None)
     found = []
     for _ in range(2):
-        collate = SkippingCollator(SamfCollator(processor, slice_cache=Store({"v2"})), data)
+        collate = SkippingCollator(SamfCollator(processor, volume_store=Store({"v2"})), data)
         found.append(collate([data[2]])["slice_embeddings"][0, 0, 0].item())
     assert found[0] == found[1] != 2
-    collate = SkippingCollator(SamfCollator(processor, slice_cache=Store({f"v{k}" for k in range(8)})), data)
+    collate = SkippingCollator(SamfCollator(processor, volume_store=Store({f"v{k}" for k in range(8)})), data)
     with pytest.raises(CTReadError, match="v2: can't be read, and neither can 7 others"):
         collate([data[2]])
 
@@ -156,7 +156,7 @@ def test_training_goes_on_without_a_cache_that_cannot_be_written(work, processor
         writes.append(path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(slice_cache, "write_record", full)
+    monkeypatch.setattr(slice_cache, "write_entry", full)
     cache = OptionalSliceCache(tmp_path, images)
     for path in volumes * 2:
         for name, array in images.extract(path).items():
@@ -195,7 +195,7 @@ def test_weights_can_be_read_by_those_whom_the_umask_lets(tmp_path, group_umask)
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
     save_aggregator(model, tmp_path / "aggregator")
-    slice_cache.write_record(tmp_path / "record.safetensors", {"a": np.zeros(2, np.float32)})
+    slice_cache.write_entry(tmp_path / "record.safetensors", {"a": np.zeros(2, np.float32)})
     assert modes(tmp_path) == {group_umask}
     save_file({"a": torch.ones(2)}, tmp_path / "record.safetensors")
     (tmp_path / "record.safetensors").chmod(0o606)  # what somebody has allowed stays so

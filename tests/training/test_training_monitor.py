@@ -28,11 +28,11 @@ from samf.training.arguments import DataArguments, TuningArguments
 from samf.training.datasets import label_findings
 from samf.training.factory import apply_liger
 from samf.training.flops import StepFlops, Work, known_peak
-from samf.training.image_grounding import SliceWeights, relative_entropy, warn_of_blindness
+from samf.training.image_grounding import SliceWeights, relative_entropy, warn_if_not_grounded
 from samf.training.param_groups import PARTS, train_parts
 from samf.training.sample_generation import score_samples
 from samf.training.throughput import TRUNCATED, Throughput, batch_work
-from samf.training.trackers import keep_boards_private, show_sample
+from samf.training.trackers import keep_trackers_private, show_sample
 from samf.training.trainer_base import preserved_random_state
 
 VISION = {"model_type": "vit", "image_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -169,11 +169,11 @@ def test_a_model_that_stays_blind_is_warned_of(caplog):
         return [row for gap in gaps for row in ({"eval_own_loss": 1.0}, {"eval_gap": gap})]
 
     with caplog.at_level(logging.WARNING):
-        assert not warn_of_blindness(log(0.0, 0.001), 0.01, 3)
-        assert not warn_of_blindness(log(0.0, 0.001, 0.02), 0.01, 3)
-        assert not warn_of_blindness(log(0.0, 0.0, 0.0, 0.5), 0.01, 3)
+        assert not warn_if_not_grounded(log(0.0, 0.001), 0.01, 3)
+        assert not warn_if_not_grounded(log(0.0, 0.001, 0.02), 0.01, 3)
+        assert not warn_if_not_grounded(log(0.0, 0.0, 0.0, 0.5), 0.01, 3)
         assert not caplog.records
-        assert warn_of_blindness(log(0.5, 0.009, -0.2, 0.0), 0.01, 3)
+        assert warn_if_not_grounded(log(0.5, 0.009, -0.2, 0.0), 0.01, 3)
     assert "doesn't look at the volumes" in caplog.text
 
 
@@ -267,10 +267,10 @@ def test_reports_and_slices_go_to_trackio(boards):
 def test_tensorboards_files_are_not_pushed_with_the_reports_in_them(tmp_path, monkeypatch):
     """Trainer pushes its whole output folder but for names that begin with an underscore; a folder that is named stays."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "mine")
-    keep_boards_private(str(tmp_path))
+    keep_trackers_private(str(tmp_path))
     assert TensorBoardCallback().logging_dir == "mine"
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
-    keep_boards_private(str(tmp_path))
+    keep_trackers_private(str(tmp_path))
     assert Path(TensorBoardCallback().logging_dir).relative_to(tmp_path).parts[0].startswith("_")
 
 
