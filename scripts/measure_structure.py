@@ -123,6 +123,27 @@ def ruff_count(root: Path, rule: str) -> str:
     return str(sum(f" {rule} " in line for line in run.stdout.splitlines()))
 
 
+def offenders(root: Path, under: str) -> list[str]:
+    """Return the places below a folder or file that the table counts, one a line."""
+    found = []
+    for path in python_files(root):
+        if not (path == Path(under) or path.is_relative_to(under)):
+            continue
+        source = (root / path).read_text(encoding="utf-8")
+        if (count := source.count("\n")) > MAX_FILE:
+            found.append(f"{path}: {count} lines")
+        for function, public in functions(ast.parse(source)):
+            place, size = f"{path}:{function.lineno}: {function.name}", function.end_lineno - function.lineno + 1
+            if size > MAX_FUNCTION:
+                found.append(f"{place}: {size} lines")
+            if public and len(parameters(function)) >= MIN_PARAMETERS and not names_all(function):
+                found.append(f"{place}: the docstring doesn't name all of {', '.join(parameters(function))}")
+        for number, line in enumerate(source.splitlines(), start=1):
+            if _UNTYPED.search(line):
+                found.append(f"{path}:{number}: untyped mapping")
+    return found
+
+
 def measure(root: Path) -> list[list[str]]:
     """Return the rows of the table: a measure and its value."""
     sources = {path: (root / path).read_text(encoding="utf-8") for path in python_files(root)}
@@ -155,8 +176,12 @@ def main(argv: list[str] | None = None) -> None:
     """Write the table to standard output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=REPOSITORY, help="checkout to measure")
+    parser.add_argument("--under", help="folder or file, relative to the root: list what the table counts there")
     args = parser.parse_args(argv)
-    sys.stdout.write(markdown_table(["measure", "value"], measure(args.root)))
+    if args.under:
+        sys.stdout.write("".join(f"{line}\n" for line in offenders(args.root, args.under)))
+        return
+    sys.stdout.write(markdown_table(["measure", "value"], measure(args.root)) + "\n")
 
 
 if __name__ == "__main__":
