@@ -43,6 +43,9 @@ from .model_card import hub_id
 
 logger = logging.get_logger(__name__)
 
+# What Trainer tells of a whole optimizer step, for the loss and for no other part.
+LOSS_COUNTS = ("num_items_in_batch", "num_findings_in_batch")
+
 # What forward hands on to the language model; another name among its arguments may be a misspelt one.
 NOT_MISSPELT = {"cache", "past_key_values", "use_cache", "cache_position", "return_dict", "output_router_logits"}
 RECORDED = ("output_attentions", "output_hidden_states")  # asked of the slice encoder too
@@ -1036,7 +1039,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
             labels=labels,
             output_slice_attentions=output_slice_attentions,
             return_dict=True,
-            **{key: value for key, value in kwargs.items() if key != "num_items_in_batch"},
+            **{key: value for key, value in kwargs.items() if key not in LOSS_COUNTS},
         )
         logits = loss = aux_loss = None
         if outputs.last_hidden_state is not None:
@@ -1097,22 +1100,25 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
         targets: torch.Tensor,
         labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        num_findings_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The text's loss (None = there is none) plus the weighted loss of the findings.
+        """Return the text's loss (None = there is none) plus the weighted loss of the findings.
 
-        Trainer sums the losses of accumulated micro-batches when it passes `num_items_in_batch`, the label tokens of all
-        of them. Each row's findings are weighed by its share of those, as its text loss is: how the rows are split into
-        micro-batches makes no difference.
+        Trainer sums the losses of accumulated micro-batches and passes what they have together. So rows are weighed by
+        something that adds up over micro-batches, and how a step is split into them makes no difference: equally, where
+        the caller gives `num_findings_in_batch`, the rows of the step that have known findings (train.py does), else by
+        their share of the label tokens, `num_items_in_batch`, all that a plain Trainer counts.
         """
         targets, weights = targets.to(finding_logits.device), None
         if loss is not None:
-            items = (
-                (labels[:, 1:] != IGNORE_INDEX).sum(dim=1).to(finding_logits.device)
-            )  # (B,); the first token has no loss
-            total = items.sum() if num_items_in_batch is None else num_items_in_batch
-            total = total.to(items.device) if isinstance(total, torch.Tensor) else total
-            weights = items / total
+            if num_findings_in_batch is not None:
+                items, total = (targets != IGNORE_INDEX).any(dim=1), num_findings_in_batch  # (B,)
+            else:
+                items = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)  # (B,); the first token has no loss
+                total = items.sum() if num_items_in_batch is None else num_items_in_batch
+            total = torch.as_tensor(total, device=finding_logits.device)
+            weights = items.to(finding_logits.device) / total
         findings = self.config.finding_loss_weight * finding_loss(finding_logits, targets, weights)
         return findings if loss is None else loss + findings.to(loss.device)
 

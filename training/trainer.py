@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from samf.data.mixture import TaskMixture
+from samf.data.schema import IGNORE_INDEX
 from samf.model.hub_samf import has_own_card
 from samf.model.model_card import README, is_generated, write_model_card
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments
@@ -84,6 +85,7 @@ class SamfTrainer(StoppableTrainer):
         flops = StepFlops(self.model) if can_count(self.model) else None
         self.throughput = Throughput(flops, self.monitor.peak_tflops or _known_peak(self.args.device))
         self._set_epoch: SetEpoch | None = None
+        self._findings_in_step: torch.Tensor | None = None
         self.part_rates = PartRates()
         self.add_callback(self.part_rates)
         shards = self.is_fsdp_enabled or is_zero3(getattr(self.accelerator.state, "deepspeed_plugin", None))
@@ -145,6 +147,18 @@ class SamfTrainer(StoppableTrainer):
             inputs = {**inputs, "slice_positions": inputs["slice_positions"].float().view(torch.int32)}
         return super()._prepare_inputs(inputs)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The library's; also counts the rows of this step that have known findings, as it counts the label tokens."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._findings_in_step = None
+        if num_items is not None and self._base_model().config.finding_names:  # so on all processes or on none
+            known = [batch["finding_targets"] != IGNORE_INDEX for batch in batches if "finding_targets" in batch]
+            count = torch.tensor(sum(int(rows.any(dim=1).sum()) for rows in known), device=self.args.device)
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                count = self.accelerator.gather(count).sum()
+            self._findings_in_step = count.clamp(min=1)
+        return batches, num_items
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         drop_counts(inputs)
         return super().prediction_step(model, inputs, *args, **kwargs)
@@ -156,6 +170,8 @@ class SamfTrainer(StoppableTrainer):
         drop_counts(inputs)
         if "num_items_in_batch" in kwargs and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             kwargs["num_items_in_batch"] = whole_count(kwargs["num_items_in_batch"])
+        if model.training and self._findings_in_step is not None:
+            inputs = {**inputs, "num_findings_in_batch": self._findings_in_step}
         if model.training and self.is_deepspeed_enabled and not has_volume(inputs):
             loss, outputs = super().compute_loss(model, inputs, True, **kwargs)
             loss = touch_unread_parts(self.model, loss)

@@ -60,7 +60,7 @@ def metric(load):
 def without_package(load, tmp_path, monkeypatch):
     """The module as it is where samf is not installed."""
     for name in ("text_metrics", "clinical_metrics"):
-        monkeypatch.setitem(sys.modules, f"samf.evaluation.{name}", None)
+        monkeypatch.setitem(sys.modules, f"samf.evaluation.metrics.{name}", None)
     folder = shutil.copytree(MODULE, tmp_path / MODULE.name)
     with (folder / f"{MODULE.name}.py").open("a", encoding="utf-8") as file:
         file.write("# another file: one that was imported before would not be imported again\n")

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import logging
+import os
 import resource
 import signal
 import subprocess
@@ -265,7 +266,8 @@ def sound(volume: CTVolume) -> str | None:
 def test_changed_files_are_read_or_refused(tmp_path, request, start, count):
     real = request.getfixturevalue("test_data") if count > 300 else None
     command = [sys.executable, __file__, str(tmp_path), str(real or ""), str(start), str(count)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=2900)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}  # for dicom_series
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=2900, env=environment)
     where = (tmp_path / "current").read_text(encoding="utf-8") if (tmp_path / "current").exists() else ""
     assert done.returncode == 0, f"{where}: {done.returncode} {done.stderr[-2000:]}"
     result = json.loads(done.stdout.splitlines()[-1])

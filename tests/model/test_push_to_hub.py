@@ -26,7 +26,7 @@ OWN_CARD = "---\nlicense: mit\ntags: [mine]\n---\n# Written by hand\n"
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 CODE = {"configuration_samf.py", "modeling_samf.py", "processing_samf.py", "image_processing_samf.py", "ct_volume.py"}
 CODE |= {"hub_samf.py", "model_card.py", "chat_template_samf.py", "conversation_samf.py", "generation_samf.py"}
-CODE |= {"components_samf.py", "volume_memory.py"}
+CODE |= {"components_samf.py", "ct_memory.py", "files_samf.py"}
 
 COMMON = """
 import hashlib, json, sys

@@ -12,6 +12,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import IMAGE_ID, model_for, tiny_batch, tiny_model, tiny_processor
 from transformers import Trainer, TrainingArguments
 
+from samf.training.trainer import SamfTrainer
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
 PROMPT = "Which finding is present?"
@@ -49,10 +51,10 @@ def stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def trainer_for(model, folder: Path, metrics=None, rows: list | None = None, **options) -> Trainer:
+def trainer_for(model, folder: Path, metrics=None, rows: list | None = None, kind=Trainer, **options) -> Trainer:
     args = TrainingArguments(folder, **QUIET, **options)
     rows = rows or batches()
-    return Trainer(model, args, data_collator=stack, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
+    return kind(model, args, data_collator=stack, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
 
 
 def test_the_readmes_trainer_example_runs_and_keeps_its_best_model(processor, tmp_path, monkeypatch):
@@ -139,7 +141,12 @@ def test_a_loss_outside_the_model_needs_the_prompt_mask(own_loss, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_training_step_is_one_step_however_it_is_split(size, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "shares"),
+    [(Trainer, [5 / 14, 4 / 14, 3 / 14, 2 / 14]), (SamfTrainer, [1 / 3, 1 / 3, 0, 1 / 3])],
+    ids=["by label tokens", "by rows with findings"],
+)
+def test_a_training_step_is_one_step_however_it_is_split(size, kind, shares, tmp_path):
     """Gradients of four rows with unknown findings and answers of different lengths, through Trainer's own accumulation."""
     rows = batches()
     for index, (row, targets) in enumerate(zip(rows, [[1, 0], [0, -100], [-100, -100], [1, 1]], strict=True)):
@@ -149,14 +156,14 @@ def test_a_training_step_is_one_step_however_it_is_split(size, tmp_path):
     start = {name: value.clone() for name, value in model.state_dict().items()}
     options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
     options |= {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 1e9}
-    trainer_for(model, tmp_path, rows=rows, save_strategy="no", **options).train()
+    trainer_for(model, tmp_path, rows=rows, kind=kind, save_strategy="no", **options).train()
     reference = tiny_model(finding_names=["a", "b"], aggregator_dropout=0.0, finding_loss_weight=3.0).train()
     output = reference(**{name: value for name, value in stack(rows).items() if name != "finding_targets"})
-    probabilities, tokens, total = output.finding_logits.sigmoid(), [5, 4, 3, 2], 0.0
+    probabilities, total = output.finding_logits.sigmoid(), 0.0
     for row, known in zip(range(4), [[(0, 1), (1, 0)], [(0, 0)], [], [(0, 1), (1, 1)]], strict=True):
         for column, truth in known:
             p = probabilities[row, column]
-            total = total - (p.log() if truth else (1 - p).log()) / 2 * tokens[row] / sum(tokens)
+            total = total - (p.log() if truth else (1 - p).log()) / 2 * shares[row]
     (output.loss + 3.0 * total).backward()
     for name, parameter in reference.named_parameters():
         moved = (start[name] - model.state_dict()[name]) / 0.1
