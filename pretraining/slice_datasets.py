@@ -30,14 +30,8 @@ from samf.cache.fill import FillOptions, StoppedError, fill_slices
 from samf.cache.manifest import Manifest, Shard, Volume, inspect_volumes
 from samf.cache.slice_cache import SliceCache, entry_file, read_entry
 from samf.data.ct_rate.names import VolumeName
-from samf.data.patients import (
-    PatientRule,
-    find_patients,
-    patient_of,
-    refuse_common_patients,
-    refuse_shared_folders,
-    warn_of_unknown,
-)
+from samf.data.patient_splits import refuse_common_patients, refuse_shared_folders
+from samf.data.patients import PatientRule, find_patients, patient_of, warn_of_unknown
 from samf.data.volume_discovery import FoundVolumes, SourceOptions, VolumeKey, find_splits, join_found
 from samf.model.image_processing_samf import EXTRACT_VERSION, PLANES, SamfImageProcessor
 from samf.utils.distributed import Processes, processes_here
