@@ -178,7 +178,7 @@ def _question_files(
 
 def _choose_tasks(tasks: Sequence[str] | None, source: CtRateSource, questions: Sequence[Path]) -> tuple[Task, ...]:
     """Return the tasks to read. Raises FileNotFoundError if one that was asked for has no file."""
-    wanted = TASKS if tasks is None else tuple(tasks)
+    wanted = TASKS if tasks is None else tuple(known for task in tasks for known in TASKS if known == task)
     possible = tuple(task for task in wanted if questions or (task == "report" and source.reports))
     if not possible or (tasks is not None and len(possible) < len(wanted)):
         absent = ", ".join(task for task in wanted if task not in possible)
@@ -226,12 +226,12 @@ class _SplitReader:
     def read(self, load_stats: LoadStats) -> Iterator[Record]:
         """Yield all records: those of reports, then those of the VQA files."""
         source, tasks, builder = self.source, self.tasks, self._builder(load_stats)
-        has_reports = "report" in tasks and source.reports is not None
-        if has_reports:
-            yield from report_records(builder, source.reports, self.content["report_sections"])
-        if not has_reports or set(tasks) != {"report"}:
+        reports = source.reports if "report" in tasks else None
+        if reports is not None:
+            yield from report_records(builder, reports, self.content["report_sections"])
+        if reports is None or set(tasks) != {"report"}:
             for path in self.questions:
-                yield from vqa_records(builder, path, skip_reports=has_reports)
+                yield from vqa_records(builder, path, skip_reports=reports is not None)
 
     def _builder(self, load_stats: LoadStats) -> RecordBuilder:
         source, content = self.source, self.content
