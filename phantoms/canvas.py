@@ -114,7 +114,7 @@ class Canvas:
         if orientation is not None:
             offset = [sum(np.float32(row[k]) * offset[k] for k in range(3)) for row in orientation]
         radius = np.sqrt(sum((part / np.float32(axis)) ** 2 for part, axis in zip(offset, axes, strict=True)))
-        return (radius - 1) * np.float32(min(axes))
+        return (radius - 1) * np.float32(np.min(axes))
 
     def distance_to_line(self, start: Point, end: Point, box: Box) -> np.ndarray:
         """Return the distance in mm to a line segment.
@@ -139,7 +139,7 @@ class Canvas:
         """
         share = min(1.0, (2.2 * radius / self.voxel) ** 2)
         for start, end in pairwise(points):
-            box = self.around((start + end) / 2, np.linalg.norm(end - start) / 2 + radius + self.voxel)
+            box = self.around((start + end) / 2, float(np.linalg.norm(end - start)) / 2 + radius + self.voxel)
             self.paint(self.soft(self.distance_to_line(start, end, box) - radius) * share, value, box)
 
     def smooth_noise(self, rng: np.random.Generator, cell: float) -> np.ndarray:
