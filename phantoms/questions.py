@@ -1,4 +1,4 @@
-"""Questions about phantoms, whose options are all equally likely."""
+"""Questions about phantoms; the options of a multiple-choice question are all equally likely."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
