@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeAlias
 
 import datasets
 
@@ -21,16 +20,26 @@ from samf.data.file_kinds import VOLUME_SUFFIXES, has_volume_suffix, is_dicom_fi
 from samf.data.loading import load_records
 from samf.data.options import check_on_missing
 from samf.data.patients import PATIENT_COLUMN, PatientRule, find_patients
-from samf.data.schema import OnMissing
+from samf.data.schema import OnMissing, Rescale, VolumeKey
 from samf.data.table_columns import TableColumns
 from samf.model.ct_dicom import walk_once
 from samf.model.ct_download import file_path, is_address
 from samf.utils.text_files import read_lines
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "SPLITS",
+    "VOLUME_SUFFIXES",
+    "FoundVolumes",
+    "SourceOptions",
+    "VolumeKey",
+    "distinct_volumes",
+    "find_splits",
+    "find_volumes",
+    "join_found",
+    "search_volumes",
+]
 
-Rescale: TypeAlias = tuple[float, ...] | None  # slope, intercept and voxel size for `read_ct`; None = as the file says
-VolumeKey: TypeAlias = tuple[str, Rescale]  # a path or address, and its rescale
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")
 _MASK = "8-bit masks or images"  # why a file is passed over
