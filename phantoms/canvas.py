@@ -126,7 +126,7 @@ class Canvas:
         """
         first, line = np.asarray(start, np.float32), np.asarray(end, np.float32) - np.asarray(start, np.float32)
         dx, dy, dz = self.x[box] - first[0], self.y[box] - first[1], self.z[box] - first[2]
-        along = np.clip((dx * line[0] + dy * line[1] + dz * line[2]) / np.float32(max(line @ line, 1e-6)), 0, 1)
+        along = np.clip((dx * line[0] + dy * line[1] + dz * line[2]) / np.float32(max(float(line @ line), 1e-6)), 0, 1)
         return np.sqrt((dx - along * line[0]) ** 2 + (dy - along * line[1]) ** 2 + (dz - along * line[2]) ** 2)
 
     def paint_tube(self, points: np.ndarray, radius: float, value: float) -> None:
