@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, TrainingArguments
 
 from samf.cache.embedding_cache import EmbeddingCache
-from samf.model.components_samf import prepare_slice_encoder
 from samf.model.configuration_samf import SamfConfig
 from samf.model.modeling_samf import SamfModel
+from samf.model.slice_encoder_samf import prepare_slice_encoder
 from samf.pretraining.neighbours import retrieval_accuracy
 from samf.pretraining.slice_datasets import Scan
 from samf.training.aggregator_weights import save_aggregator

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from samf.model.modeling_samf import SamfSliceAttentions
+from samf.model.outputs_samf import SamfSliceAttentions
 
 logger = logging.getLogger(__name__)
 

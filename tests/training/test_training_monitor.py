@@ -20,7 +20,7 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from samf import SamfConfig, SamfForConditionalGeneration
 from samf.data.ct_rate.loader import load_records
-from samf.model.modeling_samf import SamfSliceAttentions
+from samf.model.outputs_samf import SamfSliceAttentions
 from samf.phantoms.findings import DEMO_FINDINGS
 from samf.training import sample_generation as samples
 from samf.training.adapter import add_lora
