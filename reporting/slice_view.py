@@ -22,7 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from samf.model.ct_volume import CTReadError, CTVolume, read_ct
-from samf.model.image_processing_samf import FIELDS, PLANES, SIDES, SLABS, SamfImageProcessor
+from samf.model.image_processing_samf import SamfImageProcessor
+from samf.model.slice_geometry import FIELDS, ORIENTATION_LABELS, PLANES
+from samf.model.slice_resampling import SLABS
 from samf.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -108,7 +110,7 @@ def _draw(
             axes = figure.add_subplot(grid[row + place // columns, place % columns])
             _draw_slice(axes, extracted, s, window)
             if letters:
-                _draw_sides(axes, SIDES[PLANES[int(planes[s])]])
+                _draw_sides(axes, ORIENTATION_LABELS[PLANES[int(planes[s])]])
             if weights is not None:
                 _draw_weight(axes, float(weights[s]), strongest)
         row += -(-len(group) // columns)
