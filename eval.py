@@ -157,7 +157,7 @@ def build_model(args: EvalArguments) -> tuple[PreTrainedModel, Any]:
 def choose_records(args: EvalArguments) -> Sequence[Any]:
     """The split's records: at most `limit` of each task, with the volumes shuffled when that is asked."""
     # With --on_error skip a missing file becomes a listed failure like any other that can't be read.
-    on_missing = "keep" if args.on_error == "skip" else "error"
+    on_missing = "keep" if args.on_error == "skip" else "raise"
     counts = Path(args.output_dir) / RECORD_COUNTS if Processes().is_first else None
     options = {"on_missing": on_missing, "counts_file": counts, **args.record_options()}
     records = load_records(args.data, args.split, tasks=args.tasks, **options)

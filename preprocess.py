@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, required=True, help="folder that gets the records; may be filled already")
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS, help="of CT-RATE; default: both")
     parser.add_argument(
-        "--on_missing", choices=("error", "skip"), default="error", help="of volumes that a table names"
+        "--on_missing", choices=("raise", "skip", "error"), default="raise", help="of volumes that a table names"
     )
     parser.add_argument(
         "--pattern", nargs="+", default=[], help="of the files in folders: names (ct.nii.gz), paths (*/ct/*)"

@@ -209,7 +209,7 @@ class Scan:
 
 
 def find_scans(
-    data: Sequence[str], *, on_missing: str = "error", valid_share: float = 0.1, options: SourceOptions | None = None
+    data: Sequence[str], *, on_missing: str = "raise", valid_share: float = 0.1, options: SourceOptions | None = None
 ) -> dict[str, list[Scan]]:
     """The scans of folders and files, {"train": …, "valid": …}; no patient is in both.
 
@@ -506,7 +506,7 @@ def slice_sets(
     depth_bins: int = 8,
     valid_share: float = 0.1,
     on_error: str = "stop",
-    on_missing: str = "error",
+    on_missing: str = "raise",
     options: SourceOptions | None = None,
     min_coverage: float = 0.0,
 ) -> SliceSets:

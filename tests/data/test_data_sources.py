@@ -16,8 +16,9 @@ from samf import preprocess
 from samf.cache import slice_cache
 from samf.cache.manifest import Manifest
 from samf.cache.slice_cache import SliceCache
-from samf.data.ct_rate.loader import check_patient_overlap, load_ct_rate, load_records
+from samf.data.ct_rate.loader import check_patient_overlap, load_ct_rate
 from samf.data.dicom_patients import digest
+from samf.data.loading import load_records
 from samf.data.patients import PatientRule
 from samf.data.source_arguments import SourceArguments
 from samf.data.table_columns import TableColumns, parse_splits
