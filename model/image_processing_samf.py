@@ -52,7 +52,17 @@ from .slice_settings import (
     checked_windows,
 )
 
-__all__ = ["EXTRACT_VERSION", "FIELDS", "PLANES", "PRESETS", "SLABS", "SamfImageProcessor", "SliceFeatures", "body_box"]
+__all__ = [
+    "EXTRACT_VERSION",
+    "FIELDS",
+    "PIXEL_SETTINGS",
+    "PLANES",
+    "PRESETS",
+    "SLABS",
+    "SamfImageProcessor",
+    "SliceFeatures",
+    "body_box",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +72,8 @@ EXTRACT_VERSION = 1
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _EXTRACT_SETTINGS = ("planes", "slices_per_plane", "hu_windows", "field", "slab", "size")
-_PIXEL_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+# Settings that change `pixel_values`, but not the output of `extract`.
+PIXEL_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 # Keys of saved files that transformers writes.
 _LIBRARY_KEYS = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
 # Properties that can't be set, by preset: saved for readers of the file. Files with other texts are refused.
@@ -170,7 +181,7 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):  # type: ignore
         described = {key: kwargs.pop(key) for key in _DESCRIPTIONS if key in kwargs}
         unknown = [key for key in kwargs if key not in _LIBRARY_KEYS and not key.startswith("_")]
         if unknown:
-            known = ", ".join((*_EXTRACT_SETTINGS, *_PIXEL_SETTINGS, "preset"))
+            known = ", ".join((*_EXTRACT_SETTINGS, *PIXEL_SETTINGS, "preset"))
             raise TypeError(f"SamfImageProcessor has no setting {', '.join(unknown)}; its settings are {known}")
         super().__init__(**kwargs)
         check_choice("preset", preset, tuple(PRESETS))
@@ -300,7 +311,7 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):  # type: ignore
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings and transformers' keys; other attributes of the object would be refused on loading."""
-        known = {*_EXTRACT_SETTINGS, *_PIXEL_SETTINGS, "preset", *_LIBRARY_KEYS}
+        known = {*_EXTRACT_SETTINGS, *PIXEL_SETTINGS, "preset", *_LIBRARY_KEYS}
         settings = {key: value for key, value in super().to_dict().items() if key in known}
         described = {key: texts.get(self.preset, texts["default"]) for key, texts in _DESCRIPTIONS.items()}
         return {**settings, "version": EXTRACT_VERSION, **described}
@@ -315,7 +326,7 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):  # type: ignore
 
     def _with(self, overrides: Mapping[str, object]) -> "SamfImageProcessor":
         """Return a copy with some settings changed; None leaves a setting as it is, as elsewhere in transformers."""
-        settings = {name: getattr(self, name) for name in (*_EXTRACT_SETTINGS, *_PIXEL_SETTINGS, "preset")}
+        settings = {name: getattr(self, name) for name in (*_EXTRACT_SETTINGS, *PIXEL_SETTINGS, "preset")}
         settings |= {key: value for key, value in overrides.items() if value is not None}
         return type(self)(**settings)
 
