@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
-from samf.evaluation.metrics.bootstrap import SampledMetric, divide, ratio
 from samf.evaluation.metrics.finding_labeller import effusion_sides, finding_sides, label_reports
 from samf.evaluation.metrics.report_sizes import read_sizes
+from samf.evaluation.metrics.sampled_metric import SampledMetric, divide, ratio
 
 logger = logging.getLogger(__name__)
 

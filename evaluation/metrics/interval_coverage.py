@@ -14,8 +14,9 @@ import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import norm
 
-from samf.evaluation.metrics.bootstrap import SampledMetric, bootstrap_intervals, patient_intervals
+from samf.evaluation.metrics.bootstrap import bootstrap_intervals, patient_intervals
 from samf.evaluation.metrics.clinical_metrics import confusion_counts, crg_metric, macro_metrics, micro_metrics
+from samf.evaluation.metrics.sampled_metric import SampledMetric
 from samf.evaluation.metrics.text_metrics import ORDERS, combine_bleu
 from samf.evaluation.results_table import figure, markdown_table
 

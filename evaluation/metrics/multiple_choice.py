@@ -12,7 +12,8 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from samf.data.ct_rate.loader import settle_answer
 from samf.data.prompts import LETTERS
-from samf.evaluation.metrics.bootstrap import SampledMetric, patient_intervals, patient_keys, ratio
+from samf.evaluation.metrics.bootstrap import patient_intervals
+from samf.evaluation.metrics.sampled_metric import SampledMetric, patient_keys, ratio
 
 logger = logging.getLogger(__name__)
 

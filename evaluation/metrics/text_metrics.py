@@ -33,7 +33,7 @@ from nltk.tokenize import wordpunct_tokenize
 from rouge_score.tokenize import tokenize as rouge_tokenize
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from samf.evaluation.metrics.bootstrap import SampledMetric, divide
+from samf.evaluation.metrics.sampled_metric import SampledMetric, divide
 
 try:
     from bert_score import BERTScorer
