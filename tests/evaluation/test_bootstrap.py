@@ -14,7 +14,7 @@ from samf.evaluation.metrics import bootstrap
 from samf.evaluation.metrics.baselines import constant_reports, exchanged_reports, nearest_prior_reports
 from samf.evaluation.metrics.bootstrap import bootstrap_intervals, bootstrap_values, patient_counts, patient_intervals
 from samf.evaluation.metrics.clinical_metrics import confusion_counts, micro_metrics
-from samf.evaluation.metrics.interval_coverage import LABEL_FREQUENCIES, METRICS, coverage_by_metric, true_figures
+from samf.evaluation.metrics.interval_coverage import LABEL_FREQUENCIES, METRICS, coverage_by_metric, true_values
 from samf.evaluation.metrics.sampled_metric import SampledMetric, patient_keys, unknown_patients
 from samf.evaluation.metrics.significance import paired_randomisation
 from samf.evaluation.metrics.subgroups import read_subgroups, subgroup_table
@@ -60,7 +60,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(simulate):
 
 @pytest.fixture(scope="module")
 def truths():
-    return true_figures()
+    return true_values()
 
 
 @pytest.mark.parametrize("patients, cohorts", [(20, 300), (200, 150)])
