@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from samf.evaluation.metrics.sampled_metric import PatientSums, SampledMetric
+from samf.evaluation.schema import Interval, Intervals
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -25,12 +26,10 @@ AT_BOUND = 1e-12
 # A metric that reads 1.000 or 0.000 gets at least the interval that it would have at the bound (shares of the range).
 _NEAR_BOUND = 5e-4
 
-Interval = list[float]  # [low, high]
-
 
 def patient_intervals(
     metrics: Mapping[str, SampledMetric], patients: Sequence[Hashable], *, level: float = LEVEL
-) -> dict[str, Interval | None]:
+) -> Intervals:
     """Return intervals [low, high] of each metric over patients.
 
     A jackknife over patients gives the standard error; Student's t gives its multiple, with as many degrees of freedom as
@@ -79,7 +78,7 @@ def changes(without: np.ndarray, value: float) -> np.ndarray:
     return ~np.isfinite(without) | (np.abs(without - value) > AT_BOUND)
 
 
-def _patient_interval(metric: SampledMetric, sums: np.ndarray, level: float) -> Interval | None:
+def _patient_interval(metric: SampledMetric, sums: np.ndarray, level: float) -> Interval:
     """Return the interval of one metric from the patients' sums (P, K)."""
     total = sums.sum(axis=0)
     value, without = float(metric.combine(total)), metric.combine(total - sums)  # (P,)
@@ -102,7 +101,7 @@ def _patient_interval(metric: SampledMetric, sums: np.ndarray, level: float) -> 
     return interval if exact is None else [min(interval[0], exact[0]), max(interval[1], exact[1])]
 
 
-def exact_interval(at_highest: bool, count: int, level: float, bounds: tuple[float, float]) -> Interval | None:
+def exact_interval(at_highest: bool, count: int, level: float, bounds: tuple[float, float]) -> Interval:
     """Return Clopper-Pearson's interval where all, or none, of the trials succeed.
 
     Args:
@@ -194,7 +193,7 @@ def bootstrap_intervals(
     resamples: int = RESAMPLES,
     level: float = LEVEL,
     seed: int = 0,
-) -> dict[str, Interval | None]:
+) -> Intervals:
     """Return percentile intervals [low, high] of each metric over resampled patients.
 
     For comparison only: they are too narrow for up to some 200 patients (see `meta_evaluation coverage`); results use
@@ -217,7 +216,7 @@ def bootstrap_intervals(
     return {name: _percentile_interval(values, level) for name, values in drawn.items()}
 
 
-def _percentile_interval(values: np.ndarray, level: float) -> Interval | None:
+def _percentile_interval(values: np.ndarray, level: float) -> Interval:
     defined = values[np.isfinite(values)]
     if not len(defined) or len(defined) < _DEFINED_SHARE * len(values):
         return None

@@ -6,7 +6,6 @@ Labels come from the rule-based labeller or from CT-RATE's RadBERT classifier, w
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypedDict
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from samf.evaluation.metrics.radbert import RADBERT, RadBertLabeller
 from samf.evaluation.metrics.radeval_metrics import RADEVAL_METRICS, RADEVAL_REMEDY, check_radeval, radeval_samples
 from samf.evaluation.metrics.report_sizes import read_sizes
 from samf.evaluation.metrics.sampled_metric import SampledMetric, divide, finite_or_none, ratio
+from samf.evaluation.schema import FindingScores, FindingValues, PerFinding, PrecisionRecallF1, SupportedScores
 
 __all__ = [
     "CRG_REMEDY",
@@ -24,11 +24,7 @@ __all__ = [
     "PRECISION_RECALL_F1",
     "RADEVAL_METRICS",
     "RADEVAL_REMEDY",
-    "ChanceScores",
-    "FindingScore",
-    "FindingScores",
     "Labeller",
-    "PrecisionRecallF1",
     "chance_findings",
     "check_radeval",
     "combine_crg",
@@ -56,54 +52,6 @@ CRG_REMEDY = (
     "CRG divides by the positive cells of the references and needs negative ones too: it is undefined where the "
     "references have no finding at all, or all findings."
 )
-
-
-class PrecisionRecallF1(TypedDict):
-    """Precision, recall and F1; None where a denominator is 0."""
-
-    precision: float | None
-    recall: float | None
-    f1: float | None
-
-
-class SupportedScore(PrecisionRecallF1):
-    """Precision, recall and F1 of what `support` references contain."""
-
-    support: int
-
-
-class FindingScore(SupportedScore):
-    """Scores of one finding, which `predicted` predictions contain."""
-
-    predicted: int
-
-
-class SideAccuracy(TypedDict):
-    """Accuracy over the `count` references that name a side of a pleural effusion."""
-
-    count: int
-    accuracy: float | None
-
-
-class FindingScores(TypedDict):
-    """What `score_findings` returns; results.json holds it."""
-
-    per_finding: dict[str, FindingScore]
-    micro: PrecisionRecallF1  # over all cells
-    macro: PrecisionRecallF1  # over the findings that occur in some reference
-    macro_findings: int  # how many these are
-    crg: float | None
-    sides: SupportedScore  # pairs of finding and side
-    sizes: SupportedScore  # lengths in mm
-    effusion_side: SideAccuracy
-
-
-class ChanceScores(TypedDict):
-    """What `chance_findings` returns."""
-
-    macro: PrecisionRecallF1
-    micro: PrecisionRecallF1
-    crg: float | None
 
 
 # --- Confusion counts: (…, L, 3) holds true positives, false positives and false negatives of L labels ----------------
@@ -245,7 +193,7 @@ def describe_findings(
     for name in finding_names:
         group = f"per_finding.{name}"
         hits, false, _ = samples[f"{group}.f1"].samples.sum(axis=0)
-        per_finding[name] = FindingScore(**_supported(samples, group), predicted=int(hits + false))
+        per_finding[name] = PerFinding(**_supported(samples, group), predicted=int(hits + false))
     side = samples["effusion_side.accuracy"]
     return {
         "per_finding": per_finding,
@@ -264,9 +212,9 @@ def _group(samples: Mapping[str, SampledMetric], group: str) -> PrecisionRecallF
     return {"precision": precision, "recall": recall, "f1": f1}
 
 
-def _supported(samples: Mapping[str, SampledMetric], group: str) -> SupportedScore:
+def _supported(samples: Mapping[str, SampledMetric], group: str) -> SupportedScores:
     hits, _, missed = samples[f"{group}.f1"].samples.sum(axis=0)
-    return SupportedScore(**_group(samples, group), support=int(hits + missed))
+    return SupportedScores(**_group(samples, group), support=int(hits + missed))
 
 
 def score_findings(
@@ -288,7 +236,7 @@ def score_findings(
     return describe_findings(finding_samples(predictions, references, finding_names, labeller), finding_names)
 
 
-def chance_findings(references: Sequence[str], finding_names: Sequence[str], labeller: Labeller) -> ChanceScores:
+def chance_findings(references: Sequence[str], finding_names: Sequence[str], labeller: Labeller) -> FindingValues:
     """Return the scores of guessing each label at its own frequency p, from expected counts (N p² right of N p).
 
     Args:

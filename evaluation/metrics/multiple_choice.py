@@ -4,17 +4,18 @@ import logging
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, TypedDict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
 from samf.data.ct_rate.loader import settle_answer
 from samf.data.prompts import LETTERS
-from samf.data.schema import Prediction, Record
-from samf.evaluation.metrics.bootstrap import Interval, patient_intervals
+from samf.data.schema import Record
+from samf.evaluation.metrics.bootstrap import patient_intervals
 from samf.evaluation.metrics.sampled_metric import SampledMetric, patient_keys, ratio
+from samf.evaluation.schema import ChoiceScores, PositionBias, PredictionRow
 
 logger = logging.getLogger(__name__)
 
@@ -107,19 +108,6 @@ def _found(pattern: re.Pattern[str], text: str) -> set[str]:
 
 
 # --- Scores -------------------------------------------------------------------------------------------------------
-
-
-class ChoiceScores(TypedDict):
-    """What `score_multiple_choice` returns; results.json holds it. Scores are None when no question can be scored."""
-
-    count: int  # questions that are scored
-    accuracy: float | None
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    chance: float | None  # mean of 1 / number of options
-    unparsed: int  # answers that name no option, or several
-    without_reference: int  # questions left out since their reference names no option
 
 
 def score_multiple_choice(
@@ -230,23 +218,7 @@ def _why_not_rotated(record: Record) -> str | None:
     return "the answer is none of the options" if settle_answer(record["answer"], choices) is None else None
 
 
-class PositionBias(TypedDict):
-    """What `position_bias` returns. Scores are None without questions."""
-
-    questions: int  # with all rotations
-    incomplete: int  # questions that lack some rotations; not scored
-    patients: int
-    accuracy: float | None  # over all rotations
-    accuracy_lowest: float | None  # of the rotations
-    accuracy_highest: float | None
-    consistency: float | None  # share of questions with the same option named in all rotations
-    named_by_letter: dict[str, float]  # shares of the parsed answers
-    accuracy_by_letter: dict[str, float]  # by the letter of the right option
-    unparsed: int
-    intervals: Mapping[str, Interval | None]  # of accuracy and consistency, over patients
-
-
-def position_bias(rows: Iterable[Prediction], *, intervals: bool = True) -> PositionBias:
+def position_bias(rows: Iterable[PredictionRow], *, intervals: bool = True) -> PositionBias:
     """Measure how far answers depend on the position of the options, from the predictions for `rotated_records`.
 
     A model that answers by content names the same option in every rotation, names each letter equally often, and is right
@@ -256,7 +228,7 @@ def position_bias(rows: Iterable[Prediction], *, intervals: bool = True) -> Posi
         rows: predictions; those whose id has no rotation are ignored.
         intervals: whether to compute intervals; otherwise they are None.
     """
-    questions: dict[str, dict[int, Prediction]] = defaultdict(dict)
+    questions: dict[str, dict[int, PredictionRow]] = defaultdict(dict)
     for row in rows:
         match = _ROTATION.fullmatch(str(row.get("id")))
         if match and row["task"] == "multiple_choice":
@@ -332,7 +304,7 @@ def _bias(
     }
 
 
-def _parse(row: Prediction) -> _Answer:
+def _parse(row: PredictionRow) -> _Answer:
     choices = row["choices"] or []
     named = parse_choice(str(row["prediction"]), choices)
     right = parse_choice(str(row["reference"]), choices)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from samf.data.schema import Prediction
+from samf.evaluation.schema import PredictionRow
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def finite_or_none(value: np.ndarray | float) -> float | None:
 _PATIENT = re.compile(r"(?:^|/)((?:train|valid)_\d+)_")
 
 
-def patient_keys(rows: Sequence[Prediction]) -> list[str]:
+def patient_keys(rows: Sequence[PredictionRow]) -> list[str]:
     """Return the patient of each row of a predictions file.
 
     A row's `patient_id` names the patient; without it, CT-RATE's names do, in `scan_id` or `id` ("valid_53_a" is patient
@@ -84,12 +84,12 @@ def patient_keys(rows: Sequence[Prediction]) -> list[str]:
     return [_patient_key(row, position)[0] for position, row in enumerate(rows)]
 
 
-def unknown_patients(rows: Sequence[Prediction]) -> int:
+def unknown_patients(rows: Sequence[PredictionRow]) -> int:
     """Return how many rows name no patient, so that their scan, or the row itself, counts as one."""
     return sum(not _patient_key(row, position)[1] for position, row in enumerate(rows))
 
 
-def _patient_key(row: Prediction, position: int) -> tuple[str, bool]:
+def _patient_key(row: PredictionRow, position: int) -> tuple[str, bool]:
     """Return a row's patient, and whether the row names it."""
     if row.get("patient_id") is not None:
         return str(row["patient_id"]), True

@@ -1,7 +1,6 @@
 """Paired significance tests of two systems that answered the same questions."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import TypedDict
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -10,7 +9,6 @@ from samf.evaluation.metrics.bootstrap import (
     AT_BOUND,
     LEVEL,
     RESAMPLES,
-    Interval,
     changes,
     chunk_sizes,
     exact_interval,
@@ -18,20 +16,10 @@ from samf.evaluation.metrics.bootstrap import (
     patient_counts,
 )
 from samf.evaluation.metrics.sampled_metric import PatientSums, SampledMetric, finite_or_none
+from samf.evaluation.schema import Difference, Interval
 
 # Tolerance within which two differences count as equal.
 _TIE = 1e-12
-
-
-class PairedTest(TypedDict):
-    """The difference of two systems in one metric, as comparison.json holds it."""
-
-    first: float | None
-    second: float | None
-    difference: float | None  # second - first
-    interval: Interval | None  # of the difference, jackknife over patients
-    n: int  # patients that either system's value depends on
-    p_value: float | None
 
 
 def paired_randomisation(
@@ -41,7 +29,7 @@ def paired_randomisation(
     *,
     resamples: int = 10 * RESAMPLES,
     seed: int = 0,
-) -> dict[str, PairedTest]:
+) -> dict[str, Difference]:
     """Test whether two systems differ on the same samples: approximate randomisation over patients, two-sided.
 
     Each permutation swaps every patient's answers between the systems with probability 1/2. The p-value is
@@ -92,7 +80,7 @@ def _difference(metric: SampledMetric, first: np.ndarray, second: np.ndarray) ->
     return metric.combine(second) - metric.combine(first)
 
 
-def _difference_interval(metric: SampledMetric, a: np.ndarray, b: np.ndarray) -> Interval | None:
+def _difference_interval(metric: SampledMetric, a: np.ndarray, b: np.ndarray) -> Interval:
     """Return the interval of second - first from both systems' sums by patient (P, K), leaving out the same patients.
 
     Exact, as in `patient_intervals`, where one system has the highest and the other the lowest possible value. None where

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from samf.data.schema import JsonObject, Prediction
 from samf.evaluation.metrics.bootstrap import patient_intervals
 from samf.evaluation.metrics.sampled_metric import SampledMetric
+from samf.evaluation.schema import PredictionRow, SubgroupRow
 from samf.utils.text_files import open_csv
 
 SUBGROUP_COLUMNS = ("sex", "age", "scanner", "kernel")
@@ -20,7 +20,7 @@ SMALL_GROUPS = "small groups together"
 _VOLUME = re.compile(r"((?:train|valid)_\d+_[a-z]+)(?:_(\d+))?(?![\da-z])")
 
 
-def read_subgroups(path: str | os.PathLike, rows: Sequence[Prediction]) -> dict[str, list[str]]:
+def read_subgroups(path: str | os.PathLike, rows: Sequence[PredictionRow]) -> dict[str, list[str]]:
     """Return the subgroup of each row according to CT-RATE's metadata CSV.
 
     A row's volume is read from its `volume` or `id`; where they name only a scan, its first reconstruction in the table
@@ -55,7 +55,7 @@ def read_subgroups(path: str | os.PathLike, rows: Sequence[Prediction]) -> dict[
     return {column: [values[column] for values in found] for column in SUBGROUP_COLUMNS}
 
 
-def _row_volume(row: Prediction, volumes: Container[str]) -> str | None:
+def _row_volume(row: PredictionRow, volumes: Container[str]) -> str | None:
     """Return the first name in a row, of a volume before a scan, that the table knows."""
     names = [_VOLUME.search(str(name or "")) for name in (row.get("volume"), row.get("id"), row.get("scan_id"))]
     candidates = [name[0] for name in names if name] + [name[1] for name in names if name]
@@ -89,7 +89,7 @@ def subgroup_table(
     *,
     smallest: int = 10,
     intervals: bool = True,
-) -> list[JsonObject]:
+) -> list[SubgroupRow]:
     """Return the metrics and their intervals in every subgroup, largest first.
 
     Args:

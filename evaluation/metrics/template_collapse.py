@@ -3,36 +3,16 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypedDict, TypeVar
+from typing import TypeVar
 
 import numpy as np
+
+from samf.evaluation.schema import Collapse, Loop, WordRun
 
 T = TypeVar("T")
 
 
-class WordRun(TypedDict):
-    """A run of words."""
-
-    words: int
-    text: str
-
-
-class Loop(WordRun):
-    """A run of words that one text repeats, with the text's index."""
-
-    index: int | None
-
-
-class TemplateCollapse(TypedDict):
-    """What `template_collapse` returns; results.json holds it."""
-
-    distinct_ratio: float | None
-    most_frequent: float | None
-    template: WordRun
-    loop: Loop
-
-
-def template_collapse(texts: Sequence[str]) -> TemplateCollapse:
+def template_collapse(texts: Sequence[str]) -> Collapse:
     """Measure how alike texts are, and whether one repeats itself.
 
     Words are split at white space, in lower case.

@@ -27,6 +27,7 @@ from samf.evaluation.metrics.meteor import WORDNET_REMEDY, meteor
 from samf.evaluation.metrics.ngrams import ORDERS, check_pairs
 from samf.evaluation.metrics.rouge import rouge
 from samf.evaluation.metrics.sampled_metric import SampledMetric
+from samf.evaluation.schema import TextSummary
 
 __all__ = [
     "BERTSCORE_NAMES",
@@ -34,7 +35,6 @@ __all__ = [
     "TEXT_METRICS",
     "WORDNET_REMEDY",
     "BertScoreOptions",
-    "TextScores",
     "bertscore",
     "bertscore_samples",
     "bleu_samples",
@@ -66,17 +66,6 @@ class BertScoreOptions(TypedDict, total=False):
     bertscore_model: str | None
     bertscore_layers: int | None
     device: str | None
-
-
-class TextScores(TypedDict):
-    """What `text_metrics` returns."""
-
-    count: int
-    empty_predictions: int
-    empty_references: int
-    scores: dict[str, float | None]  # None where not available
-    not_available: dict[str, str]  # metric → why, and the remedy
-    notes: dict[str, str]  # metric → how to read it
 
 
 def text_samples(
@@ -155,7 +144,7 @@ def _mean(name: str, values: Sequence[float]) -> SampledMetric:
 
 def text_metrics(
     predictions: Sequence[str], references: Sequence[str], **options: Unpack[BertScoreOptions]
-) -> TextScores:
+) -> TextSummary:
     """Compute all text metrics of a corpus.
 
     Args:
@@ -171,7 +160,7 @@ def text_metrics(
 
 def describe_text(
     predictions: Sequence[str], references: Sequence[str], samples: Mapping[str, SampledMetric]
-) -> TextScores:
+) -> TextSummary:
     """Return what `text_metrics` returns, from computed samples.
 
     Args:
