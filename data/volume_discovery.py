@@ -14,9 +14,10 @@ import datasets
 from samf.cache.screening import mask_by_header
 from samf.data.ct_rate.loader import CtRateFolder, VolumeName, load_ct_rate, load_records
 from samf.data.ct_rate.sources import is_hub_name
+from samf.data.file_kinds import VOLUME_SUFFIXES, has_volume_suffix, is_dicom_file
 from samf.data.patients import PATIENT_COLUMN, PatientRule, find_patients
 from samf.data.table_columns import TableColumns
-from samf.model.ct_dicom import looks_like_dicom, walk_once
+from samf.model.ct_dicom import walk_once
 from samf.model.ct_download import file_path, is_address
 from samf.utils.text_files import read_lines
 
@@ -25,9 +26,7 @@ logger = logging.getLogger(__name__)
 VolumeKey = tuple[str, tuple[float, ...] | None]  # a path, and its rescale (None = as the file says)
 
 SPLITS = ("train", "valid")
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npy", ".npz", ".zip")
 MASK = "8-bit masks or pictures"  # why a file is passed over
-_HEAD = 352  # bytes that tell what a file is
 _LOOKED_INTO = 5  # files of a folder that are no volumes: is it one of DICOM slices?
 
 
@@ -189,7 +188,7 @@ def volumes_below(
     """
     passed_over = Counter() if passed_over is None else passed_over
     for folder, files in walk_once(root, on_error=_log_unlisted):
-        names = [name for name in files if name.lower().endswith(VOLUME_SUFFIXES) and name[0] != "."]
+        names = [name for name in files if has_volume_suffix(name) and name[0] != "."]
         volumes = [os.path.join(folder, name) for name in names]
         others = [name for name in files if name not in set(names)]
         if any(_is_dicom(Path(folder, name)) for name in others[:_LOOKED_INTO]):
@@ -271,12 +270,9 @@ def _log_unlisted(error: OSError) -> None:
 
 
 def _is_dicom(path: Path) -> bool:
-    """As `dicom_files` judges a file; nothing else than a file is opened, such as a link to nowhere or a pipe."""
-    if not path.is_file() or path.name.upper().startswith("DICOMDIR"):
-        return False
+    """Return whether a file is DICOM; one that can't be read is not, and a warning names it."""
     try:
-        with open(path, "rb") as stream:
-            return looks_like_dicom(stream.read(_HEAD))
+        return is_dicom_file(path)
     except OSError as error:
         logger.warning("%s: cannot be read (%s); left out", path, error.strerror)
         return False

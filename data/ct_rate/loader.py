@@ -29,14 +29,8 @@ from samf.data.ct_rate.tables import (
     volume_list,
 )
 from samf.data.load_stats import LoadStats
-from samf.data.patients import (
-    PatientRule,
-    check_patient_overlap,
-    patient_of,
-    patients_of,
-    refuse_common_patients,
-    settle_patients,
-)
+from samf.data.patient_splits import check_patient_overlap, refuse_common_patients
+from samf.data.patients import PatientRule, patient_of, patients_of, settle_patients
 from samf.data.record_cache import in_memory, load_or_make
 from samf.data.records import FEATURES, RESCALED_FEATURES, SECTIONS, RecordReader, VolumeChoice
 from samf.data.schema import IGNORE_INDEX, TASKS

@@ -1,17 +1,18 @@
 """CT-RATE's files as Python values: CSV rows, the VQA file's records one by one, labels, rescales, exclusions."""
 
-import json
 import logging
 import math
 import random
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TextIO
+
+import ijson
 
 from samf.data.ct_rate.names import VolumeName
 from samf.data.ct_rate.sources import CtRateSource
-from samf.data.schema import IGNORE_INDEX
+from samf.data.schema import IGNORE_INDEX, JsonObject
 from samf.utils.text_files import open_csv, open_text, read_lines
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ CT_RATE_LABELS = (
 
 UNCERTAIN = -1  # in tables made by CheXpert's rules and their like
 VOLUME_COLUMN = ("VolumeName", "AccessionNo")  # the column has had two names
-LONGEST_JSON_RECORD = 1 << 26  # characters
 TAG = re.compile(r"<(long_answer|short_answer|multiple_choice|report_generation)>")
 
 
@@ -70,35 +70,43 @@ def row_volume(row: dict[str, str], path: Path) -> VolumeName:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_json_array(path: Path, chunk: int = 1 << 20) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON file that holds one array, without reading it whole (CT-RATE's has a gigabyte).
+def read_json_array(path: Path, chunk: int = 1 << 20) -> Iterator[JsonObject]:
+    """Yield the objects of a JSON file that holds one array, one at a time: CT-RATE's file has a gigabyte.
+
+    Args:
+        path: the file, in UTF-8 or as its byte order mark says.
+        chunk: characters to read at a time.
 
     Raises:
-        ValueError: not an array of objects, or broken; names the file and the record.
+        ValueError: the file is not an array of objects, or is broken; names the file and the record.
     """
-    decoder, count = json.JSONDecoder(), 0
+    count = 0
     with open_text(path) as file:
-        text = file.read(chunk).lstrip()
-        if not text.startswith("["):
-            raise ValueError(f"{path}: starts with {text[:20]!r}; expected a JSON array of VQA records.")
-        position, at_end = 1, False
-        while True:
-            while position < len(text) and text[position] in " \t\r\n,":
-                position += 1
-            if text.startswith("]", position):
-                return
-            try:
-                record, position = decoder.raw_decode(text, position)
-            except json.JSONDecodeError as error:
-                if at_end or len(text) - position > LONGEST_JSON_RECORD:
-                    raise ValueError(f"{path}: record {count} is broken or cut off ({error}).") from error
-                more = file.read(chunk)
-                text, position, at_end = text[position:] + more, 0, not more
-                continue
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}: record {count} is {type(record).__name__}; expected an object.")
-            yield record
-            count += 1
+        start = file.read(4096).lstrip()
+        if not start.startswith("["):
+            raise ValueError(f"{path}: starts with {start[:20]!r}; expected a JSON array of VQA records.")
+        file.seek(0)
+        try:
+            for record in ijson.items(_Utf8Stream(file), "item", use_float=True, buf_size=chunk):
+                if not isinstance(record, dict):
+                    raise ValueError(f"{path}: record {count} is {type(record).__name__}; expected an object.")
+                yield record
+                count += 1
+        except ijson.JSONError as error:
+            what = str(error).split("\n", 1)[0]  # the lines below quote the file, and so a report
+            raise ValueError(
+                f"{path}: record {count} is broken or cut off ({what}). Check the file there, or download it again."
+            ) from error
+
+
+class _Utf8Stream:
+    """A text file as the UTF-8 bytes that `ijson` reads, whatever the file's own encoding."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(size).encode()
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -23,6 +24,7 @@ from samf.data.ct_rate.loader import (
 from samf.data.ct_rate.tables import read_labels
 from samf.data.prompts import REPORT_QUESTION
 from samf.phantoms.dataset import DEMO_FINDINGS, PhantomSettings, write_dataset
+from samf.utils.text_files import TextEncodingError
 
 REPORT_COLUMNS = ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"]
 QUESTION = "Which lobe is affected? (a) upper (b) middle (c) lower (d) none"
@@ -482,6 +484,7 @@ def test_json_is_read_in_pieces(tmp_path, chunk):
         ('[{"id": 1}', "record 1 is broken or cut off"),
         ("[1, 2]", "record 0 is int"),
         ("", "expected a JSON array"),
+        ('[{"id": 1} {"id": 2}]', "record 1 is broken or cut off"),
     ],
 )
 def test_broken_json_names_file_and_record(tmp_path, text, message):
@@ -490,6 +493,35 @@ def test_broken_json_names_file_and_record(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         list(read_json_array(path))
     assert "broken.json" in str(error.value)
+
+
+def test_an_error_of_broken_json_quotes_no_report(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text('[{"id": 1}, {"value": "Nodule of Mr Smith." "x"}]')
+    with pytest.raises(ValueError, match="record 1 is broken") as error:
+        list(read_json_array(path))
+    assert "Smith" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_json_is_read_by_its_byte_order_mark(tmp_path, encoding):
+    path, content = tmp_path / "a.json", [{"text": "Öd, 5 µm, 肺"}] * 3
+    path.write_text(" " * 30 + json.dumps(content, ensure_ascii=False), encoding=encoding)
+    assert list(read_json_array(path, 7)) == content
+    path.write_bytes('[{"text": "Öd"}]'.encode("latin-1"))
+    with pytest.raises(TextEncodingError, match="byte 0xd6 in line 1"):
+        list(read_json_array(path))
+
+
+def test_reading_json_takes_the_memory_of_a_record(tmp_path):
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps([{"id": k, "value": "word " * 2000} for k in range(500)]))
+    assert path.stat().st_size > 5_000_000
+    tracemalloc.start()
+    assert sum(1 for _ in read_json_array(path, 1 << 16)) == 500
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 # ---- the paper's CSVs ----------------------------------------------------------------------------------------------
