@@ -16,6 +16,8 @@ _UNMERGEABLE = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "fan_
 _SHOWN = 5  # names in one message
 
 T = TypeVar("T")
+# What a weights file may hold, by name: tensors, and other objects of plain data.
+Entries = Mapping[str, object]
 
 
 class ConversionError(ValueError):
@@ -71,7 +73,7 @@ def read_index(file: Path) -> dict[str, str]:
     return places
 
 
-def check_tensors(weights: Mapping[str, object], source: str | Path) -> None:
+def check_tensors(weights: Entries, source: str | Path) -> None:
     """Check that tensors are usable weights; other entries are ignored.
 
     Raises:

@@ -19,6 +19,7 @@ from samf.scripts.conversion_arguments import ConvertArguments, Part
 from samf.scripts.conversion_checks import (
     ADAPTER_CONFIG,
     ConversionError,
+    Entries,
     as_object,
     check_indexed,
     check_tensors,
@@ -73,10 +74,6 @@ class Checkpoint:
     files: tuple[Path, ...]
     folder: Path | None
     places: Mapping[str, str] = field(default_factory=dict)
-
-
-# What a weights file may hold: tensors, and other objects of plain data.
-Entries = dict[str, object]
 
 
 class Settings(TypedDict):
@@ -198,7 +195,7 @@ def read_checkpoint(checkpoint: Checkpoint, part: Part) -> tuple[Entries, Settin
     Raises:
         ConversionError: a file is damaged, or lacks or repeats a tensor.
     """
-    weights: Entries = {}
+    weights: dict[str, object] = {}
     settings: Settings = {"text": {}, "vision": {}, "aggregator": {}}
     for file in checkpoint.files:
         loaded, metadata = read_weights(file)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from samf.scripts.conversion_arguments import Branch, Precision
-from samf.scripts.conversion_checks import ConversionError, UniqueNames, check_adapter, check_tensors
+from samf.scripts.conversion_checks import ConversionError, Entries, UniqueNames, check_adapter, check_tensors
 from samf.scripts.conversion_names import Names
 from samf.scripts.conversion_sources import RECORDED
 
@@ -36,7 +36,7 @@ def plain_names(weights: Mapping[str, Entry], source: str) -> dict[str, Entry]:
     return plain
 
 
-def merge_lora(weights: Mapping[str, Any], alpha: float, source: str, dtype: Precision = "auto") -> UniqueNames[Any]:
+def merge_lora(weights: Entries, alpha: float, source: str, dtype: Precision = "auto") -> UniqueNames[Any]:
     """Merge peft's LoRA adapters: W + (alpha / r) B A replaces each W that has an adapter (A, B).
 
     For a module that was trained in full (`modules_to_save`), the trained copy is kept and the original left out.
@@ -70,9 +70,7 @@ def merge_lora(weights: Mapping[str, Any], alpha: float, source: str, dtype: Pre
     return merged
 
 
-def _split_adapters(
-    weights: Mapping[str, Any], source: str
-) -> tuple[UniqueNames[Any], UniqueNames[Any], UniqueNames[Any]]:
+def _split_adapters(weights: Entries, source: str) -> tuple[UniqueNames[Any], UniqueNames[Any], UniqueNames[Any]]:
     """Return the weights under the wrapped model's names, and the adapters' A and B by the name of their weight."""
     plain: UniqueNames[Any] = UniqueNames(source)
     adapters: dict[str, UniqueNames[Any]] = {"A": UniqueNames(source), "B": UniqueNames(source)}
@@ -89,7 +87,7 @@ def _split_adapters(
     return plain, adapters["A"], adapters["B"]
 
 
-def backbone_weights(loaded: Mapping[str, object], branch: Branch | None, source: str) -> dict[str, object]:
+def backbone_weights(loaded: Entries, branch: Branch | None, source: str) -> Entries:
     """Return the backbone's weights of a DINO checkpoint: one branch of it, without wrappers and heads.
 
     Args:
@@ -133,7 +131,7 @@ def _strip(name: str, prefixes: tuple[str, ...]) -> str:
     return name
 
 
-def rename(weights: Mapping[str, object], names: Names, source: str) -> dict[str, torch.Tensor]:
+def rename(weights: Entries, names: Names, source: str) -> dict[str, torch.Tensor]:
     """Return weights under our names; stacked queries, keys and values become three tensors.
 
     Args:
