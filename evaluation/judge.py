@@ -39,7 +39,9 @@ from tqdm.auto import tqdm
 
 from samf.data.prompts import LETTERS
 from samf.evaluation.answering.answer_folder import json_line, read_lines
-from samf.evaluation.metrics.bootstrap import SampledMetric, paired_randomisation, patient_intervals, patient_keys
+from samf.evaluation.metrics.bootstrap import patient_intervals
+from samf.evaluation.metrics.sampled_metric import SampledMetric, patient_keys
+from samf.evaluation.metrics.significance import paired_randomisation
 from samf.evaluation.scoring import read_predictions
 from samf.utils.files import write_json
 

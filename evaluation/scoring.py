@@ -30,24 +30,8 @@ import numpy as np
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
 from samf.data.schema import FAILURES_FILE, TASKS
-from samf.evaluation.metrics.bootstrap import (
-    INTERVAL_METHOD,
-    LEVEL,
-    RESAMPLES,
-    SampledMetric,
-    constant_reports,
-    exchanged_reports,
-    nearest_prior_reports,
-    paired_randomisation,
-    patient_counts,
-    patient_intervals,
-    patient_keys,
-    ratio,
-    read_subgroups,
-    subgroup_table,
-    template_collapse,
-    unknown_patients,
-)
+from samf.evaluation.metrics.baselines import constant_reports, exchanged_reports, nearest_prior_reports
+from samf.evaluation.metrics.bootstrap import INTERVAL_METHOD, LEVEL, RESAMPLES, patient_counts, patient_intervals
 from samf.evaluation.metrics.clinical_metrics import (
     CRG_REMEDY,
     MACRO_REMEDY,
@@ -66,6 +50,10 @@ from samf.evaluation.metrics.clinical_metrics import (
     score_findings,
 )
 from samf.evaluation.metrics.multiple_choice import parse_choice, reference_choice, score_multiple_choice
+from samf.evaluation.metrics.sampled_metric import SampledMetric, patient_keys, ratio, unknown_patients
+from samf.evaluation.metrics.significance import paired_randomisation
+from samf.evaluation.metrics.subgroups import read_subgroups, subgroup_table
+from samf.evaluation.metrics.template_collapse import template_collapse
 from samf.evaluation.metrics.text_metrics import (
     BERTSCORE_NAMES,
     TEXT_METRICS,
