@@ -23,9 +23,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from samf.cache.screening import refuse_mask
-from samf.model.ct_dicom import walk_once
+from samf.model.ct_dicom_files import walk_once
 from samf.model.ct_download import file_path, is_address, not_kept
-from samf.model.ct_formats import other_half
+from samf.model.ct_signatures import other_half
 from samf.model.ct_volume import CTReadError, CTVolume, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.utils.files import atomic_write

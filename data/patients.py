@@ -21,9 +21,10 @@ import datasets
 import pyarrow.compute as pc
 
 from samf.data.ct_rate.names import VolumeName
-from samf.model.ct_dicom import looks_like_dicom, walk_once
-from samf.model.ct_dicom_pixels import PARSE_ERRORS, pydicom
+from samf.model.ct_dicom_files import walk_once
+from samf.model.ct_dicom_storage import PARSE_ERRORS, pydicom
 from samf.model.ct_download import is_address
+from samf.model.ct_signatures import looks_like_dicom
 
 logger = logging.getLogger(__name__)
 

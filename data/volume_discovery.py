@@ -16,8 +16,9 @@ from samf.data.ct_rate.loader import CtRateFolder, VolumeName, load_ct_rate, loa
 from samf.data.ct_rate.sources import is_hub_name
 from samf.data.patients import PATIENT_COLUMN, PatientRule, find_patients
 from samf.data.table_columns import TableColumns
-from samf.model.ct_dicom import looks_like_dicom, walk_once
+from samf.model.ct_dicom_files import walk_once
 from samf.model.ct_download import file_path, is_address
+from samf.model.ct_signatures import looks_like_dicom
 from samf.utils.text_files import read_lines
 
 logger = logging.getLogger(__name__)

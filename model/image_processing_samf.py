@@ -26,7 +26,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
-from .ct_memory import is_dataset, is_image, is_kind, is_row
+from .ct_inputs import is_dataset, is_image, is_kind, is_row
 from .ct_volume import AIR_HU, CTVolume, to_ct_volume
 from .hub_samf import PushToHubWithCard
 
