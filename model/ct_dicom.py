@@ -1,6 +1,6 @@
 """One CT series of DICOM slices as a volume in Hounsfield units.
 
-pydicom reads the headers. Files are recognised by their bytes and sorted by their place in the patient, never by names or
+pydicom reads the headers. Files are recognised by their bytes and sorted by their location in the patient, never by names or
 instance numbers. Log lines and errors hold no patient data and no identifiers: only technical tags are read, and a series
 is named by a short digest of its UID (`series_label`), which `series_uid` takes as well.
 
@@ -12,7 +12,7 @@ What is repaired and what is refused:
 - numbers that can't be read, such as those with a decimal comma: refused, with the tag's name;
 - up to three slices, or a tenth, of another orientation, matrix or pixel size: left out, counted. More: refused;
 - a CT slice that is damaged or was cut short: its series is refused, never read in part;
-- copies of a slice: left out, counted. Different slices at one place (time points, reconstructions): refused;
+- copies of a slice: left out, counted. Different slices at one location (time points, reconstructions): refused;
 - distances that differ by at most a tenth, or 0.1 mm, of their median: even. Otherwise the stack is interpolated onto
   even distances, unless a gap is wider than `MAX_GAP_STEPS` medians (or 5 mm, and never above 10 mm): refused;
 - slices that deviate by more than 1 mm from one straight line: refused;

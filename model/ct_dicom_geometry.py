@@ -9,7 +9,7 @@ import numpy as np
 
 from .ct_common import CTReadError
 from .ct_dicom_headers import DicomSlice
-from .ct_dicom_series import SAME_PLACE_MM, group_by_fit, is_mostly_one, remedy_for_several, step_tolerance
+from .ct_dicom_series import SAME_LOCATION_MM, group_by_fit, is_mostly_one, remedy_for_several, step_tolerance
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Stack:
     """The slices of one volume.
 
     Attributes:
-        slices: in the order of their places.
+        slices: in the order of their locations.
         affine: (4, 4), column, row and slice index → LPS mm.
         indices: fractional slice indices onto which the stack is interpolated; None for an even stack.
     """
@@ -64,16 +64,16 @@ def stack_slices(
     notes: list[str],
     read_pixels: Callable[[Sequence[DicomSlice]], np.ndarray],
 ) -> Stack:
-    """Sort slices by their places, without copies.
+    """Sort slices by their locations, without copies.
 
     Args:
         source: name in messages.
         slices: of one orientation, matrix and pixel size.
         notes: gets notes of copies and of uneven distances.
-        read_pixels: returns the HU (slices, rows, columns) of slices, to compare those at one place.
+        read_pixels: returns the HU (slices, rows, columns) of slices, to compare those at one location.
 
     Raises:
-        CTReadError: slices without geometry, several at one place, missing ones, or not on one straight line.
+        CTReadError: slices without geometry, several at one location, missing ones, or not on one straight line.
     """
     if len(slices) == 1:
         return Stack(slices, _single_slice_affine(source, slices[0]))
@@ -83,16 +83,16 @@ def stack_slices(
             f"0028,0030); expected them in every slice. Export the series again."
         )
     normal = slices[0].normal
-    slices = sorted(slices, key=lambda piece: (piece.height(normal), piece.instance))
+    slices = sorted(slices, key=lambda piece: (piece.location_along(normal), piece.instance))
     slices = _without_copies(source, slices, notes, read_pixels)
     first = slices[0]
     if len(slices) == 1:
         return Stack(slices, _single_slice_affine(source, first))
     positions = np.array([piece.position for piece in slices])
-    places = positions @ first.normal
-    run = (positions[-1] - positions[0]) / (places[-1] - places[0])  # mm in the room per mm along the normal
-    _check_sideways(source, positions - positions[0] - np.outer(places - places[0], run))
-    indices = _even_indices(source, places, notes)
+    locations = positions @ first.normal
+    run = (positions[-1] - positions[0]) / (locations[-1] - locations[0])  # mm in space per mm along the normal
+    _check_sideways(source, positions - positions[0] - np.outer(locations - locations[0], run))
+    indices = _even_indices(source, locations, notes)
     count = len(slices) if indices is None else len(indices)
     affine = _in_plane_affine(first)
     affine[:3, 2] = (positions[-1] - positions[0]) / (count - 1)
@@ -134,13 +134,13 @@ def _without_copies(
     notes: list[str],
     read_pixels: Callable[[Sequence[DicomSlice]], np.ndarray],
 ) -> list[DicomSlice]:
-    """Return one slice per place. Files that hold the same image are copies; different images at one place are refused."""
-    places = np.array([piece.height(slices[0].normal) for piece in slices])
-    fresh = np.concatenate([[True], np.diff(places) >= SAME_PLACE_MM])
+    """Return one slice per location. Equal images at one location are copies; different ones are refused."""
+    locations = np.array([piece.location_along(slices[0].normal) for piece in slices])
+    fresh = np.concatenate([[True], np.diff(locations) >= SAME_LOCATION_MM])
     if fresh.all():
         return slices
     # By the voxels, because anonymisers copy and invent instance UIDs.
-    firsts = np.flatnonzero(fresh)[np.cumsum(fresh) - 1]  # for each slice, the first one at its place
+    firsts = np.flatnonzero(fresh)[np.cumsum(fresh) - 1]  # for each slice, the first one at its location
     doubled = np.unique(np.concatenate([np.flatnonzero(~fresh), firsts[~fresh]]))
     images = dict(zip(doubled, read_pixels([slices[k] for k in doubled]), strict=True))
     if any(not np.array_equal(images[k], images[firsts[k]]) for k in np.flatnonzero(~fresh)):
@@ -154,7 +154,7 @@ def _without_copies(
 
 
 def _time_points(slices: Sequence[DicomSlice]) -> str:
-    """Return which tag distinguishes the passes over one place, and how many slices each has."""
+    """Return which tag distinguishes the passes over one location, and how many slices each has."""
     for keyword in dict.fromkeys(name for piece in slices for name, _ in piece.time_point):
         counts = Counter(dict(piece.time_point).get(keyword, "none") for piece in slices)
         if 1 < len(counts) <= len(slices) // 2:
@@ -178,16 +178,16 @@ def _check_sideways(source: str, offsets: np.ndarray) -> None:
         )
 
 
-def _even_indices(source: str, places: np.ndarray, notes: list[str]) -> np.ndarray | None:
+def _even_indices(source: str, locations: np.ndarray, notes: list[str]) -> np.ndarray | None:
     """Return the fractional indices of evenly spaced slices among those there are; None if these are even.
 
-    `places`: mm along the normal, rising.
+    `locations`: mm along the normal, rising.
     """
-    steps = np.diff(places)
+    steps = np.diff(locations)
     median = float(np.sort(steps)[(len(steps) - 1) // 2])  # the finer one of two
     tolerance = step_tolerance(median)
     uneven = np.abs(steps - median) > tolerance
-    drift = np.abs(places - np.linspace(places[0], places[-1], len(places))).max()
+    drift = np.abs(locations - np.linspace(locations[0], locations[-1], len(locations))).max()
     if not uneven.any() and drift <= max(0.5 * median, tolerance):
         return None
     limit = min(max(MAX_GAP_STEPS * median, _MIN_GAP_LIMIT), _MAX_GAP_LIMIT)
@@ -198,18 +198,18 @@ def _even_indices(source: str, places: np.ndarray, notes: list[str]) -> np.ndarr
             f"{median:.2f} mm elsewhere ({int(uneven.sum())} such gaps; up to {limit:.1f} mm would be filled). "
             f"Slices are missing: export the series again."
         )
-    count = max(round((places[-1] - places[0]) / median), 1) + 1
-    if count > 10 * len(places):
+    count = max(round((locations[-1] - locations[0]) / median), 1) + 1
+    if count > 10 * len(locations):
         raise CTReadError(
             f"{source}: distances between slices from {steps.min():.2f} to {steps.max():.2f} mm; expected even ones. "
             f"Export the series again."
         )
-    even = np.linspace(places[0], places[-1], count)
-    indices = np.interp(even, places, np.arange(len(places)))
-    filled = float(steps[uneven].sum() if uneven.any() else places[-1] - places[0])
+    even = np.linspace(locations[0], locations[-1], count)
+    indices = np.interp(even, locations, np.arange(len(locations)))
+    filled = float(steps[uneven].sum() if uneven.any() else locations[-1] - locations[0])
     notes.append(
         f"uneven distances between slices, {steps.min():.2f} to {steps.max():.2f} mm (median {median:.2f}): interpolated "
-        f"onto {count} slices {even[1] - even[0]:.2f} mm apart; {filled:.1f} of {places[-1] - places[0]:.1f} mm are in "
+        f"onto {count} slices {even[1] - even[0]:.2f} mm apart; {filled:.1f} of {locations[-1] - locations[0]:.1f} mm are in "
         f"{int(uneven.sum())} odd gaps"
     )
     return indices

@@ -58,7 +58,7 @@ class DicomSlice:
         pixels: how its file stores it.
         frame: number of the frame in the file, from 0.
         series: SeriesInstanceUID.
-        room: StudyInstanceUID and FrameOfReferenceUID; positions are comparable within one room.
+        space: StudyInstanceUID and FrameOfReferenceUID; only positions that share both are comparable.
         stack: StackID of a frame.
         series_number: SeriesNumber.
         modality: Modality.
@@ -70,13 +70,13 @@ class DicomSlice:
         slope: HU per stored unit.
         intercept: HU of a stored 0.
         padding: lowest and highest stored value that mean "outside the field of view".
-        time_point: tags and values that distinguish passes over the same place.
+        time_point: tags and values that distinguish passes over the same location.
     """
 
     pixels: DicomPixels
     frame: int
     series: str
-    room: tuple[str, str]
+    space: tuple[str, str]
     stack: str
     series_number: str
     modality: str
@@ -108,7 +108,7 @@ class DicomSlice:
         assert self.cosines is not None
         return np.cross(self.cosines[:3], self.cosines[3:])
 
-    def height(self, normal: np.ndarray) -> float:
+    def location_along(self, normal: np.ndarray) -> float:
         """Return where the slice is along a direction (3,), in mm. Only with a position."""
         assert self.position is not None
         return float(self.position @ normal)
@@ -302,7 +302,7 @@ def _slice(
         pixels=pixels,
         frame=frame,
         series=_text(header, "SeriesInstanceUID"),
-        room=(_text(header, "StudyInstanceUID"), _text(header, "FrameOfReferenceUID")),
+        space=(_text(header, "StudyInstanceUID"), _text(header, "FrameOfReferenceUID")),
         stack=str(value("StackID", "FrameContentSequence") or "")[:16],
         series_number=str(header.get("SeriesNumber", "") or "")[:16],
         modality=modality[:16],

@@ -12,7 +12,7 @@ from .ct_dicom_headers import DicomSlice, Headers
 
 logger = logging.getLogger(__name__)
 
-SAME_PLACE_MM = 0.01
+SAME_LOCATION_MM = 0.01
 _STEP_TOLERANCE, _STEP_TOLERANCE_MM = 0.1, 0.1
 _MAX_ODD_SLICES, _MAX_ODD_SHARE = 3, 0.1  # of another orientation, matrix or pixel size, whichever is more
 _MAX_LISTED = 12  # series in one message
@@ -155,9 +155,9 @@ def _is_even(slices: Sequence[DicomSlice]) -> bool:
     first = slices[0]
     if len(slices) < 2 or not all(piece.is_placed and piece.fits(first) for piece in slices):
         return False
-    steps = np.diff(np.sort([piece.height(first.normal) for piece in slices]))
+    steps = np.diff(np.sort([piece.location_along(first.normal) for piece in slices]))
     median = float(np.median(steps))
-    return median > SAME_PLACE_MM and bool(np.abs(steps - median).max() <= step_tolerance(median))
+    return median > SAME_LOCATION_MM and bool(np.abs(steps - median).max() <= step_tolerance(median))
 
 
 # --- Series of one slice each -----------------------------------------------------------------------------------------
@@ -167,17 +167,17 @@ def _joined(source: str, series: Mapping[str, list[DicomSlice]], listed: bool) -
     """Return the series, with those of one slice that belong together as one: some anonymisers make each file a series.
 
     Files that the caller listed belong together if they fit, or if all of them, series of many slices too, make one even
-    stack. Those of a folder must also share study and frame of reference, and be at different places.
+    stack. Those of a folder must also share study and frame of reference, and have different locations.
     """
     slices = [piece for stack in series.values() for piece in stack]
     if listed and len(series) > 1 and _is_even(slices):
         logger.warning("%s: %d series in the list make one even stack; read as one volume.", source, len(series))
         return {"all that was listed": slices}
     joined = dict(series)
-    for names in _alike({name: stack[0] for name, stack in series.items() if _is_one_place(stack)}, listed):
+    for names in _alike({name: stack[0] for name, stack in series.items() if _is_one_location(stack)}, listed):
         slices = [piece for name in names for piece in series[name]]
-        places = {round(piece.height(slices[0].normal) / SAME_PLACE_MM) for piece in slices}
-        if len(names) < 2 or not (listed or len(places) >= max(_MIN_JOINED, len(slices) / 2)):
+        locations = {round(piece.location_along(slices[0].normal) / SAME_LOCATION_MM) for piece in slices}
+        if len(names) < 2 or not (listed or len(locations) >= max(_MIN_JOINED, len(slices) / 2)):
             continue
         logger.warning(
             "%s: %d slices of which each has a SeriesInstanceUID of its own%s; read as one series.",
@@ -190,7 +190,7 @@ def _joined(source: str, series: Mapping[str, list[DicomSlice]], listed: bool) -
     return joined
 
 
-def _is_one_place(slices: Sequence[DicomSlice]) -> bool:
+def _is_one_location(slices: Sequence[DicomSlice]) -> bool:
     """Return whether a series is one slice, perhaps with copies of it."""
     first = slices[0]
     if len(slices) > _MAX_COPIES or first.position is None:
@@ -198,7 +198,7 @@ def _is_one_place(slices: Sequence[DicomSlice]) -> bool:
     for piece in slices:
         if piece.position is None or piece.cosines is None or not piece.fits(first):
             return False
-        if np.abs(piece.position - first.position).max() >= SAME_PLACE_MM:
+        if np.abs(piece.position - first.position).max() >= SAME_LOCATION_MM:
             return False
     return True
 
@@ -208,11 +208,13 @@ def _alike(slices: Mapping[str, DicomSlice], listed: bool) -> list[list[str]]:
 
     They fit each other and, unless the caller listed them, share study, frame of reference and modality.
     """
-    rooms: dict[tuple[int, int, tuple[tuple[str, str], str] | None], list[str]] = defaultdict(list)
+    candidates: dict[tuple[int, int, tuple[tuple[str, str], str] | None], list[str]] = defaultdict(list)
     for name, piece in slices.items():
-        rooms[piece.pixels.rows, piece.pixels.columns, None if listed else (piece.room, piece.modality)].append(name)
+        candidates[piece.pixels.rows, piece.pixels.columns, None if listed else (piece.space, piece.modality)].append(
+            name
+        )
     groups = []
-    for names in rooms.values():
+    for names in candidates.values():
         by_piece = {id(slices[name]): name for name in names}
         stacks = group_by_fit([slices[name] for name in names])
         groups += [[by_piece[id(piece)] for piece in stack] for stack in stacks]

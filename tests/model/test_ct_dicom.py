@@ -1,7 +1,7 @@
-"""DICOM series: order, geometry, values, what is mended and what is refused.
+"""DICOM series: order, geometry, values, what is repaired and what is refused.
 
-Most slices show HU that grow linearly through the room (`dicom_series.world_hu`): a voxel read right holds the HU of the
-place where the volume's affine puts it, whatever the slices' order, tilt or gaps.
+Most slices show HU that grow linearly through space (`dicom_series.world_hu`): a voxel read correctly holds the HU of the
+point to which the affine maps it, whatever the slices' order, tilt or gaps.
 """
 
 import base64
@@ -99,7 +99,7 @@ def test_tilted_gantry_is_straightened_and_said(tmp_path, caplog):
     np.testing.assert_allclose(volume.affine[:3, :3], np.diag(volume.spacing), atol=1e-9)
 
     def inside(lps):
-        """Well within the sheared stack: what lies outside of it is air."""
+        """Well within the sheared stack: what is outside of it is air."""
         column = (lps[..., 1] - FIRST[1]) / np.cos(TILT)
         run = lps[..., 2] - FIRST[2] + column * np.sin(TILT)
         return (run >= 0) & (run <= 11 * 2.5) & (column >= 0) & (column <= (ROWS - 1) * SPACING[0])
@@ -326,7 +326,7 @@ def test_a_series_uid_for_each_file_is_one_series(tmp_path, caplog):
         "6 slices of which each has a SeriesInstanceUID of its own, in one study, frame of reference and orientation"
     )
     assert words in caplog.text and "1.2.77777" not in caplog.text
-    one = read_ct(folder, series_uid="1.2.77777.17.2")  # somebody who names one gets it
+    one = read_ct(folder, series_uid="1.2.77777.17.2")  # a series that is named is read
     assert one.shape[2] == 1
     write_series(folder, stack_positions(9), names=[f"b{k}" for k in range(9)])
     assert read_ct(folder).shape[2] == 9  # a series of more slices counts before them
@@ -360,7 +360,7 @@ def test_a_list_of_files_is_one_volume(tmp_path, caplog):
 
 
 def test_pictures_of_one_place_in_series_of_their_own_are_no_volume(tmp_path, caplog):
-    """As the contrast agent is watched: a series a picture, all at one place."""
+    """Bolus tracking: one image per series, all at one location."""
     watched = np.repeat(stack_positions(1), 8, axis=0)
     hu = EachSlice(slice_hu(watched[0]) + k for k in range(8))
     folder = write_series(tmp_path / "study", watched, hu=hu, names=[f"w{k}" for k in range(8)], **own_uids(8))
@@ -380,8 +380,8 @@ def enhanced_stacks(path, stacks, named=True):
         group.FrameContentSequence = [pydicom.Dataset()]
         if named:
             group.FrameContentSequence[0].StackID = str(number)
-    pictures = [slice_hu(position, cosines) + 1024 for position, cosines, _ in frames]
-    dataset.PixelData = np.stack(pictures).astype(np.int16).tobytes()
+    images = [slice_hu(position, cosines) + 1024 for position, cosines, _ in frames]
+    dataset.PixelData = np.stack(images).astype(np.int16).tobytes()
     dataset.save_as(path, enforce_file_format=True)
     return path
 
@@ -633,7 +633,7 @@ def test_jpeg_ls(tmp_path):
     np.testing.assert_array_equal(hu.ravel(), np.arange(256) * 9 + 100 - 1024)
 
 
-# The same picture, packed by OpenJPH 0.26.3: unsigned, and 1124 less in signed numbers.
+# The same image, packed by OpenJPH 0.26.3: unsigned, and 1124 less in signed numbers.
 HTJ2K = (
     "|4;u>04YEK0000G0000G00000000000000G0000G0000000000009pH0sl|{2mk^A000XAQUDA90ssL31q1{@0smY86Cj9?kdTm&kdTm&kdTmw"
     "h=~7W02crOPjF>!N>E53R%LP^FfKASE;BCwkN^q*00000egFaglfVEb!TALTbN~Rr0206e69A$C2Xp{N`U3}a0KfnfKmZef5cB|obO0a)=>Vft"
@@ -663,7 +663,7 @@ def test_htj2k(tmp_path, syntax, signed):
 
 
 def test_htj2k_needs_a_simpleitk_that_unpacks_it(tmp_path, monkeypatch):
-    """Version 2.4 gives no picture; JPEG 2000 it does unpack, so that no word of it is needed there."""
+    """Version 2.4 gives no image. It does unpack JPEG 2000, which needs no message."""
     older = ct_dicom_pixels._UNPACK_SCRIPT.replace("SimpleITK.Version.MinorVersion()", "-1")
     assert older != ct_dicom_pixels._UNPACK_SCRIPT
     monkeypatch.setattr(ct_dicom_pixels, "_UNPACK_SCRIPT", older)
@@ -777,7 +777,7 @@ def private_studies(folder):
 
 
 def test_no_patient_data_in_any_log_error_or_written_file(tmp_path, caplog, capfd):
-    """Over all that can be read or refused: names, dates, numbers and UIDs stand in no log line, traceback or file."""
+    """Whatever is read or refused: no log line, traceback or file holds names, dates, numbers or UIDs."""
     caplog.set_level(logging.DEBUG)
     said, outcomes = [], {}
     cache = SliceCache(tmp_path / "written", SamfImageProcessor(slices_per_plane=2, size=32))
@@ -820,7 +820,7 @@ def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, m
     monkeypatch.setattr(
         ct_dicom_pixels, "_UNPACK_SCRIPT", ct_dicom_pixels._UNPACK_SCRIPT.replace("SimpleITK", "not_installed")
     )
-    assert_every_voxel_in_place(read_ct(folder))  # native voxels need pydicom alone
+    assert_every_voxel_in_place(read_ct(folder))  # native voxels need only pydicom
     with pytest.raises(CTReadError, match="slice000.dcm: compressed voxels need SimpleITK: pip install SimpleITK"):
         read_ct(packed)
     monkeypatch.setattr(ct_dicom, "pydicom", None)
@@ -906,7 +906,7 @@ def waited_for(condition) -> bool:
 
 
 def alive(process: int) -> bool:
-    """Whether it runs: one that has ended and that nobody asked after is dead too."""
+    """Whether it runs; a zombie counts as dead."""
     try:
         return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Reading CT volumes: values, geometry, and what is refused with which words."""
+"""Reading CT volumes: values, geometry, and the errors of what is refused."""
 
 import bz2
 import errno
@@ -17,7 +17,7 @@ import SimpleITK as sitk
 import torch
 
 from samf.model import ct_streams
-from samf.model.ct_common import scale_to_hu
+from samf.model.ct_common import VolumeRef, scale_to_hu
 from samf.model.ct_volume import AIR_HU, CTReadError, CTVolume, judge_intensity, read_ct, to_ct_volume
 
 SHAPE = (9, 7, 5)
@@ -67,7 +67,7 @@ def test_axes_become_ras_and_affine_follows_every_voxel(tmp_path, codes):
     assert volume.shape == tuple(SHAPE[rows.index(row)] for row in range(3))
     np.testing.assert_allclose(volume.spacing, [SPACING[rows.index(row)] for row in range(3)])
     assert (np.diag(volume.affine) > 0).all()
-    for index in np.ndindex(SHAPE):  # the same value stands at the same place in the room
+    for index in np.ndindex(SHAPE):  # the same value is at the same place in space
         place = affine @ [*index, 1]
         i, j, k = np.rint(np.linalg.solve(volume.affine, place)[:3]).astype(int)
         assert volume.hu[i, j, k] == stored[index]
@@ -127,7 +127,7 @@ def test_oblique_and_sheared_volumes_are_resampled_onto_the_patients_axes(tmp_pa
     beyond = ((there <= -1) | (there >= np.array(stored.shape))).any(axis=-1)
     assert np.abs(volume.hu - places @ (6, -4, 5))[inside].max() <= 1.01
     assert (volume.hu[beyond] == AIR_HU).all() and beyond.any()
-    # Nothing was cut off: every stored corner lies within the new volume.
+    # Nothing was cut off: every stored corner is within the new volume.
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(stored.shape) - 1) @ affine[:3, :3].T + affine[:3, 3]
     found = (corners - volume.affine[:3, 3]) / volume.spacing
     assert (found > -0.01).all() and (found < np.array(volume.shape) - 1 + 0.01).all()
@@ -334,7 +334,7 @@ def test_values_in_memory_are_warned_of_not_refused(caplog):
 
 @pytest.mark.parametrize("intercept", [-1024, -8192])
 def test_first_release_volumes_take_metadata_once(tmp_path, caplog, intercept):
-    """Raw values under a blank header: refused alone, read right with metadata; HU with metadata: refused."""
+    """Raw values under a blank header: refused without metadata, read correctly with it; HU with metadata: refused."""
     caplog.set_level(logging.INFO)
     hu = chest()
     raw = save_nifti(tmp_path / "v1.nii.gz", (hu.astype(np.int32) - intercept).astype(np.int16), np.eye(4))
@@ -360,6 +360,24 @@ def test_first_release_volumes_take_metadata_once(tmp_path, caplog, intercept):
     other = {-1024: -8192, -8192: -1024}[intercept]
     with pytest.raises(CTReadError, match=f"rescale=.1, {other}. is not this file's"):
         read_ct(raw, rescale=(1, other))
+
+
+def test_a_reference_carries_a_path_with_its_rescaling(tmp_path):
+    path = save_nifti(tmp_path / "v1.nii", ramp() + 1024, np.eye(4))
+    five = (1, -1024, *SPACING)
+    for rescale in (None, (1, -1024), five):
+        reference = VolumeRef(str(path), rescale)
+        for read in (read_ct, to_ct_volume):
+            volume, expected = read(reference), read_ct(path, rescale=rescale)
+            np.testing.assert_array_equal(volume.hu, expected.hu)
+            assert (volume.spacing, volume.source) == (expected.spacing, str(path))
+    assert len({VolumeRef.of(path, list(five)), VolumeRef.of(str(path), five), VolumeRef(str(path), five)}) == 1
+    assert VolumeRef.of(path) != VolumeRef.of(path, five) and VolumeRef.of(reference) is reference
+    np.testing.assert_array_equal(read_ct(reference, rescale=five).stored_hu(), ramp())
+    with pytest.raises(CTReadError, match="v1.nii: rescale=.1, 0. next to a VolumeRef.*expected one"):
+        read_ct(reference, rescale=(1, 0))
+    with pytest.raises(CTReadError, match="v1.nii: rescale=.1.0,.; expected .slope, intercept."):
+        read_ct(VolumeRef(str(path), (1,)))
 
 
 def test_a_blank_header_of_a_large_picture_is_warned_of(tmp_path, caplog):

@@ -61,20 +61,20 @@ REFUSED = {
     "dicom/dicom2nifti_notavolume": ("4 slices at 1 positions", None),
     "dicom/torchio_MR_labelled_CT_17sl_rot180": (NO_HU, ((88, 128, 17), "RAS", (2, 2, 2), (0, 696))),
     "odd/functional.nii": (r"4-D image of shape \(17, 21, 3, 20\)", None),
-    "odd/niivue_CT_pitch_oblique16.nii.gz": (  # a picture of 8 bits
+    "odd/niivue_CT_pitch_oblique16.nii.gz": (  # an image of 8 bits
         NO_HU,
         ((175, 286, 80), "RAS", (0.8125, 0.8125, 2.397049), (-1024, 251)),
     ),
     "odd/niivue_complex64.nii.gz": ("voxels of type complex64", None),
 }
-# One MR picture in 24 axis orders.
+# One MR image in 24 axis orders.
 # fmt: off
 ORIENTATIONS = (
     "AIR", "ALS", "ARS", "ASR", "IAR", "ILP", "IPR", "IRP", "LAS", "LIP", "LPS", "LSP",
     "PIR", "PLS", "PRS", "PSR", "RAS", "RIP", "RPS", "RSP", "SAR", "SLP", "SPR", "SRP",
 )
 # fmt: on
-# Axes R, A, S of that picture: voxels, mm.
+# Axes R, A, S of that image: voxels, mm.
 MR_SHAPE, MR_SPACING = (64, 79, 67), (2.385232, 2.389754, 2.366486)
 # What holds no volume: for other tests.
 NO_VOLUMES = ("tokenizers", "nltk", "lm", "reports", "README.md")
