@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
-from samf.model.ct_dicom import walk_once
+from samf.model.ct_dicom_files import walk_once
 from samf.model.ct_download import file_path, is_address
-from samf.model.ct_formats import other_half
+from samf.model.ct_signatures import other_half
 from samf.model.ct_volume import CTReadError
 
 # A volume's path, and of each of its files the name below that path, the size in bytes and the modification time in ns.

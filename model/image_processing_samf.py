@@ -22,7 +22,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils.generic import TensorType
 
-from .ct_memory import is_dataset, is_image, is_kind, is_row
+from .ct_inputs import is_dataset, is_image, is_kind, is_row
 from .ct_volume import CTVolume, to_ct_volume
 from .hub_samf import PushToHubWithCard
 from .published_slices import PUBLISHED_CHANNELS, extract_published

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 from samf.cache import entries, slice_cache
 from samf.cache.slice_cache import SliceCache, check_entry, read_entry, volume_identity, write_entry
-from samf.model import ct_download as volume_sources
-from samf.model.ct_dicom import dicom_files
+from samf.model import ct_download
+from samf.model.ct_dicom_files import dicom_files
 from samf.model.ct_volume import CTReadError, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 
@@ -131,7 +131,7 @@ def test_record_of_an_address_is_found_without_the_network(tmp_path, processor, 
     assert not cache.has(address)
 
     def fetch(path, **_):
-        assert volume_sources._passing.get() is not None  # a download wouldn't be kept
+        assert ct_download._passing.get() is not None  # a download wouldn't be kept
         return read_ct({address: scan}[path])
 
     monkeypatch.setattr(slice_cache, "read_ct", fetch)
