@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch.utils.data import ConcatDataset, Dataset
 
 from samf.cache.fill import FillOptions, StoppedError, fill_slices
@@ -181,7 +180,7 @@ def medmnist_sets(folder: Path, splits: Sequence[str], size: int, unpacked: Path
     if not splits or not set(splits) <= set(MEDMNIST_SPLITS):
         raise ValueError(f"splits={list(splits)}; expected some of {', '.join(MEDMNIST_SPLITS)}, or all.")
     files = medmnist_files(folder, size)
-    with PartialState().main_process_first():
+    with Processes().main_process_first():
         by_split = {
             split: _Joined([MedMnistSlices(file, split, unpacked) for file in files])
             for split in MEDMNIST_SPLITS
@@ -535,7 +534,7 @@ def slice_sets(
     cache_folder = Path(cache_folder)
     folders = [Path(root) for root in data]
     if list(data) == ["medmnist"]:
-        with PartialState().main_process_first():
+        with Processes().main_process_first():
             folders = [download_medmnist(cache_folder / "medmnist", image_processor.size)]
     if holds_medmnist(map(str, folders)):
         if len(folders) > 1:
