@@ -14,6 +14,7 @@ __all__ = [
     "ChoiceScores",
     "Cohort",
     "Collapse",
+    "CollapsePair",
     "Comparison",
     "Counts",
     "Difference",
@@ -221,6 +222,13 @@ class Collapse(TypedDict):
     loop: Loop
 
 
+class CollapsePair(TypedDict):
+    """Template collapse of the predictions, and of the references for comparison."""
+
+    predictions: Collapse
+    references: Collapse
+
+
 class MetricWithInterval(TypedDict):
     """A metric in a subgroup."""
 
@@ -246,7 +254,7 @@ class TaskScores(TypedDict):
     intervals: Intervals
     n: dict[str, int]  # metric path → patients that the value depends on
     baselines: NotRequired[dict[str, BaselineScores | LetterBaseline | ChanceAccuracy]]
-    collapse: NotRequired[dict[Literal["predictions", "references"], Collapse]]  # of reports
+    collapse: NotRequired[CollapsePair]  # of reports
     subgroups: NotRequired[list[SubgroupRow]]
 
 
