@@ -152,7 +152,7 @@ def build_model(args: EvalArguments) -> tuple[SamfForConditionalGeneration, Samf
     with Processes().main_process_first():  # the first one copies the model's code to where all of them import it from
         model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    return model.to(device), processor
+    return model.to(device), processor  # type: ignore[arg-type]  # transformers wraps `to` without its types
 
 
 def choose_records(args: EvalArguments) -> Sequence[Record]:

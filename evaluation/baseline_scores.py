@@ -6,28 +6,23 @@ from string import ascii_lowercase
 
 from samf.data.schema import Task
 from samf.evaluation.metric_samples import MetricSampler, choice_samples, option_lists, select_group, texts_of
-from samf.evaluation.metrics.bootstrap import (
-    constant_reports,
-    exchanged_reports,
-    nearest_prior_reports,
-    template_collapse,
-)
+from samf.evaluation.metrics.baselines import constant_reports, exchanged_reports, nearest_prior_reports
 from samf.evaluation.metrics.clinical_metrics import PRECISION_RECALL_F1, chance_findings
 from samf.evaluation.metrics.multiple_choice import reference_choice, score_multiple_choice
+from samf.evaluation.metrics.template_collapse import template_collapse
 from samf.evaluation.metrics.text_metrics import TEXT_METRICS, describe_text, text_samples
 from samf.evaluation.schema import (
     BaselineScores,
-    ChanceAccuracy,
+    ChoiceBaseline,
     CollapsePair,
     FindingValues,
-    LetterBaseline,
     PrecisionRecallF1,
     PredictionRow,
 )
 
 __all__ = ["collapse_of", "score_baselines"]
 
-Baselines = dict[str, BaselineScores | LetterBaseline | ChanceAccuracy]
+Baselines = dict[str, BaselineScores | ChoiceBaseline]
 
 
 def score_baselines(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from samf.data.schema import FAILURES_FILE
-from samf.evaluation.metrics.bootstrap import patient_keys
+from samf.evaluation.metrics.sampled_metric import patient_keys
 from samf.evaluation.prediction_rows import PredictionsError, PredictionSource, parse_object, read_json_lines
 from samf.evaluation.schema import Cohort, Counts, Exclusion, Failure, PredictionRow
 from samf.utils.text_files import TextEncodingError, read_text

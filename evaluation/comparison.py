@@ -5,7 +5,8 @@ from typing import Any, TypeAlias
 
 from samf.data.schema import TASKS, Task
 from samf.evaluation.metric_samples import MetricSampler
-from samf.evaluation.metrics.bootstrap import paired_randomisation, patient_keys, unknown_patients
+from samf.evaluation.metrics.sampled_metric import patient_keys, unknown_patients
+from samf.evaluation.metrics.significance import paired_randomisation
 from samf.evaluation.prediction_rows import PredictionsError, PredictionSource, load_rows
 from samf.evaluation.schema import Comparison, Difference, PredictionRow
 from samf.evaluation.scoring_options import ScoringOptions, choose_options

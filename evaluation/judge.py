@@ -26,7 +26,9 @@ from samf.evaluation.judging.endpoint import EndpointJudge
 from samf.evaluation.judging.judgements import STATUSES, Judgement, judge_rows
 from samf.evaluation.judging.local import LocalJudge
 from samf.evaluation.judging.prompts import HIGHEST, PROMPT_VERSION, RANGES, is_shortened
-from samf.evaluation.metrics.bootstrap import SampledMetric, paired_randomisation, patient_intervals, patient_keys
+from samf.evaluation.metrics.bootstrap import patient_intervals
+from samf.evaluation.metrics.sampled_metric import SampledMetric, patient_keys
+from samf.evaluation.metrics.significance import paired_randomisation
 from samf.evaluation.prediction_rows import read_predictions
 from samf.evaluation.schema import Difference, JudgedAnswer, JudgeResults, JudgeTaskScores, PredictionRow
 from samf.utils.files import write_json
@@ -75,12 +77,13 @@ def judge_predictions(
     Raises:
         JudgeError: see `judge_rows`.
     """
-    judgements = judge_rows(rows, judge, ranges=ranges, replies=replies)
+    scored = _tasks_and_scores(rows, judge_rows(rows, judge, ranges=ranges, replies=replies))
     return {
         "prompt_version": PROMPT_VERSION,
         "judge": judge.identity,
         "ranges": ranges,
-        **_tasks_and_scores(rows, judgements),
+        "tasks": scored["tasks"],
+        "scores": scored["scores"],
     }
 
 
@@ -196,7 +199,7 @@ def compare_judged(
     Returns:
         Task → {"judge.judge_score": difference}; empty where judge, prompt or ranges were not the same.
     """
-    if any(first[name] != second[name] for name in ("judge", "prompt_version", "ranges")):  # type: ignore[literal-required]
+    if any(first[name] != second[name] for name in ("judge", "prompt_version", "ranges")):
         logger.warning("The two systems were judged differently; their judge's scores are not compared.")
         return {}
     patients = {(row["task"], row.get("id")): key for row, key in zip(rows, patient_keys(rows), strict=True)}

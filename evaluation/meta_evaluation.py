@@ -22,11 +22,12 @@ import numpy as np
 from sklearn.metrics import f1_score, precision_score, recall_score
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
-from samf.evaluation.metrics.bootstrap import SampledMetric, patient_intervals
+from samf.evaluation.metrics.bootstrap import patient_intervals
 from samf.evaluation.metrics.clinical_metrics import confusion_counts, finding_samples, make_labeller, micro_metrics
 from samf.evaluation.metrics.interval_coverage import COHORTS, METHODS, SIZES, coverage_table
 from samf.evaluation.metrics.labelled_sentences import read_labelled_sentences, sentence_table
 from samf.evaluation.metrics.report_sizes import find_lengths
+from samf.evaluation.metrics.sampled_metric import SampledMetric
 from samf.evaluation.metrics.text_metrics import text_samples
 from samf.evaluation.results_table import TEXT_NAMES, figure, markdown_table
 from samf.utils.files import atomic_write

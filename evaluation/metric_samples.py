@@ -7,16 +7,13 @@ from functools import partial
 import numpy as np
 
 from samf.data.schema import Task
-from samf.evaluation.metrics.bootstrap import SampledMetric, patient_intervals, ratio
-from samf.evaluation.metrics.clinical_metrics import (
-    RADEVAL_METRICS,
-    confusion_counts,
-    finding_samples,
-    macro_metrics,
-    radeval_samples,
-)
+from samf.evaluation.metrics.bertscore import BERTSCORE_NAMES
+from samf.evaluation.metrics.bootstrap import patient_intervals
+from samf.evaluation.metrics.clinical_metrics import confusion_counts, finding_samples, macro_metrics
 from samf.evaluation.metrics.multiple_choice import parse_choice, reference_choice
-from samf.evaluation.metrics.text_metrics import BERTSCORE_NAMES, bertscore_samples, text_samples
+from samf.evaluation.metrics.radeval_metrics import RADEVAL_METRICS, radeval_samples
+from samf.evaluation.metrics.sampled_metric import SampledMetric, ratio
+from samf.evaluation.metrics.text_metrics import bertscore_samples, text_samples
 from samf.evaluation.schema import Intervals, PredictionRow
 from samf.evaluation.scoring_options import ScoringOptions
 

@@ -164,7 +164,7 @@ def check_row(row: Mapping[str, Any] | PredictionRow, source: str) -> None:
     if row["task"] not in TASKS:
         raise PredictionsError(f"{source}: task {row['task']!r} is unknown; expected one of {', '.join(TASKS)}.")
     for name in _FREE_TEXT:
-        _check_characters(row.get(name) or "", f"{source}: {name}")
+        _check_characters(str(row.get(name) or ""), f"{source}: {name}")
 
 
 def _check_characters(text: str, source: str) -> None:
@@ -187,7 +187,8 @@ def _describe(value: Any) -> str:
         return f"the number {value}"
     if isinstance(value, list | tuple):
         return f"a list of {len(value)}"
-    return {str: "a text", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
+    names: dict[type, str] = {str: "a text", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _remedy(name: str, value: Any) -> str:

@@ -26,8 +26,9 @@ from samf.data.schema import TASKS
 from samf.evaluation.cohort import RECORD_COUNTS, count_rows, describe_cohort, read_exclusions, read_left_out
 from samf.evaluation.comparison import PERMUTATIONS, compare_predictions
 from samf.evaluation.metric_samples import MetricSampler
-from samf.evaluation.metrics.bootstrap import INTERVAL_METHOD, LEVEL, RESAMPLES, unknown_patients
+from samf.evaluation.metrics.bootstrap import INTERVAL_METHOD, LEVEL, RESAMPLES
 from samf.evaluation.metrics.clinical_metrics import score_findings
+from samf.evaluation.metrics.sampled_metric import unknown_patients
 from samf.evaluation.prediction_rows import (
     FIELDS,
     PredictionsError,

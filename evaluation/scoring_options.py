@@ -9,9 +9,11 @@ from typing import Any
 from transformers import AutoConfig, HfArgumentParser
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
-from samf.evaluation.metrics.bootstrap import RESAMPLES, read_subgroups
-from samf.evaluation.metrics.clinical_metrics import Labeller, check_radeval, make_labeller
-from samf.evaluation.metrics.text_metrics import check_bertscore
+from samf.evaluation.metrics.bertscore import check_bertscore
+from samf.evaluation.metrics.bootstrap import RESAMPLES
+from samf.evaluation.metrics.clinical_metrics import Labeller, make_labeller
+from samf.evaluation.metrics.radeval_metrics import check_radeval
+from samf.evaluation.metrics.subgroups import read_subgroups
 from samf.evaluation.schema import ScoringSettings
 
 __all__ = ["ScoringArguments", "ScoringOptions", "choose_options", "scoring_parser"]
@@ -122,7 +124,7 @@ class ScoringOptions(ScoringArguments):
 
 def scoring_parser() -> argparse.ArgumentParser:
     """Return a parser of `ScoringOptions`, for the `parents` of a command line's own parser."""
-    return HfArgumentParser(ScoringOptions, add_help=False)
+    return HfArgumentParser(ScoringOptions, add_help=False)  # type: ignore[arg-type]  # any dataclass is right
 
 
 def choose_options(options: ScoringOptions | None, changes: Mapping[str, Any]) -> ScoringOptions:

@@ -7,9 +7,11 @@ from typing import TypedDict
 from samf.data.schema import Task
 from samf.evaluation.baseline_scores import collapse_of, score_baselines
 from samf.evaluation.metric_samples import MetricSampler, Samples, option_lists, select_group, texts_of
-from samf.evaluation.metrics.bootstrap import patient_counts, patient_keys, read_subgroups, subgroup_table
+from samf.evaluation.metrics.bootstrap import patient_counts
 from samf.evaluation.metrics.clinical_metrics import CRG_REMEDY, MACRO_REMEDY, MICRO_REMEDY, describe_findings
 from samf.evaluation.metrics.multiple_choice import score_multiple_choice
+from samf.evaluation.metrics.sampled_metric import patient_keys
+from samf.evaluation.metrics.subgroups import read_subgroups, subgroup_table
 from samf.evaluation.metrics.text_metrics import describe_text
 from samf.evaluation.schema import ChoiceScores, FindingScores, PredictionRow, SubgroupRow, TaskScores
 
@@ -61,7 +63,7 @@ def score_task(task: Task, rows: Sequence[PredictionRow], sampler: MetricSampler
         "truncated": sum(bool(row.get("truncated")) for row in rows),
         "patients": len(set(patients)),
         "text": text["scores"],
-        **_own_scores(task, rows, samples, sampler),
+        **_own_scores(task, rows, samples, sampler),  # type: ignore[typeddict-item]  # optional keys
         "intervals": sampler.intervals(samples, patients),
         "n": patient_counts(samples, patients),
     }

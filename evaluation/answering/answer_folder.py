@@ -6,6 +6,7 @@ neither on how many processes wrote it nor on how often they were interrupted.
 """
 
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ class AnswerFolder:
         ValueError: see `check_ids`.
     """
 
-    def __init__(self, folder: str | Path, records: Sequence[Record], rank: int = 0):
+    def __init__(self, folder: str | os.PathLike[str], records: Sequence[Record], rank: int = 0):
         check_ids(records)
         self.folder = Path(folder)
         self.rank = rank

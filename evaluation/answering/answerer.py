@@ -216,16 +216,19 @@ class Answerer:
 
     def _row(self, record: Record, prediction: str) -> PredictionRow:
         """Return a line of predictions.jsonl; of the volume's path only the file name, which is the same elsewhere."""
-        fields = {name: record.get(name) for name in ("id", "scan_id", "task", "question", "choices")}
-        fields |= {"patient_id": record["patient_id"]} if record.get("patient_id") is not None else {}
-        volume = None if record["volume"] is None else Path(record["volume"]).name
+        patient = {"patient_id": record["patient_id"]} if record.get("patient_id") is not None else {}
         return {
-            **fields,
+            "id": record["id"],
+            "scan_id": record.get("scan_id"),
+            "task": record["task"],
+            "question": record.get("question"),
+            "choices": record.get("choices"),
+            **patient,  # type: ignore[typeddict-item]  # mypy allows no optional key here
             "reference": record["answer"],
             "prediction": prediction,
-            "volume": volume,
+            "volume": None if record["volume"] is None else Path(record["volume"]).name,
             "volume_digest": self._digests.of(record),
-        }  # type: ignore[typeddict-item]  # `fields` are the record's, of the same types
+        }
 
     def _to_model(self, inputs: Batch) -> dict[str, torch.Tensor]:
         def moved(name: str, value: Any) -> Any:

@@ -17,13 +17,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TypedDict, Unpack, cast
 
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from samf.data.schema import FAILURES_FILE, JsonObject, OnError, Record, VolumeStore
+from samf.data.schema import FAILURES_FILE, JsonObject, OnError, Record, Task, VolumeStore
 from samf.evaluation.answering.answer_folder import PREDICTIONS, SETTINGS, TIMES, AnswerFolder, answer_statistics
 from samf.evaluation.answering.answerer import Answerer, Collator, ModelInputs
 from samf.evaluation.answering.batches import make_batches, share_batches
@@ -31,7 +31,7 @@ from samf.evaluation.answering.digests import describe_answering, digest_of, ref
 from samf.evaluation.answering.settings import GenerationSettings, GenerationSummary, parse_on_error
 from samf.evaluation.answering.shuffled_volumes import shuffle_volumes
 from samf.evaluation.json_lines import read_complete_lines
-from samf.evaluation.schema import Results
+from samf.evaluation.schema import Failure, Results
 from samf.evaluation.scoring import score_predictions, write_results
 from samf.evaluation.scoring_options import ScoringOptions
 from samf.model.modeling_samf import SamfForConditionalGeneration
@@ -160,7 +160,7 @@ def _answer_share(
     missing = {number: sum(record["id"] not in answered for record in batches[number]) for number in share}
     todo = [number for number in share if missing[number]]
     total = sum(len(batches[number]) for number in share)
-    before: set[tuple[str, str | None]] = set()
+    before: set[tuple[Task, str]] = set()
     with tqdm(
         total=total,
         initial=total - sum(missing.values()),
@@ -188,7 +188,7 @@ def _summarise(folder: AnswerFolder, answered: set[str], seconds: float, process
         seconds=seconds,
         new_tokens=sum(row["tokens"] for row in new),
         processes=processes,
-        failures=read_complete_lines(folder.folder / FAILURES_FILE),
+        failures=cast(list[Failure], read_complete_lines(folder.folder / FAILURES_FILE)),
         tasks=answer_statistics(rows, read_complete_lines(folder.folder / TIMES)),
     )
 

@@ -2,8 +2,8 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import datasets
 
@@ -35,12 +35,13 @@ def shuffle_volumes(records: Sequence[Record] | datasets.Dataset, seed: int = 0)
     patients = sorted(volumes)
     random.Random(seed).shuffle(patients)
     replacement: dict[str | None, Record] = {}
-    for patient, donor in zip(patients, patients[1:] + patients[:1], strict=True):
-        others = list(volumes[donor].values())
+    for patient, giver in zip(patients, patients[1:] + patients[:1], strict=True):
+        others = list(volumes[giver].values())
         replacement |= {volume: others[k % len(others)] for k, volume in enumerate(volumes[patient])}
+    donors: list[Mapping[str, Any]] = [replacement.get(record["volume"], record) for record in records]
     moved = [
-        {name: replacement.get(record["volume"], record)[name] for name in _VOLUME_FIELDS if name in record}
-        for record in records
+        {name: donor[name] for name in _VOLUME_FIELDS if name in record}
+        for record, donor in zip(records, donors, strict=True)
     ]
     if isinstance(records, datasets.Dataset):
         for name in moved[0]:

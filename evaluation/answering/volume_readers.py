@@ -145,11 +145,11 @@ class EncodedVolumes:
 
     @torch.no_grad()
     def _encode(self, slices: VolumeArrays) -> VolumeArrays:
-        pixels = self.image_processor([slices], return_tensors="pt")
+        pixels = self.image_processor([slices], return_tensors="pt")  # type: ignore[arg-type]  # slices instead of images
         names = ("pixel_values", "slice_mask", "slice_planes", "slice_positions")
         inputs = {name: pixels[name].to(self.model.device) for name in names}
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        embeddings = self.model.get_image_features(**inputs, return_dict=True).last_hidden_state[0]  # (S, D)
+        embeddings = self.model.get_image_features(**inputs, return_dict=True).last_hidden_state[0]  # type: ignore[index]  # (S, D)
         return {
             "slice_embeddings": embeddings.float().cpu().numpy(),
             "slice_planes": slices["slice_planes"],

@@ -31,7 +31,7 @@ class LocalJudge:
         self.max_tokens = max_tokens
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        self.model.to(device or accelerator).eval()
+        self.model.to(device or accelerator).eval()  # type: ignore[arg-type]  # transformers wraps `to` without its types
         self._lock = threading.Lock()
 
     def __call__(self, messages: Messages) -> str:

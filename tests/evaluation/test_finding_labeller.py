@@ -428,7 +428,7 @@ def test_counts_of_labelled_sentences_by_hand(tmp_path):
     with pytest.raises(ValueError, match="sentences.txt, line 1: 3 columns; expected manner"):
         read_labelled_sentences(path)
     path.write_text("us | dev | Emphisema: left | | Text.\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1: 'Emphisema: left' is no finding with a side"):
+    with pytest.raises(ValueError, match="line 1: 'Emphisema: left' isn't a finding with a side"):
         read_labelled_sentences(path)
 
 
