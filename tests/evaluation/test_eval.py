@@ -386,7 +386,7 @@ def test_evaluate_scores_what_it_wrote(records, tmp_path):
     assert results["tasks"]["multiple_choice"]["multiple_choice"]["count"] == 11
     assert results["generation"]["written"] == 14 and results["generation"]["failures"] == 0
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert "- 14 answers made in" in (tmp_path / "results.md").read_text()
+    assert "- 14 answers generated in" in (tmp_path / "results.md").read_text()
 
 
 def test_evaluate_when_nothing_can_be_read(records, tmp_path):

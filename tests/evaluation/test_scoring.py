@@ -169,8 +169,8 @@ def test_what_answering_took_stands_in_the_table(rows):
     generation["failure_kinds"] = {"CTReadError": 3, "FileNotFoundError": 1}
     table = results_table({**score_predictions(rows, resamples=0), "generation": generation})
     assert "| report | 60 | 20 | 31 | 2.5 | 0.5 | n/a |" in table
-    assert "- 5 answers made in 12 s with 2 processes; 3 more were there from before." in table
-    assert "4 records failed and are in no figure (3 CTReadError, 1 FileNotFoundError)" in table
+    assert "- 5 answers generated in 12 s with 2 processes; 3 more are from earlier runs." in table
+    assert "4 records failed and are not scored (3 CTReadError, 1 FileNotFoundError)" in table
 
 
 def test_choice_figures_by_question_are_those_of_all(rows):
