@@ -1,4 +1,4 @@
-"""How far the measures themselves can be trusted: the figures of docs/evaluation.md, on anybody's labelled reports.
+"""How far the measures themselves can be trusted: the figures of docs/results/metrics.md, on anybody's labelled reports.
 
     python -m samf.evaluation.meta_evaluation labeller reports.csv --from 100     # the labeller against given labels
     python -m samf.evaluation.meta_evaluation sentences tests/evaluation/labeller_sentences.txt  # and labelled sentences

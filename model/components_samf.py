@@ -68,7 +68,7 @@ def build_language_model(config: PretrainedConfig) -> PreTrainedModel:
 def _refused(name: str, problem: str) -> ValueError:
     return ValueError(
         f"SamfConfig.text_config: {name} can't be SAMF's language model: {problem}. Choose a decoder-only model such as "
-        "Phi-3, Llama, Qwen or Gemma 2; docs/components.md lists those that were tried."
+        "Phi-3, Llama, Qwen or Gemma 2; docs/reference/components.md lists those that were tried."
     )
 
 
@@ -419,7 +419,7 @@ def _check_inputs(encoder_class: type[PreTrainedModel]) -> None:
         raise ValueError(
             f"SamfConfig.vision_config: {encoder_class.__name__} can't be the slice encoder: its forward needs "
             f"{sorted(needed)}, and a slice is pixel_values alone. Choose an image encoder such as ViT, DINOv2 or SigLIP; "
-            "docs/components.md lists those that were tried."
+            "docs/reference/components.md lists those that were tried."
         )
 
 

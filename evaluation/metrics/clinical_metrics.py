@@ -336,7 +336,7 @@ RADEVAL_METRICS = {
 }
 RADEVAL_REMEDY = (
     "RadGraph-F1, RaTEScore and GREEN are computed by RadEval: pip install radeval, then name them (radeval). It is no extra "
-    "of this package: of radeval 2.2.1 none of the three runs beside numpy 2 (see docs/evaluation.md)."
+    "of this package: of radeval 2.2.1 none of the three runs beside numpy 2 (see docs/reference/evaluation.md)."
 )
 
 

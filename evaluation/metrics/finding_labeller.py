@@ -2,7 +2,7 @@
 
 A report is read in sentences (`report_text`) and clauses (`finding_cues`); in each clause the expressions of `TERMS`
 (`finding_terms`) are looked up, and a mention is affirmed, uncertain or negated by the cues around it; its side is read in
-its own phrase (`laterality`). Nothing is downloaded. docs/evaluation.md says how well it reads which manner of reports.
+its own phrase (`laterality`). Nothing is downloaded. docs/results/metrics.md says how well it reads which manner of reports.
 """
 
 import re

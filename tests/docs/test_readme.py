@@ -79,6 +79,16 @@ def test_paths_in_code_spans_exist():
                 assert (REPOSITORY / name).exists(), f"{page.relative_to(REPOSITORY)}: {name}"
 
 
+def test_pages_that_the_sources_name_exist():
+    """Error messages of saved models send their readers to docs/reference/components.md, among others."""
+    listed = subprocess.run(["git", "ls-files", "*.py", "*.yaml"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():
+        for page in re.findall(r"docs/[\w/]+\.md", (REPOSITORY / name).read_text(encoding="utf-8")):
+            assert (REPOSITORY / page).is_file() or page in GENERATED, f"{name}: {page}"
+
+
 def test_readme_and_results_have_the_same_table():
     results = (REPOSITORY / "docs" / "results" / "index.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (?:reports|multiple choice): .*$", README, re.MULTILINE)
