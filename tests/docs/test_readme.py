@@ -89,6 +89,27 @@ def test_pages_that_the_sources_name_exist():
             assert (REPOSITORY / page).is_file() or page in GENERATED, f"{name}: {page}"
 
 
+def test_identifiers_on_pages_by_hand_exist():
+    """What concepts, how-to and contributing call by name has this name in the sources."""
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py", "*.yaml", "Makefile"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    words = set()
+    for name in listed.stdout.split():
+        words |= set(re.findall(r"\w+", (REPOSITORY / name).read_text(encoding="utf-8")))
+    libraries = {"from_pretrained", "TorchAoConfig", "BitsAndBytesConfig", "SFTTrainer", "TYPECHECK_PACKAGES"}
+    identifier = re.compile(r"`(_?[A-Za-z]+(?:_[A-Za-z0-9]+)+|[A-Z]+[a-z]+[A-Z]\w+)`")
+    for page in [
+        REPOSITORY / "CONTRIBUTING.md",
+        *(REPOSITORY / "docs" / "concepts").glob("*.md"),
+        *(REPOSITORY / "docs" / "howto").glob("*.md"),
+    ]:
+        unknown = set(identifier.findall(page.read_text(encoding="utf-8"))) - words - libraries
+        assert not unknown, f"{page.relative_to(REPOSITORY)} names {sorted(unknown)}, which the sources don't have"
+
+
 def test_readme_and_results_have_the_same_table():
     results = (REPOSITORY / "docs" / "results" / "index.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (?:reports|multiple choice): .*$", README, re.MULTILINE)
