@@ -16,7 +16,7 @@ HALVES := test-model test-others
 
 # The public API, which mypy checks in strict mode.
 TYPECHECK_PACKAGES ?= samf.model samf.data.schema samf.reporting
-# What `make lint` runs in addition to ruff: `typecheck` once the public API has no errors.
+# Whether `make lint` includes `make typecheck`: any value once the public API has no errors.
 LINT_TYPECHECK ?=
 # The repository's root is the package `samf`: a folder that holds a link of this name is where mypy finds it.
 CHECKOUT := $(VENV)/checkout
@@ -61,12 +61,13 @@ test-slow: $(READY)
 test-oldest: $(OLDEST_READY)
 	$(OLDEST_VENV)/bin/python -m pytest $(MODEL_TESTS) -q -rs $(TEST_OPTIONS)
 
-lint: $(READY) $(LINT_TYPECHECK)
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(if $(LINT_TYPECHECK),$(MAKE) --no-print-directory typecheck)
 
 typecheck: $(READY)
-	mkdir -p $(CHECKOUT) && ln -sfn ../.. $(CHECKOUT)/samf
+	mkdir -p $(CHECKOUT) && ln -sfn "$(CURDIR)" $(CHECKOUT)/samf
 	MYPYPATH=$(CHECKOUT) $(BIN)/mypy $(addprefix -p ,$(TYPECHECK_PACKAGES))
 
 docs: $(DOCS_READY)
