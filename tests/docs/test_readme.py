@@ -4,14 +4,18 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 from tiny import model_for, tiny_processor
 
+from samf.evaluation.metrics.bootstrap import SampledMetric, ratio
 from samf.experiments import demo
 from samf.phantoms.dataset import write_nifti
 from samf.phantoms.volume import make_phantom
@@ -30,8 +34,9 @@ def pages() -> list[Path]:
     return [*root, *templates, *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return [code for _, name, code in FENCE.findall(README) if name == language]
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    return [textwrap.dedent(code) for _, name, code in FENCE.findall(text) if name == language]
 
 
 def anchors(page: Path) -> set[str]:
@@ -132,22 +137,31 @@ def test_the_first_command_is_the_demo():
     assert planned.stdout.split()[-2:] == ["-m", demo.__spec__.name]
 
 
-def test_the_first_snippet_prints_a_report(tmp_path):
-    """As it is printed, on a tiny model in the demo's folder; in a process of its own, without `import samf`."""
+def test_the_first_snippets_of_readme_and_howto_print_a_report(tmp_path):
+    """As they are printed, on a tiny model in the demo's folder; in a process of their own, without `import samf`."""
     processor = tiny_processor()
     folder = tmp_path / "runs" / "demo" / "model"
     model_for(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
     write_nifti(make_phantom(np.random.default_rng(0)), tmp_path / "scan.nii.gz")
-    snippet = blocks("python")[0]
-    assert "import samf" not in snippet and len(snippet.splitlines()) <= 13
+    snippets = [blocks("python")[0], blocks("python", "docs/howto/report.md")[0]]
+    assert "import samf" not in str(snippets) and len(snippets[0].splitlines()) <= 13
+    code = "\n".join([*snippets, "assert snippet_reports[0] == snippet_reports[1] != ''"])
+    code = code.replace("max_new_tokens=512", "max_new_tokens=8").replace("print(", "snippet_reports.append(")
     environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": ""}
     finished = subprocess.run(
-        [sys.executable, "-c", snippet.replace("max_new_tokens=512", "max_new_tokens=8")],
+        [sys.executable, "-c", f"snippet_reports = []\n{code}"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.strip()
+
+
+def test_the_snippets_on_metrics_run():
+    names: dict[str, Any] = {"np": np, "ratio": ratio, "SampledMetric": SampledMetric, "Sequence": Sequence}
+    exec(next(code for code in blocks("python", "docs/howto/extend.md") if "def length_ratio" in code), names)
+    assert names["length_ratio"](["a b c"], ["a b"]).value() == 1.5
+    exec(blocks("python", "docs/howto/evaluate.md")[0], names)
+    assert names["results"]["tasks"]["report"]["findings"]["micro"]["f1"] is None  # neither text has a finding
