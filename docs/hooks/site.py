@@ -96,10 +96,16 @@ def _options_page() -> str:
     modules = [_folder(module).with_suffix(".py") for module in _modules()]
     for path in (*scripts, *modules):
         source = path.read_text(encoding="utf-8")
-        rows = list(_options(ast.parse(source)))
+        tree = ast.parse(source)
+        rows, shared = list(_options(tree)), _shared_arguments(tree)
+        if not rows and not (shared and path in scripts):
+            continue
+        parts.append(f"## `{_command(path, source)}` {{#{_anchor(path)}}}")
+        if shared:
+            parts.append("Also takes " + ", ".join(f"[`{name}`](#{_anchor(Path(name))})" for name in shared) + ".")
         if rows:
             table = ["| option | default | meaning |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-            parts += [f"## `{_command(path, source)}`", "\n".join(table)]
+            parts.append("\n".join(table))
     return "\n\n".join(parts) + "\n"
 
 
@@ -109,6 +115,27 @@ def _command(path: Path, source: str) -> str:
     if len(name.parts) == 1:
         return f"python {name}"
     return f"python -m samf.{'.'.join(name.with_suffix('').parts)}" if "__main__" in source else str(name)
+
+
+def _anchor(path: Path) -> str:
+    parts = (path.relative_to(REPOSITORY) if path.is_absolute() else path).with_suffix("").parts
+    return "-".join(parts).replace("_", "-")
+
+
+def _shared_arguments(tree: ast.Module) -> list[str]:
+    """Return the files whose `…Arguments` a module imports, by their paths in the repository."""
+    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    found = {
+        f"{'/'.join(node.module.split('.')[1:])}.py"
+        for node in imports
+        if (node.module or "").startswith("samf.") and any(alias.name.endswith("Arguments") for alias in node.names)
+    }
+    files = (REPOSITORY / name for name in sorted(found))
+    return [
+        file.relative_to(REPOSITORY).as_posix()
+        for file in files
+        if file.is_file() and any(_options(ast.parse(file.read_text(encoding="utf-8"))))
+    ]
 
 
 def _options(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
