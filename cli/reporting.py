@@ -74,9 +74,11 @@ def load_reporter(model: str, device: str, revision: str | None) -> "SamfReportP
 
     place = default_device() if device == "auto" else torch.device(device)
     dtype = torch.float32 if place.type == "cpu" else "auto"
+    at = {} if revision is None else {"revision": revision}
+    loaded: Any
     try:
-        loaded = SamfForConditionalGeneration.from_pretrained(model, revision=revision, dtype=dtype)
-        processor = SamfProcessor.from_pretrained(model, revision=revision)
+        loaded = SamfForConditionalGeneration.from_pretrained(model, dtype=dtype, **at)
+        processor = SamfProcessor.from_pretrained(model, **at)
     except (OSError, ValueError) as error:
         raise UsageError(f"{model}: can't be loaded as a SAMF model: {error}") from error
     return SamfReportPipeline(model=loaded, processor=processor, device=place)
@@ -231,9 +233,15 @@ def scan_facts(path: str) -> ScanFacts:
     tilt = float(np.degrees(np.arccos(np.clip(np.diag(directions), -1, 1))).max())
     values = volume.hu[::4, ::4, ::4]
     hu = (float(volume.hu.min()), float(np.median(values)), float(volume.hu.max()))
-    rounded = [tuple(round(float(value), 4) for value in of) for of in (volume.spacing, volume.coverage_mm)]
     return ScanFacts(
-        path, tuple(volume.shape), *rounded, volume.stored_orientation, round(tilt, 2), hu, tuple(warnings)
+        source=path,
+        shape=tuple(volume.shape),
+        spacing_mm=tuple(round(float(value), 4) for value in volume.spacing),
+        coverage_mm=tuple(round(float(value), 4) for value in volume.coverage_mm),
+        stored_orientation=volume.stored_orientation,
+        tilt_degrees=round(tilt, 2),
+        hu=hu,
+        warnings=tuple(warnings),
     )
 
 

@@ -68,12 +68,14 @@ class SamfReportPipeline(Pipeline):
     ```
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    _load_processor = True  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
+    processor: Any
+    model: Any
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self,
         inputs: Any,
         question: str | Sequence[str] | None = None,
@@ -111,9 +113,11 @@ class SamfReportPipeline(Pipeline):
         )
         results: list[Any] = []
         for outcome in outcomes:
-            reports = [next(answered) for _ in questions] if isinstance(outcome, EncodedScan) else outcome
-            alone = isinstance(reports, list) and (question is None or isinstance(question, str))
-            results.append(reports[0] if alone else reports)
+            if isinstance(outcome, Failure):
+                results.append(outcome)
+                continue
+            reports = [next(answered) for _ in questions]
+            results.append(reports[0] if question is None or isinstance(question, str) else reports)
         return results if several else results[0]
 
     def encode(self, scan: Any) -> EncodedScan:
@@ -216,14 +220,14 @@ class SamfReportPipeline(Pipeline):
     def _sanitize_parameters(self, **generate_kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return {}, generate_kwargs, {}
 
-    def preprocess(self, input_: Any) -> dict[str, Any]:
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
         """Return the encoded scan."""
         return {"scan": self.encode(input_)}
 
-    def _forward(self, input_tensors: dict[str, Any], **generate_kwargs: Any) -> Report:
+    def _forward(self, input_tensors: dict[str, Any], **generate_kwargs: Any) -> Any:
         return self.answer([(input_tensors["scan"], REPORT_QUESTION)], **generate_kwargs)[0]
 
-    def postprocess(self, model_outputs: Report) -> Report:
+    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> Report:
         """Return the report as it is."""
         return model_outputs
 
@@ -304,7 +308,7 @@ class _Stop(StoppingCriteria):
     def __init__(self) -> None:
         self.asked = False
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> Any:
         return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)
 
 
