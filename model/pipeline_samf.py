@@ -102,23 +102,35 @@ class SamfReportPipeline(Pipeline):
         questions = [question or REPORT_QUESTION] if question is None or isinstance(question, str) else list(question)
         if not questions:
             raise ValueError("question is an empty list; leave it out for a report, or pass at least one question.")
-        several = isinstance(inputs, (list, tuple))
-        outcomes = [self._encode_or_fail(scan) for scan in inputs] if several else [self.encode(inputs)]
-        jobs = [(scan, asked) for scan in outcomes if isinstance(scan, EncodedScan) for asked in questions]
+        if not isinstance(inputs, (list, tuple)):
+            (outcome,) = self._answer_scans([self.encode(inputs)], questions, batch_size, generate_kwargs)
+            return self._unwrapped(outcome, question)
         size = batch_size or self._batch_size or 1
-        answered = iter(
-            report
-            for start in range(0, len(jobs), size)
-            for report in self.answer(jobs[start : start + size], **generate_kwargs)
-        )
         results: list[Any] = []
-        for outcome in outcomes:
-            if isinstance(outcome, Failure):
-                results.append(outcome)
-                continue
-            reports = [next(answered) for _ in questions]
-            results.append(reports[0] if question is None or isinstance(question, str) else reports)
-        return results if several else results[0]
+        for start in range(0, len(inputs), size):  # no more scans than a batch has room for are held at once
+            scans = [self._encode_or_fail(scan) for scan in inputs[start : start + size]]
+            results += self._answer_scans(scans, questions, size, generate_kwargs)
+        return [self._unwrapped(outcome, question) for outcome in results]
+
+    def _answer_scans(
+        self,
+        scans: Sequence["EncodedScan | Failure"],
+        questions: Sequence[str],
+        batch_size: int | None,
+        generate_kwargs: Mapping[str, Any],
+    ) -> list["list[Report] | Failure"]:
+        """Return the reports of each scan, one per question, and failures as they are."""
+        jobs = [(scan, asked) for scan in scans if isinstance(scan, EncodedScan) for asked in questions]
+        size = batch_size or self._batch_size or 1
+        batches = (jobs[start : start + size] for start in range(0, len(jobs), size))
+        answered = iter([report for batch in batches for report in self.answer(batch, **generate_kwargs)])
+        return [scan if isinstance(scan, Failure) else [next(answered) for _ in questions] for scan in scans]
+
+    @staticmethod
+    def _unwrapped(outcome: "list[Report] | Failure", question: str | Sequence[str] | None) -> Any:
+        """Return the only report in place of a list of one, unless the questions came as a list."""
+        single = question is None or isinstance(question, str)
+        return outcome[0] if single and isinstance(outcome, list) else outcome
 
     def encode(self, scan: Any) -> EncodedScan:
         """Read a scan and run the slice encoder, aggregator and findings head on it.
