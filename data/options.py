@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Collection
 from typing import get_args
 
-from samf.data.schema import OnMissing
+from samf.data.schema import OnError, OnMissing
 
 
 def check_choice(name: str, values: Collection[str], allowed: Collection[str]) -> None:
@@ -28,3 +28,14 @@ def check_on_missing(value: str) -> OnMissing:
         if value == allowed:
             return allowed
     raise ValueError(f"on_missing={value!r}; expected one of {', '.join(get_args(OnMissing))}.")
+
+
+def check_on_error(value: str) -> OnError:
+    """Return a valid `on_error`; the former "stop" and "error" become "raise", with a warning. Raises ValueError for others."""
+    if value in ("stop", "error"):
+        warnings.warn(f"on_error={value!r} is now 'raise'; the old value will go.", FutureWarning, stacklevel=3)
+        return "raise"
+    for allowed in get_args(OnError):
+        if value == allowed:
+            return allowed
+    raise ValueError(f"on_error={value!r}; expected one of {', '.join(get_args(OnError))}.")

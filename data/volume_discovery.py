@@ -22,7 +22,7 @@ from samf.data.options import check_on_missing
 from samf.data.patients import PATIENT_COLUMN, PatientRule, find_patients
 from samf.data.schema import OnMissing, Rescale, VolumeKey
 from samf.data.table_columns import TableColumns
-from samf.model.ct_dicom import walk_once
+from samf.model.ct_dicom_files import walk_once
 from samf.model.ct_download import file_path, is_address
 from samf.utils.text_files import read_lines
 

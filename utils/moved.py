@@ -86,7 +86,7 @@ MOVED = {
     "training.sight": "training.image_grounding",
     "training.stores": "training.volume_stores",
     "view": "reporting.slice_view",
-    "volume_files": "model.ct_formats",
+    "volume_files": "model.ct_common",
     "volume_memory": "model.ct_memory",
     "volume_sources": "model.ct_download",
 }

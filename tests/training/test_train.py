@@ -172,7 +172,7 @@ def test_sharded_models_get_the_places_of_slices_as_bits(monkeypatch):
     ("options", "message"),
     [
         ({"train_parts": ["vision"]}, "train_parts names .'vision'."),
-        ({"objective": "both"}, "objective is 'both'"),
+        ({"objective": "both"}, "--objective: invalid choice: 'both' .choose from '?text'?, '?findings"),
         ({"cache_embeddings": True, "slice_cache": "cache"}, "leave slice_encoder out of train_parts"),
         ({"data": "/nowhere"}, "/nowhere: no such folder"),
         ({"learning_rat": 1}, "did you mean 'learning_rate'"),
