@@ -9,8 +9,7 @@ from itertools import chain
 from samf.cache.fill import FillOptions, StoppedError, fill_slices
 from samf.cache.manifest import Manifest, Shard, Volume, inspect_volumes
 from samf.cache.slice_cache import SliceCache, entry_file
-from samf.data.schema import OnError
-from samf.data.volume_discovery import VolumeKey
+from samf.data.schema import OnError, VolumeKey
 from samf.model.image_processing_samf import EXTRACT_VERSION
 from samf.utils.distributed import Processes, processes_here
 from samf.utils.parallel import usable_cores

@@ -13,8 +13,7 @@ from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.fill import describe_bytes, entry_bytes, free_bytes
 from samf.cache.manifest import Manifest, inspect_volumes
 from samf.cache.slice_cache import SliceCache, read_entry
-from samf.data.schema import VolumeStore
-from samf.data.volume_discovery import VolumeKey
+from samf.data.schema import VolumeKey, VolumeStore
 from samf.model.ct_download import not_kept
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.model.modeling_samf import SamfForConditionalGeneration
