@@ -422,7 +422,7 @@ def test_answers_are_settled(answer, expected):
 
 
 def test_odd_vqa_records(ct_rate, caplog):
-    """Task by tag, by type, by id; unusable turns are dropped and counted, the good ones beside them kept."""
+    """Task by tag, by type, by id; unusable turns are dropped and counted, the others kept."""
     path = ct_rate / "dataset/vqa/odd.json"
     image = "valid_1_a_1.nii.gz"
     write_vqa(
