@@ -49,7 +49,6 @@ from samf.evaluation.scoring import (
 from samf.utils.distributed import (
     Processes,
     default_device,
-    is_first_process,
     join_processes,
     leave_processes,
 )
@@ -158,8 +157,8 @@ def build_model(args: EvalArguments) -> tuple[PreTrainedModel, Any]:
 def choose_records(args: EvalArguments) -> Sequence[Any]:
     """The split's records: at most `limit` of each task, with the volumes shuffled when that is asked."""
     # With --on_error skip a missing file becomes a listed failure like any other that can't be read.
-    on_missing = "keep" if args.on_error == "skip" else "error"
-    counts = Path(args.output_dir) / RECORD_COUNTS if is_first_process() else None
+    on_missing = "keep" if args.on_error == "skip" else "raise"
+    counts = Path(args.output_dir) / RECORD_COUNTS if Processes().is_first else None
     options = {"on_missing": on_missing, "counts_file": counts, **args.record_options()}
     records = load_records(args.data, args.split, tasks=args.tasks, **options)
     if args.limit is not None:
@@ -197,7 +196,7 @@ def describe(args: EvalArguments) -> dict[str, Any]:
 
 def check_models(args: EvalArguments) -> None:
     """Raise OptionError where the labeller or BERTScore's model can't be loaded; only the first process needs them."""
-    if not is_first_process():
+    if not Processes().is_first:
         return
     try:
         make_labeller(args.labeller)
@@ -254,7 +253,7 @@ def measure_position_bias(
     if not rotated:
         raise ValueError("permute_options: no record is a multiple-choice question whose options can change places.")
     generate_predictions(model, processor, rotated, folder, **answering)
-    if not is_first_process():
+    if not Processes().is_first:
         return {}
     bias = position_bias(read_predictions(folder / PREDICTIONS), intervals=args.resamples > 0)
     return {**bias, "left_out": not_rotated(records)}
@@ -271,7 +270,7 @@ def judge(args: EvalArguments) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     join_processes()
-    level = logging.INFO if is_first_process() else logging.WARNING
+    level = logging.INFO if Processes().is_first else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
         (args,) = parse_recipe(EvalArguments, argv)

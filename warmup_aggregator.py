@@ -49,7 +49,7 @@ class WarmupArguments(SourceArguments, AggregatorArguments):
     )
     on_error: str = field(default="stop", metadata={"help": "stop, or skip: unreadable CTs are left out and counted"})
     on_missing: str = field(
-        default="error", metadata={"help": "of volumes that a table names: error, or skip (counted)"}
+        default="raise", metadata={"help": "of volumes that a table names: raise, or skip (counted)"}
     )
     pattern: list[str] = field(
         default_factory=list, metadata={"help": "of the files in folders: names (ct.nii.gz), or paths (*/ct/*)"}

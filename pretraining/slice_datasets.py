@@ -24,21 +24,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch.utils.data import ConcatDataset, Dataset
 
 from samf.cache.fill import FillOptions, StoppedError, fill_slices
 from samf.cache.manifest import Manifest, Shard, Volume, inspect_volumes
 from samf.cache.slice_cache import SliceCache, entry_file, read_entry
 from samf.data.ct_rate.names import VolumeName
-from samf.data.patients import (
-    PatientRule,
-    find_patients,
-    patient_of,
-    refuse_common_patients,
-    refuse_shared_folders,
-    warn_of_unknown,
-)
+from samf.data.patient_splits import refuse_common_patients, refuse_shared_folders
+from samf.data.patients import PatientRule, find_patients, patient_of, warn_of_unknown
 from samf.data.volume_discovery import FoundVolumes, SourceOptions, VolumeKey, find_splits, join_found
 from samf.model.image_processing_samf import EXTRACT_VERSION, PLANES, SamfImageProcessor
 from samf.utils.distributed import Processes, processes_here
@@ -181,7 +174,7 @@ def medmnist_sets(folder: Path, splits: Sequence[str], size: int, unpacked: Path
     if not splits or not set(splits) <= set(MEDMNIST_SPLITS):
         raise ValueError(f"splits={list(splits)}; expected some of {', '.join(MEDMNIST_SPLITS)}, or all.")
     files = medmnist_files(folder, size)
-    with PartialState().main_process_first():
+    with Processes().main_process_first():
         by_split = {
             split: _Joined([MedMnistSlices(file, split, unpacked) for file in files])
             for split in MEDMNIST_SPLITS
@@ -216,7 +209,7 @@ class Scan:
 
 
 def find_scans(
-    data: Sequence[str], *, on_missing: str = "error", valid_share: float = 0.1, options: SourceOptions | None = None
+    data: Sequence[str], *, on_missing: str = "raise", valid_share: float = 0.1, options: SourceOptions | None = None
 ) -> dict[str, list[Scan]]:
     """The scans of folders and files, {"train": …, "valid": …}; no patient is in both.
 
@@ -513,7 +506,7 @@ def slice_sets(
     depth_bins: int = 8,
     valid_share: float = 0.1,
     on_error: str = "stop",
-    on_missing: str = "error",
+    on_missing: str = "raise",
     options: SourceOptions | None = None,
     min_coverage: float = 0.0,
 ) -> SliceSets:
@@ -535,7 +528,7 @@ def slice_sets(
     cache_folder = Path(cache_folder)
     folders = [Path(root) for root in data]
     if list(data) == ["medmnist"]:
-        with PartialState().main_process_first():
+        with Processes().main_process_first():
             folders = [download_medmnist(cache_folder / "medmnist", image_processor.size)]
     if holds_medmnist(map(str, folders)):
         if len(folders) > 1:

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
+
+from samf.utils.distributed import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -283,17 +284,14 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     wanted = training.resume_from_checkpoint
     if not wanted or str(wanted).lower() == "false":
         return None
-    found, problem = None, None
-    if training.process_index == 0:
+
+    def choose() -> str | None:
         try:
-            found = _choose(str(wanted), training)
-        except (CheckpointError, OSError) as error:
-            problem = str(error)
-    if training.world_size > 1:
-        found, problem = broadcast_object_list([found, problem])
-    if problem is not None:
-        raise CheckpointError(problem)
-    return found
+            return _choose(str(wanted), training)
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
+
+    return Processes().from_first(choose)
 
 
 def _choose(wanted: str, training: TrainingArguments) -> str | None:

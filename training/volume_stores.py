@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 
 from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.fill import describe_bytes, entry_bytes, free_bytes
@@ -22,7 +21,7 @@ from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.model.processing_samf import SamfProcessor
 from samf.pretraining.slice_datasets import fill_slice_cache
 from samf.training.arguments import DataArguments
-from samf.utils.distributed import is_first_process
+from samf.utils.distributed import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -85,24 +84,21 @@ def why_not_write(folder: Path, missing: int, bytes_each: int) -> str | None:
     return None
 
 
-def _shared(value: str | None) -> str | None:
-    """What the first process found, on all of them: another might see the disk otherwise."""
-    return broadcast_object_list([value])[0]
-
-
 def _check(
     folder: Path, stage: str, store: SliceCache | EmbeddingCache, volumes: Sequence[VolumeKey], size: int
 ) -> str:
     """Why not all of `volumes` can be added to a cache, "" if they can; the same on all processes."""
-    problem = ""
-    if is_first_process():
+
+    def look() -> str:
         done, _ = Manifest(folder, stage).keys()
         listed = inspect_volumes(volumes, store)
         missing = sum(volume.key is not None and volume.key not in done for volume in listed)
         problem = (why_not_write(folder, missing, size) or "") if missing else ""
         if problem:
             logger.warning("%s %s: what it has of the %s is used, and nothing is added.", folder, problem, stage)
-    return _shared(problem) or ""
+        return problem
+
+    return Processes().from_first(look)  # another process may see the disk differently
 
 
 def build_volume_store(

@@ -46,7 +46,7 @@ from samf.evaluation.answering.answer_folder import (
 from samf.evaluation.answering.option_likelihood import OptionCollator, answer_log_likelihoods, option_texts
 from samf.evaluation.answering.volume_readers import EncodedVolumes, ReadAhead, VolumeMemo
 from samf.evaluation.scoring import score_predictions, write_results
-from samf.utils.distributed import Processes, is_first_process
+from samf.utils.distributed import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -574,7 +574,7 @@ def evaluate(
     the first one scores; the others get an empty dict. Raises what these two raise, and ValueError when every record failed.
     """
     summary = generate_predictions(model, processor, records, output_dir, settings, **generation)
-    if not is_first_process():
+    if not Processes().is_first:
         return {}
     if not summary.written + summary.resumed:
         raise ValueError(f"None of {len(records)} records could be read; {Path(output_dir) / FAILURES_FILE} lists why.")

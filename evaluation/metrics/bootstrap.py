@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student_t
 
+from samf.data.patients import named_patient
 from samf.utils.text_files import open_csv
 
 RESAMPLES = 1000
@@ -90,8 +91,6 @@ def _plain(value: np.ndarray | float) -> float | None:
 
 # --- patients ---------------------------------------------------------------------------------------------------
 
-_PATIENT = re.compile(r"(?:^|/)((?:train|valid)_\d+)_")
-
 
 def patient_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The patient of each row of a predictions file.
@@ -99,23 +98,14 @@ def patient_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     A row's `patient_id` says it, else CT-RATE's names do, in `scan_id` or `id` ("valid_53_a" is patient valid_53). Any
     other `scan_id` stands for a patient of its own, and so does each row without one: see `unknown_patients`.
     """
-    return [_patient_key(row, position)[0] for position, row in enumerate(rows)]
+    scans = [row.get("scan_id") for row in rows]
+    alone = [f"row {position}" if scan is None else str(scan) for position, scan in enumerate(scans)]
+    return [named_patient(row) or key for row, key in zip(rows, alone, strict=True)]
 
 
 def unknown_patients(rows: Sequence[Mapping[str, Any]]) -> int:
     """How many rows name no patient, so that their scan, or the row itself, stands for one."""
-    return sum(not _patient_key(row, position)[1] for position, row in enumerate(rows))
-
-
-def _patient_key(row: Mapping[str, Any], position: int) -> tuple[str, bool]:
-    """A row's patient, and whether the row names it."""
-    if row.get("patient_id") is not None:
-        return str(row["patient_id"]), True
-    names = [str(row[name]) for name in ("scan_id", "id") if row.get(name) is not None]
-    found = next((match[1] for name in names if (match := _PATIENT.search(name))), None)
-    if found:
-        return found, True
-    return (names[0] if row.get("scan_id") is not None else f"row {position}"), False
+    return sum(named_patient(row) is None for row in rows)
 
 
 def _group(patients: Sequence[Any]) -> tuple[np.ndarray, int]:

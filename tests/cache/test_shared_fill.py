@@ -14,8 +14,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from samf.cache import manifest as cache_ledger
-from samf.cache import slice_cache
+from samf.cache import slice_cache, volume_list
 from samf.cache.manifest import Manifest, inspect_volumes
 from samf.cache.slice_cache import SliceCache, entry_file
 from samf.data.volume_discovery import SourceOptions
@@ -61,7 +60,7 @@ def _two_processes(rank: int, work: Callable, arguments: tuple, store: str, answ
 
 def _see_late() -> None:
     """As on a network file system: looking takes longer, and new files are seen late."""
-    identity, has_file = cache_ledger.volume_identity, slice_images._has_file
+    identity, has_file = volume_list.volume_identity, slice_images._has_file
     first_look: dict[Path, float] = {}
 
     def slow(path):
@@ -73,7 +72,7 @@ def _see_late() -> None:
         is_seen = time.monotonic() - first_look.setdefault(place, time.monotonic()) > LATE
         return has_file(cache, volume) and (is_seen or _makes(place))
 
-    cache_ledger.volume_identity, slice_images._has_file = slow, late
+    volume_list.volume_identity, slice_images._has_file = slow, late
 
 
 def _makes(record: Path) -> bool:

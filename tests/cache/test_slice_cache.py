@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from samf.cache import slice_cache
+from samf.cache import entries, slice_cache
 from samf.cache.slice_cache import SliceCache, check_entry, read_entry, volume_identity, write_entry
 from samf.model import ct_download
 from samf.model.ct_dicom_files import dicom_files
@@ -163,7 +163,7 @@ def test_a_record_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypa
     def no_open(*_, **__):
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(slice_cache, "open", no_open, raising=False)
+    monkeypatch.setattr(entries, "open", no_open, raising=False)
     for read in (read_entry, check_entry):
         with pytest.raises(OSError, match="Stale"):
             read(path)
@@ -206,7 +206,7 @@ def test_damaged_record_is_made_anew(tmp_path, processor, scan, caplog, damage):
         {"half": data[: len(data) // 2], "empty": b"", "header": data[:30], "garbage": b"\xff" * 500}[damage]
     )
     np.testing.assert_array_equal(cache.get(scan)["slices"], expected)
-    assert "made anew" in caplog.text and path.read_bytes() == data
+    assert "regenerated" in caplog.text and path.read_bytes() == data
 
 
 def test_failed_write_leaves_neither_record_nor_temporary_file(tmp_path, monkeypatch):

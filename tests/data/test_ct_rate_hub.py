@@ -16,7 +16,7 @@ import small_run
 from hub_stand_in import TOKEN, HubStandIn, Repository
 from huggingface_hub import constants
 
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.data.table_columns import TableColumns
 from samf.model.ct_volume import read_ct
 from samf.pretraining.slice_datasets import find_scans

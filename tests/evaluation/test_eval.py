@@ -697,7 +697,7 @@ def test_a_volume_is_encoded_once_and_by_itself(ct_folder):
 
 
 def choice_records(ct_folder) -> list[dict]:
-    options = {"tasks": ["multiple_choice"], "on_missing": "error"}
+    options = {"tasks": ["multiple_choice"], "on_missing": "raise"}
     return list(load_records(str(ct_folder / "mcq.csv"), "valid", **options))
 
 
