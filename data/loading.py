@@ -17,7 +17,13 @@ class RecordLoader(Protocol):
     """A loader of a layout of its own, such as `samf.data.table_columns.TableColumns`."""
 
     def load(self, source: str | Path, split: str, **options: Any) -> datasets.Dataset:
-        """Return the records of a split; `options` are those of `load_records`."""
+        """Return the records of a split.
+
+        Args:
+            source: the data set.
+            split: "train" or "valid".
+            options: those of `load_records`.
+        """
         ...
 
 

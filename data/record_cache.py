@@ -6,7 +6,7 @@ A changed table or option gives a new file; old ones can be deleted at any time.
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
@@ -108,7 +108,8 @@ def in_memory(records: Iterable[Record], features: datasets.Features) -> dataset
 
 def _tables(records: Iterable[Record], features: datasets.Features) -> Iterator[pa.Table]:
     """Yield Arrow tables of at most ROWS_PER_CHUNK records; at least one table."""
-    rows, is_first = iter(records), True
+    rows: Iterator[Mapping[str, object]] = iter(records)
+    is_first = True
     while (chunk := list(islice(rows, ROWS_PER_CHUNK))) or is_first:
         columns = {name: [row[name] for row in chunk] for name in features}
         yield pa.Table.from_pydict(columns, schema=features.arrow_schema)

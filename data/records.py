@@ -132,7 +132,10 @@ class RecordBuilder:
             "scan_id": volume.scan_id if volume else (name or record_id),
             "patient_id": patient or (volume.patient_id if volume else None),
             "finding_labels": self._finding_labels(volume),
-            **exchange,
+            "task": exchange["task"],
+            "question": exchange["question"],
+            "choices": exchange["choices"],
+            "answer": exchange["answer"],
         }
         if self._rescale is not None:
             record["rescale"] = self._rescale.get(volume) if volume else None

@@ -158,7 +158,7 @@ class TableColumns:
         loaded = open_table(source, split)
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict({"train": loaded})
-            spec = self.splits.get(split) or self.splits.get("") or "train"
+            spec: str | None = self.splits.get(split) or self.splits.get("") or "train"
         else:
             spec = self._split_name(loaded, split)
         if spec is None:

@@ -195,7 +195,7 @@ def volumes_below(
     passed_over = Counter() if passed_over is None else passed_over
     for folder, files in walk_once(root, on_error=_log_unlisted):
         names = [name for name in files if has_volume_suffix(name) and name[0] != "."]
-        volumes = [os.path.join(folder, name) for name in names]
+        volumes = [os.path.join(folder, name) for name in map(file_path, names)]
         others = [name for name in files if name not in set(names)]
         if any(_is_dicom(Path(folder, name)) for name in others[:_DICOM_SAMPLE]):
             volumes = sorted([*volumes, folder])
@@ -267,8 +267,10 @@ def _listed_volumes(file: Path) -> list[VolumeKey]:
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise FileNotFoundError(f"{file}: no volumes; expected one path or address per line.")
-    names = map(file_path, names)
-    return [(name if is_address(name) else os.path.join(file.parent, os.path.expanduser(name)), None) for name in names]
+    return [
+        (name if is_address(name) else os.path.join(file.parent, os.path.expanduser(name)), None)
+        for name in map(file_path, names)
+    ]
 
 
 def _log_unlisted(error: OSError) -> None:
