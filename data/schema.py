@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypeAlias, TypedDict, get_args
 
 import numpy as np
-import torch
 
 from samf.model.configuration_samf import IGNORE_INDEX
 
@@ -83,8 +82,6 @@ class Prediction(TypedDict):
 class VolumeStore(Protocol):
     """Prepared volumes: a slice cache, an embedding cache, or volumes kept in memory."""
 
-    def get(
-        self, path: str, *, rescale: Sequence[float] | None = None
-    ) -> Mapping[str, np.ndarray] | Mapping[str, torch.Tensor]:
-        """Return the slice tensors or the embeddings of a volume."""
+    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, np.ndarray]:
+        """Return the slices or the embeddings of a volume."""
         ...

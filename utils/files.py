@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from samf.model.files_samf import TEMPORARY_SUFFIX, atomic_path
 
-__all__ = ["TEMPORARY_SUFFIX", "atomic_folder", "atomic_path", "atomic_write", "write_json"]
+__all__ = ["TEMPORARY_SUFFIX", "atomic_folder", "atomic_path", "atomic_update", "atomic_write", "write_json"]
 
 
 def atomic_write(path: str | os.PathLike, content: str | bytes) -> None:
@@ -38,5 +39,23 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_update(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder whose files replace those of `folder`, which may exist, when the block ends without an error.
+
+    Other files of `folder` stay. Each file is replaced atomically, one after the other.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

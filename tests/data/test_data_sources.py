@@ -27,7 +27,8 @@ from samf.evaluation.answering.generation import shuffle_volumes
 from samf.model.ct_volume import CTReadError, NotCTError, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.phantoms.dataset import make_phantom, write_nifti
-from samf.pretraining.slice_datasets import find_scans, slice_sets
+from samf.pretraining.scans import find_scans
+from samf.pretraining.slice_datasets import slice_sets
 from samf.utils.recipe import RecipeError, read_recipe
 from samf.utils.text_files import TextEncodingError
 
