@@ -147,5 +147,5 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     """Return the checksum of the arrays' bytes, in the order of their names."""
     value = 0
     for _, array in sorted(arrays.items()):
-        value = zlib.crc32(array.reshape(-1).view(np.uint8), value)
+        value = zlib.crc32(array.reshape(-1).view(np.uint8).data, value)
     return f"{value:08x}"

@@ -106,8 +106,7 @@ class SliceCache(VolumeCache):
             CTReadError: the volume can't be read, or covers less than `min_coverage`.
             NotCTError: a searched volume may be a mask.
         """
-        coverage = {"min_coverage": self.min_coverage} if self.min_coverage else {}
-        volume = read_ct(path, rescale=rescale, **coverage)
+        volume = read_ct(path, rescale=rescale, min_coverage=self.min_coverage)
         if searched:
             refuse_mask(volume)
         return volume

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from samf.data.file_kinds import has_volume_suffix, is_dicom_file
 from samf.model.ct_dicom_files import walk_once
-from samf.model.ct_dicom_pixels import PARSE_ERRORS, pydicom
+from samf.model.ct_dicom_storage import PARSE_ERRORS, pydicom
 from samf.model.ct_download import is_address
 
 logger = logging.getLogger(__name__)

@@ -854,3 +854,19 @@ def test_options_that_make_no_sense_are_errors(tmp_path, capsys):
             run(tmp_path, tmp_path / "cache", **option)
         assert message in capsys.readouterr().err
     assert FillOptions().on_error == "raise"
+
+
+def test_older_values_of_on_error_are_accepted_with_a_warning_and_others_are_errors(capsys):
+    line = ["data", "--cache=cache"]
+    for old in ("stop", "error"):
+        with pytest.warns(FutureWarning, match="now 'raise'"):
+            assert FillOptions(on_error=old).on_error == "raise"
+        with pytest.warns(FutureWarning, match="now 'raise'"):
+            assert preprocess.parse_args([*line, f"--on_error={old}"]).on_error == "raise"
+    with pytest.warns(FutureWarning, match="now 'raise'"):
+        assert preprocess.parse_args([*line, "--on_missing=error"]).on_missing == "raise"
+    with pytest.raises(ValueError, match="expected one of raise, skip"):
+        FillOptions(on_error="ignore")
+    with pytest.raises(SystemExit):
+        preprocess.parse_args([*line, "--on_error=ignore"])
+    assert "expected one of raise, skip" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_record_of_an_address_is_found_without_the_network(tmp_path, processor, 
     assert not cache.has(address)
 
     def fetch(path, **_):
-        assert ct_download._passing.get() is not None  # a download wouldn't be kept
+        assert ct_download._download_folder.get() is not None  # a download wouldn't be kept
         return read_ct({address: scan}[path])
 
     monkeypatch.setattr(slice_cache, "read_ct", fetch)

@@ -451,6 +451,17 @@ def test_rescale_and_normalise_by_hand(small, landmarks):
     assert small.do_rescale and small.do_normalize  # a call changes nothing for the next
 
 
+def test_normalize_gives_any_slices_the_pixel_values_of_the_encoder(small, landmarks):
+    """In place and for any leading dimensions, as training on cached slices needs it."""
+    slices = torch.from_numpy(small.extract(make_volume(landmarks))["slices"])
+    expected = small(make_volume(landmarks))["pixel_values"][0]
+    pixels = slices.float()
+    assert small.normalize_(pixels) is pixels and torch.equal(pixels, expected)
+    assert torch.equal(small.normalize_(slices[None, :1].float()), expected[None, :1])
+    plain = SamfImageProcessor(slices_per_plane=2, size=16, do_rescale=False, do_normalize=False)
+    assert torch.equal(plain.normalize_(slices.float()), slices.float())
+
+
 def test_calls_take_all_kinds_of_volumes(small, landmarks, tmp_path):
     volume = make_volume(landmarks)
     nib.save(nib.Nifti1Image(landmarks, np.eye(4)), tmp_path / "scan.nii.gz")
