@@ -41,7 +41,7 @@ def build_language_model(config: PretrainedConfig) -> PreTrainedModel:
 def _refused(name: str, problem: str) -> ValueError:
     return ValueError(
         f"SamfConfig.text_config: {name} can't be SAMF's language model: {problem}. Choose a decoder-only model such as "
-        "Phi-3, Llama, Qwen or Gemma 2; docs/components.md lists the models that were tried."
+        "Phi-3, Llama, Qwen or Gemma 2; docs/reference/components.md lists the models that were tried."
     )
 
 

@@ -162,7 +162,7 @@ def _check_inputs(encoder_class: type[PreTrainedModel]) -> None:
         raise ValueError(
             f"SamfConfig.vision_config: {encoder_class.__name__} can't be the slice encoder: its forward needs "
             f"{sorted(needed)}, and a slice is only pixel_values. Choose an image encoder such as ViT, DINOv2 or SigLIP; "
-            "docs/components.md lists the encoders that were tried."
+            "docs/reference/components.md lists the encoders that were tried."
         )
 
 

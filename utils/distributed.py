@@ -1,7 +1,8 @@
-"""Several processes under `torchrun` or `accelerate launch` that share one output folder.
+"""Coordination of the processes that `torchrun` or `accelerate launch` starts.
 
-They never exchange tensors: a rank takes its share of the batches, writes its own files, and waits for the others. So
-gloo is enough on any device, and the waiting may take as long as the slowest rank does.
+For what they agree on (who reads a folder, which file is used), not for tensors: each rank takes its share of the batches,
+writes its own files and waits for the others. So gloo is enough on any device, and a wait may take as long as the slowest
+rank does.
 """
 
 import functools
@@ -16,71 +17,91 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 
-# A rank that is done waits for the others: hours, where the usual limits are 10 (nccl) or 30 (gloo) minutes.
-PATIENCE = timedelta(days=30)
+# A rank that has finished waits for the others: hours, where the default limits are 10 (nccl) or 30 (gloo) minutes.
+_TIMEOUT = timedelta(days=30)
 
-P, R, T = ParamSpec("P"), TypeVar("R"), TypeVar("T")
-# Set while rank 0 works for all: what it calls must not wait for the others, who wait for its result.
-_works_for_all: ContextVar[bool] = ContextVar("_works_for_all", default=False)
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+# Set while rank 0 runs the function of `from_first`: that function must not wait for the other ranks, which wait for it.
+_runs_for_all: ContextVar[bool] = ContextVar("_runs_for_all", default=False)
 
 
 class Processes:
-    """This process among its fellows; alone where there are none.
+    """The processes of this run, and this one's place among them; a run without a launcher is one process.
+
+    `is_first` and `count` can be read at any time. All processes must call the other methods, in the same order.
 
     Attributes:
-        rank: 0 … count - 1. count: how many there are.
+        rank: this process's number, from 0.
+        count: the number of processes.
     """
 
     def __init__(self) -> None:
-        self.rank, self.count, self._group = 0, 1, None
-        if _works_for_all.get():
-            return
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        self.rank, self.count = 0, 1
+        if not _runs_for_all.get() and dist.is_available() and dist.is_initialized():
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
-            self._group = _gloo_group(dist.group.WORLD)
 
     @property
     def is_first(self) -> bool:
+        """Return whether this is rank 0, or the only process."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until every process has come here."""
-        if self._group is not None:
-            dist.barrier(self._group)
+        """Wait until every process has called this."""
+        if self.count > 1:
+            dist.barrier(self._group())
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return on every process what rank 0's `make` returns; what it raises, every process raises.
+        """Return on every process what rank 0's `make` returns, and raise on every process what it raises.
 
-        For what is decided by looking at a disk: another process may see files earlier or later.
+        For decisions that depend on the state of a disk: another process may see its files earlier or later.
         """
-        if self._group is None:
+        if self.count == 1:
             return make()
         outcome: list[Any] = [None]
         if self.is_first:
-            token = _works_for_all.set(True)
+            token = _runs_for_all.set(True)
             try:
                 outcome = [(make(), None)]
             except Exception as error:  # noqa: BLE001 - raised on every process below
                 outcome = [(None, _portable(error))]
             finally:
-                _works_for_all.reset(token)
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
-        result, error = outcome[0]
-        if error is not None:
-            raise error
+                _runs_for_all.reset(token)
+        dist.broadcast_object_list(outcome, src=0, group=self._group())
+        result, raised = outcome[0]
+        if raised is not None:
+            raise raised
         return result
 
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """Run the block on rank 0, then on all other processes: for filling a folder that all of them read."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
     def gather(self, value: T) -> list[T]:
-        """Return every process's value, by rank, on every process."""
-        if self._group is None:
+        """Return the value of every process, by rank, on every process."""
+        if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value, group=self._group)
+        dist.all_gather_object(values, value, group=self._group())
         return values
 
+    def any(self, value: bool) -> bool:
+        """Return whether `value` is true on any process."""
+        if self.count == 1:
+            return value
+        found = torch.tensor(int(value))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group())
+        return bool(found)
+
     def raise_together(self, error: Exception | None) -> None:
-        """Raise the first process's error on all of them, if one has any: none is left waiting for one that stopped."""
-        if self._group is None:
+        """Raise on every process the first error of any, so that no process waits for one that has stopped."""
+        if self.count == 1:
             if error is not None:
                 raise error
             return
@@ -90,7 +111,7 @@ class Processes:
             raise error or first
 
     def check_equal(self, what: str, count: int) -> None:
-        """Raise ValueError on all processes when they have different counts of something that they train on together."""
+        """Raise ValueError on every process unless all have the same `count` of `what` they train on together."""
         counts = self.gather(count)
         if len(set(counts)) > 1:
             raise ValueError(
@@ -98,26 +119,18 @@ class Processes:
                 f"different numbers of steps and wait for each other for ever. Do all machines see the same files?"
             )
 
-    def any(self, value: bool) -> bool:
-        """Tell whether `value` holds on any process; all must call."""
-        if self._group is None:
-            return value
-        found = torch.tensor(int(value))
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(found)
+    def _group(self) -> Any:
+        return _gloo_group(dist.group.WORLD)
 
-    @contextmanager
-    def main_process_first(self) -> Iterator[None]:
-        """Rank 0 runs the block, then all others do: for what fills a folder that all of them read."""
-        if not self.is_first:
-            self.wait()
-        yield
-        if self.is_first:
-            self.wait()
+
+@functools.cache
+def _gloo_group(world: Any) -> Any:
+    """Make one group per default group `world`: each has threads and connections of its own."""
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
 def _portable(error: Exception) -> Exception:
-    """An error that another process can be sent: the same, or one of its words. A failed sending would leave it waiting."""
+    """Return an error that can be sent to other processes: the same if it pickles, else a RuntimeError with its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception as reason:  # noqa: BLE001 - whatever an exception's own pickling raises
@@ -125,39 +138,26 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-@functools.cache
-def _gloo_group(world: Any) -> Any:
-    """One for all: each has threads and connections of its own. `world` is what it belongs to."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
-
-
-def is_first_process() -> bool:
-    """Whether this is rank 0, or the only process."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+# --- The process group of a script ------------------------------------------------------------------------------------
 
 
 def join_processes() -> None:
-    """Join the processes that a launcher started; does nothing without one, or when they are joined already."""
+    """Start the process group that a launcher has prepared; do nothing without one, or if it has been started."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
 
 
 def leave_processes() -> None:
-    """End the process group, if there is one: what `join_processes` or a Trainer began."""
+    """End the process group that `join_processes` or a Trainer has started, if there is one."""
     if dist.is_available() and dist.is_initialized():
-        _gloo_group.cache_clear()  # it belongs to the group that ends
+        _gloo_group.cache_clear()  # its group ends with the default one
         dist.destroy_process_group()
 
 
-def processes_here() -> int:
-    """How many of the launcher's processes share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def leaves_processes(main: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a script's main function: when it is done, or leaves by SystemExit, end the process group.
+    """Decorate a script's main function so that the process group ends when it returns or raises SystemExit.
 
-    Not after another exception: the other processes may be waiting in a collective, and their launcher ends them.
+    Not after another exception: then other processes may be waiting in a collective, and the launcher ends them.
     """
 
     @functools.wraps(main)
@@ -173,13 +173,20 @@ def leaves_processes(main: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+# --- This machine -----------------------------------------------------------------------------------------------------
+
+
+def processes_here() -> int:
+    """Return how many of the launcher's processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def local_rank() -> int:
-    """This process's number on its machine: which accelerator is its own."""
+    """Return this process's number on its machine, which is also the index of its accelerator."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def default_device() -> torch.device:
-    """The accelerator that is this process's, else the CPU."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.device(torch.accelerator.current_accelerator().type, local_rank())
+    """Return this process's accelerator, or the CPU on a machine without one."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, local_rank())

@@ -1,126 +1,23 @@
-"""What a clause says about the findings in it: clauses of a sentence, and the scopes of negation, doubt and history.
+"""Clauses of a sentence, and the scopes of negation, uncertainty and history in a clause.
 
-Abbreviations are written out first ("e/o" → "evidence of", "isn't" → "is not", "rul" → "right upper lobe"), so that the
-cues below know one form of each. Every expression is bounded, and a sentence has at most 200 words: the work is linear.
+The expressions expect abbreviations to be written out (`abbreviations`). Every expression is bounded, and a sentence has at
+most 200 words, so that matching takes linear time.
 """
 
 import re
-from bisect import bisect_right
 from dataclasses import dataclass
 from enum import Enum
 
 
 class Status(Enum):
-    """What a report says about a finding where it mentions it."""
+    """What a report says about a finding that it mentions."""
 
     AFFIRMED = "affirmed"
     UNCERTAIN = "uncertain"
     NEGATED = "negated"
 
 
-# --- abbreviations ------------------------------------------------------------------------------------------------
-
-_LOBES = {
-    f"{side[0]}{part[0]}{kind}": f"{side} {part} {'lobes' if kind == 'ls' else 'lobe'}"
-    for side in ("right", "left")
-    for part in ("upper", "middle", "lower")
-    for kind in ("l", "ls")
-}
-ABBREVIATIONS: dict[str, str] = _LOBES | {
-    "e/o": "evidence of",
-    "s/o": "suggestive of",
-    "c/w": "consistent with",
-    "h/o": "history of",
-    "k/c/o": "known case of",
-    "r/o": "rule out",
-    "s/p": "status post",
-    "w/o": "without",
-    "w/": "with",
-    "f/u": "follow-up",
-    "d/t": "due to",
-    "b/l": "bilateral",
-    "bil": "bilateral",
-    "rt": "right",
-    "rt.": "right",
-    "lt": "left",
-    "lt.": "left",
-    "nad": "normal",
-    "wnl": "within normal limits",
-    "nil": "none",
-    "(-)": "absent",
-    "(+)": "present",
-    "-ve": "negative",
-    "+ve": "positive",
-    "+": "present",
-    "ggo": "ground glass opacity",
-    "ggos": "ground glass opacities",
-    "can't": "cannot",
-    "cannot": "cannot",
-    "won't": "will not",
-    "shan't": "shall not",
-    "there's": "there is",
-    "it's": "it is",
-    "that's": "that is",
-    "imp": "impression",
-    "pl.": "pleural",
-    "l/n": "lymph node",
-    "ln": "lymph node",
-    "lns": "lymph nodes",
-}
-_TOKEN = re.compile(r"([\"'\[]*)(.*?)([\"',:;\])]*)\Z", re.DOTALL)
-
-
-def _write_out(word: str) -> str:
-    bare = word.rstrip(",;:")
-    if bare in ABBREVIATIONS:
-        return ABBREVIATIONS[bare] + word[len(bare) :]
-    before, core, after = _TOKEN.match(word).groups()
-    if core in ABBREVIATIONS:
-        return before + ABBREVIATIONS[core] + after
-    if core.endswith("n't") and len(core) > 4:
-        return f"{before}{core[:-3]} not{after}"
-    if "/" in core:
-        return before + _write_out_parts(core) + after
-    return word
-
-
-def _write_out_parts(core: str) -> str:
-    """ "rll/lll" and "collapse/consolidation": both words; other slashes ("12/03/2021", "and/or") stay."""
-    parts = core.split("/")
-    if core == "and/or" or not all(part.isalpha() and len(part) > 2 for part in parts):
-        return core
-    return " and ".join(ABBREVIATIONS.get(part, part) for part in parts)
-
-
-class WrittenOut:
-    """A sentence with its abbreviations written out, and the way back to its own words.
-
-    Attributes:
-        text: the sentence written out.
-        first: the place in `text` where the sentence begins behind its prefix (the heading that it stands under).
-    """
-
-    def __init__(self, sentence: str, prefix: str = ""):
-        self._words = sentence.split()
-        pieces = [f"{prefix}:"] if prefix else []
-        self.first = len(prefix) + 2 if prefix else 0
-        self._starts, place = [], self.first
-        for word in self._words:
-            self._starts.append(place)
-            pieces.append(_write_out(word))
-            place += len(pieces[-1]) + 1
-        self.text = " ".join(pieces)
-
-    def original(self, start: int, end: int) -> str:
-        """Return the sentence's own words of which [start, end) of `text` was made."""
-        if not self._words or end <= self.first:
-            return ""
-        first = max(0, bisect_right(self._starts, start) - 1)
-        last = bisect_right(self._starts, end - 1)
-        return " ".join(self._words[first:last]).strip(" ,")
-
-
-# --- clauses ------------------------------------------------------------------------------------------------------
+# --- Clauses ------------------------------------------------------------------------------------------------------
 
 SEEN = (
     r"observ\w+|detect\w+|seen|encounter\w+|identif\w+|found|present|visuali[sz]\w+|visible|distinguish\w+"
@@ -138,7 +35,7 @@ BREAK = re.compile(
     rf"\b(?:but(?! for)|however|although|though|whereas|while|nevertheless|nonetheless|yet(?= there)|{EXCEPT})\b"
 )
 _EXCEPTION = re.compile(rf"(?:{EXCEPT})\Z")
-# How a noun phrase begins that is there: after "no effusion, " the words "mild cardiomegaly" affirm.
+# Beginnings of an affirmed noun phrase: after "no effusion, " the words "mild cardiomegaly" affirm.
 FRESH = (
     r"(?:there (?:is|are)|an?|mild\w*|moderate\w*|small(?!-? vessel)|tiny|trace|minimal\w*|minor|marked\w*"
     r"|severe\w*|few|several|multiple"
@@ -163,10 +60,10 @@ _OR = re.compile(r"\b(?:or|nor)\b")
 
 
 def split_clauses(sentence: str) -> list[str]:
-    """Cut a sentence where a statement with a verb of its own begins, so that a negation reaches no further.
+    """Split a sentence where a new statement begins, which limits the scope of negation.
 
-    Lists stay together: "no mass, nodule or effusion was seen" is one clause, "effusion is seen, and no nodule was
-    detected" is two, and so is "no effusion, mild cardiomegaly".
+    Lists stay together: "no mass, nodule or effusion was seen" is one clause; "effusion is seen, and no nodule was
+    detected" and "no effusion, mild cardiomegaly" are two.
     """
     return [sentence[start:end] for start, end in clause_spans(sentence)]
 
@@ -197,12 +94,12 @@ def _trim(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _statements(sentence: str, start: int, end: int) -> list[tuple[int, int]]:
-    """Join the pieces of [start, end), which commas and "and" part, into statements with one verb each.
+    """Join the pieces of [start, end), separated by commas and "and", into statements with one verb each.
 
-    A piece without a verb belongs to the statement before it when "and" joins it ("plaques are seen in the aorta and
-    coronary arteries") or a negation has begun there ("there is no effusion, nodule"), else to the one that follows
-    ("effusion, nodule were not seen"). After a negation, a piece that begins as what is there begins ("mild …", "a …")
-    is a statement of its own, unless an "or" shows that the list of what is denied goes on.
+    A piece without a verb belongs to the preceding statement when "and" joins it ("plaques are seen in the aorta and
+    coronary arteries") or a negation has begun there ("there is no effusion, nodule"), and otherwise to the following one
+    ("effusion, nodule were not seen"). After a negation, a piece that begins like an affirmed phrase ("mild …", "a …")
+    is a statement of its own, unless an "or" shows that the list of negated findings continues.
     """
     joints = [*JOINT.finditer(sentence, start, end)]
     begins = [start, *(joint.end() for joint in joints)]
@@ -210,13 +107,13 @@ def _statements(sentence: str, start: int, end: int) -> list[tuple[int, int]]:
     pieces = [sentence[begin:stop] for begin, stop in zip(begins, stops, strict=True)]
     spans = [(begins[0], stops[0])]
     complete, negated = bool(VERB.search(pieces[0])), bool(_denies(pieces[0]))
-    stands_alone = False
+    is_separate = False
     for number in range(1, len(pieces)):
         piece, joint = pieces[number], joints[number - 1][0]
         has_verb = bool(VERB.search(piece))
         fresh = negated and _FRESH_START.match(piece) and not _list_goes_on(pieces, number)
-        begins_anew = bool(fresh or piece.startswith("none ") or (complete and _NONE_HERE.match(piece)))
-        if begins_anew:
+        is_new = bool(fresh or piece.startswith("none ") or (complete and _NONE_HERE.match(piece)))
+        if is_new:
             belongs = False
         elif " - " in joint:
             belongs = not (complete or negated)
@@ -229,14 +126,14 @@ def _statements(sentence: str, start: int, end: int) -> list[tuple[int, int]]:
             complete, negated = complete or has_verb, negated or bool(_denies(piece))
         else:
             spans.append((begins[number], stops[number]))
-            complete, negated, stands_alone = has_verb, bool(_denies(piece)), begins_anew
-    if len(spans) > 1 and not complete and not stands_alone:
+            complete, negated, is_separate = has_verb, bool(_denies(piece)), is_new
+    if len(spans) > 1 and not complete and not is_separate:
         spans[-2:] = [(spans[-2][0], spans[-1][1])]
     return spans
 
 
 def _list_goes_on(pieces: list[str], number: int) -> bool:
-    """Whether an "or" follows in the list of what is denied, before another denial or verb begins."""
+    """Return whether an "or" follows in the list of negated findings, before another negation or verb."""
     for later in pieces[number:]:
         if _denies(later):
             return False
@@ -247,7 +144,7 @@ def _list_goes_on(pieces: list[str], number: int) -> bool:
     return False
 
 
-# --- negation -----------------------------------------------------------------------------------------------------
+# --- Negation -----------------------------------------------------------------------------------------------------
 
 _GAP = (
     r"(?:(?:significant|significantly|interval|appreciable|definite|major|substantial|obvious|further"
@@ -255,7 +152,7 @@ _GAP = (
     r"|gross|other|recent|relevant|evident|marked|important|clear|real|visible|meaningful|size|apparent|any"
     r"|convincing) ){0,3}"
 )
-# "no significant change in the effusion" and "no increase in the effusion" speak of an effusion that is there;
+# "no significant change in the effusion" and "no increase in the effusion" affirm the effusion;
 # "no increase in heart size" denies that the heart is large.
 _CHANGE = (
     r"(?:change[ds]?|differences?|decrease[ds]?|progress\w+|regress\w+|improve\w+|worsen\w+|reduc\w+|doubts?|contrast"
@@ -295,7 +192,7 @@ _FORWARD = re.compile(
     r"|characteristic|in keeping|diagnostic|due to|because of|representing))\b"
     rf"|\b(?P<short>not|no longer)\b(?! (?:\w+ )?(?:{SEEN})\b)"
 )
-# How many characters behind a bare "not" it reaches ("not significantly enlarged", "not consolidation").
+# Scope of a bare "not", in characters ("not significantly enlarged", "not consolidation").
 _REACH_OF_NOT = 30
 
 _BACKWARD = re.compile(
@@ -316,7 +213,7 @@ _BACKWARD = re.compile(
     r"|identified|present)\b"
     r"|[:=] ?(?:none|absent|negative)\b|[:=] ?-[ .]*\Z|\b(?:is|are) lacking\b|\b(?:removed|extracted)[ .)]*\Z"
 )
-# "Effusion: no …", "Effusion - none …": what stands before the colon is denied.
+# "Effusion: no …", "Effusion - none …": what is before the colon is denied.
 _FORM = re.compile(
     r"[^:=]{2,60}?(?P<end>\s*[:=]|\s+-(?=\s))\s*(?:there (?:is|are|was|were) )?(?:none|nil|absent|negative"
     r"|without|free|no(?! \w+ (?:change|increase)"
@@ -330,7 +227,7 @@ _NORMAL = re.compile(
     r"|: ?(?:normal|not|unremarkable|natural|clear)\b|\bnormal\Z"
 )
 
-# --- doubt and history --------------------------------------------------------------------------------------------
+# --- Uncertainty and history --------------------------------------------------------------------------------------
 
 _DOUBT_FORWARD = re.compile(
     r"(?:^|[\s(])\?(?=\s?\w)|\b(?:may|might|could|possibl\w+|probabl\w+|suspect\w*|suspicious|likely|suggest\w*"
@@ -359,17 +256,18 @@ _HISTORY = re.compile(
 
 @dataclass(frozen=True)
 class _Scope:
-    """A stretch of a clause, [start, end), of which a cue says something."""
+    """The span of a clause, [start, end), that a cue applies to."""
 
     start: int
     end: int
 
     def holds(self, start: int, end: int) -> bool:
+        """Return whether [start, end) is within the scope."""
         return start >= self.start and end <= self.end
 
 
 class Cues:
-    """What a clause denies, doubts, or tells of the past, and where: "no" forwards, "was not seen" backwards."""
+    """Scopes of negation, uncertainty and history in a clause: "no" applies forwards, "was not seen" backwards."""
 
     def __init__(self, clause: str):
         size = len(clause)
@@ -389,7 +287,13 @@ class Cues:
         self._history = _Scope(history.end() if history else size, size)
 
     def status(self, start: int, end: int, *, is_measure: bool = False) -> Status:
-        """Return what the clause says about the expression at [start, end)."""
+        """Return what the clause says about an expression.
+
+        Args:
+            start: where the expression begins in the clause.
+            end: where it ends.
+            is_measure: whether it is a measure or an organ that may be normal (`Term.is_measure`).
+        """
         denied = self._denied + (self._denied_measures if is_measure else [])
         if any(scope.holds(start, end) for scope in denied) and not self._open:
             return Status.NEGATED
@@ -398,11 +302,11 @@ class Cues:
         return Status.AFFIRMED
 
     def is_history(self, start: int, end: int) -> bool:
-        """Whether the expression at [start, end) belongs to the past: what a patient had, or had removed."""
+        """Return whether the expression at [start, end) is history: what a patient had, or had removed."""
         return self._history.holds(start, end)
 
 
-# "It has resolved", "this is no longer seen", "they are present now": what a clause says of the finding that was named last.
+# "It has resolved", "this is no longer seen", "they are present now": statements about the finding that was named last.
 _PRONOUN = (
     r"(?:it|they|this|these|those|(?:this|the said|the described|the mentioned|these|the aforementioned)"
     r" (?:finding|lesion|area|appearance|abnormality|change)s?)"
@@ -417,7 +321,7 @@ _REFERS_BACK = re.compile(
 
 
 def refers_back(clause: str) -> Status | None:
-    """Return what a clause without a finding says of the one that was named last; None where it says nothing."""
+    """Return what a clause without a finding says about the one that was named last; None where it says nothing."""
     match = _REFERS_BACK.match(clause)
     if not match:
         return None

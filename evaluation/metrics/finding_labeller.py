@@ -1,8 +1,8 @@
 """Rule-based labeller of English chest-CT reports: CT-RATE's 18 labels, with negation and uncertainty.
 
-A report is read in sentences (`report_text`) and clauses (`finding_cues`); in each clause the expressions of `TERMS`
-(`finding_terms`) are looked up, and a mention is affirmed, uncertain or negated by the cues around it; its side is read in
-its own phrase (`laterality`). Nothing is downloaded. docs/evaluation.md says how well it reads which manner of reports.
+A report is split into sentences (`report_text`) and clauses (`finding_cues`). In each clause the expressions of `TERMS`
+(`finding_terms`) are looked up; the cues around a mention decide whether it is affirmed, uncertain or negated, and its side
+is read in its own phrase (`laterality`). Nothing is downloaded. docs/results/metrics.md gives its accuracy by reporting style.
 """
 
 import re
@@ -13,7 +13,8 @@ from functools import lru_cache
 import numpy as np
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
-from samf.evaluation.metrics.finding_cues import Cues, Status, WrittenOut, clause_spans, refers_back, split_clauses
+from samf.evaluation.metrics.abbreviations import WrittenOut
+from samf.evaluation.metrics.finding_cues import Cues, Status, clause_spans, refers_back, split_clauses
 from samf.evaluation.metrics.finding_terms import TERMS, Term
 from samf.evaluation.metrics.laterality import ClauseSides, named_sides
 from samf.evaluation.metrics.report_text import Sentence, read_findings, split_sentences
@@ -32,19 +33,19 @@ __all__ = [
     "split_sentences",
 ]
 
-# Findings of organs in the midline: the sides that their clauses name are other findings'.
-MIDLINE = frozenset(["Cardiomegaly", "Pericardial effusion", "Hiatal hernia", "Coronary artery wall calcification"])
-MATERIAL = "Medical material"
+# Findings of organs in the midline: sides in their clauses belong to other findings.
+_MIDLINE = frozenset(["Cardiomegaly", "Pericardial effusion", "Hiatal hernia", "Coronary artery wall calcification"])
+_MATERIAL = "Medical material"
 
 
 @dataclass(frozen=True)
 class Mention:
-    """One place where a report speaks of a finding.
+    """A mention of a finding in a report.
 
     Attributes:
         label: one of CT-RATE's 18.
-        status: what is said.
-        clause: the words that say it, in lower case.
+        status: affirmed, uncertain or negated.
+        clause: the words of the clause, in lower case.
         sides: those of "right" and "left" that the clause names for this finding.
     """
 
@@ -66,7 +67,7 @@ class _Compiled:
         self._has_head, self._has_other = ("head" in self.head.groupindex, "other" in self.head.groupindex)
 
     def spans(self, clause: str) -> Iterator[tuple[int, int]]:
-        """Yield start and end of each place in a clause where the term names its finding."""
+        """Yield start and end of each match of the term in a clause."""
         if self._near and not self._near.search(clause):
             return
         excluded = bool(self._unless and self._unless.search(clause))
@@ -79,7 +80,7 @@ class _Compiled:
                 yield match.span("head") if self._has_head and match["head"] else match.span()
 
     def _is_named_here(self, clause: str, place: int) -> bool:
-        """Whether the phrase around `place` has `despite` and not `unless`: "nodules in the lung and the thyroid"."""
+        """Return whether the phrase at `place` matches `despite` and not `unless`: "nodules in the lung and the thyroid"."""
         start = max(clause.rfind(", ", 0, place), clause.rfind(" and ", 0, place), 0)
         ends = [end for end in (clause.find(", ", place), clause.find(" and ", place)) if end >= 0]
         phrase = clause[start : min(ends, default=len(clause))]
@@ -88,15 +89,15 @@ class _Compiled:
 
 _TERMS = {label: [_Compiled(term) for term in terms] for label, terms in TERMS.items()}
 
-# --- mentions ---------------------------------------------------------------------------------------------------
+# --- Mentions ---------------------------------------------------------------------------------------------------
 
 
 def find_mentions(report: str) -> list[Mention]:
-    """Every mention of one of the 18 findings in a report, in the order of its sentences; once a clause and status."""
+    """Return every mention of one of the 18 findings in a report, in order of its sentences; one per clause and status."""
     return list(_report_mentions(report))
 
 
-@lru_cache(maxsize=1 << 14)  # a report is asked for its labels, its sides, and again beside each baseline
+@lru_cache(maxsize=1 << 14)  # labels, sides and each baseline ask for the same report
 def _report_mentions(report: str) -> tuple[Mention, ...]:
     clauses: list[tuple[Mention, ...]] = []
     for sentence in read_findings(report):
@@ -110,7 +111,7 @@ def _report_mentions(report: str) -> tuple[Mention, ...]:
 
 @dataclass(frozen=True)
 class _Clause:
-    """The mentions of a clause; of one that only refers back ("it has resolved"), what it says of the one before."""
+    """The mentions of a clause; or, if it only refers back ("it has resolved"), what it says about the preceding one."""
 
     mentions: tuple[Mention, ...]
     words: str = ""
@@ -119,10 +120,10 @@ class _Clause:
 
 
 def _refer_back(before: tuple[Mention, ...], clause: _Clause) -> list[tuple[Mention, ...]]:
-    """The mentions of the clause before, and those that a clause about "it" adds: what is denied now is denied."""
+    """Return the mentions of the preceding clause and those that a clause about "it" adds; a later negation wins."""
     said = tuple(
         Mention(
-            mention.label, clause.refers_back, clause.words, frozenset() if mention.label in MIDLINE else clause.sides
+            mention.label, clause.refers_back, clause.words, frozenset() if mention.label in _MIDLINE else clause.sides
         )
         for mention in before
         if clause.sides or (mention.status is Status.NEGATED) != (clause.refers_back is Status.NEGATED)
@@ -132,7 +133,7 @@ def _refer_back(before: tuple[Mention, ...], clause: _Clause) -> list[tuple[Ment
     return [before, said] if said else [before]
 
 
-@lru_cache(maxsize=1 << 15)  # and reports repeat each other's sentences
+@lru_cache(maxsize=1 << 15)  # reports share sentences
 def _sentence_clauses(sentence: Sentence) -> tuple[_Clause, ...]:
     written = WrittenOut(sentence.text, sentence.organ)
     colon = written.text.find(":")
@@ -143,7 +144,7 @@ def _sentence_clauses(sentence: Sentence) -> tuple[_Clause, ...]:
         words = written.original(start, end)
         found = _clause_mentions(clause, max(0, written.first - start))
         mentions = tuple(
-            Mention(label, status, words, frozenset() if label in MIDLINE else sides or heading_sides)
+            Mention(label, status, words, frozenset() if label in _MIDLINE else sides or heading_sides)
             for (label, status), sides in found.items()
         )
         status = None if found else refers_back(clause)
@@ -153,7 +154,7 @@ def _sentence_clauses(sentence: Sentence) -> tuple[_Clause, ...]:
 
 
 def _clause_mentions(clause: str, first: int) -> dict[tuple[str, Status], frozenset[str]]:
-    """(label, status) → sides, of the findings that a clause names from `first` on (before it stands a heading)."""
+    """Return (label, status) → sides of the findings that a clause names from index `first`, the end of a heading, on."""
     spans = [
         (label, term, start, end)
         for label, terms in _TERMS.items()
@@ -166,36 +167,36 @@ def _clause_mentions(clause: str, first: int) -> dict[tuple[str, Status], frozen
     cues, sides = Cues(clause), ClauseSides(clause, [start for _, _, start, _ in spans])
     found: dict[tuple[str, Status], frozenset[str]] = {}
     for label, term, start, end in spans:
-        if label != MATERIAL and cues.is_history(start, end):
+        if label != _MATERIAL and cues.is_history(start, end):
             continue
         key = label, cues.status(start, end, is_measure=term.is_measure)
         found[key] = found.get(key, frozenset()) | sides.of(start)
     return found
 
 
-# --- labels and sides ---------------------------------------------------------------------------------------------
+# --- Labels and laterality ----------------------------------------------------------------------------------------
 
 
 def label_report(report: str, *, uncertain_is_positive: bool = True) -> dict[str, int]:
-    """CT-RATE's 18 labels of one report: 1 when any clause affirms the finding (or, by default, calls it possible)."""
+    """Return CT-RATE's 18 labels of a report: 1 when any clause affirms the finding (or, by default, calls it possible)."""
     present = {mention.label for mention in _present(report, uncertain_is_positive)}
     return {label: int(label in present) for label in CT_RATE_LABELS}
 
 
 def label_reports(reports: Sequence[str], *, uncertain_is_positive: bool = True) -> np.ndarray:
-    """Labels of N reports as an int64 array (N, 18), columns in the order of `CT_RATE_LABELS`."""
+    """Return the labels of N reports as an int64 array (N, 18), columns in the order of `CT_RATE_LABELS`."""
     rows = [list(label_report(report, uncertain_is_positive=uncertain_is_positive).values()) for report in reports]
     return np.array(rows, dtype=np.int64).reshape(len(rows), len(CT_RATE_LABELS))
 
 
 def finding_sides(report: str, *, uncertain_is_positive: bool = True) -> frozenset[tuple[str, str]]:
-    """(finding, "left" or "right") for every side that a report names for a finding that it affirms."""
+    """Return (finding, "left" or "right") for every side that a report names for a finding that it affirms."""
     present = _present(report, uncertain_is_positive)
     return frozenset((mention.label, side) for mention in present for side in mention.sides)
 
 
 def effusion_sides(report: str, *, uncertain_is_positive: bool = True) -> frozenset[str]:
-    """Sides ("left", "right") of the pleural effusion that a report affirms; empty without effusion or side."""
+    """Return the sides ("left", "right") of the pleural effusion that a report affirms; empty without effusion or side."""
     sides = finding_sides(report, uncertain_is_positive=uncertain_is_positive)
     return frozenset(side for label, side in sides if label == "Pleural effusion")
 

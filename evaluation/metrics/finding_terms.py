@@ -8,12 +8,12 @@ class Term:
     """An expression for a finding, matched in one lower-case clause.
 
     Attributes:
-        head: regular expression of the finding itself; cues before and after its place decide about negation. A group
-            `head` in it narrows that place; where a group `other` matches, the expression means something else.
-        near: must match somewhere in the same clause as well ("" asks nothing).
-        unless: must match nowhere in the clause ("" asks nothing).
-        despite: where it matches in the phrase of the head, and `unless` doesn't match there, `unless` is not asked.
-        is_measure: the head is a measure or an organ that may be normal (heart size, lymph nodes), and not a pathology:
+        head: regular expression of the finding itself; cues before and after its match decide about negation. A group
+            `head` narrows the match; where a group `other` matches, the expression means something else.
+        near: must also match somewhere in the clause ("" = no condition).
+        unless: must match nowhere in the clause ("" = no condition).
+        despite: overrides `unless` where it matches in the phrase of the head and `unless` doesn't match there.
+        is_measure: the head is a measure or an organ that may be normal (heart size, lymph nodes), not a pathology:
             "not enlarged" and "no increase in" deny it.
     """
 
@@ -28,7 +28,7 @@ CALCIFICATION = (
     r"(?:calcif\w*\b(?! (?:\w+ )?(?:lymph|nod|granulom|pleura|thyroid))|calcium|athero\w*"
     r"|(?<!pleural )plaques?\b(?!-like))"
 )
-AORTA = r"aort(?!o-?pulm|ico-?pulm)\w*"  # and not the aortopulmonary window, where lymph nodes are
+AORTA = r"aort(?!o-?pulm|ico-?pulm)\w*"  # not the aortopulmonary window, a lymph node station
 ARTERY = rf"{AORTA}|arter\w*|vascular|vessel\w*|supra-?aortic"
 CORONARY = r"coronar(?:y|ies)|\b(?:lad|rca|lcx|lmca)\b|circumflex|left anterior descending|left main"
 NOT_LUNG = (

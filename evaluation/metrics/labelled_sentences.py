@@ -1,7 +1,7 @@
-"""Sentences with their gold labels, and how well the rule-based labeller reads them: findings, sides and lengths.
+"""Sentences with gold labels, and the labeller's precision and recall on them: findings, laterality and lengths.
 
-A file of them holds one sentence per line, `manner | part | findings | lengths in mm | sentence`, after comments that
-begin with "#"; tests/evaluation/labeller_sentences.txt describes the columns.
+A file has one sentence per line, `manner | part | findings | lengths in mm | sentence`, and comments that begin with "#";
+tests/evaluation/labeller_sentences.txt describes the columns.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,16 +20,17 @@ SIDES = ("right", "left")
 
 @dataclass(frozen=True)
 class LabelledSentence:
-    """A sentence and what it says.
+    """A sentence and its gold labels.
 
     Attributes:
-        manner: manner of reporting ("us", "uk", "in", "tr").
-        part: "dev", or "held-out" for sentences of which only overall figures are looked at.
+        manner: reporting style ("us", "uk", "in", "tr").
+        part: "dev", or "held-out" for sentences of which only overall results are looked at.
         present: labels that are present.
-        not_scored: labels that the sentence leaves open, or that readers differ on.
-        sides: (label, "right" or "left") that it names.
+        not_scored: labels that the sentence leaves open, or that readers disagree on.
+        sides: pairs of a label and "right" or "left".
         sides_not_scored: labels whose sides aren't scored.
         lengths: lengths in mm, sorted; None where they aren't scored.
+        text: the sentence.
     """
 
     manner: str
@@ -46,8 +47,8 @@ def read_labelled_sentences(path: Path) -> list[LabelledSentence]:
     """Read a file of labelled sentences.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line without the five columns, an unknown label or side; the message names file and line.
+        FileNotFoundError: there is no such file.
+        ValueError: a line lacks a column, or has an unknown label or side; the message names file and line.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -75,7 +76,7 @@ def _parse(line: str) -> LabelledSentence:
         named = {word for word in side.split("+") if word}
         if name not in CT_RATE_LABELS or not named <= {*SIDES, NOT_SCORED}:
             raise ValueError(
-                f"{item!r} is no finding with a side; expected a label of CT-RATE, right, left, right+left or *."
+                f"{item!r} isn't a finding with a side; expected a label of CT-RATE, right, left, right+left or *."
             )
         (not_scored if label != name else present).add(name)
         if label != name or NOT_SCORED in named:
@@ -91,15 +92,15 @@ def _parse(line: str) -> LabelledSentence:
 
 @dataclass(frozen=True)
 class Errors:
-    """How a sentence was read: right, wrong and missed findings; sides of the right findings; whether lengths agree."""
+    """Right, wrong and missed findings of a sentence, and sides of the right findings; whether lengths agree."""
 
-    findings: tuple[frozenset, frozenset, frozenset]
-    sides: tuple[frozenset, frozenset, frozenset]
+    findings: tuple[frozenset[str], frozenset[str], frozenset[str]]
+    sides: tuple[frozenset[tuple[str, str]], frozenset[tuple[str, str]], frozenset[tuple[str, str]]]
     lengths_agree: bool
 
 
 def read_as(sentence: LabelledSentence) -> Errors:
-    """Compare what the labeller reads in a sentence with its gold labels."""
+    """Compare the labeller's reading of a sentence with its gold labels."""
     found = {label for label, value in label_report(sentence.text).items() if value}
     hits = found & sentence.present
     sides = {pair for pair in finding_sides(sentence.text) if pair[0] in hits - sentence.sides_not_scored}
@@ -110,19 +111,19 @@ def read_as(sentence: LabelledSentence) -> Errors:
 
 
 def counted(errors: Iterable[Errors], of: Callable[[Errors], tuple[frozenset, ...]]) -> tuple[int, int, int]:
-    """Count right, wrong and missed in all sentences together, of `Errors.findings` or `Errors.sides`."""
+    """Count right, wrong and missed items over all sentences, of `Errors.findings` or `Errors.sides`."""
     totals = [sum(map(len, column)) for column in zip(*map(of, errors), strict=True)]
     return tuple(totals) if totals else (0, 0, 0)
 
 
 def precision_recall(counts: tuple[int, int, int]) -> tuple[float | None, float | None]:
-    """Return precision and recall of right, wrong and missed; None where nothing was found, or there was nothing to find."""
+    """Return precision and recall from right, wrong and missed; None where nothing was found or present."""
     right, wrong, missed = counts
     return tuple(right / total if (total := right + other) else None for other in (wrong, missed))
 
 
 def sentence_table(sentences: Sequence[LabelledSentence]) -> str:
-    """Tabulate precision and recall of findings and sides by part and manner, and how often lengths differ, as Markdown."""
+    """Return precision and recall by part and manner, and the number of sentences whose lengths differ, as Markdown."""
     rows = []
     for name, group in _groups(sentences):
         errors = [read_as(sentence) for sentence in group]

@@ -1,7 +1,7 @@
-"""The side of each finding in a clause: right, left or both, from the phrase that names the finding or shares its place.
+"""Laterality of each finding in a clause: right, left or both, from the phrase that names it or shares its location.
 
 "Right effusion with left basal atelectasis" has a side for each; "atelectasis and consolidation in the left lower lobe"
-shares one; "the right lower lobe", "lingula" and "both lung bases" are sides, "right atrium" is none.
+shares one; "the right lower lobe", "lingula" and "both lung bases" name sides, "right atrium" doesn't.
 """
 
 import re
@@ -41,7 +41,7 @@ RIGHT_LEFT = ("right", "left")
 
 
 def named_sides(text: str, start: int = 0, end: int | None = None) -> list[tuple[int, str]]:
-    """Return (place, "right" or "left") of every side that text[start:end] names."""
+    """Return (index, "right" or "left") of every side that `text[start:end]` names; `end` None is the end of the text."""
     sides = []
     for match in _SIDES.finditer(text, start, len(text) if end is None else end):
         names = RIGHT_LEFT if match.lastgroup == "both" else (match.lastgroup,)
@@ -72,7 +72,7 @@ class ClauseSides:
         return max(number for number, start in enumerate(self._starts) if start <= place)
 
     def of(self, head: int) -> frozenset[str]:
-        """Return the sides of the finding that starts at `head`."""
+        """Return the sides of the finding that starts at index `head`."""
         here = self._phrase(head)
         own = {side for _, side in self._own(head, here)} | self._following(here)
         if own and here and self._joints[here] == "and" and _SIDE_ALONE.search(self._texts[here - 1]):
@@ -80,14 +80,14 @@ class ClauseSides:
         return frozenset(own or self._shared_after(here) or self._shared_before(here))
 
     def _own(self, head: int, here: int) -> list[tuple[int, str]]:
-        """The sides of the phrase itself; where it has several findings and sides, those nearest to this finding."""
+        """Return the sides of the phrase itself; where it has several findings and sides, those nearest to this finding."""
         heads, sides = self._heads[here], self._sides[here]
         if len({*heads}) < 2 or len({side for _, side in sides}) < 2:
             return sides
         return [side for side in sides if min(heads, key=lambda other: abs(other - side[0])) == head] or sides
 
     def _following(self, here: int) -> set[str]:
-        """The sides of the phrases behind it that name no finding: "effusion on the right, 5 mm, and on the left"."""
+        """Return the sides of following phrases without a finding: "effusion on the right, 5 mm, and on the left"."""
         sides: set[str] = set()
         for number in range(here + 1, len(self._texts)):
             if self._heads[number]:
@@ -96,18 +96,17 @@ class ClauseSides:
         return sides
 
     def _shared_after(self, here: int) -> set[str]:
-        """The place that stands behind the last of several findings: "nodules and atelectasis in the left lung"."""
+        """Return the sides after the last of several findings: "nodules and atelectasis in the left lung"."""
         for number in range(here + 1, len(self._texts)):
             if _FRESH_START.match(self._texts[number]) or _SHARES_PLACE.search(self._texts[number]):
                 break
             if self._sides[number]:
                 last = max(self._heads[number], default=-1)
-                behind = {side for place, side in self._sides[number] if place > last}
-                return behind
+                return {side for place, side in self._sides[number] if place > last}
         return set()
 
     def _shared_before(self, here: int) -> set[str]:
-        """The side that stands before the first of several findings, or before all of them."""
+        """Return the sides before the first of several findings, or before all of them."""
         if not any(self._heads[:here]):
             return {side for sides in self._sides[:here] for _, side in sides}
         shares_place = _SHARES_PLACE.search(self._texts[here])

@@ -1,31 +1,32 @@
-"""Multiple choice: which option a free answer names, how often it is the right one, and whether its place matters."""
+"""Multiple choice: the option that a free answer names, accuracy, and position bias."""
 
 import logging
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
 from samf.data.ct_rate.loader import settle_answer
 from samf.data.prompts import LETTERS
-from samf.evaluation.metrics.bootstrap import SampledMetric, patient_intervals, patient_keys, ratio
+from samf.data.schema import Record
+from samf.evaluation.metrics.bootstrap import patient_intervals
+from samf.evaluation.metrics.sampled_metric import SampledMetric, patient_keys, ratio
+from samf.evaluation.schema import ChoiceScores, PositionBias, PredictionRow
 
 logger = logging.getLogger(__name__)
 
-Record = Mapping[str, Any]
+# --- The option that an answer names ------------------------------------------------------------------------------
 
-# --- which option an answer names -------------------------------------------------------------------------------
-
-# "a" and "i" are words too: without brackets they count as letters only before punctuation or the end.
+# "a" and "i" are also words: without brackets they count as letters only before punctuation or the end.
 _LETTER = r"(?:[(\[{<]\s*([a-j])\s*[)\]}>]|([a-j])(?=\s*(?:[).,:;!\]}]|$))|([b-hj])\b(?!['’]))"
 _NAMED = r"(?:(?:correct|right|best|final|my|selected|chosen) )*(?:answer|option|choice)(?: (?:answer|option|choice|letter))*"
 _IS = r"(?:is|would be|should be|must be)"
 _CHOOSE = r"(?:choose|select|pick|go with|chose|picked|selected)"
-# A second letter behind the first: nothing is chosen then.
+# A second letter after the first: then nothing is chosen.
 _JOINT = r"\s*(?:,|/|&|\+|\bor\b|\band\b)\s*(?:or |and )?"
 _NO_SECOND = (
     rf"(?![)\]}}>.]*{_JOINT}(?:[(\[{{<]\s*[a-j]\s*[)\]}}>]|[b-hj](?=[\s).,\]]|$)(?!['’])|a(?=\s*(?:[).,:;\]]|$))))"
@@ -44,20 +45,20 @@ _AT_END = re.compile(r"[(\[{<]\s*([a-j])\s*[)\]}>]\W*$")
 _BRACKETED = re.compile(r"[(\[{<]\s*([a-j])\s*[)\]}>]|(?:^|\s)([a-j])\)")
 _SEVERAL = re.compile(r"^[(\[]?[a-j][)\].]?\s*(?:,|/|&|\+|\bor\b|\band\b)\s*(?:or |and )?[(\[]?[a-j](?:[)\].,]|\s|$)")
 _LEAD_IN = re.compile(rf"^(?:the )?{_NAMED}(?:\s*[:=]\s*| {_IS}\s*:?\s+)")
-# Emphasis and quotes carry no meaning here, nor do tags: **b**, `b`, "b", <answer>b</answer>; but <b> may be an answer.
+# Emphasis, quotes and tags carry no meaning here: **b**, `b`, "b", <answer>b</answer>; but <b> may be an answer.
 _MARKUP = re.compile(r"</?[a-z_|]{2,}>|[*`\"“”]|(?<![a-z])[_']|[_'](?![a-z])")
 
-# Beyond it an answer is a text that went on: what it commits itself to stands at its beginning.
+# Longer answers are cut: an answer commits itself at the beginning.
 _LONGEST = 4000  # characters
 
 
 def parse_choice(prediction: str, choices: Sequence[str]) -> int | None:
-    """The index of the option that `prediction` names, or None when it names none or more than one.
+    """Return the index of the option that `prediction` names; None when it names none or more than one.
 
-    In this order: the exact text of one option (in any case and outer punctuation, after "the answer is" too);
+    In this order: the exact text of one option (ignoring case and outer punctuation, also after "the answer is");
     a verdict ("The answer is b", "Option (c)", "b is correct", "I choose (b)"); a letter at the start ("b", "B.",
-    "(b) text", "b: text", alone in the first line) or in brackets at the end ("text (b)"). A letter beyond the options
-    is none, and so are two letters. The option's text goes before a letter since it may begin with one: "C. difficile".
+    "(b) text", "b: text", or the whole first line) or in brackets at the end ("text (b)"). A letter beyond the options
+    names none, and so do two letters. The option's text has precedence since it may begin with a letter: "C. difficile".
     """
     text = unicodedata.normalize("NFKC", prediction[:_LONGEST]).casefold()
     text = _MARKUP.sub("", text).strip()
@@ -87,7 +88,7 @@ def _bare(text: str) -> str:
 
 
 def _letters(text: str) -> set[str]:
-    """Letters that a lower-case answer commits itself to."""
+    """Return the letters that a lower-case answer commits itself to."""
     final = _found(_FINAL, text)
     if final:
         return final
@@ -98,7 +99,7 @@ def _letters(text: str) -> set[str]:
     if _SEVERAL.match(text):
         return set()
     anchored = _found(_AT_START, text) or _found(_AT_END, text)
-    # "(a) … (b) …" repeats the options, it chooses none.
+    # "(a) … (b) …" repeats the options and chooses none.
     return anchored | _found(_BRACKETED, text) if anchored else set()
 
 
@@ -106,19 +107,23 @@ def _found(pattern: re.Pattern[str], text: str) -> set[str]:
     return {group for match in pattern.finditer(text) for group in match.groups() if group}
 
 
-# --- scores -----------------------------------------------------------------------------------------------------
+# --- Scores -------------------------------------------------------------------------------------------------------
 
 
 def score_multiple_choice(
     predictions: Sequence[str], references: Sequence[str], choices: Sequence[Sequence[str]]
-) -> dict[str, Any]:
-    """Accuracy and macro precision, recall and F1 over the letters that occur as right answers (paper, table 2).
+) -> ChoiceScores:
+    """Compute accuracy and macro precision, recall and F1 over the letters that occur as right answers (paper, table 2).
 
-    `references` read "(b) option text" or as any form that `parse_choice` understands. An unparsed answer is wrong. A
-    question whose reference names no option can't be scored: it is left out, and counted in `without_reference`.
-    Returns count (of the questions that are scored), accuracy, precision, recall, f1, chance (mean of 1 / number of
-    options), unparsed and without_reference (counts); figures are None when no question is left.
-    Raises ValueError for no questions or unequal numbers.
+    An unparsed answer is wrong. A question whose reference names no option is left out and counted in `without_reference`.
+
+    Args:
+        predictions: answers, (N,).
+        references: right answers, "(b) option text" or any form that `parse_choice` understands.
+        choices: options of each question.
+
+    Raises:
+        ValueError: no questions, or unequal numbers.
     """
     if not predictions or not len(predictions) == len(references) == len(choices):
         raise ValueError(
@@ -139,8 +144,16 @@ def score_multiple_choice(
         chances.append(1 / len(options))
     left_out = len(predictions) - len(truth)
     if not truth:
-        figures = dict.fromkeys(("accuracy", "precision", "recall", "f1", "chance"))
-        return {"count": 0, **figures, "unparsed": 0, "without_reference": left_out}
+        return {
+            "count": 0,
+            "accuracy": None,
+            "precision": None,
+            "recall": None,
+            "f1": None,
+            "chance": None,
+            "unparsed": 0,
+            "without_reference": left_out,
+        }
     precision, recall, f1, _ = precision_recall_fscore_support(
         truth, answers, labels=sorted(set(truth)), average="macro", zero_division=0
     )
@@ -157,26 +170,26 @@ def score_multiple_choice(
 
 
 def reference_choice(reference: str, options: Sequence[str]) -> int | None:
-    """The index of the right option; None where the reference names none, as an empty one does."""
+    """Return the index of the right option; None where the reference, for example an empty one, names none."""
     return parse_choice(reference, options)
 
 
-# --- does the place matter? -------------------------------------------------------------------------------------
+# --- Position bias ------------------------------------------------------------------------------------------------
 
 _ROTATION = re.compile(r"(?P<question>.*)@(?P<shift>\d+)", re.DOTALL)
-# Options that speak of others' places mean something else once they are moved.
+# Options that refer to the position of others change their meaning when they are moved.
 _BOUND = re.compile(
     r"\b(?:the above|the below|options? [a-j]\b|(?:both|neither) \(?[a-j]\)?(?:,| and| nor))|\([a-j]\)", re.IGNORECASE
 )
 
 
-def rotated_records(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Every multiple-choice record once for each place that its options can be rotated to.
+def rotated_records(records: Iterable[Record]) -> list[Record]:
+    """Return every multiple-choice record once per rotation of its options.
 
-    The first, "<id>@0", is the record as it is; in "<id>@s" option k stands at place k + s, modulo their number. So each
-    option stands once at each letter. Other tasks' records are passed over, and so are those that `not_rotated` counts.
+    "<id>@0" is the record itself; in "<id>@s" option k is at position k + s, modulo their number, so that each option is
+    once at each letter. Records of other tasks are left out, and so are those that `not_rotated` counts.
     """
-    rotated = []
+    rotated: list[Record] = []
     for record in records:
         if record["task"] != "multiple_choice" or _why_not_rotated(record):
             continue
@@ -191,7 +204,7 @@ def rotated_records(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 
 def not_rotated(records: Iterable[Record]) -> dict[str, int]:
-    """How many multiple-choice records `rotated_records` leaves out, by reason."""
+    """Count the multiple-choice records that `rotated_records` leaves out, by reason."""
     reasons = (_why_not_rotated(record) for record in records if record["task"] == "multiple_choice")
     return dict(Counter(reason for reason in reasons if reason))
 
@@ -205,19 +218,17 @@ def _why_not_rotated(record: Record) -> str | None:
     return "the answer is none of the options" if settle_answer(record["answer"], choices) is None else None
 
 
-def position_bias(rows: Iterable[Mapping[str, Any]], *, intervals: bool = True) -> dict[str, Any]:
-    """How far answers depend on the place of the options, from the predictions for `rotated_records`.
+def position_bias(rows: Iterable[PredictionRow], *, intervals: bool = True) -> PositionBias:
+    """Measure how far answers depend on the position of the options, from the predictions for `rotated_records`.
 
-    A model that goes by content names the same option in every rotation, each letter equally often, and is right
-    equally often wherever the right option stands.
+    A model that answers by content names the same option in every rotation, names each letter equally often, and is right
+    equally often at every position of the right option.
 
-    Returns: questions (with all rotations) and their patients, incomplete (questions that lack some, not counted),
-    accuracy over all rotations, accuracy_lowest and accuracy_highest of the rotations, consistency (share of questions with
-    one and the same option named in all rotations), named_by_letter (share of the parsed answers), accuracy_by_letter (of
-    the right option's place), unparsed, and intervals (of accuracy and consistency, over patients; None without
-    `intervals`). Figures are None without questions.
+    Args:
+        rows: predictions; those whose id has no rotation are ignored.
+        intervals: whether to compute intervals; otherwise they are None.
     """
-    questions: dict[str, dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    questions: dict[str, dict[int, PredictionRow]] = defaultdict(dict)
     for row in rows:
         match = _ROTATION.fullmatch(str(row.get("id")))
         if match and row["task"] == "multiple_choice":
@@ -227,52 +238,81 @@ def position_bias(rows: Iterable[Mapping[str, Any]], *, intervals: bool = True) 
         for by_shift in questions.values()
         if set(by_shift) == set(range(len(by_shift[min(by_shift)]["choices"])))
     ]
-    counts = {"questions": len(complete), "incomplete": len(questions) - len(complete)}
+    incomplete = len(questions) - len(complete)
     if not complete:
-        names = ("accuracy", "accuracy_lowest", "accuracy_highest", "consistency")
-        nothing = {"named_by_letter": {}, "accuracy_by_letter": {}, "unparsed": 0, "intervals": {}}
-        return {**counts, "patients": 0, **dict.fromkeys(names), **nothing}
-    judged = [[_judged(row) for row in question] for question in complete]
+        return _empty_bias(incomplete)
+    answers = [[_parse(row) for row in question] for question in complete]
     patients = patient_keys([question[0] for question in complete])
-    return {**counts, "patients": len(set(patients)), **_bias_figures(judged, patients, intervals)}
+    return _bias(answers, patients, incomplete, intervals)
 
 
-_Judged = tuple[int | None, int | None, str | None]
+class _Answer(NamedTuple):
+    """Positions of the option that an answer names and of the right one, and the text of the named one."""
+
+    named: int | None
+    right: int | None
+    text: str | None
+
+    @property
+    def is_right(self) -> bool:
+        """Return whether the named option is the right one."""
+        return self.named == self.right
 
 
-def _bias_figures(questions: Sequence[Sequence[_Judged]], patients: Sequence[str], intervals: bool) -> dict[str, Any]:
+def _empty_bias(incomplete: int) -> PositionBias:
+    return {
+        "questions": 0,
+        "incomplete": incomplete,
+        "patients": 0,
+        "accuracy": None,
+        "accuracy_lowest": None,
+        "accuracy_highest": None,
+        "consistency": None,
+        "named_by_letter": {},
+        "accuracy_by_letter": {},
+        "unparsed": 0,
+        "intervals": {},
+    }
+
+
+def _bias(
+    questions: Sequence[Sequence[_Answer]], patients: Sequence[str], incomplete: int, intervals: bool
+) -> PositionBias:
     answers = [answer for question in questions for answer in question]
     by_shift = defaultdict(list)
     for question in questions:
-        for shift, (named, right, _) in enumerate(question):
-            by_shift[shift].append(named == right)
+        for shift, answer in enumerate(question):
+            by_shift[shift].append(answer.is_right)
     per_rotation = [sum(hits) / len(hits) for hits in by_shift.values()]
-    hits = [[sum(named == right for named, right, _ in question), len(question)] for question in questions]
+    hits = [[sum(answer.is_right for answer in question), len(question)] for question in questions]
     metrics = {
         "accuracy": SampledMetric(np.array(hits, dtype=np.float64), ratio),
         "consistency": SampledMetric.mean([float(_is_consistent(question)) for question in questions]),
     }
     return {
+        "questions": len(questions),
+        "incomplete": incomplete,
+        "patients": len(set(patients)),
         "accuracy": metrics["accuracy"].value(),
         "accuracy_lowest": min(per_rotation),
         "accuracy_highest": max(per_rotation),
         "consistency": metrics["consistency"].value(),
-        "named_by_letter": _shares(named for named, _, _ in answers),
+        "named_by_letter": _shares(answer.named for answer in answers),
         "accuracy_by_letter": _accuracy_by_letter(answers),
-        "unparsed": sum(named is None for named, _, _ in answers),
+        "unparsed": sum(answer.named is None for answer in answers),
         "intervals": patient_intervals(metrics, patients) if intervals else dict.fromkeys(metrics),
     }
 
 
-def _judged(row: Mapping[str, Any]) -> _Judged:
-    """The place that is named, the right one, and the text of the option that is named."""
-    choices = row["choices"]
+def _parse(row: PredictionRow) -> _Answer:
+    choices = row["choices"] or []
     named = parse_choice(str(row["prediction"]), choices)
-    return named, parse_choice(str(row["reference"]), choices), None if named is None else choices[named]
+    right = parse_choice(str(row["reference"]), choices)
+    return _Answer(named, right, None if named is None else choices[named])
 
 
-def _is_consistent(question: Sequence[_Judged]) -> bool:
-    texts = {text for _, _, text in question}
+def _is_consistent(question: Sequence[_Answer]) -> bool:
+    texts = {answer.text for answer in question}
     return len(texts) == 1 and None not in texts
 
 
@@ -281,9 +321,9 @@ def _shares(named: Iterable[int | None]) -> dict[str, float]:
     return {LETTERS[place]: counts[place] / counts.total() for place in sorted(counts)}
 
 
-def _accuracy_by_letter(answers: Sequence[_Judged]) -> dict[str, float]:
+def _accuracy_by_letter(answers: Sequence[_Answer]) -> dict[str, float]:
     hits = defaultdict(list)
-    for named, right, _ in answers:
-        if right is not None:
-            hits[right].append(named == right)
+    for answer in answers:
+        if answer.right is not None:
+            hits[answer.right].append(answer.is_right)
     return {LETTERS[place]: sum(hits[place]) / len(hits[place]) for place in sorted(hits)}

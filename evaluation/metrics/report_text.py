@@ -1,8 +1,7 @@
-"""Typography and layout of reports: from a report as it was typed, wrapped or exported to its sentences.
+"""Sentences of reports, whatever their typography and layout.
 
-A line end is layout and not grammar: text that was wrapped at some column is joined again, words that were hyphenated
-at the margin are made whole, while list items, headings and one-line statements stay apart. All work is linear in the
-length of the text.
+Line ends are layout, not grammar: wrapped text is joined, and words hyphenated at the margin are made whole, while list
+items, headings and one-line statements stay separate. All work is linear in the length of the text.
 """
 
 import re
@@ -11,20 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-# --- typography ---------------------------------------------------------------------------------------------------
+# --- Typography ---------------------------------------------------------------------------------------------------
 
-# What NFKC leaves as it is: typographic quotes, dashes and the minus sign.
+# Characters that NFKC leaves unchanged: typographic quotes, dashes and the minus sign.
 _PLAIN = {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2212": "-", "\u00d7": "x", "\u0131": "i"}
 _PLAIN |= {chr(code): "-" for code in range(0x2010, 0x2016)}
 _BULLET = "\u2022"
 _PLAIN |= dict.fromkeys("\u2023\u2043\u2219\u25aa\u25ab\u25cf\u25e6\u25a0\u25a1\u2713\u27a2\u00b7\uf0b7", _BULLET)
 _LINE_ENDS = dict.fromkeys("\x0b\x0c\x85\u2028\u2029", "\n")
-# A character that isn't plain ASCII, a carriage return, or a word broken at the end of a line.
+# A character outside ASCII, a carriage return, or a word broken at the end of a line.
 _ODD = re.compile(r"[^\x00-\x7f]|[\r\x0b\x0c]\n?|(?<=[^\W\d_])-[ \t]{0,8}\r?\n[ \t]{0,40}(?=[^\W\d_])")
 _ODD_BREAK = re.compile(r"[\r\x0b\x0c]|-[ \t]{1,8}\n")
 _BROKEN = re.compile(r"[^\W\d_]-\Z")
 _WORD_BEFORE, _WORD_AFTER = re.compile(r"[^\W\d_]{1,40}\Z"), re.compile(r"[^\W\d_]{1,40}")
-# Words that keep their hyphen when a line ends behind them ("ground-\nglass") or begins with them.
+# Words that keep their hyphen at the end ("ground-\nglass") or at the beginning of a line.
 _HYPHENATED = re.compile(
     r"(?:right|left|upper|lower|middle|mid|ground|glass|sided|like|based|shaped|related|occupying|pleural|effusion"
     r"|thicken\w*|thickness|density|densities|mass|nodul(?:e|es|ar)|infiltrat\w+|consolidation|atelectasis|scar|band"
@@ -34,7 +33,7 @@ _HYPHENATED = re.compile(
 
 
 def _plain_character(character: str) -> str:
-    """The plain equivalent of a character outside ASCII, in lower case; "" for what has no width (soft hyphens)."""
+    """Return the plain equivalent of a character outside ASCII, in lower case; "" for zero width (soft hyphens)."""
     if character in _PLAIN:
         return _PLAIN[character]
     if character in _LINE_ENDS:
@@ -46,7 +45,7 @@ def _plain_character(character: str) -> str:
 
 
 def _edits(report: str) -> Iterator[tuple[int, int, str]]:
-    """(start, end, replacement) of all that plain text writes differently, in order."""
+    """Yield (start, end, replacement) of everything that plain text writes differently, in order."""
     if report.isascii() and "-\n" not in report and not _ODD_BREAK.search(report):
         return
     for match in _ODD.finditer(report):
@@ -60,7 +59,7 @@ def _edits(report: str) -> Iterator[tuple[int, int, str]]:
 
 
 def _at_line_end(report: str, start: int, end: int) -> str:
-    """What stands for the hyphen at the end of a line: a hyphen between two words, nothing within one."""
+    """Return the replacement of a hyphen at the end of a line: a hyphen between two words, nothing within one."""
     before = _WORD_BEFORE.search(report, max(0, start - 40), start)
     after = _WORD_AFTER.match(report, end)
     halves = [half[0].lower() for half in (before, after) if half]
@@ -82,7 +81,7 @@ def aligned_text(report: str) -> tuple[str, list[int]]:
 
 
 def _pieces(report: str) -> Iterator[tuple[str, int, bool]]:
-    """(plain text, its start in the report, whether it is copied letter by letter)."""
+    """Yield (plain text, its start in the report, whether it is copied character by character)."""
     end = 0
     for start, stop, replacement in _edits(report):
         yield report[end:start].lower(), end, True
@@ -91,7 +90,7 @@ def _pieces(report: str) -> Iterator[tuple[str, int, bool]]:
     yield report[end:].lower(), end, True
 
 
-# --- layout -------------------------------------------------------------------------------------------------------
+# --- Layout -------------------------------------------------------------------------------------------------------
 
 _ITEM = re.compile(rf"(?:[-*+>{_BULLET}]+(?=[\s\w])|\(?\d{{1,2}}[.)](?=\s)|\(?[a-h]\)(?=\s))")
 _ITEM_AND_BLANKS = re.compile(rf"(?:[-*+>{_BULLET}]+\s*(?=\w|[(?.])|\(?\d{{1,2}}[.)]\s+|\(?[a-h]\)\s+)")
@@ -103,22 +102,22 @@ _UNFINISHED = re.compile(
     r"|both|bilateral|right|left|upper|lower|middle|measuring|approximately|mild|moderate|small|minimal))\Z",
     re.IGNORECASE,
 )
-# Nobody wraps text in narrower columns than this.
-NARROWEST_COLUMN = 30
-# Of the lines that don't end a sentence, how many must reach the margin for a paragraph to be wrapped text.
-WRAPPED_SHARE = 0.6
+# Text isn't wrapped at narrower columns than this.
+_NARROWEST_COLUMN = 30
+# A paragraph is wrapped text if this share of the lines that don't end a sentence reaches the margin.
+_WRAPPED_SHARE = 0.6
 
 
 def logical_lines(report: str) -> list[str]:
-    """Return the lines that a report has as text: those that were wrapped at a column joined; "" between paragraphs.
+    """Return the logical lines of a report: wrapped lines are joined; "" separates paragraphs.
 
-    A line is joined to the one above where that one was filled to the margin (the next word would not have fitted), ends
-    within a phrase, or is followed by a small letter in a text with capitals. Items of lists and headings begin a line.
+    A line is joined to the one above if that one was filled to the margin (the next word would not have fitted), ends
+    within a phrase, or is followed by a lower-case letter in a text with capitals. List items and headings begin a line.
     """
     raw = [line.strip() for line in _replaced_typography(report).split("\n")]
     margin = max(map(len, raw), default=0)
     has_capitals = any(line[:1].isupper() for line in raw) and not report.isupper()
-    lines: list[list[str]] = []  # the pieces of each
+    lines: list[list[str]] = []  # pieces of each line
     for paragraph in _paragraphs(raw):
         is_wrapped = _is_wrapped(paragraph, margin)
         for number, line in enumerate(paragraph):
@@ -137,7 +136,7 @@ def logical_lines(report: str) -> list[str]:
 
 
 def _replaced_typography(report: str) -> str:
-    """As `plain_text`, but with the capitals and line ends that tell where a statement begins."""
+    """Return plain text that keeps the capitals and line ends which mark the beginning of a statement."""
     pieces, end = [], 0
     for start, stop, replacement in _edits(report):
         is_line_end = report[start] == "-"
@@ -161,14 +160,14 @@ def _reaches_margin(line: str, following: str, margin: int) -> bool:
 
 
 def _is_wrapped(paragraph: list[str], margin: int) -> bool:
-    """Whether lines of a paragraph end because they were full, and not because a statement did."""
-    if margin < NARROWEST_COLUMN:
+    """Return whether lines of a paragraph end because they were full, not because a statement ended."""
+    if margin < _NARROWEST_COLUMN:
         return False
     pairs = zip(paragraph, paragraph[1:], strict=False)
     inner = [pair for pair in pairs if not pair[0].endswith(_STATEMENT_END) and not _begins_line(pair[1])]
     full = sum(_reaches_margin(line, following, margin) for line, following in inner)
     ends_in_stop = sum(line.endswith(_STATEMENT_END) for line in paragraph)
-    return bool(inner) and full >= WRAPPED_SHARE * len(inner) and (len(inner) >= 3 or ends_in_stop > 0)
+    return bool(inner) and full >= _WRAPPED_SHARE * len(inner) and (len(inner) >= 3 or ends_in_stop > 0)
 
 
 def _begins_line(line: str) -> bool:
@@ -176,7 +175,7 @@ def _begins_line(line: str) -> bool:
 
 
 def _continues(above: str, line: str, margin: int, is_wrapped: bool, has_capitals: bool) -> bool:
-    """Whether a line goes on with the sentence of the line above."""
+    """Return whether a line continues the sentence of the line above."""
     if _HEADING_LINE.match(line) or (_ITEM.match(line) and not (line[0] == "(" or _UNFINISHED.search(above))):
         return False
     if is_wrapped and _reaches_margin(above, line, margin):
@@ -186,7 +185,7 @@ def _continues(above: str, line: str, margin: int, is_wrapped: bool, has_capital
     return bool(_UNFINISHED.search(above)) or (has_capitals and line[0].islower())
 
 
-# --- sentences ----------------------------------------------------------------------------------------------------
+# --- Sentences ----------------------------------------------------------------------------------------------------
 
 LONGEST_SENTENCE = 200  # words
 LONGEST_WORD = 60
@@ -197,7 +196,7 @@ _ABBREVIATIONS = (
 SENTENCE_END = re.compile(
     rf"[;\n\"{_BULLET}!.](?:(?<!\.)|(?:(?<!\d\.)(?=\s|$|[A-Za-z\"])|(?<=\d\.)(?=\s|$)){_ABBREVIATIONS}|\.+)"
 )
-# "Effusion: none  Consolidation: left base": a statement in a form ends where the next field begins.
+# "Effusion: none  Consolidation: left base": a statement in a form ends at the next field.
 _FIELD_END = re.compile(
     r"(?<=:)( {0,3}(?:none|no|nil|absent|normal|yes|present|\(-\)|\(\+\)))[ ,]{1,3}(?=[a-z][a-z ]{2,30}:)"
 )
@@ -222,7 +221,7 @@ _ORGAN = re.compile(
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence in lower case, and the heading of an organ that it stands under ("heart and pericardium"), or ""."""
+    """A sentence in lower case, and the organ heading that it belongs to ("heart and pericardium"), or ""."""
 
     text: str
     organ: str = ""
@@ -231,7 +230,7 @@ class Sentence:
 def split_sentences(report: str) -> list[str]:
     """Split a report into sentences in lower case; dates and decimals ("26.02.2015", "4.5 mm", ".5 cm") stay whole.
 
-    What runs on for more than LONGEST_SENTENCE words, as a model caught in a loop does, is cut there.
+    Sentences longer than LONGEST_SENTENCE words, as a model in a loop writes them, are cut there.
     """
     return [sentence for line in logical_lines(report) for sentence in _line_sentences(line.lower())]
 
@@ -253,8 +252,8 @@ def read_findings(report: str) -> list[Sentence]:
                 organ = _heading(text) if section == "organ" else ""
             if not is_history:
                 sentences.append(Sentence(text, "" if section else organ))
-            is_open = bool(section) and text.endswith(":")  # a heading with nothing behind it yet
-            # A history ends at the next heading, or with its first sentence where there is no other.
+            is_open = bool(section) and text.endswith(":")  # a heading with nothing after it yet
+            # A history section ends at the next heading, or after its first sentence where there is no other heading.
             is_history = is_history and (is_open or number < last_heading)
             if place == len(line) - 1 and not is_open:
                 organ = ""
@@ -269,7 +268,7 @@ def _heading(sentence: str) -> str:
 
 @lru_cache(maxsize=1 << 14)
 def _section(sentence: str) -> str:
-    """What a sentence's heading opens: "history", "findings", "organ", "other", or "" without a heading."""
+    """Return the section that a sentence's heading opens: "history", "findings", "organ", "other"; "" without a heading."""
     heading = _heading(sentence)
     if not heading:
         return ""

@@ -10,24 +10,15 @@ from scipy.stats import binomtest, ttest_1samp
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
 from samf.evaluation.meta_evaluation import coverage, simulated_f1, simulated_mean
-from samf.evaluation.metrics.bootstrap import (
-    SampledMetric,
-    bootstrap_intervals,
-    bootstrap_values,
-    constant_reports,
-    exchanged_reports,
-    nearest_prior_reports,
-    paired_randomisation,
-    patient_counts,
-    patient_intervals,
-    patient_keys,
-    read_subgroups,
-    subgroup_table,
-    template_collapse,
-    unknown_patients,
-)
+from samf.evaluation.metrics import bootstrap
+from samf.evaluation.metrics.baselines import constant_reports, exchanged_reports, nearest_prior_reports
+from samf.evaluation.metrics.bootstrap import bootstrap_intervals, bootstrap_values, patient_counts, patient_intervals
 from samf.evaluation.metrics.clinical_metrics import confusion_counts, micro_metrics
-from samf.evaluation.metrics.interval_coverage import LABEL_FREQUENCIES, METRICS, coverage_by_metric, true_figures
+from samf.evaluation.metrics.interval_coverage import LABEL_FREQUENCIES, METRICS, coverage_by_metric, true_values
+from samf.evaluation.metrics.sampled_metric import SampledMetric, patient_keys, unknown_patients
+from samf.evaluation.metrics.significance import paired_randomisation
+from samf.evaluation.metrics.subgroups import read_subgroups, subgroup_table
+from samf.evaluation.metrics.template_collapse import template_collapse
 from samf.evaluation.metrics.text_metrics import text_samples
 
 WORDS = [
@@ -69,7 +60,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(simulate):
 
 @pytest.fixture(scope="module")
 def truths():
-    return true_figures()
+    return true_values()
 
 
 @pytest.mark.parametrize("patients, cohorts", [(20, 300), (200, 150)])
@@ -402,3 +393,10 @@ def test_real_metadata(test_data):
     groups = read_subgroups(path, [{"volume": name} for name in names])
     assert len(names) == 3039 and set(groups["sex"]) <= {"M", "F", "unknown"}
     assert groups["scanner"].count("unknown") < 30 and groups["age"].count("unknown") < 30
+
+
+def test_what_moved_out_of_bootstrap_is_found_there_with_a_warning():
+    with pytest.warns(FutureWarning, match=r"significance; the old place will go"):
+        assert bootstrap.paired_randomisation is paired_randomisation
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        bootstrap.nothing  # noqa: B018

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast, RobertaConfig
 from samf.data.ct_rate.loader import CT_RATE_LABELS
 from samf.evaluation.meta_evaluation import change_sizes
 from samf.evaluation.metrics import clinical_metrics as clinical
+from samf.evaluation.metrics import radbert
 from samf.evaluation.metrics.bootstrap import bootstrap_intervals, bootstrap_values
 from samf.evaluation.metrics.finding_labeller import label_reports
 from samf.evaluation.metrics.report_sizes import read_sizes
@@ -211,7 +212,7 @@ def backbone(tmp_path_factory):
 def checkpoint(backbone, tmp_path):
     """A checkpoint as CT-RATE's: the classifier's weights, and the stale key that old transformers versions saved."""
     torch.manual_seed(0)
-    model = clinical.RadBertClassifier(AutoConfig.from_pretrained(backbone))
+    model = radbert.RadBertClassifier(AutoConfig.from_pretrained(backbone))
     with torch.no_grad():
         model.classifier.weight.normal_(std=2)
     weights = {**model.state_dict(), "model.embeddings.position_ids": torch.arange(514)[None]}
@@ -252,11 +253,11 @@ def test_only_the_stale_key_may_be_too_many(checkpoint, backbone, tmp_path, chan
 
 def test_radbert_is_found_by_hub_id(checkpoint, monkeypatch):
     asked = []
-    monkeypatch.setattr(clinical, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(checkpoint[0]))
-    assert clinical.find_radbert("ibrahimhamamci/CT-RATE") == checkpoint[0]
+    monkeypatch.setattr(radbert, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(checkpoint[0]))
+    assert radbert.find_radbert("ibrahimhamamci/CT-RATE") == checkpoint[0]
     assert asked == [(("ibrahimhamamci/CT-RATE", "models/RadBertClassifier.pth"), {"repo_type": "dataset"})]
     with pytest.raises(FileNotFoundError, match="nowhere.pth: no such file; expected RadBertClassifier.pth"):
-        clinical.find_radbert("folder/nowhere.pth")
+        radbert.find_radbert("folder/nowhere.pth")
 
 
 def test_labeller_by_name(monkeypatch):

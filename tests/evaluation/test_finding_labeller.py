@@ -428,7 +428,7 @@ def test_counts_of_labelled_sentences_by_hand(tmp_path):
     with pytest.raises(ValueError, match="sentences.txt, line 1: 3 columns; expected manner"):
         read_labelled_sentences(path)
     path.write_text("us | dev | Emphisema: left | | Text.\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="line 1: 'Emphisema: left' is no finding with a side"):
+    with pytest.raises(ValueError, match="line 1: 'Emphisema: left' isn't a finding with a side"):
         read_labelled_sentences(path)
 
 
@@ -474,7 +474,7 @@ def real_reports(test_data) -> tuple[list[str], np.ndarray]:
 
 
 def test_real_labelled_reports(real_reports):
-    """docs/evaluation.md has each label's figure. Measured macro-F1: 0.968 on the first half, whose sentences the rules
+    """docs/results/metrics.md has each label's figure. Measured macro-F1: 0.968 on the first half, whose sentences the rules
     were made on, and 0.964 on the second, which is not wholly untouched (see there).
     """
     reports, truth = real_reports

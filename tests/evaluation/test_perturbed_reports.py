@@ -1,7 +1,7 @@
 """Which metrics notice that a report is wrong: negations flipped, sides swapped, sizes changed.
 
 The texts differ from their references in few words, so metrics of words stay high whatever the error; of those that read
-content each notices its own kind. The table in docs/evaluation.md has the figures on real reports.
+content each notices its own kind. The table in docs/results/metrics.md has the figures on real reports.
 """
 
 import csv
@@ -17,7 +17,7 @@ from samf.evaluation.meta_evaluation import (
     UNCHANGED,
     change_sizes,
     flip_negations,
-    perturbation_figures,
+    perturbation_scores,
     swap_sides,
 )
 from samf.evaluation.scoring import read_predictions
@@ -43,7 +43,7 @@ def real_reports(test_data) -> list[str]:
 @pytest.fixture(params=["phantom_reports", "real_reports"])
 def table(request) -> dict[str, dict[str, float]]:
     """Perturbation → metric → figure."""
-    return perturbation_figures(request.getfixturevalue(request.param))
+    return perturbation_scores(request.getfixturevalue(request.param))
 
 
 def test_perturbations():

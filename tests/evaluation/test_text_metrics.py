@@ -15,7 +15,10 @@ from nltk.translate.meteor_score import single_meteor_score
 from pycocoevalcap.cider.cider import Cider
 from rouge_score.rouge_scorer import RougeScorer
 
+from samf.evaluation.metrics import meteor as meteor_module
 from samf.evaluation.metrics import text_metrics as metrics
+from samf.evaluation.metrics.cider import cider_tokens
+from samf.evaluation.metrics.rouge import longest_common_subsequence
 
 REFERENCES = [
     "Pleural effusion was observed in the right hemithorax. Heart size is normal.",
@@ -34,7 +37,7 @@ def no_wordnet(monkeypatch, tmp_path):
     """A machine whose nltk finds no data, whatever lies on the real one."""
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     monkeypatch.setattr(
-        metrics, "wordnet", nltk.corpus.util.LazyCorpusLoader("wordnet", nltk.corpus.WordNetCorpusReader, None)
+        meteor_module, "wordnet", nltk.corpus.util.LazyCorpusLoader("wordnet", nltk.corpus.WordNetCorpusReader, None)
     )
 
 
@@ -96,7 +99,7 @@ def test_meteor_of_real_reports_equals_nltk(real_pairs, with_wordnet):
 
 
 def test_cider_of_real_reports_equals_pycocoevalcap(real_pairs):
-    predictions, references = ([" ".join(metrics.cider_tokens(text)) for text in texts] for texts in real_pairs)
+    predictions, references = ([" ".join(cider_tokens(text)) for text in texts] for texts in real_pairs)
     expected = Cider().compute_score(
         {k: [text] for k, text in enumerate(references)}, {k: [text] for k, text in enumerate(predictions)}
     )
@@ -108,7 +111,7 @@ def cider_by_loops(predictions, references) -> list[float]:
     """CIDEr as its authors define it, with clipping and the length's Gaussian, word for word."""
 
     def ngrams(text, n):
-        words = metrics.cider_tokens(text)
+        words = cider_tokens(text)
         return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
     def weighed(text, n):
@@ -123,7 +126,7 @@ def cider_by_loops(predictions, references) -> list[float]:
             norm = math.sqrt(sum(v * v for v in a.values())) * math.sqrt(sum(v * v for v in b.values()))
             if norm:
                 total += sum(min(v, b.get(g, 0)) * b.get(g, 0) for g, v in a.items()) / norm
-        lengths = [max(0, len(metrics.cider_tokens(text)) - 1) for text in (prediction, reference)]
+        lengths = [max(0, len(cider_tokens(text)) - 1) for text in (prediction, reference)]
         scores.append(10 * total / 4 * math.exp(-((lengths[0] - lengths[1]) ** 2) / 72))
     return scores
 
@@ -153,7 +156,7 @@ def test_longest_common_subsequence_equals_the_table():
     rng = random.Random(0)
     for _ in range(200):
         a, b = (rng.choices("abcde", k=rng.randint(0, 25)) for _ in range(2))
-        assert metrics.longest_common_subsequence(a, b) == naive_lcs(a, b)
+        assert longest_common_subsequence(a, b) == naive_lcs(a, b)
 
 
 def test_meteor_of_random_words_equals_nltk(with_wordnet):

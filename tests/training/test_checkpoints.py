@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from toy_training import toy
 from transformers import TrainingArguments
 
-from samf.training.checkpoints import CheckpointError, checkpoint_to_resume, find_damage, last_checkpoint
+from samf.training import checkpoints
+from samf.training.checkpoint_damage import find_damage
+from samf.training.checkpoints import CheckpointError, checkpoint_to_resume, last_checkpoint
 from samf.training.trainer_base import train_to_end
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
@@ -149,6 +151,22 @@ def test_a_path_to_a_damaged_checkpoint_is_an_error_that_says_what_to_do(run, tm
         checkpoint_to_resume(arguments(run, wanted))
     with pytest.raises(CheckpointError, match="no such folder"):
         checkpoint_to_resume(arguments(run, str(tmp_path / "elsewhere")))
+
+
+def test_all_processes_resume_from_what_the_first_one_finds(run, monkeypatch):
+    """Another process may see the folder differently; what the first one can't read is an error on all."""
+    asked = []
+
+    class Second:
+        def from_first(self, make: object) -> str:
+            asked.append(make)
+            return "found by the first"
+
+    monkeypatch.setattr(checkpoints, "Processes", Second)
+    assert checkpoint_to_resume(arguments(run, "last")) == "found by the first"
+    monkeypatch.setattr(checkpoints, "_choose", lambda wanted, training: (_ for _ in ()).throw(OSError("no disk")))
+    with pytest.raises(CheckpointError, match="no disk"):
+        asked[0]()
 
 
 def test_a_file_that_cannot_be_read_just_now_is_not_taken_for_damaged(run, monkeypatch):

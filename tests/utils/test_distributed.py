@@ -27,7 +27,14 @@ def two_processes(monkeypatch) -> SimpleNamespace:
 
 def test_processes_meet_in_one_group(two_processes):
     """Every evaluation asks for one, and each has threads and connections of its own."""
-    groups = {id(Processes()._group) for _ in range(3)}
+    groups = {id(Processes()._group()) for _ in range(3)}
     assert len(groups) == len(two_processes.made) == 1
     two_processes.group.WORLD = object()  # the processes have parted and joined again
-    assert id(Processes()._group) not in groups
+    assert id(Processes()._group()) not in groups
+
+
+def test_asking_who_is_first_makes_no_group(two_processes):
+    """Making one is a collective: a single process that only asks for its rank would wait for the others."""
+    processes._gloo_group.cache_clear()
+    assert Processes().is_first and Processes().count == 2
+    assert two_processes.made == []
