@@ -58,7 +58,7 @@ def check_slice_places(planes: torch.Tensor | None, positions: torch.Tensor | No
         raise ValueError(f"{given} came without {missing}. Pass both, as the processor returns them, or neither.")
     if positions is not None and positions.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"slice_positions are {positions.dtype}, which rounds away where neighbouring slices lie. Keep them float32 "
+            f"slice_positions are {positions.dtype}, too coarse to tell neighbouring slices apart. Keep them float32 "
             "(the processor's outputs do under .to(device, dtype)), or pass the bits: positions.float().view(torch.int32)."
         )
 
@@ -116,7 +116,7 @@ def check_placeholders(config: SamfConfig, image_mask: torch.Tensor, slice_mask:
             "placeholder, and don't truncate its output. (Placeholders after the end of prompt_mask don't count: "
             "pad it with the ids.)"
         ),
-        "Image features and image tokens do not match: the prompts hold other numbers of placeholders than the volumes give",
+        "Image features and image tokens do not match: the volumes don't have as many image tokens as the prompts placeholders",
     )
 
 

@@ -53,7 +53,7 @@ def rope_sets(config: PretrainedConfig, length: int) -> list[int]:
 
 
 def rope_stretch(config: PretrainedConfig) -> float:
-    """Return the factor of `max_position_embeddings` up to which the rotary embeddings are made."""
+    """Return the factor by which "dynamic" rotary embeddings extend `max_position_embeddings`; 1 for other types."""
     factors = [parameters["factor"] for parameters in _rope_parameters(config) if _is_dynamic(parameters)]
     return min(factors, default=1.0)
 

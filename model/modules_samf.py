@@ -26,7 +26,7 @@ DEPTH_FREQUENCIES = 16
 
 
 class SlicePositionEmbedding(nn.Module):
-    """Where a slice comes from: its plane, and its position along the plane's normal.
+    """Embedding of a slice's origin: its plane, and its position along the plane's normal.
 
     The position in [0, 1] enters as sines and cosines, so that a volume may have any number of slices.
 
@@ -54,7 +54,7 @@ class SlicePositionEmbedding(nn.Module):
 
 
 def default_slice_places(batch: int, slices: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return planes and positions of slices that come without: equal thirds, one for each plane, evenly spaced.
+    """Return default planes and positions of slices: equal thirds, one for each plane, evenly spaced.
 
     This is the order in which the image processor returns slices by default.
 

@@ -42,7 +42,7 @@ def pool_slices(output: BaseModelOutputWithPooling, pooling: Pooling | None) -> 
 
 
 def encode_pixels(encoder: PreTrainedModel, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-    """Run a slice encoder; one that would order its patches at random keeps them in order.
+    """Run a slice encoder, with patches in their order even if the encoder would shuffle them.
 
     Args:
         encoder: the slice encoder.
