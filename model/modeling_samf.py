@@ -357,9 +357,9 @@ class SamfModel(SamfPreTrainedModel):
 class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
     """SAMF with its language modelling head: writes the report of a volume, or answers a question about it.
 
-    `forward` adds `config.finding_loss_weight` times the binary cross-entropy of `finding_targets` to the text's loss, each
-    row weighted by its share of the label tokens; with a volume and no text it is the whole loss. (The name has no "label"
-    in it: Trainer would ask every evaluation batch for it. The old name, `finding_labels`, still works.)
+    `forward` adds `config.finding_loss_weight` times the binary cross-entropy of `finding_targets` to the text's loss, with
+    the row weights of [`~losses_samf.finding_weights`]; with a volume and no text it is the whole loss. (The name has no
+    "label" in it: Trainer would ask every evaluation batch for it. The old name, `finding_labels`, still works.)
 
     Args:
         config: the model's configuration.
