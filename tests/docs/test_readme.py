@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from tiny import model_for, tiny_processor
 
-from samf.evaluation.metrics.bootstrap import SampledMetric, ratio
+from samf.evaluation.metrics.bootstrap import SampledMetric
+from samf.evaluation.metrics.sampled_metric import ratio
 from samf.experiments import demo
 from samf.phantoms.dataset import write_nifti
 from samf.phantoms.volume import make_phantom
