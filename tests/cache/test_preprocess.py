@@ -434,7 +434,7 @@ def test_a_missing_volume_is_listed_and_a_full_disk_stops(phantoms, tmp_path, mo
     def full(path, _):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(slice_cache, "write_entry", full)
+    monkeypatch.setattr(entries, "write_entry", full)
     assert run(phantoms[0].parent, tmp_path / "other", on_error="skip") == 1
     assert "No space left on device" in capfd.readouterr().err
     assert manifest(tmp_path / "other")["failed"] == 0  # no volume's fault
