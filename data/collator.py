@@ -31,7 +31,8 @@ class _Row:
 
     def without(self, start: int, stop: int) -> "_Row":
         """Return the sequence without the tokens from `start` to `stop`."""
-        return _Row(*(row[:start] + row[stop:] for row in (self.ids, self.answer, self.prompt)))
+        ids, answer, prompt = self.ids, self.answer, self.prompt
+        return _Row(ids[:start] + ids[stop:], answer[:start] + answer[stop:], prompt[:start] + prompt[stop:])
 
 
 class SamfCollator:

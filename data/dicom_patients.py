@@ -25,10 +25,10 @@ def dicom_patients(paths: Iterable[str]) -> dict[str, str | None]:
     """
     asked = [path for path in dict.fromkeys(paths) if not is_address(path) and not has_volume_suffix(path)]
     with ThreadPoolExecutor(_THREADS) as threads:
-        return dict(zip(asked, threads.map(dicom_patient, asked), strict=True))
+        return dict(zip(asked, threads.map(_dicom_patient, asked), strict=True))
 
 
-def dicom_patient(path: str) -> str | None:
+def _dicom_patient(path: str) -> str | None:
     """Return a digest of the PatientID of a DICOM file or folder; None where there is no PatientID, or no DICOM file."""
     if pydicom is None or is_address(path):
         return None

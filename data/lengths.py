@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import datasets
 import numpy as np
@@ -77,7 +77,10 @@ def _rows(records: datasets.Dataset) -> Iterator[tuple[int, list[_Texts]]]:
     named = records.select_columns([name for name in _TEXTS if name in records.column_names])
     for start in range(0, len(named), _BATCH):
         columns = named[start : start + _BATCH]
-        yield start, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        yield (
+            start,
+            [cast(_Texts, dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)],
+        )
 
 
 def find_overlong(records: datasets.Dataset, processor: SamfProcessor, max_length: int) -> dict[int, int]:
@@ -114,7 +117,7 @@ def find_overlong(records: datasets.Dataset, processor: SamfProcessor, max_lengt
         rest = [k for k, text in enumerate(prompts) if not text.isascii() or len(text) + around >= max_length]
         lengths = processor.tokenizer([prompts[k] for k in rest])["input_ids"] if rest else []
         suspects += [start + k for k, ids in zip(rest, lengths, strict=True) if len(ids) + around >= max_length]
-    found = {}
+    found: dict[int, int] = {}
     for start in range(0, len(suspects), _EXACT_BATCH):
         chosen = suspects[start : start + _EXACT_BATCH]
         exact = collator.uncuttable_lengths([records[row] for row in chosen])
@@ -126,7 +129,7 @@ class _NoSlices:
     """A volume store that returns as many slice embeddings as a volume has, all zero."""
 
     def __init__(self, count: int):
-        self.embeddings = {
+        self.embeddings: dict[str, np.ndarray] = {
             "slice_embeddings": np.zeros((count, 1), np.float32),
             "slice_planes": np.zeros(count, np.int64),
             "slice_positions": np.zeros(count, np.float32),

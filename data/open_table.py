@@ -36,7 +36,7 @@ def open_table(source: str | Path, split: str) -> datasets.Dataset | datasets.Da
     if not path.is_dir() and match is None:
         raise FileNotFoundError(f"{path}: no such file or folder, and no name of a data set on the Hub (owner/name).")
     try:
-        if path.is_dir():
+        if path.is_dir() or match is None:
             return datasets.load_dataset(str(path))
         return datasets.load_dataset(match["name"], revision=match["revision"])
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:

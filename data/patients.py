@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Final
 
 import datasets
 import pyarrow.compute as pc
@@ -22,7 +23,7 @@ from samf.data.schema import Record
 
 logger = logging.getLogger(__name__)
 
-PATIENT_COLUMN = "patient_id"  # of records; a table's own column of this name is used without being named
+PATIENT_COLUMN: Final = "patient_id"  # of records; a table's own column of this name is used without being named
 _RULES = (
     "'folder' (the first one below the data's folder), 'folder:2' (the second, …), 'parent' (the folder that holds the "
     "volume), 'file' (each volume is a patient), or a regular expression with one group, such as '(LIDC-IDRI-[0-9]+)'"
@@ -170,9 +171,9 @@ def settle_patients(
     """Return the records with `patient_id` filled in where the patient can be known; a warning counts the others.
 
     Args:
-        records: their `patient_id` is what the table or CT-RATE's names say. Those without a volume keep it.
+        records: with the `patient_id` of the table or CT-RATE's names. Records without a volume keep it.
         source: where the records are from, for the warning.
-        rule: takes precedence over what the records say.
+        rule: takes precedence over the records' own.
         root: the folder from which `rule` counts.
     """
     volumes, known = records.data.column("volume"), records.data.column(PATIENT_COLUMN)

@@ -6,7 +6,7 @@ A changed table or option gives a new file; old ones can be deleted at any time.
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
@@ -28,7 +28,7 @@ _FORMAT = 2  # bump when the same tables give other records
 CACHED_FROM = 32 << 20  # bytes of tables; smaller ones are read again in a second or two
 ROWS_PER_CHUNK = 20_000
 
-MakeRecords: TypeAlias = Callable[[LoadStats], Iterator[Record]]
+_MakeRecords: TypeAlias = Callable[[LoadStats], Iterator[Record]]
 
 
 def default_cache() -> Path:
@@ -37,7 +37,7 @@ def default_cache() -> Path:
 
 
 def load_or_make(
-    make: MakeRecords,
+    make: _MakeRecords,
     features: datasets.Features,
     tables: Sequence[Path],
     options: JsonObject,
@@ -85,7 +85,7 @@ def build_once(path: Path, build: Callable[[Path], None]) -> None:
             build(temporary)
 
 
-def _write(partial: Path, make: MakeRecords, features: datasets.Features, options: JsonObject) -> None:
+def _write(partial: Path, make: _MakeRecords, features: datasets.Features, options: JsonObject) -> None:
     load_stats, count = LoadStats(), 0
     schema = features.arrow_schema
     with (
@@ -108,7 +108,8 @@ def in_memory(records: Iterable[Record], features: datasets.Features) -> dataset
 
 def _tables(records: Iterable[Record], features: datasets.Features) -> Iterator[pa.Table]:
     """Yield Arrow tables of at most ROWS_PER_CHUNK records; at least one table."""
-    rows, is_first = iter(records), True
+    rows: Iterator[Mapping[str, object]] = iter(records)
+    is_first = True
     while (chunk := list(islice(rows, ROWS_PER_CHUNK))) or is_first:
         columns = {name: [row[name] for row in chunk] for name in features}
         yield pa.Table.from_pydict(columns, schema=features.arrow_schema)

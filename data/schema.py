@@ -18,7 +18,9 @@ __all__ = [
     "OnMissing",
     "Prediction",
     "Record",
+    "Rescale",
     "Task",
+    "VolumeKey",
     "VolumeStore",
 ]
 
@@ -36,6 +38,11 @@ FAILURES_FILE = "failures.jsonl"
 
 # A parsed JSON object whose keys are not known in advance (settings of other libraries, files of users).
 JsonObject: TypeAlias = dict[str, Any]
+
+# Slope and intercept, perhaps with three voxel sizes in mm, as `read_ct` takes them; None = as the file's header says.
+Rescale: TypeAlias = tuple[float, ...] | None
+# The path or address of a volume, and its rescale.
+VolumeKey: TypeAlias = tuple[str, Rescale]
 
 
 class Exchange(TypedDict):

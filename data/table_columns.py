@@ -79,7 +79,7 @@ class TableColumns:
 
         Args:
             source: owner/name of a data set on the Hub, a folder (`save_to_disk`'s, or one that `load_dataset` reads), or a
-                .csv, .tsv, .json, .jsonl or .parquet file; "{split}" in it stands for the split.
+                .csv, .tsv, .json, .jsonl or .parquet file; "{split}" in it is replaced by the split.
             split: "train" or "valid".
             tasks: some of TASKS; None takes all that the columns give.
             on_missing: as for `load_ct_rate`.
@@ -158,7 +158,7 @@ class TableColumns:
         loaded = open_table(source, split)
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict({"train": loaded})
-            spec = self.splits.get(split) or self.splits.get("") or "train"
+            spec: str | None = self.splits.get(split) or self.splits.get("") or "train"
         else:
             spec = self._split_name(loaded, split)
         if spec is None:

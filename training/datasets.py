@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 
 from samf.cache.manifest import Manifest, inspect_volumes
 from samf.cache.slice_cache import SliceCache
-from samf.data.ct_rate.loader import CT_RATE_LABELS, check_patient_overlap, load_records
+from samf.data.ct_rate.loader import CT_RATE_LABELS, check_patient_overlap
 from samf.data.lengths import add_lengths, find_overlong
+from samf.data.loading import load_records
 from samf.data.mixture import TaskMixture, parse_weights
 from samf.data.schema import IGNORE_INDEX
 from samf.data.volume_discovery import distinct_volumes

@@ -91,7 +91,7 @@ def _read_with_bases(path: Path, above: Sequence[Path] = ()) -> dict[str, tuple[
     values = _read_yaml(path)
     bases = values.pop(_BASE, None) or []
     keys: dict[str, tuple[RecipeValue, Path]] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases if isinstance(bases, list) else [bases]:
         keys |= _read_with_bases(path.parent / str(base), [*above, path.resolve()])
     return keys | {key: (value, path) for key, value in values.items()}
 
@@ -129,8 +129,8 @@ def _recipe_tokens(parser: _Parser, keys: Mapping[str, tuple[RecipeValue, Path]]
     for key, (value, recipe) in keys.items():
         if key not in actions:
             raise RecipeError(f"{recipe}: {_describe_unknown(key, actions)}")
-        several = actions[key].nargs in ("+", "*")
-        if isinstance(value, list) and not several:
+        takes_list = actions[key].nargs in ("+", "*")
+        if isinstance(value, list) and not takes_list:
             raise RecipeError(f"{recipe}: {key} takes one value, found the list {value}.")
         if value is None or value == []:
             # No token expresses None or an empty list; as the field's default it can still be overridden.

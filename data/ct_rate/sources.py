@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from samf.data.ct_rate.names import LAYOUTS, VolumeName, volume_location
+from samf.data.ct_rate.names import LAYOUTS, Layout, VolumeName, volume_location
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class CtRateSource(ABC):
         layout: "v1" or "v2".
     """
 
-    def __init__(self, root: str | Path, split: str, layout: str):
+    def __init__(self, root: str | Path, split: str, layout: Layout):
         self.root, self.split, self.layout = root, split, layout
 
     def table(self, folder: str, ending: str) -> Path | None:
@@ -97,6 +97,10 @@ def _check_split(split: str, layout: str | None) -> str:
     return name
 
 
+def _layout(layout: str | None, default: Layout) -> Layout:
+    return next((known for known in LAYOUTS if known == layout), default)
+
+
 # --- A folder ---------------------------------------------------------------------------------------------------------
 
 
@@ -115,11 +119,11 @@ class CtRateFolder(CtRateSource):
 
     def __init__(self, root: str | Path, split: str, layout: str | None = None):
         split = _check_split(split, layout)
-        root = self._find_root(Path(root).expanduser().absolute(), split)
-        present = [name for name, folder in self._volume_folders(root, split).items() if folder.is_dir()]
-        super().__init__(root, split, layout or ("v1" if present == ["v1"] else "v2"))
+        self._folder = self._find_root(Path(root).expanduser().absolute(), split)
+        present = [name for name, folder in self._volume_folders(self._folder, split).items() if folder.is_dir()]
+        super().__init__(self._folder, split, _layout(layout, "v1" if present == ["v1"] else "v2"))
         if layout is None and len(present) == 2:
-            logger.info("%s holds v1 and v2 volumes of %s; reading v2 (layout='v1' reads the others).", root, split)
+            logger.info("%s holds v1 and v2 volumes of %s; reading v2 (layout='v1' reads v1).", self.root, split)
 
     @staticmethod
     def _volume_folders(root: Path, split: str) -> dict[str, Path]:
@@ -138,12 +142,12 @@ class CtRateFolder(CtRateSource):
 
     def file(self, name: str) -> Path | None:
         """Return a file below the root, None if there is none."""
-        path = self.root / name
+        path = self._folder / name
         return path if path.is_file() else None
 
     def locate(self, name: str) -> str:
         """Return the path of a volume, which need not exist."""
-        return str(self.root / (volume_location(name, self.layout) if VolumeName.find(name) else name))
+        return str(self._folder / (volume_location(name, self.layout) if VolumeName.find(name) else name))
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------------------
@@ -170,7 +174,7 @@ class CtRateHub(CtRateSource):
             raise ValueError(f"{name!r} is not the name of a data set; expected owner/name or owner/name@revision.")
         self.name, self.revision = match["name"], match["revision"]
         at = f"@{self.revision}" if self.revision else ""
-        super().__init__(f"hf://datasets/{self.name}{at}/dataset", split, layout or "v2")
+        super().__init__(f"hf://datasets/{self.name}{at}/dataset", split, _layout(layout, "v2"))
 
     def file(self, name: str) -> Path | None:
         """Fetch a file into the Hub's cache and return its path, None if there is none.
@@ -180,13 +184,13 @@ class CtRateHub(CtRateSource):
             FileNotFoundError: no such data set or revision, or it can't be reached and isn't in the cache.
             ConnectionError: the Hub gives another error.
         """
-        where = {"filename": f"dataset/{name}", "repo_type": "dataset", "revision": self.revision}
+        file = f"dataset/{name}"
         try:
-            return Path(hf_hub_download(self.name, **where))
+            return Path(hf_hub_download(self.name, file, repo_type="dataset", revision=self.revision))
         except RemoteEntryNotFoundError:
             return None
         except LocalEntryNotFoundError as error:  # offline; the cache may know that there is no such file
-            if try_to_load_from_cache(self.name, **where) is not None:
+            if try_to_load_from_cache(self.name, file, repo_type="dataset", revision=self.revision) is not None:
                 return None
             raise FileNotFoundError(
                 f"{self.root}/{name}: the Hub can't be reached, and the file isn't in the cache. {self._or_a_folder()}"
@@ -202,7 +206,7 @@ class CtRateHub(CtRateSource):
         return f"If {self.name} is meant to be a folder: there is none under {Path.cwd()}."
 
     def _explained(self, error: Exception) -> OSError:
-        """Return an error that says what to do about one of the Hub's."""
+        """Return an error with a remedy for an error of the Hub."""
         status = getattr(getattr(error, "response", None), "status_code", None)
         page = f"https://huggingface.co/datasets/{self.name}"
         if isinstance(error, GatedRepoError) or status == 403:

@@ -240,10 +240,11 @@ def choose_reconstructions(
         return None
     table = volume_list(source)
     numbers: dict[str, set[int]] = {}
-    for row in read_rows(table, [VOLUME_COLUMN]) if table else ():
-        volume = row_volume(row, table)
-        if volume not in excluded:
-            numbers.setdefault(volume.scan_id, set()).add(volume.reconstruction)
+    if table is not None:
+        for row in read_rows(table, [VOLUME_COLUMN]):
+            volume = row_volume(row, table)
+            if volume not in excluded:
+                numbers.setdefault(volume.scan_id, set()).add(volume.reconstruction)
     if how == "first":
         return {scan: min(found) for scan, found in numbers.items()}
     return {scan: random.Random(f"{seed} {scan}").choice(sorted(found)) for scan, found in numbers.items()}

@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load, metadata_save
 
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.evaluation.answering.answer_folder import answer_statistics
 from samf.evaluation.judge import compare_judged, judge_table, judged_rows
 from samf.evaluation.metrics.clinical_metrics import RADEVAL_METRICS

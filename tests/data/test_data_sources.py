@@ -129,7 +129,7 @@ def test_a_pattern_chooses_among_what_is_found(tmp_path):
 
     assert chosen("ct.nii") == (["a/ct.nii", "a/old/ct.nii", "b/ct.nii"], 1)
     assert chosen("b/*", "pet*") == (["a/pet.nii", "b/ct.nii"], 2)
-    with pytest.raises(FileNotFoundError, match="4 files: not of the pattern"):
+    with pytest.raises(FileNotFoundError, match="4 files: not matching the pattern"):
         chosen("*.mha")
 
 

@@ -16,7 +16,7 @@ from transformers.integrations import deepspeed
 from samf import SamfForConditionalGeneration, SamfImageProcessor, SamfProcessor, preprocess, train
 from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.slice_cache import SliceCache
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.training.arguments import DataArguments
 from samf.training.datasets import load_datasets

@@ -16,7 +16,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 from samf import SamfConfig, SamfForConditionalGeneration, SamfProcessor, train
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.model.hub_samf import adapter_base
 from samf.training.adapter import add_lora, cast_trained, language_model_layers
 from samf.training.arguments import TuningArguments

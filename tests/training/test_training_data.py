@@ -17,8 +17,8 @@ from samf import SamfImageProcessor, SamfProcessor
 from samf.cache import slice_cache
 from samf.cache.slice_cache import SliceCache
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate.loader import load_records
 from samf.data.lengths import find_overlong
+from samf.data.loading import load_records
 from samf.model.ct_volume import CTReadError
 from samf.model.hub_samf import publish_weights
 from samf.phantoms.tokenizer import train_small_tokenizer

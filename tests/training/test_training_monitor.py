@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from samf import SamfConfig, SamfForConditionalGeneration
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.model.modeling_samf import SamfSliceAttentions
 from samf.phantoms.findings import DEMO_FINDINGS
 from samf.training import sample_generation as samples
