@@ -14,7 +14,7 @@ from tqdm import tqdm
 from samf.cache.entries import Arrays, VolumeCache, entry_key, write_entry
 from samf.cache.slice_cache import SliceCache
 from samf.cache.volume_identity import Identity
-from samf.data.volume_discovery import VolumeKey
+from samf.data.schema import VolumeKey
 from samf.model.image_processing_samf import PIXEL_SETTINGS, SamfImageProcessor
 from samf.model.modeling_samf import SamfModel
 from samf.utils.distributed import Processes
