@@ -264,8 +264,7 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
         """Render a conversation, or convert it to model inputs (`tokenize=True, return_dict=True`).
 
         A volume is a content block: `{"type": "volume", "path": "scan.nii.gz"}`, or under `"volume"` anything that
-        `__call__` takes, or the list of the files of one DICOM series. OpenAI's names (`input_image`, `image_url`,
-        `input_text`) are accepted too.
+        `__call__` takes, or the files of one DICOM series. OpenAI's names (`input_image`, `image_url`, `input_text`) work too.
 
         Args:
             conversation: a list of messages, or a list of conversations; see `read_conversations`.

@@ -156,7 +156,7 @@ def test_training_goes_on_without_a_cache_that_cannot_be_written(work, processor
         writes.append(path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(slice_cache, "write_entry", full)
+    monkeypatch.setattr("samf.cache.entries.write_entry", full)
     cache = OptionalSliceCache(tmp_path, images)
     for path in volumes * 2:
         for name, array in images.extract(path).items():
