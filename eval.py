@@ -42,7 +42,7 @@ from samf.evaluation.cohort import RECORD_COUNTS
 from samf.evaluation.judge import REPLIES, Judge, JudgeError, build_judge, judge_predictions, judge_table
 from samf.evaluation.judging.prompts import RANGES
 from samf.evaluation.metrics.multiple_choice import not_rotated, position_bias, rotated_records
-from samf.evaluation.prediction_rows import read_predictions
+from samf.evaluation.prediction_rows import first_of_each_task, read_predictions
 from samf.evaluation.results_table import results_table
 from samf.evaluation.schema import PositionBias, Results
 from samf.evaluation.scoring import write_results
@@ -169,17 +169,6 @@ def choose_records(args: EvalArguments) -> Sequence[Record]:
         records = chosen
     logger.info("%d records: %s", len(records), dict(Counter(record["task"] for record in records)))
     return shuffle_volumes(records, args.seed) if args.shuffle_volumes else records
-
-
-def first_of_each_task(records: Sequence[Record], limit: int) -> list[Record]:
-    """Return the first `limit` records of each task."""
-    taken: Counter[str] = Counter()
-    chosen = []
-    for record in records:
-        taken[record["task"]] += 1
-        if taken[record["task"]] <= limit:
-            chosen.append(record)
-    return chosen
 
 
 def count_as_left_out(path: Path, reason: str, count: int) -> None:
