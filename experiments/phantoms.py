@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from samf import train
 from samf.cache.slice_cache import SliceCache
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.evaluation.answering.generation import GenerationSettings, evaluate
 from samf.evaluation.results_table import markdown_table
 from samf.evaluation.scoring_options import ScoringOptions

@@ -1,7 +1,8 @@
-"""Measure the structure of this checkout: sizes, docstrings, types, import cycles and repeated lines, as one table.
+"""Measure the structure of a checkout: sizes, docstrings, types, import cycles and repeated lines, as one table.
 
 python -m samf.scripts.measure_structure                 # this checkout
 python -m samf.scripts.measure_structure --root OTHER    # another one, for example a worktree of an older commit
+python -m samf.scripts.measure_structure --under data    # the places that the table counts, below a folder
 """
 
 import argparse
@@ -32,7 +33,7 @@ def python_files(root: Path) -> list[Path]:
 
 
 def functions(tree: ast.AST, public: bool = True) -> Iterator[tuple[Function, bool]]:
-    """Yield each function of a module with whether it is public: no underscore in its name, its class or around it."""
+    """Yield each function of a module, and whether it is public: neither it nor what encloses it has an underscore."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef):
             yield from functions(node, public and not node.name.startswith("_"))
@@ -57,7 +58,13 @@ def names_all(function: Function) -> bool:
 
 
 def imported(path: Path, tree: ast.AST, modules: set[Path]) -> set[Path]:
-    """Return the files of this package that a module imports when it is loaded, not within functions."""
+    """Return the files of this package that a module imports when it is loaded, not within functions.
+
+    Args:
+        path: the module, relative to the root.
+        tree: its syntax tree.
+        modules: all files of the package, relative to the root.
+    """
     found, package = set(), list(path.parts[:-1])
     deferred = {id(n) for f in ast.walk(tree) if isinstance(f, Function) for n in ast.walk(f)}
     for node in ast.walk(tree):
@@ -77,7 +84,7 @@ def imported(path: Path, tree: ast.AST, modules: set[Path]) -> set[Path]:
 
 
 def import_cycles(edges: dict[Path, set[Path]]) -> int:
-    """Return the number of strongly connected components of more than one module (Tarjan)."""
+    """Return the number of strongly connected components of more than one module, by Tarjan's algorithm."""
     index: dict[Path, int] = {}
     low: dict[Path, int] = {}
     stack: list[Path] = []
@@ -104,7 +111,7 @@ def import_cycles(edges: dict[Path, set[Path]]) -> int:
 
 
 def repeated_lines(sources: dict[Path, str]) -> int:
-    """Return how many lines of code stand in a run of six or more equal ones at another place too; imports aside."""
+    """Return how many lines of code are part of a run of six or more lines that occurs elsewhere; imports don't count."""
     places = defaultdict(list)
     for path, source in sources.items():
         numbered = [(number, line.strip()) for number, line in enumerate(source.splitlines())]
@@ -116,7 +123,7 @@ def repeated_lines(sources: dict[Path, str]) -> int:
 
 
 def ruff_count(root: Path, rule: str) -> str:
-    """Return how many findings of a ruff rule the checkout has outside tests."""
+    """Return the number of findings of a ruff rule outside tests."""
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", rule, "--output-format", "concise"]
     command += ["--config", 'lint.pydocstyle.convention="google"', "--exclude", "tests,.venv", str(root)]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -124,7 +131,7 @@ def ruff_count(root: Path, rule: str) -> str:
 
 
 def offenders(root: Path, under: str) -> list[str]:
-    """Return the places below a folder or file that the table counts, one a line."""
+    """Return the places below a folder or file that the table counts, one per line."""
     found = []
     for path in python_files(root):
         if not (path == Path(under) or path.is_relative_to(under)):

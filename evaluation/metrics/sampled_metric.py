@@ -4,12 +4,12 @@ A mean, corpus BLEU (n-gram counts) and F1 (confusion counts) are all such funct
 permuting two systems are then arithmetic on the patients' sums; no text is read again.
 """
 
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from samf.data.patients import named_patient
 from samf.evaluation.schema import PredictionRow
 
 
@@ -72,8 +72,6 @@ def finite_or_none(value: np.ndarray | float) -> float | None:
 
 # --- Patients: the units of intervals and tests, since reports of one patient resemble each other ---------------------
 
-_PATIENT = re.compile(r"(?:^|/)((?:train|valid)_\d+)_")
-
 
 def patient_keys(rows: Sequence[PredictionRow]) -> list[str]:
     """Return the patient of each row of a predictions file.
@@ -81,23 +79,14 @@ def patient_keys(rows: Sequence[PredictionRow]) -> list[str]:
     A row's `patient_id` names the patient; without it, CT-RATE's names do, in `scan_id` or `id` ("valid_53_a" is patient
     valid_53). Any other `scan_id` counts as a patient of its own, and so does each row without one: see `unknown_patients`.
     """
-    return [_patient_key(row, position)[0] for position, row in enumerate(rows)]
+    scans = [row.get("scan_id") for row in rows]
+    unnamed = [f"row {position}" if scan is None else str(scan) for position, scan in enumerate(scans)]
+    return [named_patient(row) or key for row, key in zip(rows, unnamed, strict=True)]
 
 
 def unknown_patients(rows: Sequence[PredictionRow]) -> int:
     """Return how many rows name no patient, so that their scan, or the row itself, counts as one."""
-    return sum(not _patient_key(row, position)[1] for position, row in enumerate(rows))
-
-
-def _patient_key(row: PredictionRow, position: int) -> tuple[str, bool]:
-    """Return a row's patient, and whether the row names it."""
-    if row.get("patient_id") is not None:
-        return str(row["patient_id"]), True
-    names = [str(name) for name in (row.get("scan_id"), row.get("id")) if name is not None]
-    found = next((match[1] for name in names if (match := _PATIENT.search(name))), None)
-    if found:
-        return found, True
-    return (names[0] if row.get("scan_id") is not None else f"row {position}"), False
+    return sum(named_patient(row) is None for row in rows)
 
 
 class PatientSums:

@@ -1,7 +1,7 @@
-"""Tables 1, 2 and 3 of the paper, figure by figure, to set results beside them.
+"""Tables 1, 2 and 3 of the paper, for comparison with our results.
 
 Source: A. Hosseini, A. Ibrahim, A. Serag, "From Slices to Volumes: Multi-Scale Fusion of 2D and 3D Features for CT Scan
-Report Generation", MICCAI 2025, open-access version, section 3. A figure that the paper doesn't give is left out.
+Report Generation", MICCAI 2025, open-access version, section 3. Values that the paper doesn't give are left out.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 SOURCE = "Hosseini, Ibrahim, Serag, MICCAI 2025 (open-access version)"
 
-#: Column names as printed, by the name of the figure in our results.
+# Metric in our results → column name as printed.
 COLUMNS = {
     "bleu_1": "BLEU-1",
     "bleu_4": "BLEU-4",
@@ -26,7 +26,13 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A line of a table; `values` by the names of COLUMNS. `suspect`: figures that can't be right as they are printed."""
+    """A row of a table.
+
+    Attributes:
+        name: as printed.
+        values: by the names of `COLUMNS`.
+        suspect: columns whose values can't be right as printed.
+    """
 
     name: str
     values: Mapping[str, float]
@@ -35,7 +41,16 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """`task` is the task in our results that its figures belong to; `notes` say what a reader must know."""
+    """A table of the paper.
+
+    Attributes:
+        number: of the table.
+        title: of the table.
+        task: the task in our results that its values belong to.
+        columns: names of `COLUMNS`.
+        rows: its rows.
+        notes: how to read it.
+    """
 
     number: int
     title: str
@@ -69,8 +84,8 @@ TABLE_1 = PaperTable(
         _row("SAMF + Ao2D", _REPORTS, 0.440, 0.261, 0.417, 0.417, 0.889, 7.165),
     ),
     (
-        "The paper took the figures of E3D-GPT, MS-VLM, CT-AGRG and CT-CHAT from their papers, each with its own data and "
-        "metrics; CT2Rep it trained anew.",
+        "The paper took the values of E3D-GPT, MS-VLM, CT-AGRG and CT-CHAT from their papers, each with its own data and "
+        "metrics, and retrained CT2Rep.",
     ),
 )
 
@@ -101,10 +116,10 @@ TABLE_3 = PaperTable(
         _row("+ Ao2D, SSL warm-up, both ticks", _ABLATIONS, 0.223, 0.419, 0.091, 0.255, suspect=_ABLATIONS),
     ),
     (
-        "A tick stands under ViT or Aggregator. The text that these figures were taken from doesn't keep its column: rows "
-        "with one tick say only that one of the two is meant. Rows without a name in the paper are put to the one above.",
-        "The last row can't be right as printed: BLEU-4 (.419) above BLEU-1 (.223). Its figures seem to stand in the wrong "
-        "columns; compare nothing with them.",
+        "A tick is in the column ViT or Aggregator. The text that these values were taken from lost the column: in rows with "
+        "one tick it may be either. Rows without a name in the paper belong to the one above.",
+        "The last row can't be right as printed: BLEU-4 (.419) above BLEU-1 (.223). Its values seem to be in the wrong "
+        "columns; don't compare anything with them.",
     ),
 )
 

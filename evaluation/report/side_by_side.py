@@ -1,12 +1,12 @@
-"""Reports beside their reference, statement by statement: what agrees, what contradicts, what is missing.
+"""Reports compared with their reference, statement by statement, and the choice of cases to show.
 
-The rule-based labeller reads the statements about the 18 findings of CT-RATE; what else a report says is not marked.
+The rule-based labeller reads the statements about the 18 findings of CT-RATE; other statements aren't marked.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -15,16 +15,20 @@ from samf.evaluation.metrics.finding_labeller import Mention, Status, find_menti
 from samf.evaluation.metrics.multiple_choice import parse_choice, reference_choice
 from samf.evaluation.metrics.report_text import aligned_text
 from samf.evaluation.metrics.text_metrics import bleu_samples, combine_bleu
+from samf.evaluation.schema import PredictionRow
 
-AGREES, CONTRADICTS, UNSUPPORTED = "agrees", "contradicts", "unsupported"
+Verdict = Literal["agrees", "contradicts", "unsupported"]
+AGREES: Verdict = "agrees"
+CONTRADICTS: Verdict = "contradicts"
+UNSUPPORTED: Verdict = "unsupported"
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a report; `verdict` is one of AGREES, CONTRADICTS, UNSUPPORTED, or None where nothing is said of it."""
+    """A piece of a report; `verdict` is None where it isn't a statement about a finding."""
 
     text: str
-    verdict: str | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Marked:
 
 
 def _says(report: str) -> dict[str, bool]:
-    """Finding → whether the report calls it present (or possible) anywhere; findings that it doesn't mention are absent."""
+    """Return finding → whether the report calls it present (or possible) anywhere; only findings that it mentions."""
     present: dict[str, bool] = {}
     for mention in find_mentions(report):
         present[mention.label] = present.get(mention.label, False) or mention.status is not Status.NEGATED
@@ -44,14 +48,14 @@ def _says(report: str) -> dict[str, bool]:
 
 
 def mark_report(report: str, reference: str) -> Marked:
-    """Mark the statements of a report by what the reference says of the same finding.
+    """Mark the statements of a report by what the reference says about the same finding.
 
     A statement agrees where both call a finding present, or both absent; it contradicts where one calls it present and
-    the other absent, or puts it on the other side; it is unsupported where it calls present what the reference doesn't
-    mention. A clause with several findings takes the worst of its verdicts.
+    the other absent, or they differ in its side; it is unsupported where it calls present what the reference doesn't
+    mention. A clause with several findings gets the worst of its verdicts.
     """
     said, sides = _says(reference), finding_sides(reference)
-    verdicts: dict[str, set[str]] = {}
+    verdicts: dict[str, set[Verdict]] = {}
     for mention in find_mentions(report):
         verdict = _verdict(mention.status is not Status.NEGATED, said.get(mention.label))
         if verdict == AGREES and _other_side(mention, sides):
@@ -65,24 +69,24 @@ def mark_report(report: str, reference: str) -> Marked:
     return Marked(_cut(report, worst), missed)
 
 
-def _verdict(present: bool, in_reference: bool | None) -> str | None:
+def _verdict(present: bool, in_reference: bool | None) -> Verdict | None:
     if in_reference is None:
         return UNSUPPORTED if present else None
     return AGREES if present == in_reference else CONTRADICTS
 
 
 def _other_side(mention: Mention, sides: Collection[tuple[str, str]]) -> bool:
-    """Whether a statement names a side for its finding, and the reference's (finding, side) pairs only the other one."""
+    """Return whether a statement names a side for its finding and the reference's (finding, side) pairs only the other."""
     named = {side for label, side in finding_sides(mention.clause) if label == mention.label}
     expected = {side for label, side in sides if label == mention.label}
     return bool(named and expected) and not named & expected
 
 
-def _cut(report: str, verdicts: Mapping[str, str]) -> tuple[Span, ...]:
-    """The report cut at the clauses that have a verdict; a clause is found again by its words."""
-    # The labeller reads plain characters in lower case, and words that a line end broke as one.
+def _cut(report: str, verdicts: Mapping[str, Verdict]) -> tuple[Span, ...]:
+    """Cut a report at the clauses that have a verdict; clauses are located by their words."""
+    # The labeller reads plain characters in lower case, and words broken at a line end as one.
     plain, origins = aligned_text(report)
-    places: list[tuple[int, int, str]] = []
+    places: list[tuple[int, int, Verdict]] = []
     for clause, verdict in verdicts.items():
         pattern = r"\s+".join(map(re.escape, clause.split()))
         found = re.finditer(pattern, plain) if pattern else ()
@@ -96,25 +100,45 @@ def _cut(report: str, verdicts: Mapping[str, str]) -> tuple[Span, ...]:
     return tuple(span for span in (*spans, Span(report[end:])) if span.text)
 
 
-def report_scores(rows: Sequence[Mapping[str, Any]], labeller: Callable | None = None) -> np.ndarray:
-    """How well each report's findings agree with its reference's, (N,) in [0, 1]: for ranking cases.
+def report_scores(rows: Sequence[PredictionRow]) -> np.ndarray:
+    """Return how well each report's findings agree with its reference's, (N,) in [0, 1], for ranking cases.
 
-    F1 over the 18 findings, and 1 where neither has any; a hundredth of BLEU-4 breaks ties. The sum is scaled to [0, 1].
+    The score is F1 over the 18 findings, and 1 where neither has any, plus a hundredth of BLEU-4 to break ties, scaled to
+    [0, 1].
     """
-    predictions, references = ([str(row[name]) for row in rows] for name in ("prediction", "reference"))
-    options = {} if labeller is None else {"labeller": labeller}
-    metric = finding_samples(predictions, references, **options)["micro.f1"]
+    predictions = [str(row["prediction"]) for row in rows]
+    references = [str(row["reference"]) for row in rows]
+    metric = finding_samples(predictions, references)["micro.f1"]
     f1 = np.where(metric.samples.sum(axis=1) == 0, 1.0, np.nan_to_num(metric.of_samples()))
     bleu = combine_bleu(bleu_samples(predictions, references), 4)
     return (f1 + 0.01 * np.nan_to_num(bleu)) / 1.01
 
 
-# --- two systems ------------------------------------------------------------------------------------------------
+# --- Choice of cases --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExtremeReports:
+    """The worst and the best reports of a system, each with its score (`report_scores`)."""
+
+    worst: Sequence[tuple[PredictionRow, float]] = ()
+    best: Sequence[tuple[PredictionRow, float]] = ()
+
+
+def extreme_reports(rows: Sequence[PredictionRow], count: int = 3) -> ExtremeReports:
+    """Return the `count` worst and best reports by the agreement of their findings; no report is in both."""
+    reports = [row for row in rows if row["task"] == "report" and str(row["reference"]).strip()]
+    if not reports:
+        return ExtremeReports()
+    scores = report_scores(reports)
+    order = np.argsort(scores, kind="stable").tolist()
+    worst, best = order[:count], [place for place in order[::-1][:count] if place not in order[:count]]
+    return ExtremeReports(*([(reports[k], float(scores[k])) for k in places] for places in (worst, best)))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One record that two systems answered."""
+    """One record that two systems answered, and why it is shown."""
 
     id: str
     reference: str
@@ -125,11 +149,20 @@ class Case:
 
 
 def common_rows(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], task: str
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Pairs of rows of one task with the same id and reference, in the first file's order; of a repeated id the first."""
+    first: Sequence[PredictionRow], second: Sequence[PredictionRow], task: str
+) -> list[tuple[PredictionRow, PredictionRow]]:
+    """Return pairs of rows with the same id and reference, in the first file's order.
 
-    def by_id(rows: Sequence[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
+    Args:
+        first: predictions of one system.
+        second: predictions of another.
+        task: rows of other tasks are left out.
+
+    Returns:
+        Pairs (first, second); of a repeated id the first row, and none with an empty reference.
+    """
+
+    def by_id(rows: Sequence[PredictionRow]) -> dict[str | int, PredictionRow]:
         chosen = [row for row in rows if row["task"] == task and row.get("id") is not None]
         return {row["id"]: row for row in reversed(chosen)}
 
@@ -138,10 +171,14 @@ def common_rows(
     return [(a, b) for a, b in pairs if a["reference"] == b["reference"] and str(a["reference"]).strip()]
 
 
-def choose_reports(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], count: int = 5
-) -> list[Case]:
-    """Reports on which the two differ most, either way, and one on which they differ as usual: no hand picks the cases."""
+def choose_reports(first: Sequence[PredictionRow], second: Sequence[PredictionRow], count: int = 5) -> list[Case]:
+    """Return the reports on which two systems differ most, in either direction, and one of the median difference.
+
+    Args:
+        first: predictions of one system.
+        second: predictions of another.
+        count: largest number of cases.
+    """
     pairs = common_rows(first, second, "report")
     if not pairs:
         return []
@@ -156,9 +193,21 @@ def choose_reports(
     return [_case(*pairs[place], why) for place, why in chosen[:count]]
 
 
-def _case(first: Mapping[str, Any], second: Mapping[str, Any], why: str) -> Case:
+def _case(first: PredictionRow, second: PredictionRow, why: str) -> Case:
     texts = (str(first["reference"]), str(first["prediction"]), str(second["prediction"]))
     return Case(str(first["id"]), *texts, str(first.get("question") or ""), why)
+
+
+@dataclass(frozen=True)
+class ChoiceComparison:
+    """How many of the `questions` both, one, or neither of two systems answer correctly, and cases that differ."""
+
+    questions: int
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+    cases: Sequence[Case]
 
 
 _OUTCOMES = {
@@ -170,11 +219,14 @@ _OUTCOMES = {
 
 
 def compare_choices(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], count: int = 5
-) -> dict[str, Any]:
-    """Multiple choice of two systems: how many questions both, one, or neither answers rightly, and some that differ.
+    first: Sequence[PredictionRow], second: Sequence[PredictionRow], count: int = 5
+) -> ChoiceComparison:
+    """Compare two systems' answers to multiple-choice questions.
 
-    Returns questions, both, only_first, only_second, neither (counts) and cases (`Case`s, half of each kind).
+    Args:
+        first: predictions of one system.
+        second: predictions of another.
+        count: largest number of cases, half of each kind.
     """
     kinds: dict[str, list[Case]] = {name: [] for name in _OUTCOMES.values()}
     for a, b in common_rows(first, second, "multiple_choice"):
@@ -185,20 +237,17 @@ def compare_choices(
             kinds[kind].append(_case(a, b, f"right: {kind.replace('_', ' ')}"))
     half = max(1, count // 2)
     cases = kinds["only_first"][:half] + kinds["only_second"][:half]
-    return {
-        "questions": sum(map(len, kinds.values())),
-        **{name: len(found) for name, found in kinds.items()},
-        "cases": cases,
-    }
+    counts = {name: len(found) for name, found in kinds.items()}
+    return ChoiceComparison(questions=sum(counts.values()), cases=cases, **counts)
 
 
-# --- as text ----------------------------------------------------------------------------------------------------
+# --- Markdown ---------------------------------------------------------------------------------------------------------
 
 _SIGNS = {AGREES: "✓", CONTRADICTS: "✗", UNSUPPORTED: "?"}
 
 
 def marked_text(marked: Marked) -> str:
-    """A marked report in one line of Markdown: **✓ agrees**, **✗ contradicts**, **? not in the reference**."""
+    """Return a marked report as one line of Markdown: **✓ agrees**, **✗ contradicts**, **? not in the reference**."""
 
     def piece(span: Span) -> str:
         text = " ".join(span.text.split())
@@ -211,7 +260,7 @@ def marked_text(marked: Marked) -> str:
 
 
 def side_by_side(cases: Sequence[Case], names: Sequence[str]) -> str:
-    """Markdown: each case as a table of the reference and the two systems."""
+    """Return each case as a Markdown table of the reference and the two systems."""
     blocks = []
     for case in cases:
         rows = [f"| reference | {_cell(case.reference)} |"]

@@ -1,6 +1,7 @@
-"""The metric's page as a Space: type a generated report and its reference, see the figures."""
+"""The metric as a Space: type a generated report and its reference, see the scores."""
 
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import gradio
@@ -10,14 +11,15 @@ nltk.download("wordnet", quiet=True)
 METRIC = evaluate.load(str(Path(__file__).with_name("report_generation.py")))
 
 
-def score(prediction: str, reference: str) -> dict:
+def score(prediction: str, reference: str) -> dict[str, Any]:
+    """Return all metrics of one pair."""
     return METRIC.compute(predictions=[prediction], references=[reference])
 
 
 page = gradio.Interface(
     fn=score,
     inputs=[gradio.Textbox(lines=8, label="generated report"), gradio.Textbox(lines=8, label="reference report")],
-    outputs=gradio.JSON(label="figures"),
+    outputs=gradio.JSON(label="scores"),
     title="Chest-CT report generation",
     description=METRIC.description,
     flagging_mode="never",

@@ -4,11 +4,13 @@
     metric = evaluate.load("path/to/evaluation/report_generation")
     metric.compute(predictions=["No nodule was detected."], references=["There is no nodule in the lungs."])
 
-The file stands alone, since `evaluate` copies it away: with the package samf installed it computes fast and reads findings,
-without it the reference libraries (sacrebleu, rouge-score, nltk, pycocoevalcap) give the same text metrics.
+The file is self-contained, since `evaluate` copies it. With the package samf installed it is fast and also scores findings;
+without it the reference libraries (sacrebleu, rouge-score, nltk, pycocoevalcap) compute the same text metrics.
 """
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import datasets
 import evaluate
@@ -33,14 +35,14 @@ Args:
     predictions (list of str): generated reports.
     references (list of str): one reference report for each.
     bertscore_model (str, optional): Hub id or folder of the model for BERTScore, e.g. "roberta-large".
-    bertscore_layers (int, optional): its layer, where bert-score has none on record.
+    bertscore_layers (int, optional): its layer, where bert-score doesn't know it.
     device (str, optional): for BERTScore, e.g. "cuda".
 Returns:
     bleu_1 to bleu_4: n-gram counts pooled over the corpus; mean_bleu_1 to mean_bleu_4: mean of the samples.
     meteor, rouge_1, rouge_2, rouge_l (F-measures), cider (0 to 10), bertscore_p, bertscore_r, bertscore_f1: means.
     finding_macro_f1, finding_micro_f1, crg: of the findings that a rule-based labeller reads (needs samf).
-    count, empty_predictions: numbers of pairs, and of predictions without a word, which score 0.
-    not_available: name -> why a figure is None, and what to do. notes: name -> what to heed, e.g. why CIDEr is 0.
+    count, empty_predictions: numbers of pairs, and of empty predictions, which score 0.
+    not_available: name -> why a metric is None, and the remedy. notes: name -> how to read it, e.g. why CIDEr is 0.
 Examples:
     >>> metric = evaluate.load("evaluation/report_generation")
     >>> text = "Pleural effusion was not observed."
@@ -88,7 +90,7 @@ class ReportGeneration(evaluate.Metric):
         bertscore_model: str | None = None,
         bertscore_layers: int | None = None,
         device: str | None = None,
-    ) -> dict:
+    ) -> dict[str, Any]:
         predictions, references = list(predictions), list(references)
         bertscore = {"bertscore_model": bertscore_model, "bertscore_layers": bertscore_layers, "device": device}
         if text_metrics is not None:
@@ -113,18 +115,35 @@ class ReportGeneration(evaluate.Metric):
         }
 
 
-def clinical_scores(predictions: list[str], references: list[str]) -> dict:
-    """F1 of the findings and CRG; all None without samf, crg where it is undefined."""
+def clinical_scores(predictions: list[str], references: list[str]) -> dict[str, float | None]:
+    """Return F1 of the findings and CRG; None without samf, and where a metric is undefined."""
     if score_findings is None:
         return dict.fromkeys(CLINICAL)
     found = score_findings(predictions, references)
     return {"finding_macro_f1": found["macro"]["f1"], "finding_micro_f1": found["micro"]["f1"], "crg": found["crg"]}
 
 
-def reference_scores(predictions: list[str], references: list[str], bertscore_model=None, **bertscore) -> dict:
-    """The text metrics by the reference libraries; None for what is not available here."""
+def reference_scores(
+    predictions: list[str],
+    references: list[str],
+    bertscore_model: str | None = None,
+    bertscore_layers: int | None = None,
+    device: str | None = None,
+) -> dict[str, float | None]:
+    """Compute the text metrics by the reference libraries.
+
+    Args:
+        predictions: generated reports.
+        references: one reference report for each.
+        bertscore_model: Hub id or folder; None leaves BERTScore out.
+        bertscore_layers: its layer, where bert-score doesn't know it.
+        device: of BERTScore's model.
+
+    Returns:
+        Name → mean; None for what is not available here.
+    """
     pairs = list(zip(predictions, references, strict=True))
-    scores = {}
+    scores: dict[str, float | None] = {}
     for order in ORDERS:
         bleu = BLEU(max_ngram_order=order, tokenize="13a", smooth_method="none")
         scores[f"bleu_{order}"] = bleu.corpus_score(predictions, [references]).score / 100
@@ -134,16 +153,18 @@ def reference_scores(predictions: list[str], references: list[str], bertscore_mo
     scores |= {name: mean(score[key].fmeasure for score in rouge) for name, key in ROUGE.items()}
     scores |= {"meteor": meteor(pairs), "cider": cider(pairs), **dict.fromkeys(BERTSCORE)}
     if bertscore_model is not None:
-        scores |= bertscores(pairs, bertscore_model, **bertscore)
+        scores |= bertscores(pairs, bertscore_model, bertscore_layers, device)
     return scores
 
 
-def mean(values) -> float:
+def mean(values: Iterable[float]) -> float:
+    """Return the mean of at least one value."""
     values = list(values)
     return float(sum(values) / len(values))
 
 
 def meteor(pairs: list[tuple[str, str]]) -> float | None:
+    """Return the mean METEOR of (prediction, reference) pairs by nltk; None without WordNet."""
     try:
         wordnet.ensure_loaded()
     except LookupError:
@@ -152,6 +173,7 @@ def meteor(pairs: list[tuple[str, str]]) -> float | None:
 
 
 def cider(pairs: list[tuple[str, str]]) -> float | None:
+    """Return CIDEr of (prediction, reference) pairs by pycocoevalcap; None without it or for fewer than two pairs."""
     try:
         from pycocoevalcap.cider.cider import Cider
     except ImportError:
@@ -164,14 +186,23 @@ def cider(pairs: list[tuple[str, str]]) -> float | None:
     return float(Cider().compute_score(expected, {index: [text] for index, (text, _) in enumerate(words)})[0])
 
 
-def bertscores(pairs: list[tuple[str, str]], model: str, bertscore_layers=None, device=None) -> dict:
-    """Means of BERTScore; pairs with an empty text score 0 and never reach the library, which fails on them."""
+def bertscores(
+    pairs: list[tuple[str, str]], model: str, layers: int | None = None, device: str | None = None
+) -> dict[str, float]:
+    """Return the means of BERTScore; pairs with an empty text, on which the library fails, score 0.
+
+    Args:
+        pairs: (prediction, reference).
+        model: Hub id or folder.
+        layers: its layer, where bert-score doesn't know it.
+        device: of the model.
+    """
     from bert_score import BERTScorer
 
     filled = [pair for pair in pairs if all(text.strip() for text in pair)]
     if not filled:
         return dict.fromkeys(BERTSCORE, 0.0)
-    scorer = BERTScorer(model_type=model, num_layers=bertscore_layers, device=device)
+    scorer = BERTScorer(model_type=model, num_layers=layers, device=device)
     scorer._tokenizer.model_max_length = BERTSCORE_TOKENS  # some have none, which overflows in the tokenizer
-    figures = scorer.score(*map(list, zip(*filled, strict=True)))
-    return {name: float(values.sum()) / len(pairs) for name, values in zip(BERTSCORE, figures, strict=True)}
+    columns = scorer.score(*map(list, zip(*filled, strict=True)))
+    return {name: float(values.sum()) / len(pairs) for name, values in zip(BERTSCORE, columns, strict=True)}

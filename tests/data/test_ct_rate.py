@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -13,16 +14,17 @@ from samf.data.ct_rate.loader import (
     VolumeName,
     check_patient_overlap,
     load_ct_rate,
-    load_records,
-    load_samf_csv,
     read_json_array,
     settle_answer,
     split_options,
     volume_path,
 )
 from samf.data.ct_rate.tables import read_labels
+from samf.data.loading import load_records
 from samf.data.prompts import REPORT_QUESTION
+from samf.data.samf_csv import load_samf_csv
 from samf.phantoms.dataset import DEMO_FINDINGS, PhantomSettings, write_dataset
+from samf.utils.text_files import TextEncodingError
 
 REPORT_COLUMNS = ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"]
 QUESTION = "Which lobe is affected? (a) upper (b) middle (c) lower (d) none"
@@ -197,7 +199,7 @@ def test_labels_are_0_1_or_unknown(tmp_path, text, label, caplog):
     table.write_text(f"VolumeName,A,B\ntrain_1_a_1.nii.gz,1,0\ntrain_2_a_1.nii.gz,{text},1\n", encoding="utf-8")
     labels = read_labels(table, ["A", "B"])
     assert list(labels.values()) == [[1, 0], [label, 1]]
-    assert ("1 labels are -1, uncertain" in caplog.text) == text.startswith("-1")
+    assert ("1 labels are -1 (uncertain)" in caplog.text) == text.startswith("-1")
 
 
 @pytest.mark.parametrize("text", ["0.97", "2", "-100", "inf", "yes", "1e-3"])
@@ -205,7 +207,7 @@ def test_a_label_that_is_none_is_refused_by_its_row_and_column(tmp_path, text):
     table = tmp_path / "labels.csv"
     table.write_text(f"VolumeName,A,B\ntrain_1_a_1.nii.gz,1,0\ntrain_2_a_1.nii.gz,1,{text}\n", encoding="utf-8")
     with pytest.raises(
-        ValueError, match=rf"labels.csv: row 2 below the header, column 'B': '{text}' is no label; expected 0"
+        ValueError, match=rf"labels.csv: row 2 below the header, column 'B': '{text}' is not a label; expected 0"
     ):
         read_labels(table, ["A", "B"])
 
@@ -261,6 +263,8 @@ def test_missing_volumes_are_one_error_that_lists_them(ct_rate):
 
 def test_missing_volumes_can_be_skipped_and_counted(ct_rate, caplog):
     volume_path(ct_rate / "dataset", "valid_2_a_1").unlink()
+    with pytest.raises(FileNotFoundError), pytest.warns(FutureWarning, match="on_missing='error' is now 'raise'"):
+        load_ct_rate(ct_rate, "valid", on_missing="error")
     skipped = load_ct_rate(ct_rate, "valid", on_missing="skip")
     assert [r["id"] for r in skipped if r["scan_id"] == "valid_2_a"] == []
     assert "3 left out: volume file missing" in caplog.text
@@ -482,6 +486,7 @@ def test_json_is_read_in_pieces(tmp_path, chunk):
         ('[{"id": 1}', "record 1 is broken or cut off"),
         ("[1, 2]", "record 0 is int"),
         ("", "expected a JSON array"),
+        ('[{"id": 1} {"id": 2}]', "record 1 is broken or cut off"),
     ],
 )
 def test_broken_json_names_file_and_record(tmp_path, text, message):
@@ -490,6 +495,35 @@ def test_broken_json_names_file_and_record(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         list(read_json_array(path))
     assert "broken.json" in str(error.value)
+
+
+def test_an_error_of_broken_json_quotes_no_report(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text('[{"id": 1}, {"value": "Nodule of Mr Smith." "x"}]')
+    with pytest.raises(ValueError, match="record 1 is broken") as error:
+        list(read_json_array(path))
+    assert "Smith" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_json_is_read_by_its_byte_order_mark(tmp_path, encoding):
+    path, content = tmp_path / "a.json", [{"text": "Öd, 5 µm, 肺"}] * 3
+    path.write_text(" " * 30 + json.dumps(content, ensure_ascii=False), encoding=encoding)
+    assert list(read_json_array(path, 7)) == content
+    path.write_bytes('[{"text": "Öd"}]'.encode("latin-1"))
+    with pytest.raises(TextEncodingError, match="byte 0xd6 in line 1"):
+        list(read_json_array(path))
+
+
+def test_reading_json_takes_the_memory_of_a_record(tmp_path):
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps([{"id": k, "value": "word " * 2000} for k in range(500)]))
+    assert path.stat().st_size > 5_000_000
+    tracemalloc.start()
+    assert sum(1 for _ in read_json_array(path, 1 << 16)) == 500
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 # ---- the paper's CSVs ----------------------------------------------------------------------------------------------

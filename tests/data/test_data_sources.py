@@ -16,8 +16,9 @@ from samf import preprocess
 from samf.cache import slice_cache
 from samf.cache.manifest import Manifest
 from samf.cache.slice_cache import SliceCache
-from samf.data import patients
-from samf.data.ct_rate.loader import check_patient_overlap, load_ct_rate, load_records
+from samf.data.ct_rate.loader import check_patient_overlap, load_ct_rate
+from samf.data.dicom_patients import digest
+from samf.data.loading import load_records
 from samf.data.patients import PatientRule
 from samf.data.source_arguments import SourceArguments
 from samf.data.table_columns import TableColumns, parse_splits
@@ -26,7 +27,8 @@ from samf.evaluation.answering.generation import shuffle_volumes
 from samf.model.ct_volume import CTReadError, NotCTError, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.phantoms.dataset import make_phantom, write_nifti
-from samf.pretraining.slice_datasets import find_scans, slice_sets
+from samf.pretraining.scans import find_scans
+from samf.pretraining.slice_datasets import slice_sets
 from samf.utils.recipe import RecipeError, read_recipe
 from samf.utils.text_files import TextEncodingError
 
@@ -317,7 +319,7 @@ def test_a_tables_patients_count_and_are_not_shown(tmp_path, caplog):
     assert train["patient_id"][:] == ["Miller", "Miller", "Baker"] and "not known" not in caplog.text
     with pytest.raises(ValueError, match="1 patients are in both training and validation") as error:
         check_patient_overlap(train, valid)
-    assert "Baker" not in str(error.value) and patients.digest("Baker") in str(error.value)
+    assert "Baker" not in str(error.value) and digest("Baker") in str(error.value)
     named = load_records(tmp_path / "train.csv", "train", patient_column="caption")
     assert set(named["patient_id"]) == {"Normal."}
     with pytest.raises(ValueError, match="no column MRN"):

@@ -15,7 +15,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from samf.evaluation.report import html_report, scoreboard
-from samf.evaluation.report.html_report import extreme_reports, markdown_to_html, marked_html
+from samf.evaluation.report import plots as report_plots
+from samf.evaluation.report.html_report import (
+    Heading,
+    Paragraph,
+    Reports,
+    Section,
+    Table,
+    markdown_blocks,
+    render_blocks,
+    render_page,
+)
 from samf.evaluation.report.paper_tables import COLUMNS, PAPER_TABLES, TABLE_1, TABLE_2, TABLE_3
 from samf.evaluation.report.side_by_side import (
     AGREES,
@@ -24,6 +34,7 @@ from samf.evaluation.report.side_by_side import (
     choose_reports,
     common_rows,
     compare_choices,
+    extreme_reports,
     mark_report,
     marked_text,
     report_scores,
@@ -179,8 +190,8 @@ def test_results_of_other_answers_are_not_shown(good):
 def test_legends_cover_no_plot_rows(good, bad):
     systems = {name: scoreboard.load_system(name, path) for name, path in (("one", good), ("two", bad))}
     results = {name: system.results for name, system in systems.items()}
-    plots = [html_report.interval_plot(results, "report"), html_report.finding_bars(results)]
-    plots.append(html_report.length_histogram({name: system.rows for name, system in systems.items()}))
+    plots = [report_plots.interval_plot(results, "report"), report_plots.finding_bars(results)]
+    plots.append(report_plots.length_histogram({name: system.rows for name, system in systems.items()}))
     for plot in plots:
         canvas = FigureCanvasAgg(plot)
         canvas.draw()
@@ -241,9 +252,9 @@ def test_marked_reports_as_text_and_html():
     )
     assert "**✗ Emphysema is observed" in marked_text(marked) and "\n" not in marked_text(marked)
     assert "Not mentioned: Consolidation" in marked_text(marked)
-    text = marked_html(marked)
+    text = render_blocks([Reports("x", [("name", marked)])])
     assert f'<span class="{CONTRADICTS}">' in text and "<b>" not in text and "&lt;b&gt;" in text
-    assert "<i>empty</i>" in marked_html(mark_report("", "x"))
+    assert "<i>empty</i>" in render_blocks([Reports("x", [("name", mark_report("", "x"))])])
 
 
 def test_report_scores_rank_cases():
@@ -281,8 +292,8 @@ def test_rows_are_matched_by_id_and_reference():
 def test_questions_of_two_systems_by_hand(good, bad):
     """Right: good 1, 1, 0, 1, 1, 0; bad 0, 1, 1, 0, 0, 0."""
     counts = compare_choices(read_predictions(good), read_predictions(bad))
-    assert [counts[name] for name in ("questions", "both", "only_first", "only_second", "neither")] == [6, 1, 3, 1, 1]
-    assert [case.id for case in counts["cases"]] == ["q0", "q3", "q2"]
+    assert [counts.questions, counts.both, counts.only_first, counts.only_second, counts.neither] == [6, 1, 3, 1, 1]
+    assert [case.id for case in counts.cases] == ["q0", "q3", "q2"]
 
 
 # ---- HTML ------------------------------------------------------------------------------------------------------------
@@ -318,28 +329,45 @@ class Checker(html.parser.HTMLParser):
 
 def test_markdown_becomes_html():
     text = "# Head\n\n| a | b |\n| --- | ---: |\n| x \\| y | **1** |\n\n- one <i>\n- two\n\nA line\nand more."
-    page = markdown_to_html(text)
+    page = render_blocks(markdown_blocks(text))
     assert "<h1>Head</h1>" in page and "<td>x | y</td><td><b>1</b></td>" in page and "<th>a</th>" in page
     assert "<li>one &lt;i&gt;</li><li>two</li>" in page and "<p>A line and more.</p>" in page
     Checker(page)
 
 
+def test_everything_on_the_page_is_escaped():
+    evil = "<script>alert(1)</script>\"'&{{ 7 * 7 }}"
+    marked = mark_report(f"Emphysema is observed {evil}.", f"No emphysema {evil}.")
+    blocks = [
+        Heading(3, evil),
+        Paragraph(evil),
+        Table([evil], [[evil]]),
+        html_report.Image(b"png", evil),
+        Reports(evil, [(evil, marked)]),
+    ]
+    text = render_page(evil, [Section(evil, [*blocks, *markdown_blocks(f"# {evil}\n\n- **{evil}**")])])
+    page = Checker(text)
+    assert "<script" not in text and page.elsewhere == [] and "49" not in text
+    assert "".join(page.text).count("<script>alert(1)</script>\"'&{{ 7 * 7 }}") == 12
+    assert 'alt="&lt;script&gt;alert(1)&lt;/script&gt;&#34;&#39;&amp;{{ 7 * 7 }}"' in text
+
+
 def test_worst_and_best_reports(good):
     cases = extreme_reports(read_predictions(good), 2)
-    assert [row["id"] for row, _ in cases["worst"]] != [row["id"] for row, _ in cases["best"]]
-    assert max(score for _, score in cases["worst"]) <= min(score for _, score in cases["best"])
+    assert [row["id"] for row, _ in cases.worst] != [row["id"] for row, _ in cases.best]
+    assert max(score for _, score in cases.worst) <= min(score for _, score in cases.best)
     one = extreme_reports(make_rows(GOOD, [])[:1], 3)
-    assert len(one["worst"]) == 1 and one["best"] == [], "one report is shown once"
-    assert extreme_reports([], 3) == {"worst": [], "best": []}
+    assert len(one.worst) == 1 and not one.best, "one report is shown once"
+    assert not extreme_reports([], 3).worst and not extreme_reports([], 3).best
 
 
 def test_calibration_needs_judged_rows(good):
     rows = read_predictions(good)
     scores = [{"id": row["id"], "task": row["task"], "score": 1.0, "status": "scored"} for row in rows]
-    assert len(html_report.judge_calibration(rows, {"scores": scores}).axes) == 2
-    assert html_report.judge_calibration(rows, {"scores": []}) is None
+    assert len(report_plots.judge_calibration(rows, {"scores": scores}).axes) == 2
+    assert report_plots.judge_calibration(rows, {"scores": []}) is None
     unscored = [{**score, "score": None} for score in scores]
-    assert html_report.judge_calibration(rows, {"scores": unscored}) is None
+    assert report_plots.judge_calibration(rows, {"scores": unscored}) is None
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
@@ -395,7 +423,7 @@ def test_one_command_writes_everything(good, bad, data, tmp_path, capsys):
     parts = ("Table 1", "Table 2", "Table 3", "B to A <1>", "The same reports", "✗", "2.5", "1 CTReadError")
     for part in (*parts, "| judge's score |"):
         assert part in markdown, part
-    assert cells(markdown, "6 questions | both")[1:] == ["both right", "A <1> alone", "B alone", "neither"]
+    assert cells(markdown, "6 questions | both")[1:] == ["both right", "only A <1>", "only B", "neither"]
 
     page = Checker((output / "report.html").read_text(encoding="utf-8"))
     assert page.elsewhere == [] and "A <1>" in "".join(page.text)

@@ -26,8 +26,11 @@ from transformers import (
 
 from samf import SamfForConditionalGeneration, SamfImageProcessor
 from samf.phantoms.tokenizer import train_small_tokenizer
+from samf.scripts import conversion_processor, conversion_sources, conversion_weights
 from samf.scripts import convert_published_checkpoint as convert
-from samf.scripts.convert_published_checkpoint import ConversionError, ConvertArguments, choose_file
+from samf.scripts.conversion_arguments import ConvertArguments
+from samf.scripts.conversion_checks import ConversionError
+from samf.scripts.conversion_sources import choose_file
 
 IMAGE_TOKENS, IMAGE_ID, BOS = 4, 11, 2
 TEXT_SIZES = {
@@ -251,7 +254,7 @@ def test_lora_is_merged_in_full_precision():
     weight, up, down = torch.randn(6, 8), torch.randn(6, 4), torch.randn(4, 8)
     parts = {"base_layer": weight, "lora_A.default": down, "lora_B.default": up}
     parts = {f"base_model.model.x.{name}.weight": value.bfloat16() for name, value in parts.items()}
-    merged = convert.merge_lora(parts, 8.0, "test")["x.weight"]
+    merged = conversion_weights.merge_lora(parts, 8.0, "test")["x.weight"]
     exact = weight.bfloat16().double() + 8 / 4 * (up.bfloat16().double() @ down.bfloat16().double())
     assert merged.dtype == torch.bfloat16
     torch.testing.assert_close(merged.double(), exact, rtol=2**-8, atol=1e-6)
@@ -263,7 +266,7 @@ def test_modules_that_lora_trained_whole_win_over_their_originals(tmp_path):
         "base_model.model.lm_head.modules_to_save.default.weight": torch.ones(2, 2),
         "base_model.model.model.norm.weight": torch.ones(2),
     }
-    merged = convert.merge_lora(weights, 32, "test")
+    merged = conversion_weights.merge_lora(weights, 32, "test")
     assert set(merged) == {"lm_head.weight", "model.norm.weight"} and (merged["lm_head.weight"] == 1).all()
 
 
@@ -336,15 +339,17 @@ def test_prompt_is_the_published_one(repository, tmp_path):
 
 def test_phi3_tokenizer_has_the_placeholder_where_the_published_code_put_it(test_data):
     args = ConvertArguments("x", "y", tokenizer=str(test_data / "tokenizers" / "phi3"))
-    tokenizer = convert.load_tokenizer(convert.Checkpoint("x", (), None), args)
-    assert len(tokenizer) == convert.DEFAULT_IMAGE_TOKEN_ID
+    tokenizer = conversion_processor.load_tokenizer(conversion_sources.Checkpoint("x", (), None), args)
+    assert len(tokenizer) == conversion_processor.DEFAULT_IMAGE_TOKEN_ID
 
 
 def test_tokenizer_that_needs_a_missing_library_says_so(test_data, tmp_path, monkeypatch):
     shutil.copyfile(test_data / "tokenizers" / "phi3" / "tokenizer.model", tmp_path / "tokenizer.model")
-    monkeypatch.setattr(convert, "find_spec", lambda name: None)
+    monkeypatch.setattr(conversion_processor, "find_spec", lambda name: None)
     with pytest.raises(ConversionError, match="pip install sentencepiece"):
-        convert.load_tokenizer(convert.Checkpoint("x", (), tmp_path), ConvertArguments("x", "y"))
+        conversion_processor.load_tokenizer(
+            conversion_sources.Checkpoint("x", (), tmp_path), ConvertArguments("x", "y")
+        )
 
 
 def test_without_a_tokenizer_the_folder_has_the_image_processor(tmp_path, caplog):
@@ -387,7 +392,7 @@ def test_every_key_is_accounted_for(tmp_path):
 
     unknown = ["model.vision_tower.vision_tower.blocks.0.ls1.gamma", "model.mm_fusion.project_age.weight"]
     text = message({**state, **{name: torch.zeros(1) for name in unknown}})
-    assert all(name in text for name in unknown) and "doesn't know" in text
+    assert all(name in text for name in unknown) and "unknown entries" in text
     text = message({**state, "model.layers.0.self_attn.rotary.weight": torch.zeros(1)})
     assert "model.layers.0.self_attn.rotary.weight" in text
     for names in (
@@ -438,7 +443,7 @@ def test_bad_sources_are_named(tmp_path):
         ConvertArguments("a", "b", part="all")
     (tmp_path / "converted").mkdir()
     (tmp_path / "converted" / "file").touch()
-    with pytest.raises(ConversionError, match="is there already"):
+    with pytest.raises(ConversionError, match="exists already"):
         convert.convert_model(arguments(tmp_path / "whole.bin", tmp_path))
 
 
@@ -667,8 +672,8 @@ def test_hub_source_fetches_what_is_needed(tmp_path, monkeypatch, inputs):
                 shutil.copyfile(path, tmp_path / "cache" / path.name)
         return str(tmp_path / "cache")
 
-    monkeypatch.setattr(convert, "list_repo_files", list_repo_files)
-    monkeypatch.setattr(convert, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(conversion_sources, "list_repo_files", list_repo_files)
+    monkeypatch.setattr(conversion_sources, "snapshot_download", snapshot_download)
     convert.convert_model(arguments("serag-ai/SAMF", tmp_path, revision="v1"))
     assert asked == [("serag-ai/SAMF", "v1")] * 2
     kinds = {path.suffix for path in (tmp_path / "cache").iterdir()}
