@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypeAlias, TypedDict, get_args
 
-import torch
+import numpy as np
 
 from samf.model.configuration_samf import IGNORE_INDEX
 
@@ -66,6 +66,6 @@ class Prediction(TypedDict):
 class VolumeStore(Protocol):
     """Prepared volumes: a slice cache, an embedding cache, or volumes kept in memory."""
 
-    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, torch.Tensor]:
-        """Return the slice tensors or the embeddings of a volume."""
+    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, np.ndarray]:
+        """Return the slices or the embeddings of a volume."""
         ...

@@ -10,10 +10,11 @@ from samf.data.schema import JsonObject, Task
 __all__ = [
     "AnswerStatistics",
     "BaselineScores",
-    "ChanceAccuracy",
+    "ChoiceBaseline",
     "ChoiceScores",
     "Cohort",
     "Collapse",
+    "CollapsePair",
     "Comparison",
     "Counts",
     "Difference",
@@ -30,7 +31,6 @@ __all__ = [
     "JudgeStatus",
     "JudgeTaskScores",
     "JudgedAnswer",
-    "LetterBaseline",
     "Loop",
     "MetricWithInterval",
     "PerFinding",
@@ -182,21 +182,15 @@ class BaselineScores(TypedDict):
     intervals: NotRequired[Intervals]
 
 
-class LetterBaseline(TypedDict):
-    """Multiple-choice baseline: the most frequent letter."""
+class ChoiceBaseline(TypedDict):
+    """Scores of a multiple-choice baseline: the most frequent letter, or chance, which has an accuracy only."""
 
-    letter: str
+    letter: NotRequired[str]
     accuracy: float | None
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    intervals: Intervals
-
-
-class ChanceAccuracy(TypedDict):
-    """Multiple-choice baseline: a random option."""
-
-    accuracy: float | None
+    precision: NotRequired[float | None]
+    recall: NotRequired[float | None]
+    f1: NotRequired[float | None]
+    intervals: NotRequired[Intervals]
 
 
 class WordRun(TypedDict):
@@ -219,6 +213,13 @@ class Collapse(TypedDict):
     most_frequent: float | None
     template: WordRun
     loop: Loop
+
+
+class CollapsePair(TypedDict):
+    """Template collapse of the predictions, and of the references for comparison."""
+
+    predictions: Collapse
+    references: Collapse
 
 
 class MetricWithInterval(TypedDict):
@@ -245,8 +246,8 @@ class TaskScores(TypedDict):
     multiple_choice: NotRequired[ChoiceScores]
     intervals: Intervals
     n: dict[str, int]  # metric path → patients that the value depends on
-    baselines: NotRequired[dict[str, BaselineScores | LetterBaseline | ChanceAccuracy]]
-    collapse: NotRequired[dict[Literal["predictions", "references"], Collapse]]  # of reports
+    baselines: NotRequired[dict[str, BaselineScores | ChoiceBaseline]]
+    collapse: NotRequired[CollapsePair]  # of reports
     subgroups: NotRequired[list[SubgroupRow]]
 
 

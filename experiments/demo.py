@@ -26,7 +26,7 @@ from samf.cache.slice_cache import SliceCache
 from samf.data.ct_rate.loader import load_records
 from samf.data.prompts import REPORT_QUESTION, record_conversation, record_prompt
 from samf.evaluation.answering.generation import GenerationSettings, evaluate, shuffle_volumes
-from samf.evaluation.scoring import markdown_table, read_predictions
+from samf.evaluation.scoring import ScoringOptions, markdown_table, read_predictions
 from samf.phantoms.dataset import DEMO_FINDINGS, PhantomSettings, write_dataset
 from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.reporting.slice_view import save_slice_image
@@ -132,7 +132,7 @@ def evaluate_twice(model, processor: SamfProcessor, output: Path, data: Path) ->
             asked,
             output / f"evaluation_{name}",
             settings,
-            finding_names=DEMO_FINDINGS,
+            scoring=ScoringOptions(finding_names=list(DEMO_FINDINGS)),
             volume_store=volumes,
         )
     return results

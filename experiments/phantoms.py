@@ -20,6 +20,7 @@ from samf.data.collator import SamfCollator
 from samf.data.ct_rate.loader import load_records
 from samf.evaluation.answering.generation import GenerationSettings, evaluate
 from samf.evaluation.results_table import markdown_table
+from samf.evaluation.scoring_options import ScoringOptions
 from samf.experiments.demo import make_language_model
 from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.model.processing_samf import SamfProcessor
@@ -172,8 +173,7 @@ def measure(args: argparse.Namespace, folder: Path) -> Figures:
         records,
         folder / "evaluation",
         GenerationSettings(batch_size=32, max_new_tokens=MAX_NEW_TOKENS),
-        finding_names=DEMO_FINDINGS,
-        scoring={"resamples": 0},
+        scoring=ScoringOptions(finding_names=list(DEMO_FINDINGS), resamples=0),
         volume_store=cache,
     )["tasks"]
     hidden = {}

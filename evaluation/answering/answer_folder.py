@@ -1,157 +1,134 @@
-"""The folder that a run of answers fills: predictions, failures, times, and the settings that they are tied to.
+"""The output folder of a run of answering: predictions, failures, times, and the settings that they are tied to.
 
-While it runs, every process appends to files of its own (`predictions.part0.jsonl`, …), line by line. At the end, or at
-the beginning of the next run after a kill, they are merged into `predictions.jsonl` in the order of the records, so that
-the file doesn't depend on how many processes wrote it, or how often they were cut off.
+During a run every process appends lines to files of its own (`predictions.part0.jsonl`, …). At the end, or at the beginning
+of the next run after a kill, they are merged into `predictions.jsonl` in the order of the records, so that the file depends
+neither on how many processes wrote it nor on how often they were interrupted.
 """
 
-import hashlib
 import json
-import logging
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from samf.data.prompts import record_prompt
-from samf.data.schema import FAILURES_FILE
+from samf.data.schema import FAILURES_FILE, JsonObject, Record
+from samf.evaluation.answering.digests import VolumeDigests, records_digest
+from samf.evaluation.json_lines import json_line, read_complete_lines
+from samf.evaluation.schema import AnswerStatistics
 from samf.utils.files import atomic_write, write_json
 
-logger = logging.getLogger(__name__)
+__all__ = ["PREDICTIONS", "SETTINGS", "TIMES", "AnswerFolder", "ResumeError", "answer_statistics", "check_ids"]
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "predictions.settings.json"
 TIMES = "times.jsonl"
-
-Record = Mapping[str, Any]
 
 
 class ResumeError(ValueError):
     """An output folder whose predictions were made with other settings."""
 
 
-def json_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; none where there is no file.
-
-    A last line that a kill cut off, or one that a full disk left as garbage, is left out with a warning: what it held
-    is made again.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:  # not JSON, or not UTF-8
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            logger.warning("%s, line %d: incomplete; it is left out and made again.", path, number)
-    return rows
-
-
 def check_ids(records: Sequence[Record]) -> None:
-    """Raise ValueError for no records, and for an id that is missing or occurs twice."""
+    """Raise ValueError for no records, and for an id that is missing or repeated."""
     seen: set[str] = set()
     for number, record in enumerate(records):
         if record.get("id") in (None, ""):
-            raise ValueError(f"Record {number} has no id; predictions are told apart by their records' ids.")
+            raise ValueError(f"Record {number} has no id; predictions are identified by the ids of their records.")
         if record["id"] in seen:
-            raise ValueError(f"The id {record['id']!r} occurs twice; predictions are told apart by their records' ids.")
+            raise ValueError(
+                f"The id {record['id']!r} occurs twice; predictions are identified by the ids of their records."
+            )
         seen.add(record["id"])
     if not seen:
         raise ValueError("There are no records to answer; check the data source, the split and the tasks.")
 
 
 class AnswerFolder:
-    """The output folder of one process.
+    """The output folder, as one process uses it.
 
     Args:
-        folder: made if it is missing.
-        records: what is answered there, in the order that the merged file has.
+        folder: created if it is missing.
+        records: what is answered, in the order of the merged file.
         rank: this process's number; names its part files.
+
+    Raises:
+        ValueError: see `check_ids`.
     """
 
-    def __init__(self, folder: str | Path, records: Sequence[Record], rank: int = 0):
+    def __init__(self, folder: str | os.PathLike[str], records: Sequence[Record], rank: int = 0):
         check_ids(records)
         self.folder = Path(folder)
-        self.places = {record["id"]: place for place, record in enumerate(records)}
-        self.records = _digest(records)
         self.rank = rank
+        self._order = {record["id"]: position for position, record in enumerate(records)}
+        self._records_digest = records_digest(records)
         self._open: dict[str, IO[str]] = {}
 
     def prepare(self, settings: Mapping[str, Any]) -> None:
-        """For one process alone, before the others write: tie the folder to `settings`, tidy up after a killed run."""
+        """Tie the folder to `settings` and merge what a killed run left; one process calls this before any writes.
+
+        Raises:
+            ResumeError: the folder is tied to other settings.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        _tie_to_settings(self.folder, {**settings, "records": self.records})
+        _tie_to_settings(self.folder, {**settings, "records": self._records_digest})
         self.merge()
         for name in (FAILURES_FILE, *self._parts(FAILURES_FILE)):
-            (self.folder / name).unlink(missing_ok=True)  # what failed before is tried again
+            (self.folder / name).unlink(missing_ok=True)  # failed records are retried
 
     def check_volumes(self, records: Sequence[Record]) -> None:
         """Raise ResumeError where a record was answered from another volume than it has now.
 
-        Records without an answer don't count: a volume that couldn't be read may have been repaired since.
+        Records without an answer don't count: an unreadable volume may have been repaired since.
         """
         by_id = {record["id"]: record for record in records}
-        digests: dict[tuple, str | None] = {}
-        for row in read_lines(self.folder / PREDICTIONS):
+        digests = VolumeDigests()
+        for row in read_complete_lines(self.folder / PREDICTIONS):
             record = by_id.get(row["id"])
-            if record is None:
-                continue
-            key = record["volume"], tuple(record.get("rescale") or ())
-            if key not in digests:
-                digests[key] = volume_digest(record)
-            if row.get("volume_digest") != digests[key]:
+            if record is not None and row.get("volume_digest") != digests.of(record):
                 raise ResumeError(
                     f"{self.folder / PREDICTIONS}: record {row['id']} was answered from another volume than "
-                    f"{record['volume']} is now: its name or its content has changed. Choose another output folder, or delete "
-                    "this one to start anew."
+                    f"{record['volume']} is now: its name or its content has changed. Choose another output folder, or "
+                    "delete this one to start again."
                 )
 
     def answered(self) -> set[str]:
-        """Ids in the merged predictions."""
-        return {row["id"] for row in read_lines(self.folder / PREDICTIONS)}
+        """Return the ids in the merged predictions."""
+        return {row["id"] for row in read_complete_lines(self.folder / PREDICTIONS)}
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Lines for this process's part of PREDICTIONS, FAILURES_FILE or TIMES; with the operating system on return."""
+        """Append rows to this process's part of PREDICTIONS, FAILURES_FILE or TIMES, and flush them."""
         if name not in self._open:
             self._open[name] = (self.folder / _part(name, self.rank)).open("a", encoding="utf-8")
         self._open[name].write("".join(map(json_line, rows)))
         self._open[name].flush()
 
     def close(self) -> None:
+        """Close the part files of this process."""
         for file in self._open.values():
             file.close()
         self._open.clear()
 
     def merge(self) -> None:
-        """For one process alone: what all parts hold goes into one file each, and the parts go away.
+        """Merge the parts of all processes into one file each, and delete them; one process calls this.
 
-        Safe against a kill at any point: a part is deleted once what it held is in the merged file.
+        Safe against a kill at any point: a part is deleted when its content is in the merged file.
         """
         for name in (PREDICTIONS, FAILURES_FILE, TIMES):
             parts = [self.folder / part for part in self._parts(name)]
             merged = self.folder / name
-            if not parts and name != FAILURES_FILE and _is_whole(merged):
-                continue  # an empty list of failures is written too: it says that there were none
-            rows = [row for path in (merged, *parts) for row in read_lines(path)]
+            if not parts and name != FAILURES_FILE and _ends_with_whole_line(merged):
+                continue  # an empty list of failures is written too: it states that there were none
+            rows = [row for path in (merged, *parts) for row in read_complete_lines(path)]
             atomic_write(merged, "".join(map(json_line, self._in_order(name, rows))))
             for part in parts:
                 part.unlink()
 
-    def _in_order(self, name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _in_order(self, name: str, rows: list[JsonObject]) -> list[JsonObject]:
         if name == TIMES:
             return list({json_line(row): row for row in rows}.values())
-        by_id = {row["id"]: row for row in reversed(rows) if row.get("id") in self.places}
-        return sorted(by_id.values(), key=lambda row: self.places[row["id"]])
+        by_id = {row["id"]: row for row in reversed(rows) if row.get("id") in self._order}
+        return sorted(by_id.values(), key=lambda row: self._order[row["id"]])
 
     def _parts(self, name: str) -> list[str]:
         return sorted(path.name for path in self.folder.glob(_part(name, "*")))
@@ -162,64 +139,17 @@ def _part(name: str, rank: int | str) -> str:
     return f"{stem}.part{rank}.{ending}"
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a file is absent or ends with a whole line."""
+def _ends_with_whole_line(path: Path) -> bool:
+    """Return whether a file is absent, empty or ends with a line feed."""
     content = path.read_bytes() if path.is_file() else b""
     return not content or content.endswith(b"\n")
 
 
-def _digest(records: Sequence[Record]) -> str:
-    """How many records, and a hash of their ids and prompts."""
-    prompts = sorted((record["id"], record_prompt(record)) for record in records)
-    return f"{len(prompts)}, {digest_of(prompts)}"
+# --- Settings ---------------------------------------------------------------------------------------------------
 
 
-def digest_of(value: Any) -> str:
-    """A short hash of a value that is fit for JSON."""
-    return f"sha256 {hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]}"
-
-
-def references_digest(records: Sequence[Record]) -> str:
-    """A hash of what answers are compared with."""
-    return digest_of(sorted((record["id"], record["answer"], list(record.get("choices") or [])) for record in records))
-
-
-_SAMPLED_BYTES = 1 << 12  # of a volume's beginning, middle and end; the end of a .gz holds a checksum of all of it
-_MOST_FILES = 5000  # of a folder
-
-
-def volume_digest(record: Record) -> str | None:
-    """A hash of a record's volume: of its name, its content as far as that is cheap to see, and its rescale.
-
-    Of a file its size and some of its bytes count, of a folder its files' names and sizes, of an address, or of what isn't
-    there, the name. So a data set may move, but not change.
-    """
-    if record["volume"] is None:
-        return None
-    place, content = Path(record["volume"]), None
-    try:
-        if place.is_file():
-            content = _sampled(place)
-        elif place.is_dir():
-            files = sorted(file for file in place.rglob("*") if file.is_file())[:_MOST_FILES]
-            content = [[str(file.relative_to(place)), file.stat().st_size] for file in files]
-    except OSError as error:  # reading the volume says more
-        logger.debug("%s: not looked into: %s", place, error)
-    return digest_of([place.name, content, list(record.get("rescale") or [])])
-
-
-def _sampled(path: Path) -> list[Any]:
-    """A file's size and a hash of some of its bytes."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        for start in (0, size // 2, max(0, size - _SAMPLED_BYTES)):
-            file.seek(start)
-            digest.update(file.read(_SAMPLED_BYTES))
-    return [size, digest.hexdigest()]
-
-
-def _tie_to_settings(output_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Write what the predictions depend on beside them, or compare it with what is written there."""
+def _tie_to_settings(output_dir: Path, settings: JsonObject) -> None:
+    """Write what the predictions depend on next to them, or compare it with what is written there."""
     path = output_dir / SETTINGS
     settings = json.loads(json.dumps(settings))
     if not path.is_file():
@@ -231,10 +161,10 @@ def _tie_to_settings(output_dir: Path, settings: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ResumeError(f"{path}: not JSON ({error}); choose another output folder, or delete this one.") from error
-    if differing := _differences(before, settings):
+    if differences := _differences(before, settings):
         raise ResumeError(
-            f"{output_dir / PREDICTIONS} was made with other settings: {'; '.join(differing)}. "
-            "Choose another output folder, or delete this one to start anew."
+            f"{output_dir / PREDICTIONS} was made with other settings: {'; '.join(differences)}. "
+            "Choose another output folder, or delete this one to start again."
         )
 
 
@@ -242,7 +172,7 @@ _LONGEST_VALUE = 200  # characters of a setting in a message
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """What differs in two settings, down to the innermost names: "processor.hu_windows was … and is now …"."""
+    """Return how two settings differ, by their innermost names: "processor.hu_windows was … and is now …"."""
     if isinstance(before, dict) and isinstance(now, dict):
         prefix = f"{name}." if name else ""
         keys = sorted(before.keys() | now.keys())
@@ -253,32 +183,39 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     return [f"{name} was {' and is now '.join(shown)}"]
 
 
+# --- Statistics -------------------------------------------------------------------------------------------------
+
+
 def answer_statistics(
     rows: Iterable[Mapping[str, Any]], times: Iterable[Mapping[str, Any]] = ()
-) -> dict[str, dict[str, Any]]:
-    """By task: answers, empty and truncated ones, tokens, and the time that a volume and an answer took.
+) -> dict[str, AnswerStatistics]:
+    """Return by task the number of answers, their tokens, and the time that a volume and an answer took.
 
-    `rows` are of predictions.jsonl, `times` of times.jsonl: one line a batch, over all sessions of a run that was
-    resumed. Times are None where none were taken, tokens where no row has them. Reading runs ahead of generation in
-    other threads: `read_seconds` is what had to be waited for.
+    Times are None where none were measured, tokens where no row has them. Reading runs ahead of generation in other threads:
+    `read_seconds_per_volume` is the time spent waiting for it.
+
+    Args:
+        rows: of predictions.jsonl.
+        times: of times.jsonl: one line per batch, over all sessions of a resumed run.
     """
-    groups, clocks = defaultdict(list), defaultdict(Counter)
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         groups[row["task"]].append(row)
     for line in times:
-        clocks[line["task"]].update({name: value for name, value in line.items() if name in _SUMMED})
-    return {task: _task_statistics(group, clocks[task]) for task, group in groups.items()}
+        totals[line["task"]].update({name: value for name, value in line.items() if name in _SUMMED})
+    return {task: _task_statistics(group, totals[task]) for task, group in groups.items()}
 
 
 _SUMMED = ("answers", "volumes", "read_seconds", "generate_seconds", "tokens")
 
 
-def _task_statistics(rows: Sequence[Mapping[str, Any]], clock: Mapping[str, float]) -> dict[str, Any]:
+def _task_statistics(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, float]) -> AnswerStatistics:
     tokens = [row["tokens"] for row in rows if row.get("tokens") is not None]
-    seconds = clock.get("read_seconds", 0) + clock.get("generate_seconds", 0)
+    seconds = totals.get("read_seconds", 0) + totals.get("generate_seconds", 0)
 
-    def share(total: float, name: str) -> float | None:
-        return total / clock[name] if clock.get(name) else None
+    def per(total: float, name: str) -> float | None:
+        return total / totals[name] if totals.get(name) else None
 
     return {
         "answers": len(rows),
@@ -287,8 +224,8 @@ def _task_statistics(rows: Sequence[Mapping[str, Any]], clock: Mapping[str, floa
         "tokens": sum(tokens) if tokens else None,
         "tokens_mean": sum(tokens) / len(tokens) if tokens else None,
         "tokens_longest": max(tokens, default=None),
-        "seconds_per_volume": share(seconds, "volumes"),
-        "seconds_per_answer": share(seconds, "answers"),
-        "read_seconds_per_volume": share(clock.get("read_seconds", 0), "volumes"),
-        "tokens_per_second": share(clock.get("tokens", 0), "generate_seconds"),
+        "seconds_per_volume": per(seconds, "volumes"),
+        "seconds_per_answer": per(seconds, "answers"),
+        "read_seconds_per_volume": per(totals.get("read_seconds", 0), "volumes"),
+        "tokens_per_second": per(totals.get("tokens", 0), "generate_seconds"),
     }

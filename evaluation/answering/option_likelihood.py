@@ -1,24 +1,31 @@
 """Multiple choice without parsing: the option that the model itself finds most likely.
 
-Each option is written as the answer that training has, "(b) text of option b" and the end token, behind the same prompt.
-The prompt's mask goes to the model explicitly, so that the fused vector is the prompt's and the same for all options.
+Each option is written as the answer that training uses, "(b) text of option b" and the end token, after the same prompt.
+The prompt's mask is passed to the model explicitly, so that the fused vector is that of the prompt and the same for all
+options.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
-from torch import nn
 
 from samf.data.prompts import LETTERS
-from samf.data.schema import IGNORE_INDEX
+from samf.data.schema import IGNORE_INDEX, Record
+from samf.model.modeling_samf import SamfForConditionalGeneration
 
-Record = Mapping[str, Any]
-Collator = Callable[[Sequence[Record]], Mapping[str, torch.Tensor]]
+__all__ = ["OptionCollator", "answer_log_likelihoods", "option_rows", "option_texts"]
+
+# Records → right-padded tensors with `labels` and `prompt_mask`.
+TrainingCollator: TypeAlias = Callable[[Sequence[Record]], Mapping[str, torch.Tensor]]
 
 
 def option_texts(record: Record) -> list[str]:
-    """The answers among which a record asks to choose. Raises ValueError for fewer than two options."""
+    """Return the possible answers to a multiple-choice record.
+
+    Raises:
+        ValueError: fewer than two options, or more than there are letters.
+    """
     choices = record.get("choices") or []
     if not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(
@@ -27,8 +34,8 @@ def option_texts(record: Record) -> list[str]:
     return [f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
 
 
-def option_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Each record once an option, with that option as its answer."""
+def option_rows(records: Sequence[Record]) -> list[Record]:
+    """Return each record once per option, with that option as its answer."""
     return [{**record, "answer": text, "finding_labels": []} for record in records for text in option_texts(record)]
 
 
@@ -40,20 +47,29 @@ class OptionCollator:
         rows: as many as fit the model at once.
     """
 
-    def __init__(self, collator: Collator, rows: int):
+    def __init__(self, collator: TrainingCollator, rows: int):
         self.collator = collator
         self.rows = rows
 
     def __call__(self, records: Sequence[Record]) -> list[Mapping[str, torch.Tensor]]:
+        """Return the training batches of all options of the records."""
         rows = option_rows(records)
         return [self.collator(rows[start : start + self.rows]) for start in range(0, len(rows), self.rows)]
 
 
 @torch.no_grad()
-def answer_log_likelihoods(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> list[tuple[float, int]]:
-    """log p(answer | volume, prompt) of each row of a training batch, and how many tokens the answer has.
+def answer_log_likelihoods(
+    model: SamfForConditionalGeneration, batch: Mapping[str, torch.Tensor]
+) -> list[tuple[float, int]]:
+    """Return log p(answer | volume, prompt) of each row of a training batch, and the number of the answer's tokens.
 
-    `batch` holds `input_ids`, `labels` (B, T) and `prompt_mask`, without which the fusion would read the answer.
+    Args:
+        model: a SAMF model.
+        batch: `input_ids` and `labels` (B, T), the volumes' tensors, and `prompt_mask` (B, T), without which the fusion
+            would read the answer.
+
+    Raises:
+        ValueError: no `prompt_mask`.
     """
     if batch.get("prompt_mask") is None:
         raise ValueError("The batch has no prompt_mask; without it the image tokens would depend on the answer.")

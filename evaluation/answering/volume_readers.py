@@ -1,42 +1,49 @@
 """Volumes for evaluation: read once, ahead of the model, and encoded once however many questions there are about them.
 
-Each class has the collator's `get(path, rescale=…)`, and they stack: `EncodedVolumes(model, ReadAhead(SliceCache(…)))`.
+Each class is a `VolumeStore`, and they stack: `EncodedVolumes(model, image_processor, ReadAhead(SliceCache(…)), 9)`.
 """
 
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Generic, TypeAlias, TypeVar
 
+import numpy as np
 import torch
-from torch import nn
 
-from samf.data.schema import VolumeStore
+from samf.data.schema import Record, VolumeStore
 from samf.model.ct_volume import read_ct
+from samf.model.image_processing_samf import SamfImageProcessor
+from samf.model.modeling_samf import SamfForConditionalGeneration
 
-Key = tuple[str, tuple[float, ...]]
+__all__ = ["EncodedVolumes", "ReadAhead", "VolumeMemo"]
+
+# Slices or embeddings of a volume by name.
+VolumeArrays: TypeAlias = Mapping[str, np.ndarray]
+Key: TypeAlias = tuple[str, tuple[float, ...]]
+T = TypeVar("T")
 
 
 def _key(path: str, rescale: Sequence[float] | None) -> Key:
     return path, tuple(rescale or ())
 
 
-class _Memo:
+class _Memo(Generic[T]):
     """The last `capacity` values by key."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.values: OrderedDict[Key, Any] = OrderedDict()
+        self.values: OrderedDict[Key, T] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Key) -> Any:
+    def get(self, key: Key) -> T | None:
         with self._lock:
             if key in self.values:
                 self.values.move_to_end(key)
             return self.values.get(key)
 
-    def put(self, key: Key, value: Any) -> None:
+    def put(self, key: Key, value: T) -> None:
         with self._lock:
             self.values[key] = value
             self.values.move_to_end(key)
@@ -45,14 +52,19 @@ class _Memo:
 
 
 class VolumeMemo:
-    """The last few volumes' slices in memory: the questions about one volume follow each other and read it once."""
+    """The slices of the last few volumes in memory: consecutive questions about one volume read it once.
 
-    def __init__(self, image_processor: Any, capacity: int = 2):
+    Args:
+        image_processor: extracts the slices.
+        capacity: the number of volumes kept.
+    """
+
+    def __init__(self, image_processor: SamfImageProcessor, capacity: int = 2):
         self.image_processor = image_processor
-        self._memo = _Memo(capacity)
+        self._memo: _Memo[VolumeArrays] = _Memo(capacity)
 
-    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, Any]:
-        """What `image_processor.extract` gives for the volume; `rescale` as for `read_ct`."""
+    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> VolumeArrays:
+        """Return what `image_processor.extract` returns for the volume; `rescale` as for `read_ct`."""
         key = _key(path, rescale)
         slices = self._memo.get(key)
         if slices is None:
@@ -62,18 +74,22 @@ class VolumeMemo:
 
 
 class ReadAhead:
-    """Reads the next batch's volumes in threads while the model works on this one.
+    """A store that reads the volumes of the next batch in threads while the model works on this one.
 
-    What reading raises is raised by `get`, for the volume that it belongs to.
+    An error while reading is raised by `get`, for the volume that it belongs to.
+
+    Args:
+        store: the store that reads.
+        threads: the number of reading threads.
     """
 
     def __init__(self, store: VolumeStore, threads: int = 2):
         self.store = store
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
-        self._pending: dict[Key, Future] = {}
+        self._pending: dict[Key, Future[VolumeArrays]] = {}
 
-    def start(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Begin to read these records' volumes; what was begun before and not asked for is forgotten."""
+    def start(self, records: Iterable[Record]) -> None:
+        """Begin to read the volumes of these records; earlier ones that nothing has asked for are dropped."""
         wanted = {_key(r["volume"], r.get("rescale")): r.get("rescale") for r in records if r["volume"] is not None}
         for key in self._pending.keys() - wanted.keys():
             self._pending.pop(key).cancel()
@@ -81,36 +97,44 @@ class ReadAhead:
             if key not in self._pending:
                 self._pending[key] = self._threads.submit(self.store.get, key[0], rescale=rescale)
 
-    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, Any]:
-        """What the store gives for the volume at `path`."""
+    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> VolumeArrays:
+        """Return what the store returns for the volume at `path`."""
         future = self._pending.pop(_key(path, rescale), None)
         return self.store.get(path, rescale=rescale) if future is None else future.result()
 
     def close(self) -> None:
+        """Stop the threads."""
         self._threads.shutdown(cancel_futures=True)
 
 
 class EncodedVolumes:
-    """Slice embeddings of the last `capacity` volumes, each encoded by itself.
+    """The slice embeddings of the last few volumes, each volume encoded once and by itself.
 
-    By itself, so that a volume's embeddings don't depend on what else is in the batch; once, so that neither ten
-    questions about it nor four options of each cost ten or forty passes through the slice encoder. A store that gives
-    embeddings already is passed through.
+    By itself, so that a volume's embeddings don't depend on the rest of the batch; once, so that neither ten questions about
+    it nor four options of each cost ten or forty passes through the slice encoder. A store that already gives embeddings is
+    passed through.
 
     Args:
         model: a SAMF model; used on its own device and in its own dtype.
-        image_processor: makes pixels of slices.
+        image_processor: turns slices into pixel values.
         store: gives slices, or embeddings.
+        capacity: the number of volumes kept.
     """
 
-    def __init__(self, model: nn.Module, image_processor: Any, store: VolumeStore, capacity: int):
+    def __init__(
+        self,
+        model: SamfForConditionalGeneration,
+        image_processor: SamfImageProcessor,
+        store: VolumeStore,
+        capacity: int,
+    ):
         self.model = model
         self.image_processor = image_processor
         self.store = store
-        self._memo = _Memo(capacity)
+        self._memo: _Memo[VolumeArrays] = _Memo(capacity)
 
-    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, Any]:
-        """`slice_embeddings` (S, D) float32, `slice_planes` and `slice_positions` (S,)."""
+    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> VolumeArrays:
+        """Return `slice_embeddings` (S, D) float32, `slice_planes` and `slice_positions` (S,)."""
         key = _key(path, rescale)
         encoded = self._memo.get(key)
         if encoded is None:
@@ -120,12 +144,12 @@ class EncodedVolumes:
         return encoded
 
     @torch.no_grad()
-    def _encode(self, slices: Mapping[str, Any]) -> dict[str, Any]:
-        pixels = self.image_processor([slices], return_tensors="pt")
+    def _encode(self, slices: VolumeArrays) -> VolumeArrays:
+        pixels = self.image_processor([slices], return_tensors="pt")  # type: ignore[arg-type]  # slices instead of images
         names = ("pixel_values", "slice_mask", "slice_planes", "slice_positions")
         inputs = {name: pixels[name].to(self.model.device) for name in names}
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        embeddings = self.model.get_image_features(**inputs, return_dict=True).last_hidden_state[0]  # (S, D)
+        embeddings = self.model.get_image_features(**inputs, return_dict=True).last_hidden_state[0]  # type: ignore[index]  # (S, D)
         return {
             "slice_embeddings": embeddings.float().cpu().numpy(),
             "slice_planes": slices["slice_planes"],

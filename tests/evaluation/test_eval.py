@@ -26,19 +26,19 @@ from samf import eval as eval_script
 from samf.data.collator import SamfCollator
 from samf.data.ct_rate.loader import FEATURES, load_records, patient_of
 from samf.data.prompts import record_prompt
-from samf.evaluation.answering import generation
+from samf.evaluation.answering import digests, generation
 from samf.evaluation.answering.answer_folder import AnswerFolder, ResumeError
+from samf.evaluation.answering.batches import make_batches, share_batches
 from samf.evaluation.answering.generation import (
     GenerationSettings,
     evaluate,
     generate_predictions,
-    make_batches,
-    share_batches,
     shuffle_volumes,
 )
 from samf.evaluation.answering.option_likelihood import OptionCollator, answer_log_likelihoods, option_rows
 from samf.evaluation.answering.volume_readers import EncodedVolumes, ReadAhead, VolumeMemo
 from samf.evaluation.scoring import read_predictions
+from samf.evaluation.scoring_options import ScoringOptions, scoring_parser
 from samf.utils.distributed import default_device
 from samf.utils.recipe import RecipeError, parse_recipe
 
@@ -293,7 +293,7 @@ def test_the_real_processor_and_model_are_the_same_after_loading_again(saved_mod
         processor = AutoProcessor.from_pretrained(folder)
         if folder == moved:
             processor.tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
-        described.append(json.dumps(generation.describe_answering(model, processor), sort_keys=True))
+        described.append(json.dumps(digests.describe_answering(model, processor), sort_keys=True))
     assert described[0] == described[1]
     found = json.loads(described[0])
     assert found["processor"]["image_processor"]["slices_per_plane"] and found["processor"]["tokenizer"]
@@ -301,7 +301,7 @@ def test_the_real_processor_and_model_are_the_same_after_loading_again(saved_mod
         found["processor"]["chat_template"] and found["generation_config"] and found["config"]["model_type"] == "samf"
     )
     model.generation_config.num_beams = 5
-    assert generation.describe_answering(model, processor)["generation_config"]["num_beams"] == 5
+    assert digests.describe_answering(model, processor)["generation_config"]["num_beams"] == 5
 
 
 def test_a_foreign_predictions_file_is_not_continued(records, tmp_path):
@@ -349,10 +349,34 @@ def test_bad_arguments(records, tmp_path):
     for missing in (None, ""):
         with pytest.raises(ValueError, match="Record 1 has no id"):
             run(tmp_path, [records[0], {**records[1], "id": missing}])
-    with pytest.raises(ValueError, match="'stop' or 'skip'"):
+    with pytest.raises(ValueError, match="'raise' or 'skip'"):
         run(tmp_path, records, on_error="ignore")
     with pytest.raises(ValueError, match="batch_size is 0"):
         GenerationSettings(batch_size=0)
+
+
+def test_the_old_name_of_raise_is_accepted_with_a_warning(records, tmp_path):
+    records[4]["volume"] = "/ct/valid_9_broken.nii.gz"
+    with (
+        pytest.warns(FutureWarning, match="on_error=stop is now on_error=raise"),
+        pytest.raises(ValueError, match="trunc"),
+    ):
+        run(tmp_path, records, on_error="stop")
+    required = {"model": "m", "data": "d", "output_dir": "o"}
+    with pytest.warns(FutureWarning, match="on_error=stop"):
+        assert eval_script.EvalArguments(**required, on_error="stop").on_error == "raise"
+    with pytest.raises(ValueError, match="'raise' or 'skip'"):
+        eval_script.EvalArguments(**required, on_error="ignore")
+
+
+def test_every_command_line_has_the_options_of_scoring():
+    """One list: what eval.py, scoring and the scoreboard take; the answers' seed is not the shuffled baseline's."""
+    argv = ["--labeller", "radbert", "--radeval", "green", "--resamples", "0", "--finding_names", "Emphysema"]
+    (args,) = parse_recipe(eval_script.EvalArguments, ["--model=m", "--data=d", "--output_dir=o", "--seed=7", *argv])
+    expected = ScoringOptions(labeller="radbert", radeval=["green"], resamples=0, finding_names=["Emphysema"])
+    assert args.scoring_options() == expected
+    assert ScoringOptions.from_namespace(scoring_parser().parse_args(argv)) == expected
+    assert not ScoringOptions.from_namespace(scoring_parser().parse_args(["--no_baselines"])).baselines
 
 
 def test_evaluate_scores_what_it_wrote(records, tmp_path):
@@ -362,7 +386,7 @@ def test_evaluate_scores_what_it_wrote(records, tmp_path):
     assert results["tasks"]["multiple_choice"]["multiple_choice"]["count"] == 11
     assert results["generation"]["written"] == 14 and results["generation"]["failures"] == 0
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert "- 14 answers made in" in (tmp_path / "results.md").read_text()
+    assert "- 14 answers generated in" in (tmp_path / "results.md").read_text()
 
 
 def test_evaluate_when_nothing_can_be_read(records, tmp_path):

@@ -14,19 +14,14 @@ from tiny import TEXTS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from samf.evaluation import judge as judging
-from samf.evaluation.judge import (
-    EndpointJudge,
-    JudgeError,
-    LocalJudge,
-    ReplyError,
-    build_judge,
-    build_messages,
-    compare_judged,
-    judge_predictions,
-    judge_rows,
-    judge_table,
-    parse_score,
-)
+from samf.evaluation.judge import build_judge, compare_judged, judge_predictions, judge_table
+from samf.evaluation.judging import judgements as asking
+from samf.evaluation.judging.base import JudgeError, ReplyError
+from samf.evaluation.judging.endpoint import EndpointJudge
+from samf.evaluation.judging.judgements import judge_rows
+from samf.evaluation.judging.local import LocalJudge
+from samf.evaluation.judging.prompts import build_messages
+from samf.evaluation.judging.replies import parse_score
 from samf.phantoms.tokenizer import train_small_tokenizer
 
 CHOICES = ["emphysema", "consolidation", "cardiomegaly", "lung nodule"]
@@ -451,7 +446,7 @@ def test_what_the_reply_depends_on_is_part_of_its_name(serve, tmp_path, monkeypa
     judge_rows([report(1)], endpoint(server), replies=path)
     judge_rows([report(1)], endpoint(server), ranges=5, replies=path)
     judge_rows([report(1)], EndpointJudge(server.url, "judge-2"), replies=path)
-    monkeypatch.setattr(judging, "PROMPT_VERSION", "next")
+    monkeypatch.setattr(asking, "PROMPT_VERSION", "next")
     judge_rows([report(1)], endpoint(server), replies=path)
     assert len(server.bodies) == 4
 

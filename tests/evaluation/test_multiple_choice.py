@@ -223,7 +223,7 @@ def test_unparsed_and_incomplete_questions():
     assert position_bias([])["questions"] == 0 and position_bias(rows[:2])["accuracy"] is None
     assert "no question was answered" in position_bias_table(position_bias([]))
     table = position_bias_table({**bias, "left_out": {"the answer is none of the options": 3}})
-    assert "not in these figures: 3 (the answer is none of the options), 1 (not answered in all rotations)" in table
+    assert "not included: 3 (the answer is none of the options), 1 (not answered in all rotations)" in table
     assert "8 answers named no option" in table
 
 

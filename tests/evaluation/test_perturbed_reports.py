@@ -17,7 +17,7 @@ from samf.evaluation.meta_evaluation import (
     UNCHANGED,
     change_sizes,
     flip_negations,
-    perturbation_figures,
+    perturbation_scores,
     swap_sides,
 )
 from samf.evaluation.scoring import read_predictions
@@ -43,7 +43,7 @@ def real_reports(test_data) -> list[str]:
 @pytest.fixture(params=["phantom_reports", "real_reports"])
 def table(request) -> dict[str, dict[str, float]]:
     """Perturbation → metric → figure."""
-    return perturbation_figures(request.getfixturevalue(request.param))
+    return perturbation_scores(request.getfixturevalue(request.param))
 
 
 def test_perturbations():

@@ -10,7 +10,8 @@ import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
-from samf.evaluation import scoring
+from samf.evaluation import metric_samples
+from samf.evaluation.metric_samples import choice_samples
 from samf.evaluation.metrics.finding_labeller import label_reports
 from samf.evaluation.metrics.multiple_choice import score_multiple_choice
 from samf.evaluation.metrics.text_metrics import text_metrics
@@ -18,8 +19,7 @@ from samf.evaluation.results_table import comparison_table
 from samf.evaluation.scoring import (
     SCHEMA,
     PredictionsError,
-    check_options,
-    choice_samples,
+    ScoringOptions,
     compare_predictions,
     read_predictions,
     results_table,
@@ -169,8 +169,8 @@ def test_what_answering_took_stands_in_the_table(rows):
     generation["failure_kinds"] = {"CTReadError": 3, "FileNotFoundError": 1}
     table = results_table({**score_predictions(rows, resamples=0), "generation": generation})
     assert "| report | 60 | 20 | 31 | 2.5 | 0.5 | n/a |" in table
-    assert "- 5 answers made in 12 s with 2 processes; 3 more were there from before." in table
-    assert "4 records failed and are in no figure (3 CTReadError, 1 FileNotFoundError)" in table
+    assert "- 5 answers generated in 12 s with 2 processes; 3 more are from earlier runs." in table
+    assert "4 records failed and are not scored (3 CTReadError, 1 FileNotFoundError)" in table
 
 
 def test_choice_figures_by_question_are_those_of_all(rows):
@@ -583,7 +583,7 @@ def test_a_metric_that_fails_is_a_note_and_costs_no_other(two_systems, monkeypat
     module = types.ModuleType("radeval")
     module.RadEval = RadEval
     monkeypatch.setitem(sys.modules, "radeval", module)
-    monkeypatch.setattr(scoring, "bertscore_samples", broken)
+    monkeypatch.setattr(metric_samples, "bertscore_samples", broken)
     options = {"radeval": ["radgraph", "ratescore"], "bertscore_model": "some/model", "bertscore_layers": 3}
     results = score_predictions(two_systems[0], resamples=0, **options)
     assert results["tasks"]["report"]["radeval"] == {"ratescore": 0.5} and calls == [["radgraph"], ["ratescore"]]
@@ -609,4 +609,5 @@ def test_a_metric_that_fails_is_a_note_and_costs_no_other(two_systems, monkeypat
 )
 def test_options_are_checked_without_predictions(options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        check_options(**options)
+        ScoringOptions(**options).check()
+        ScoringOptions(**options).check_models()

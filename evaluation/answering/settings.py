@@ -1,0 +1,119 @@
+"""Settings of a run of answering, and what it reports at its end."""
+
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Literal, TypeAlias, TypedDict, get_args
+
+from samf.data.schema import OnError
+from samf.evaluation.schema import AnswerStatistics, Failure, GenerationReport
+
+__all__ = ["ChoiceMethod", "GenerateArguments", "GenerationSettings", "GenerationSummary", "parse_on_error"]
+
+# How multiple choice is answered: in words that are parsed, or by the likelihood of each option.
+ChoiceMethod: TypeAlias = Literal["generate", "likelihood"]
+
+_OLD_ON_ERROR = ("stop", "error")
+
+
+class GenerateArguments(TypedDict, total=False):
+    """Keyword arguments of `model.generate`."""
+
+    max_new_tokens: int
+    num_beams: int
+    do_sample: bool
+    temperature: float
+    top_p: float
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are generated; greedily unless `do_sample`.
+
+    Attributes:
+        batch_size: records answered at once.
+        max_new_tokens: limit of one answer; an answer that reaches it without an end token counts as truncated.
+        num_beams: 1 = no beam search.
+        do_sample: draw tokens.
+        seed: of the drawing. Each batch has a seed of its own, so that a resumed run draws what an uninterrupted one does.
+        temperature: of drawn tokens; None = the model's own.
+        top_p: of drawn tokens; None = the model's own.
+        mcq: "generate": multiple choice is answered in words, and the answer is parsed. "likelihood": the answer is the
+            option whose text "(b) …" the model finds most likely.
+
+    Raises:
+        ValueError: a value out of range, or drawing options without `do_sample`.
+    """
+
+    batch_size: int = 8
+    max_new_tokens: int = 512
+    num_beams: int = 1
+    do_sample: bool = False
+    seed: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    mcq: ChoiceMethod = "generate"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.mcq not in get_args(ChoiceMethod):
+            raise ValueError(f"mcq is {self.mcq!r}; expected {' or '.join(get_args(ChoiceMethod))}.")
+        if not self.do_sample and (self.temperature is not None or self.top_p is not None):
+            raise ValueError("temperature and top_p have no meaning without do_sample.")
+
+    def generate_arguments(self) -> GenerateArguments:
+        """Return the keyword arguments of `model.generate`."""
+        arguments: GenerateArguments = {
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "do_sample": self.do_sample,
+        }
+        if self.temperature is not None:
+            arguments["temperature"] = self.temperature
+        if self.top_p is not None:
+            arguments["top_p"] = self.top_p
+        return arguments
+
+
+@dataclass
+class GenerationSummary:
+    """What a run did, over all its processes.
+
+    Attributes:
+        written: answers written by this run.
+        resumed: answers found from an earlier run.
+        seconds: wall-clock time of this run.
+        new_tokens: tokens of the answers written by this run.
+        processes: how many answered.
+        failures: the content of failures.jsonl.
+        tasks: see `answer_statistics`.
+    """
+
+    written: int = 0
+    resumed: int = 0
+    seconds: float = 0.0
+    new_tokens: int = 0
+    processes: int = 1
+    failures: list[Failure] = field(default_factory=list)
+    tasks: dict[str, AnswerStatistics] = field(default_factory=dict)
+
+    def to_json(self) -> GenerationReport:
+        """Return the entry of results.json: of the failures their number and kinds only."""
+        kinds = Counter(failure["error"].split(":")[0] for failure in self.failures)
+        return {**asdict(self), "failures": len(self.failures), "failure_kinds": dict(kinds)}  # type: ignore[typeddict-item]
+
+
+def parse_on_error(value: str) -> OnError:
+    """Return what to do about an unreadable volume; "stop", the old name of "raise", is accepted with a warning.
+
+    Raises:
+        ValueError: another value.
+    """
+    if value in _OLD_ON_ERROR:
+        warnings.warn(f"on_error={value} is now on_error=raise; the old value will go.", FutureWarning, stacklevel=3)
+        return "raise"
+    if value not in get_args(OnError):
+        raise ValueError(f"on_error is {value!r}; expected 'raise' or 'skip'.")
+    return value  # type: ignore[return-value]
