@@ -19,7 +19,7 @@ from samf.cache.slice_cache import SliceCache
 from samf.data.collator import SamfCollator
 from samf.data.loading import load_records
 from samf.evaluation.answering.generation import GenerationSettings, evaluate
-from samf.evaluation.results_table import markdown_table
+from samf.evaluation.markdown import markdown_table
 from samf.evaluation.scoring_options import ScoringOptions
 from samf.experiments.demo import make_language_model
 from samf.model.modeling_samf import SamfForConditionalGeneration

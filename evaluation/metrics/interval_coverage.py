@@ -14,11 +14,11 @@ import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import norm
 
+from samf.evaluation.markdown import format_value, markdown_table
 from samf.evaluation.metrics.bootstrap import bootstrap_intervals, patient_intervals
 from samf.evaluation.metrics.clinical_metrics import confusion_counts, crg_metric, macro_metrics, micro_metrics
 from samf.evaluation.metrics.sampled_metric import SampledMetric
 from samf.evaluation.metrics.text_metrics import ORDERS, combine_bleu
-from samf.evaluation.results_table import figure, markdown_table
 
 SIZES = (20, 50, 200, 1000)  # patients of a cohort
 COHORTS = 2000
@@ -148,7 +148,7 @@ def coverage_table(sizes: Sequence[int] = SIZES, cohorts: int = COHORTS, method:
     truths = true_values()
     found = {size: coverage_by_metric(truths, size, cohorts, intervals=METHODS[method]) for size in sizes}
     rows = [
-        [name, figure(truth), *(f"{found[size][name][0]:.3f} ({found[size][name][1]:.3f})" for size in sizes)]
+        [name, format_value(truth), *(f"{found[size][name][0]:.3f} ({found[size][name][1]:.3f})" for size in sizes)]
         for name, truth in truths.items()
     ]
     header = [f"{method}, {cohorts} cohorts", "true value", *(f"{size} patients" for size in sizes)]

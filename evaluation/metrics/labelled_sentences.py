@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
+from samf.evaluation.markdown import format_value, markdown_table
 from samf.evaluation.metrics.finding_labeller import finding_sides, label_report
 from samf.evaluation.metrics.report_sizes import read_sizes
-from samf.evaluation.results_table import figure, markdown_table
 
 COLUMNS = ("manner", "part", "findings", "lengths", "sentence")
 OPEN_MARKS, NOT_SCORED = "?~", "*"
@@ -131,7 +131,7 @@ def sentence_table(sentences: Sequence[LabelledSentence]) -> str:
         sides = precision_recall(counted(errors, lambda error: error.sides))
         positives = sum(len(sentence.present) for sentence in group)
         differing = sum(not error.lengths_agree for error in errors)
-        rows.append([name, len(group), positives, *map(figure, (*findings, *sides)), differing])
+        rows.append([name, len(group), positives, *map(format_value, (*findings, *sides)), differing])
     header = ["sentences", "number", "findings", "precision", "recall", "sides: precision", "recall", "lengths differ"]
     return markdown_table(header, rows)
 

@@ -8,8 +8,8 @@ from typing import NotRequired, TypedDict
 import yaml
 from huggingface_hub import metadata_load, metadata_save
 
-from samf.evaluation.report.paper_comparison import look_up
 from samf.evaluation.report.systems import System
+from samf.evaluation.results_table import value_at
 from samf.evaluation.schema import Interval
 from samf.utils.files import atomic_path
 
@@ -102,7 +102,7 @@ def model_index(
             continue
         metrics = []
         for path, (kind, name) in names.items():
-            value = look_up(scores, path)
+            value = value_at(scores, path)
             if value is not None:
                 metrics.append(_index_metric(kind, name, value, scores["intervals"].get(path), scores["n"][path]))
         judged = system.judged(task)

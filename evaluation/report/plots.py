@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from samf.evaluation.markdown import TEXT_NAMES
 from samf.evaluation.metrics.multiple_choice import parse_choice, reference_choice
 from samf.evaluation.report.side_by_side import report_scores
-from samf.evaluation.results_table import TEXT_NAMES
 from samf.evaluation.schema import JudgeResults, PredictionRow, Results, TaskScores
 
 _COLOURS = ("#1f6f8b", "#d1603d")

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from samf import SamfForConditionalGeneration
+from samf.benchmarks.component_tables import SWITCH
 from samf.benchmarks.components import (
     ANSWER,
     IMAGE_ID,
     LANGUAGE_MODELS,
-    SWITCH,
     from_components,
     randomise,
     reloaded,
