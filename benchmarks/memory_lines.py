@@ -197,7 +197,9 @@ def train_lora(settings: Settings) -> list[Measurement]:
         optimizer.zero_grad()
     if not all(map(math.isfinite, losses)):
         raise RuntimeError(f"The losses are {losses}.")
-    note = f"{sizes.lora_batch} x {batch['input_ids'].shape[1]} tokens, {sizes.slices} slices each, gradient checkpointing"
+    note = (
+        f"{sizes.lora_batch} x {batch['input_ids'].shape[1]} tokens, {sizes.slices} slices each, gradient checkpointing"
+    )
     whole = [seconds + update for seconds, update in zip(passes, updates, strict=True)]
     return [
         Measurement(

@@ -36,8 +36,8 @@ from samf.utils.recipe import parse_recipe
 
 DINO_RECIPE, WARMUP_RECIPE = RECIPES / "dino_phantoms.yaml", RECIPES / "warmup_phantoms.yaml"
 STAGE_3 = "slice_tokens"  # of recipes/table3: nothing frozen
-FROZEN = {"train_parts": [part for part in PARTS if part != "slice_encoder"], "cache_embeddings": True}
-SLOW = {"learning_rates": '{"slice_encoder": 1e-4}'}  # a tenth of the rate of the other parts
+FROZEN: Options = {"train_parts": [part for part in PARTS if part != "slice_encoder"], "cache_embeddings": True}
+SLOW: Options = {"learning_rates": '{"slice_encoder": 1e-4}'}  # a tenth of the rate of the other parts
 RANDOM, STAGE_1, STAGES = "random weights", "stage 1", "stages 1 and 2"
 # Row → what stage 3 starts from, and its options.
 ROWS: dict[str, tuple[str, Options]] = {
@@ -104,8 +104,8 @@ def train_stages(args: argparse.Namespace, seed: int) -> dict[str, Metrics]:
     reached = {RANDOM: {"knn": knn[0]}, STAGE_1: {"knn": knn[-1], **before}, STAGES: {"knn": knn[-1], **after}}
     metrics = {}
     for row in args.rows:
-        start, options = ROWS[row]
-        measured = train_run(args, STAGE_3, folder / f"3_{row}", {**starts[start], **options, "seed": seed})
+        start, changes = ROWS[row]
+        measured = train_run(args, STAGE_3, folder / f"3_{row}", {**starts[start], **changes, "seed": seed})
         metrics[row] = {**reached[start], **measured}
     return metrics
 
