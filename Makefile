@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.ready-docs
 # The oldest transformers that requirements.txt allows, in an environment of its own.
 OLDEST := $(shell sed -n 's/^transformers>=\([0-9.]*\).*/\1/p' requirements.txt)
 OLDEST_VENV := .venv-oldest
@@ -10,10 +11,17 @@ OLDEST_READY := $(OLDEST_VENV)/.ready
 MODEL_TESTS := tests/model tests/training/test_train.py tests/training/test_training_adapter.py tests/training/test_training_order.py
 
 PYTEST := $(BIN)/python -m pytest -q -rs
-# Two processes, one a core; these files take about as long as those. (pytest-xdist's workers don't survive tests that fork.)
+# Two processes, one per core; both groups take about as long. (pytest-xdist's workers don't survive tests that fork.)
 HALVES := test-model test-others
 
-.PHONY: demo test $(HALVES) test-slow test-oldest lint clean
+# The public API, which mypy checks in strict mode.
+TYPECHECK_PACKAGES ?= samf.model samf.data.schema samf.reporting
+# Whether `make lint` includes `make typecheck`: any value once the public API has no errors.
+LINT_TYPECHECK ?=
+# The repository's root is the package `samf`: a folder that holds a link of this name is where mypy finds it.
+CHECKOUT := $(VENV)/checkout
+
+.PHONY: demo test $(HALVES) test-slow test-oldest lint typecheck docs clean
 
 $(READY): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +31,12 @@ $(READY): requirements.txt pyproject.toml
 $(OLDEST_READY): requirements.txt pyproject.toml
 	test -x $(OLDEST_VENV)/bin/python || $(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet -r requirements.txt -e '.[test]' transformers==$(OLDEST)
+	touch $@
+
+# The site is built from the sources without importing them, so it needs none of the requirements.
+$(DOCS_READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
 	touch $@
 
 demo: $(READY)
@@ -50,6 +64,14 @@ test-oldest: $(OLDEST_READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(if $(LINT_TYPECHECK),$(MAKE) --no-print-directory typecheck)
+
+typecheck: $(READY)
+	mkdir -p $(CHECKOUT) && ln -sfn "$(CURDIR)" $(CHECKOUT)/samf
+	MYPYPATH=$(CHECKOUT) $(BIN)/mypy $(addprefix -p ,$(TYPECHECK_PACKAGES))
+
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf runs/demo .pytest_cache .ruff_cache
+	rm -rf runs/demo build .mypy_cache .pytest_cache .ruff_cache

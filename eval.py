@@ -25,7 +25,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from samf.cache.slice_cache import SliceCache
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.data.schema import TASKS, JsonObject, Record
 from samf.data.source_arguments import SourceArguments
 from samf.evaluation.answering.generation import (

@@ -4,15 +4,16 @@
     torchrun --nproc_per_node 8 pretrain_encoder.py --config recipes/dino_ct.yaml --data /data/CT-RATE …
 
 `--objective dino` (default) needs no labels: slices come from MedMNIST's OrganA/C/S, from any folder of CTs, or from a
-slice cache. `--objective labels` learns from the findings' masks of phantoms (the demo's encoder). The output folder is
-what `train.py --slice_encoder` and `warmup_aggregator.py --slice_encoder` take. Ctrl-C and SIGTERM save a checkpoint;
-`--resume_from_checkpoint last` goes on from the newest.
+slice cache. `--objective labels` learns from the findings' masks of phantoms (the demo's encoder). Pass the output folder to
+`train.py --slice_encoder` and `warmup_aggregator.py --slice_encoder`. Ctrl-C and SIGTERM save a checkpoint;
+`--resume_from_checkpoint last` resumes from the newest one.
 """
 
 import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments, ViTConfig, ViTModel, set_seed
 
@@ -21,9 +22,13 @@ from samf.data.source_arguments import SourceArguments
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.pretraining.dino import DinoArguments
 from samf.pretraining.dino_trainer import DinoTrainer
+from samf.pretraining.labelled_sets import SliceSets, some_slices
 from samf.pretraining.labels import train_on_labels
-from samf.pretraining.slice_datasets import MEDMNIST_WINDOWS, SLICES, SliceSets, holds_medmnist, slice_sets, some_slices
+from samf.pretraining.medmnist_slices import MEDMNIST_WINDOWS, holds_medmnist
+from samf.pretraining.scans import missing_option
+from samf.pretraining.slice_datasets import SLICES, slice_sets
 from samf.training.checkpoints import checkpoint_to_resume
+from samf.training.choices import OnErrorOption, check_choices
 from samf.training.launchers import refuse_shards
 from samf.training.trainer_base import train_to_end
 from samf.utils.distributed import leaves_processes
@@ -31,18 +36,18 @@ from samf.utils.recipe import parse_recipe
 
 logger = logging.getLogger("samf.pretrain_encoder")
 
-OBJECTIVES = ("dino", "labels")
-
 
 @dataclass
 class EncoderArguments(SourceArguments):
     """The slice encoder and the slices it learns from; by default a ViT-B/16 from scratch."""
 
-    objective: str = field(default="dino", metadata={"help": f"one of {', '.join(OBJECTIVES)}"})
-    encoder: str | None = field(
-        default=None, metadata={"help": "folder or Hub id to go on from; the sizes below are then its own"}
+    objective: Literal["dino", "labels"] = field(
+        default="dino", metadata={"help": "labels: findings of phantoms, which are generated"}
     )
-    image_size: int = field(default=224, metadata={"help": "pixels a side"})
+    encoder: str | None = field(
+        default=None, metadata={"help": "folder or Hub id of an encoder to continue; the sizes below are then its own"}
+    )
+    image_size: int = field(default=224, metadata={"help": "pixels per side"})
     patch_size: int = field(default=16)
     hidden_size: int = field(default=768)
     num_hidden_layers: int = field(default=12)
@@ -50,32 +55,39 @@ class EncoderArguments(SourceArguments):
     intermediate_size: int = field(default=3072)
     initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of new weights"})
     slices_per_plane: int = field(default=24, metadata={"help": "of each CT"})
-    slab: str = field(default="none", metadata={"help": "none, mean or mip over the voxels between two slices"})
+    slab: Literal["none", "mean", "mip"] = field(
+        default="none", metadata={"help": "projection of the voxels between two slices"}
+    )
     data: list[str] = field(
         default_factory=list,
         metadata={"help": "folder of MedMNIST's organ sets, or medmnist; folders of CTs; slice caches"},
     )
     splits: list[str] = field(
-        default_factory=lambda: ["train"], metadata={"help": "of MedMNIST: train, val, test; all is the paper's choice"}
+        default_factory=lambda: ["train"], metadata={"help": "of MedMNIST: train, val, test; the paper uses all"}
     )
     slice_cache: str | None = field(
         default=None, metadata={"help": "folder that keeps the slices of CTs; default: _slices, in the output folder"}
     )
-    on_error: str = field(default="stop", metadata={"help": "stop, or skip: unreadable CTs are left out and counted"})
-    on_missing: str = field(
-        default="error", metadata={"help": "of volumes that a table names: error, or skip (counted)"}
+    on_error: OnErrorOption = field(
+        default="raise", metadata={"help": "unreadable CTs: raise an error, or skip and count them"}
+    )
+    on_missing: OnErrorOption = field(
+        default="raise",
+        metadata={"help": "volumes that a table names but that don't exist: raise an error, or skip and count them"},
     )
     pattern: list[str] = field(
-        default_factory=list, metadata={"help": "of the files in folders: names (ct.nii.gz), or paths (*/ct/*)"}
+        default_factory=list, metadata={"help": "files to use in folders: names (ct.nii.gz), or paths (*/ct/*)"}
     )
-    valid_share: float = field(default=0.1, metadata={"help": "of the patients, where there is no validation split"})
+    valid_share: float = field(
+        default=0.1, metadata={"help": "share of the patients to hold out where there is no validation split"}
+    )
     knn_data: list[str] = field(
         default_factory=list, metadata={"help": "labelled slices for the nearest neighbours; default: those of data"}
     )
-    knn_slices: int = field(default=5000, metadata={"help": "at most so many in the bank, and as many queries"})
+    knn_slices: int = field(default=5000, metadata={"help": "most slices in the bank, and most queries"})
     knn_neighbours: int = field(default=20)
     depth_bins: int = field(
-        default=8, metadata={"help": "depths of a plane that are told apart where labels are missing"}
+        default=8, metadata={"help": "depths per plane that are the labels of slices without labels"}
     )
     attention_slices: int = field(default=6, metadata={"help": "slices whose attention maps an evaluation draws"})
     train_patients: int = field(default=1500, metadata={"help": "objective labels: phantoms to learn from"})
@@ -84,12 +96,12 @@ class EncoderArguments(SourceArguments):
     )
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}.")
+        check_choices(self)
         self.check_source()
 
 
 def vit_config(args: EncoderArguments) -> ViTConfig:
+    """Return the configuration of a new encoder."""
     return ViTConfig(
         image_size=args.image_size,
         patch_size=args.patch_size,
@@ -103,7 +115,7 @@ def vit_config(args: EncoderArguments) -> ViTConfig:
 
 
 def build_encoder(args: EncoderArguments) -> PreTrainedModel:
-    """The encoder to train, without a pooler, which would get no gradient."""
+    """Return the encoder to train, without a pooler, which would get no gradient."""
     if args.encoder is None:
         return ViTModel(vit_config(args), add_pooling_layer=False)
     encoder = AutoModel.from_pretrained(args.encoder, dtype="float32")
@@ -113,10 +125,10 @@ def build_encoder(args: EncoderArguments) -> PreTrainedModel:
 
 
 def build_image_processor(args: EncoderArguments) -> SamfImageProcessor:
-    """The encoder's own, if it has one in its folder; `size` follows the encoder.
+    """Return the encoder's own image processor, or a new one of the encoder's size.
 
-    Of an encoder that learns from MedMNIST it has that data's HU window in each channel, so that later stages show it CTs
-    as it knows them.
+    For an encoder that learns from MedMNIST it has that data's HU window in each channel, so that later stages show the
+    encoder CTs as it has learned them.
     """
     if args.encoder is not None and has_slice_settings(args.encoder):
         return SamfImageProcessor.from_pretrained(args.encoder)
@@ -126,7 +138,13 @@ def build_image_processor(args: EncoderArguments) -> SamfImageProcessor:
 
 
 def load_slices(args: EncoderArguments, image_processor: SamfImageProcessor, output_dir: str) -> SliceSets:
-    """The slices of `data`; bank and queries of `knn_data` if there is one, at most `knn_slices` each."""
+    """Return the slices of `data`, with at most `knn_slices` of bank and queries, from `knn_data` where it is given.
+
+    Args:
+        args: Name the data.
+        image_processor: Extracts slices of CTs.
+        output_dir: Has the slice cache where the arguments name none.
+    """
 
     def load(data: list[str]) -> SliceSets:
         return slice_sets(
@@ -137,7 +155,7 @@ def load_slices(args: EncoderArguments, image_processor: SamfImageProcessor, out
             depth_bins=args.depth_bins,
             valid_share=args.valid_share,
             on_error=args.on_error,
-            options=args.source_options(args.on_missing, args.pattern),
+            options=args.source_options(missing_option(args.on_missing), args.pattern),
             min_coverage=args.min_coverage,
         )
 
@@ -149,6 +167,13 @@ def load_slices(args: EncoderArguments, image_processor: SamfImageProcessor, out
 
 
 def train_by_dino(args: EncoderArguments, dino_args: DinoArguments, training: TrainingArguments) -> None:
+    """Train by DINO, save the encoder and evaluate it.
+
+    Args:
+        args: Encoder and data.
+        dino_args: Crops, head and schedules.
+        training: Arguments of the run.
+    """
     image_processor = build_image_processor(args)
     sets = load_slices(args, image_processor, training.output_dir)
     if not training.weight_decay and dino_args.weight_decay_end:
@@ -165,7 +190,7 @@ def train_by_dino(args: EncoderArguments, dino_args: DinoArguments, training: Tr
         attention_slices=args.attention_slices,
     )
     train_to_end(trainer)
-    trainer.save_encoder()  # first: an evaluation can fail
+    trainer.save_encoder()  # before the evaluation, which may fail
     if training.eval_strategy == "no":
         trainer.evaluate()
     trainer.save_state()
@@ -173,6 +198,7 @@ def train_by_dino(args: EncoderArguments, dino_args: DinoArguments, training: Tr
 
 @leaves_processes
 def main(argv: list[str] | None = None) -> None:
+    """Train a slice encoder from a recipe and the command line."""
     args, dino_args, training = parse_recipe((EncoderArguments, DinoArguments, TrainingArguments), argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     refuse_shards(training, "The slice encoder's pretraining")

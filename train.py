@@ -3,10 +3,10 @@
     python train.py --config recipes/ct_rate_ao2d.yaml --data /data/CT-RATE --output_dir runs/ao2d
     accelerate launch --config_file recipes/accelerate/ddp.yaml train.py --config recipes/ct_rate_ao2d.yaml …
 
-A recipe is one YAML file; every key can be given again on the command line, which wins. A new model is built from
-`--slice_encoder` and `--text_model`; `--model` continues one. `--lora_rank 16` trains an adapter on the language model, and
-`--merge true` also writes the model with the adapter merged into it. The output folder is a complete Hub repository:
-weights, code, processor and model card. Ctrl-C and SIGTERM save a checkpoint; `--resume_from_checkpoint last` goes on.
+A recipe is one YAML file; the command line overrides its keys. A new model is built from `--slice_encoder` and
+`--text_model`; `--model` continues one. `--lora_rank 16` trains an adapter on the language model, and `--merge true` also
+writes the model with the adapter merged into it. The output folder is a complete Hub repository: weights, code, processor
+and model card. Ctrl-C and SIGTERM save a checkpoint; `--resume_from_checkpoint last` resumes from the newest one.
 """
 
 import logging
@@ -25,13 +25,15 @@ from samf.model.processing_samf import SamfProcessor
 from samf.training.adapter import BASE, MERGED, add_lora, cast_trained, merge_adapter, save_base
 from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments, TuningArguments
 from samf.training.checkpoints import checkpoint_to_resume
-from samf.training.datasets import build_mixture, holds_text_only, load_datasets
+from samf.training.datasets import TrainerDatasets, build_mixture, has_text_only_records, load_datasets
 from samf.training.factory import apply_liger, build_model, build_processor
+from samf.training.launchers import is_zero3
+from samf.training.repository import card_settings
 from samf.training.sample_generation import SampleWriter, choose_samples
-from samf.training.skipping import skipping
+from samf.training.skipping import skip_unreadable
 from samf.training.throughput import CountingCollator
 from samf.training.trackers import keep_trackers_private
-from samf.training.trainer import SamfTrainer, card_settings, is_zero3, save_repository
+from samf.training.trainer import SamfTrainer, save_repository
 from samf.training.trainer_base import train_to_end
 from samf.training.volume_stores import build_volume_store
 from samf.utils.distributed import Processes, leaves_processes
@@ -47,13 +49,24 @@ def wrap_model(
     tuning: TuningArguments,
     training: TrainingArguments,
 ) -> PreTrainedModel:
-    """The model with its adapter, its kernels and the precision of what is trained."""
+    """Return the model with its kernels, its adapter and the precision of its trained weights.
+
+    Args:
+        model: The model to train.
+        processor: Saved with the adapter's base model.
+        model_args: Name the model and its trained parts.
+        tuning: Settings of the adapter and precision.
+        training: Arguments of the run; `use_liger_kernel` is reset.
+
+    Raises:
+        ValueError: The options don't go together.
+    """
     if training.use_liger_kernel:
         apply_liger(model)
-        training.use_liger_kernel = False  # Trainer would do it by the whole model's type, which has none
+        training.use_liger_kernel = False  # Trainer looks kernels up by the whole model's type and finds none
     if tuning.merge and is_zero3(training.deepspeed_plugin):
         raise ValueError(
-            "merge doesn't go with ZeRO-3, under which a model can't be loaded by one process alone: leave it out, and "
+            "merge can't be used with ZeRO-3, under which one process can't load a model on its own: leave it out, and "
             f"afterwards call `python -m samf.training.adapter {training.output_dir} "
             f"{Path(training.output_dir, MERGED)}`."
         )
@@ -67,7 +80,7 @@ def wrap_model(
                     save_base(model, processor, base)
         if training.push_to_hub and hub_id(str(base)) is None:
             raise ValueError(
-                f"push_to_hub would push an adapter whose base model is {base}, a folder of this machine: nobody could load "
+                f"push_to_hub would push an adapter whose base model is {base}, a local folder: others couldn't load "
                 "it. Push the base model first and continue it by its Hub id (--model), or train without push_to_hub, with "
                 "--merge true, and push the merged folder."
             )
@@ -79,12 +92,20 @@ def wrap_model(
 
 def build_samples(
     monitor: MonitorArguments,
-    data: dict,
+    data: TrainerDatasets,
     processor: SamfProcessor,
     store: VolumeStore | None,
     training: TrainingArguments,
 ) -> SampleWriter | None:
-    """What answers a few validation records at every evaluation, if anything shall."""
+    """Return the writer of sample answers at every evaluation; None without samples or without validation records.
+
+    Args:
+        monitor: Number of samples, and their length.
+        data: Has the validation records.
+        processor: Of the model.
+        store: Prepared volumes; None = read from their files.
+        training: Arguments of the run.
+    """
     if not monitor.generate_samples or data["eval_dataset"] is None:
         return None
     if training.push_to_hub:
@@ -101,20 +122,21 @@ def build_samples(
 
 @leaves_processes
 def main(argv: list[str] | None = None) -> None:
+    """Train from a recipe and the command line."""
     model_args, data_args, tuning, monitor, training = parse_recipe(ARGUMENTS, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     set_seed(training.seed)
     training.remove_unused_columns = False
     training.prediction_loss_only = True
     findings_only = data_args.objective == "findings"
-    # Trainer would ask each evaluation batch for both, and report no loss where one is missing.
+    # With both names, Trainer would report no loss for evaluation batches that lack one of them.
     training.label_names = ["finding_targets"] if findings_only else ["labels"]
 
     card, base = card_settings(model_args, data_args), Path(training.output_dir, BASE)
     training.resume_from_checkpoint = checkpoint_to_resume(training)
     if tuning.lora_rank and training.resume_from_checkpoint and (base / "config.json").is_file():
-        model_args.model = str(base.resolve())  # the adapter goes on from the model that it began with
-    # Or ZeRO-3 would shard each component as it loads, whatever its zero3_init_flag says; Trainer sets this again.
+        model_args.model = str(base.resolve())  # the adapter's own base model
+    # Otherwise ZeRO-3 shards each component as it loads, whatever its zero3_init_flag says; Trainer sets this again.
     unset_hf_deepspeed_config()
     processor = build_processor(model_args)
     model = build_model(model_args, processor)
@@ -127,9 +149,9 @@ def main(argv: list[str] | None = None) -> None:
         with_valid=training.do_eval or training.eval_on_start,
         output_dir=training.output_dir,
     )
-    # A batch without volumes or without labels uses less than the whole model; Trainer's choice with checkpointing is False.
+    # A batch without volumes or without labels uses only a part of the model; with checkpointing Trainer's default is False.
     if training.ddp_find_unused_parameters is None and (
-        model.config.finding_names or holds_text_only(data["train_dataset"])
+        model.config.finding_names or has_text_only_records(data["train_dataset"])
     ):
         training.ddp_find_unused_parameters = True
     mixture = build_mixture(data_args, data["train_dataset"], training)
@@ -147,15 +169,15 @@ def main(argv: list[str] | None = None) -> None:
         model=wrap_model(model, processor, model_args, tuning, training),
         args=training,
         processing_class=processor,
-        data_collator=CountingCollator(skipping(collator, data_args.on_error, data["train_dataset"])),
+        data_collator=CountingCollator(skip_unreadable(collator, data_args.on_error, data["train_dataset"])),
         **data,
     )
     train_to_end(trainer)
     if training.do_eval and training.eval_strategy == "no":
         try:
-            trainer.evaluate()  # before the card, which has its losses
+            trainer.evaluate()  # before the card, which states its losses
         except Exception:
-            save_repository(trainer)  # what was trained isn't lost to an evaluation's data
+            save_repository(trainer)  # a failed evaluation must not lose the trained weights
             raise
     save_repository(trainer)
     if tuning.merge and trainer.is_world_process_zero():

@@ -1,17 +1,17 @@
-"""Stage 2: warm the aggregator up by contrast, on the embeddings of a frozen slice encoder.
+"""Stage 2: contrastive warm-up of the aggregator on the embeddings of a frozen slice encoder.
 
     python warmup_aggregator.py --config recipes/warmup_ct_rate.yaml --slice_encoder runs/slice_encoder --data /data/CT-RATE
 
-The paper's whole account (section 2.1): the aggregator is trained "by maximizing the mutual information between
-embeddings of adjacent slices from different planes of a CT scan using InfoNCE loss", the slice encoder staying frozen.
-We read it so: a run of adjacent slices of one plane goes through the aggregator and gives z_3d; so does a run of another
-plane of the same scan. These two embeddings belong together; those of other scans in the batch, on all processes, are what
-they are told from. No head stands between z_3d and the loss. Slices of different planes always cross, so nothing more is
-asked of where the two runs lie; `adjacent_slices` says how long they are.
+The paper says of it only (section 2.1) that the aggregator is trained "by maximizing the mutual information between
+embeddings of adjacent slices from different planes of a CT scan using InfoNCE loss", with a frozen slice encoder. Our
+reading: the aggregator computes z_3d from a run of adjacent slices of one plane, and from a run of another plane of the same
+scan. These two embeddings are a positive pair; those of other scans in the batch, on all processes, are the negatives. There
+is no head between z_3d and the loss. Slices of different planes always cross, so the positions of the two runs are free;
+`adjacent_slices` is their length.
 
-The slice embeddings are computed once and kept in `slice_cache`, where `train.py` finds them again if it freezes the same
-encoder in the same `dtype`. The output folder holds the aggregator and its position embeddings, which
-`samf.training.aggregator_weights.load_aggregator` puts into a model.
+The slice embeddings are computed once and kept in `slice_cache`, where `train.py` finds them if it freezes the same encoder
+in the same `dtype`. The output folder holds the aggregator and its position embeddings, for
+`samf.training.aggregator_weights.load_aggregator`.
 """
 
 import logging
@@ -28,9 +28,11 @@ from samf.cache.slice_cache import SliceCache
 from samf.data.source_arguments import SourceArguments
 from samf.model.modeling_samf import SamfModel
 from samf.pretraining.contrastive import ContrastTrainer, build_slices_model
-from samf.pretraining.slice_datasets import SLICES, Scan, readable_scans
+from samf.pretraining.scans import Scan, missing_option, readable_scans
+from samf.pretraining.slice_datasets import SLICES
 from samf.training.aggregator_arguments import AggregatorArguments
 from samf.training.checkpoints import checkpoint_to_resume
+from samf.training.choices import OnErrorOption, check_choices
 from samf.training.launchers import refuse_shards
 from samf.training.trainer_base import train_to_end
 from samf.utils.distributed import leaves_processes
@@ -47,23 +49,29 @@ class WarmupArguments(SourceArguments, AggregatorArguments):
     slice_cache: str | None = field(
         default=None, metadata={"help": "keeps slices and their embeddings; default: _slices, in the output folder"}
     )
-    on_error: str = field(default="stop", metadata={"help": "stop, or skip: unreadable CTs are left out and counted"})
-    on_missing: str = field(
-        default="error", metadata={"help": "of volumes that a table names: error, or skip (counted)"}
+    on_error: OnErrorOption = field(
+        default="raise", metadata={"help": "unreadable CTs: raise an error, or skip and count them"}
+    )
+    on_missing: OnErrorOption = field(
+        default="raise",
+        metadata={"help": "volumes that a table names but that don't exist: raise an error, or skip and count them"},
     )
     pattern: list[str] = field(
-        default_factory=list, metadata={"help": "of the files in folders: names (ct.nii.gz), or paths (*/ct/*)"}
+        default_factory=list, metadata={"help": "files to use in folders: names (ct.nii.gz), or paths (*/ct/*)"}
     )
-    valid_share: float = field(default=0.1, metadata={"help": "of the patients, where there is no validation split"})
-    adjacent_slices: int = field(default=8, metadata={"help": "slices of a run; a pair is two runs, of two planes"})
+    valid_share: float = field(
+        default=0.1, metadata={"help": "share of the patients to hold out where there is no validation split"}
+    )
+    adjacent_slices: int = field(default=8, metadata={"help": "slices per run; a pair is two runs, from two planes"})
     temperature: float = field(default=0.1)
     dtype: str = field(default="auto", metadata={"help": "of the slice encoder: auto, float32 or bfloat16"})
 
     def __post_init__(self):
+        check_choices(self)
         self.check_source()
 
 
-MODEL_SETTINGS = (
+_MODEL_SETTINGS = (
     *("slice_position_scope", "volume_dim", "aggregator_num_heads", "aggregator_ffn_dim", "aggregator_dropout"),
     *("initializer_range", "vision_chunk_size"),
 )
@@ -72,18 +80,25 @@ MODEL_SETTINGS = (
 def embed_scans(
     args: WarmupArguments, model: SamfModel, output_dir: str
 ) -> tuple[dict[str, list[Scan]], EmbeddingCache]:
-    """The scans that can be read, and a cache with all their embeddings; each process makes its share."""
+    """Return the scans that can be read, and a cache with all their embeddings; each process computes its share.
+
+    Args:
+        args: Name the data.
+        model: Its slice encoder computes the embeddings.
+        output_dir: Has the slice cache where the arguments name none.
+    """
     folder = args.slice_cache or Path(output_dir, SLICES)
     slices = SliceCache(folder, load_image_processor(args.slice_encoder, **args.slice_settings()), args.min_coverage)
-    options = args.source_options(args.on_missing, args.pattern)
+    options = args.source_options(missing_option(args.on_missing), args.pattern)
     scans = readable_scans(args.data, slices, on_error=args.on_error, valid_share=args.valid_share, options=options)
     embeddings = EmbeddingCache(folder, slices, model)
     embeddings.fill_together(sorted({key for part in scans.values() for scan in part for key in scan.volumes}))
-    return scans, copy(embeddings)  # a copy is without the model
+    return scans, copy(embeddings)  # the copy has no model
 
 
 @leaves_processes
 def main(argv: list[str] | None = None) -> None:
+    """Warm the aggregator up, from a recipe and the command line."""
     args, training = parse_recipe((WarmupArguments, TrainingArguments), argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     refuse_shards(training, "The aggregator's warm-up")
@@ -91,11 +106,11 @@ def main(argv: list[str] | None = None) -> None:
     training.remove_unused_columns = False
     training.resume_from_checkpoint = checkpoint_to_resume(training)  # before the volumes are read
 
-    settings = {name: getattr(args, name) for name in MODEL_SETTINGS}
+    settings = {name: getattr(args, name) for name in _MODEL_SETTINGS}
     model = build_slices_model(args.slice_encoder, args.dtype, **settings).to(training.device)
     scans, embeddings = embed_scans(args, model, training.output_dir)
     logger.info("%d scans to learn from, %d to retrieve", len(scans["train"]), len(scans["valid"]))
-    model.slice_encoder = None  # its embeddings are all that is needed now
+    model.slice_encoder = None  # only its embeddings are needed from here on
     trainer = ContrastTrainer(
         model.float(),
         training,
@@ -106,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         temperature=args.temperature,
     )
     train_to_end(trainer)
-    trainer.save_aggregator()  # first: an evaluation can fail
+    trainer.save_aggregator()  # before the evaluation, which may fail
     if training.eval_strategy == "no":
         trainer.evaluate()
     trainer.save_state()

@@ -1,6 +1,6 @@
 """Try the library's language models and slice encoders in SAMF, each as a tiny configuration with random weights.
 
-    python -m samf.benchmarks.components                     # the table of docs/components.md, a few minutes
+    python -m samf.benchmarks.components                     # the table of docs/reference/components.md, a few minutes
     python -m samf.benchmarks.components --only phi3 siglip  # some of them
 
 A language model passes if SAMF returns its own logits and loss on plain text, the same logits with and without the cache
@@ -316,7 +316,7 @@ def main() -> None:
     """Try the models that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the models to try")
-    parser.add_argument("--output", type=Path, help="write the tables here, for example docs/components_table.md")
+    parser.add_argument("--output", type=Path, help="write the tables here, for example components_table.md")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.utils.logging.set_verbosity_error()

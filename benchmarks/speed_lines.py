@@ -11,14 +11,9 @@ import torch
 
 from samf.benchmarks.measuring import Measurement, ratios
 from samf.benchmarks.workloads import TINY_TEXT, Settings, conversation_batch, fill, generate, random_model, slice_stack
-from samf.model.modeling_samf import (
-    SamfForConditionalGeneration,
-    SamfFusion,
-    SamfModel,
-    attend,
-    masked_mean,
-    place_image_tokens,
-)
+from samf.model.image_tokens_samf import place_image_tokens
+from samf.model.modeling_samf import SamfForConditionalGeneration, SamfModel
+from samf.model.modules_samf import SamfFusion, attend, masked_mean
 
 
 def count_parameters(settings: Settings) -> list[Measurement]:

@@ -1,36 +1,26 @@
-"""Slice embeddings of a frozen slice encoder, computed once and kept on disk."""
+"""Cache of slice embeddings: z_2d of a frozen slice encoder, computed once per volume."""
 
 import hashlib
 import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from samf.cache.slice_cache import (
-    Identity,
-    SliceCache,
-    entry_file,
-    entry_key,
-    read_entry,
-    volume_identity,
-    write_entry,
-)
+from samf.cache.entries import Arrays, VolumeCache, entry_key, read_entry, write_entry
+from samf.cache.slice_cache import SliceCache
+from samf.cache.volume_identity import Identity
 from samf.data.volume_discovery import VolumeKey
+from samf.model.image_processing_samf import PIXEL_SETTINGS, SamfImageProcessor
 from samf.model.modeling_samf import SamfModel
 from samf.utils.distributed import Processes
 
-# Of the image processor: they change the encoder's input, but not the cached slices.
-PIXEL_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-
-# Of the slice encoder's configuration: they say where it comes from, or how training is done.
-NOT_COMPUTED_WITH = {
+# Settings of the slice encoder that don't change its output: where it comes from, and how it is trained.
+_IRRELEVANT_SETTINGS = {
     "_name_or_path",
     "architectures",
     "attention_probs_dropout_prob",
@@ -43,64 +33,71 @@ NOT_COMPUTED_WITH = {
 }
 
 
-class EmbeddingCache:
-    """z_2d of every volume, in records named by the volume, the slice settings and the encoder's weights.
+class EmbeddingCache(VolumeCache):
+    """z_2d of volumes, in float32 entries named by the volume, the slice settings and the encoder's weights.
 
     Args:
-        folder: where the records lie; one float32 record a volume.
-        slices: where the slices come from.
-        model: whose slice encoder is frozen; used on the device where it is. It isn't kept in a pickle: a filled cache
-            can go to worker processes.
+        folder: the cache directory.
+        slices: provides the slices.
+        model: the model with the frozen slice encoder, which is used on its device. It is not pickled: a filled cache can
+            be sent to worker processes.
     """
 
     def __init__(self, folder: str | os.PathLike, slices: SliceCache, model: SamfModel):
-        self.folder = Path(folder)
+        super().__init__(folder)
         self.slices = slices
         self.fingerprint = encoder_fingerprint(model)
         self._model: SamfModel | None = model
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_model": None}
 
-    def get(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> dict[str, np.ndarray]:
-        """`slice_embeddings` (S, D) float32, `slice_planes` and `slice_positions` (S,) of the volume at `path`."""
-        file = self.entry_path(path, rescale=rescale)
-        record = read_entry(file)
-        if record is None:
-            if self._model is None:
-                raise FileNotFoundError(f"{path} has no embeddings at {file}; call fill() before training.")
-            record = self.encode(self.slices.get(path, rescale=rescale))
-            write_entry(file, record)
-        return record
-
-    def has(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> bool:
-        """Whether there is a whole record of the volume at `path`."""
-        return read_entry(self.entry_path(path, rescale=rescale)) is not None
-
-    def entry_path(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Path:
-        """Where the record of the volume at `path` lies or would lie."""
-        return entry_file(self.folder, self.key(volume_identity(path), rescale))
-
     def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
-        """A record's name from its volume's identity."""
+        """Return the name of a volume's entry."""
         pixels = [getattr(self.slices.image_processor, name) for name in PIXEL_SETTINGS]
         return entry_key(self.slices.key(identity, rescale), pixels, self.fingerprint)
 
-    def fill(self, volumes: Sequence[VolumeKey], num_workers: int | None = None) -> None:
-        """Compute what is missing of `volumes`, pairs of a path and its rescale (None = as the file says).
+    def get(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Arrays:
+        """Return `slice_embeddings` (S, D) float32, `slice_planes` and `slice_positions` (S,) of the volume at `path`.
 
-        `num_workers` processes read slices ahead; by default one a core, at most 8.
+        Args:
+            path: see `SliceCache.get`.
+            rescale: see `SliceCache.get`.
+
+        Raises:
+            FileNotFoundError: there is no entry, and this copy of the cache was unpickled without its model.
+            CTReadError: the volume can't be read.
+        """
+        entry_path = self.entry_path(path, rescale=rescale)
+        arrays = read_entry(entry_path)
+        if arrays is None:
+            if self._model is None:
+                raise FileNotFoundError(f"{path} has no embeddings at {entry_path}; call fill() before training.")
+            arrays = self.encode(self.slices.get(path, rescale=rescale))
+            write_entry(entry_path, arrays)
+        return arrays
+
+    def fill(self, volumes: Sequence[VolumeKey], num_workers: int | None = None) -> None:
+        """Compute the missing entries.
+
+        Args:
+            volumes: paths with their rescales (None = as the file says).
+            num_workers: processes that read slices ahead; by default one per core, at most 8.
         """
         missing = [volume for volume in volumes if not self.has(volume[0], rescale=volume[1])]
         if not missing:
             return
         workers = min(os.cpu_count() or 1, 8) if num_workers is None else num_workers
-        ahead = self.slices_ahead(missing, workers)
+        ahead = self.read_ahead(missing, workers)
         for (path, rescale), slices in tqdm(ahead, total=len(missing), desc="embedding slices"):
             write_entry(self.entry_path(path, rescale=rescale), self.encode(slices))
 
     def fill_together(self, volumes: Sequence[VolumeKey]) -> None:
-        """`fill`, every process its share; all must call, and go on when all are done, however long a share takes."""
+        """Compute the missing entries on all processes, each its share; all must call, and return when all have finished.
+
+        Args:
+            volumes: paths with their rescales, the same on all processes.
+        """
         processes, failed = Processes(), None
         try:
             self.fill(volumes[processes.rank :: processes.count])
@@ -108,54 +105,66 @@ class EmbeddingCache:
             failed = error
         processes.raise_together(failed)
 
-    def slices_ahead(
+    def read_ahead(
         self, volumes: Sequence[VolumeKey], num_workers: int
     ) -> Iterator[tuple[VolumeKey, Mapping[str, np.ndarray]]]:
-        """Each volume with its slices, in this order, read ahead by processes; 0 workers read them here."""
-        loader = DataLoader(_Slices(self.slices, volumes), batch_size=1, num_workers=num_workers, collate_fn=_only)
+        """Yield each volume with its slices, in order, read ahead by worker processes.
+
+        Args:
+            volumes: paths with their rescales.
+            num_workers: number of processes; 0 reads in this one.
+        """
+        dataset = _SliceStacks(self.slices, volumes)
+        loader = DataLoader(dataset, batch_size=1, num_workers=num_workers, collate_fn=_single_row)
         return zip(volumes, loader, strict=True)
 
-    @torch.inference_mode()
-    def encode(self, slices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What a record holds, of one volume's slices as `SliceCache.get` gives them."""
-        encoder = self._model.slice_encoder
-        pixel_values = self.slices.image_processor([slices], return_tensors="pt")["pixel_values"]
-        pixel_values = pixel_values.to(next(encoder.parameters()).device, self._model.dtype)
-        was_training = encoder.training
-        encoder.eval()
-        embeddings = self._model.encode_slices(pixel_values).last_hidden_state[0]  # (S, D)
-        encoder.train(was_training)
-        return {
-            "slice_embeddings": embeddings.float().cpu().numpy(),
-            "slice_planes": slices["slice_planes"],
-            "slice_positions": slices["slice_positions"],
-        }
+    def encode(self, slices: Mapping[str, np.ndarray]) -> Arrays:
+        """Return the arrays of an entry for one volume's slices; see `encode_slices`.
+
+        Raises:
+            RuntimeError: this copy of the cache was unpickled without its model.
+        """
+        if self._model is None:
+            raise RuntimeError("This cache was sent to another process without its model; encode before that.")
+        return encode_slices(self._model, self.slices.image_processor, slices)
 
 
-def _only(rows: list[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-    """The one row of a batch, as numpy arrays."""
-    return rows[0]
+@torch.inference_mode()
+def encode_slices(model: SamfModel, image_processor: SamfImageProcessor, slices: Mapping[str, np.ndarray]) -> Arrays:
+    """Return the slice embeddings of one volume (z_2d, eq. 1), computed in evaluation mode.
 
+    Args:
+        model: provides the slice encoder, on its device and in its dtype.
+        image_processor: rescales and normalises the slices.
+        slices: the output of `SamfImageProcessor.extract` for one volume.
 
-class _Slices(torch.utils.data.Dataset):
-    def __init__(self, slices: SliceCache, volumes: Sequence[VolumeKey]):
-        self.slices, self.volumes = slices, volumes
-
-    def __len__(self) -> int:
-        return len(self.volumes)
-
-    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]:
-        path, rescale = self.volumes[index]
-        return self.slices.get(path, rescale=rescale)
+    Returns:
+        `slice_embeddings` (S, D) float32, and the `slice_planes` and `slice_positions` (S,) of `slices`.
+    """
+    encoder = model.slice_encoder
+    pixel_values = image_processor.preprocess([slices], return_tensors="pt")["pixel_values"]
+    pixel_values = pixel_values.to(next(encoder.parameters()).device, model.dtype)
+    was_training = encoder.training
+    encoder.eval()
+    embeddings = model.encode_slices(pixel_values).last_hidden_state
+    encoder.train(was_training)
+    assert embeddings is not None
+    return {
+        "slice_embeddings": embeddings[0].float().cpu().numpy(),  # (S, D)
+        "slice_planes": slices["slice_planes"],
+        "slice_positions": slices["slice_positions"],
+    }
 
 
 def encoder_fingerprint(model: SamfModel) -> str:
-    """Return sixteen hex digits that name the slice encoder: its weights, its settings and how z_2d is read out.
+    """Return 16 hexadecimal digits that identify the slice encoder: weights, settings and how z_2d is read out.
 
-    Heads, activation and epsilons change embeddings and leave no trace in the weights.
+    Heads, activation and epsilons change embeddings without changing the weights.
     """
     encoder = model.slice_encoder
-    settings = {name: value for name, value in encoder.config.to_diff_dict().items() if name not in NOT_COMPUTED_WITH}
+    settings = {
+        name: value for name, value in encoder.config.to_diff_dict().items() if name not in _IRRELEVANT_SETTINGS
+    }
     described = [type(encoder).__name__, model.config.slice_pooling, str(model.dtype), settings]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.slice_encoder.state_dict().items()):
@@ -163,3 +172,22 @@ def encoder_fingerprint(model: SamfModel) -> str:
         np.save(buffer, tensor.detach().float().cpu().numpy())
         digest.update(name.encode() + buffer.getbuffer())
     return digest.hexdigest()[:16]
+
+
+class _SliceStacks(torch.utils.data.Dataset[Arrays]):
+    """Dataset of the slices of each volume."""
+
+    def __init__(self, slices: SliceCache, volumes: Sequence[VolumeKey]):
+        self.slices, self.volumes = slices, volumes
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, index: int) -> Arrays:
+        path, rescale = self.volumes[index]
+        return self.slices.get(path, rescale=rescale)
+
+
+def _single_row(rows: list[Arrays]) -> Arrays:
+    """Return the only row of a batch, as numpy arrays."""
+    return rows[0]

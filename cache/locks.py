@@ -1,4 +1,4 @@
-"""Who is at work on what, among processes that share a folder and know nothing else of each other."""
+"""Advisory per-entry file locks for processes that share a cache directory."""
 
 import errno
 import fcntl
@@ -11,63 +11,64 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# What file systems without locks answer.
+# Error numbers of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-@functools.cache
-def _warn_of_no_locks(path: Path, reason: str) -> None:
-    """Once a process, not once a volume."""
+@functools.cache  # once per process, not once per volume
+def _warn_of_no_locks(path: Path, reason: str | None) -> None:
     logger.warning("%s: this file system has no locks (%s)", path, reason)
 
 
 class EntryLocks:
-    """EntryLocks on records by name: each is a lock on one byte of one file, at the place that the name gives.
+    """Locks on entries by name: each is a lock on one byte of a common file, at the offset that the name gives.
 
-    The kernel takes a lock back in the moment in which its process ends, however it ends, and an orphan that still works
-    still has it. So no claim is ever stale, and none needs a heartbeat or a clock, unlike claim files, of which a killed
-    run leaves some that others must judge and take over without a race. NFS hands such locks to its server (version 4:
-    back within a minute or two when a machine goes down), as do the cluster file systems that are mounted with locks.
-    Where there are none, or they hold for one machine alone, several machines need disjoint shards of the work; without
-    them two may make the same record, which costs time but no harm, since records are renamed into place.
+    The kernel releases a lock when its process ends, however it ends, and an orphaned worker keeps its lock while it runs.
+    So no lock is ever stale, and none needs a heartbeat or a clock, unlike lock files, which a killed run leaves behind and
+    others must judge and take over without a race. NFS passes such locks to its server (version 4: released within a minute
+    or two when a machine goes down), as do cluster file systems that are mounted with locks. Without such support, or
+    where locks are valid on one machine only, several machines need disjoint shards of the work; otherwise two may make
+    the same entry, which wastes time but does no harm, since entries are written atomically.
 
-    Picklable and safe to fork: a lock belongs to the process that takes it. Within one process it excludes nobody.
+    Can be pickled and forked: a lock belongs to the process that takes it, and doesn't exclude other threads of it.
 
     Args:
-        path: the file, empty for ever; made if it is missing.
+        path: the common file, which stays empty; it is created if it is missing.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._opened: tuple[int, int] | None = None  # process, file descriptor
+        self._opened: tuple[int, int] | None = None  # process id, file descriptor
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Path | None]:
         return {"path": self.path, "_opened": None}
 
     @contextmanager
     def hold(self, name: str, wait: bool = False) -> Iterator[bool]:
-        """Whether the claim on `name`, a hexadecimal number, is this process's within the block.
+        """Hold the lock on an entry within the block; yield whether this process has it.
 
-        `wait`: until whoever has it lets it go.
+        Args:
+            name: the entry's name, a hexadecimal number.
+            wait: whether to wait until the process that has the lock releases it.
         """
-        file, place = self._file(), int(name[:15], 16)  # below 2^60: file positions have 63 bits
-        held = self._lock(file, place, wait)
+        file, offset = self._file(), int(name[:15], 16)  # below 2^60: file offsets have 63 bits
+        held = self._lock(file, offset, wait)
         try:
             yield held
         finally:
             if held:
-                self._unlock(file, place)
+                self._unlock(file, offset)
 
     def _file(self) -> int:
         if self._opened is None or self._opened[0] != os.getpid():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Never closed: that would let go all locks of this process on the file.
+            # Never closed: that would release all locks of this process on the file.
             self._opened = os.getpid(), os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         return self._opened[1]
 
-    def _lock(self, file: int, place: int, wait: bool) -> bool:
+    def _lock(self, file: int, offset: int, wait: bool) -> bool:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, offset)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
@@ -77,9 +78,9 @@ class EntryLocks:
         return True
 
     @staticmethod
-    def _unlock(file: int, place: int) -> None:
+    def _unlock(file: int, offset: int) -> None:
         try:
-            fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
+            fcntl.lockf(file, fcntl.LOCK_UN, 1, offset)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

@@ -1,14 +1,15 @@
-"""What a cache folder knows of the volumes of a list: which are made, which failed and why, and who made them when.
+"""Manifest, failure markers and work logs of a cache directory.
 
-Beside the records the folder gets, for each stage ("slices", "embeddings"):
+In addition to the entries, the directory gets for each stage ("slices", "embeddings"):
 
-- `log/<stage>-….jsonl`: each process's own, append-only: a line for each volume that it made;
-- `ab/<record>.failed.json` where the record would lie, for a volume that can't be read: nobody tries it again unasked;
-- `manifest.json`, `volumes.jsonl`, `failures.jsonl` and `passed_over.jsonl` (embeddings.manifest.json and so on): all of
-  this put together for the last list that was run over, by each process when it ends. The last one to end leaves them
-  complete. Passed over is what was found in a folder, named by nobody, and is no CT: a mask, another modality.
+- `log/<stage>-….jsonl`: an append-only log per process, with one line per entry that it made;
+- `ab/<entry>.failed.json`, next to where the entry would be: a volume that can't be read, which is not retried unless
+  `--retry_failed` is set;
+- `manifest.json`, `volumes.jsonl`, `failures.jsonl` and `passed_over.jsonl` (embeddings.manifest.json and so on): the
+  state of the last list that was processed. Each process writes them when it ends, so that the last one leaves them
+  complete. Passed over are files that were found in a folder, not named, and are no CT: masks, other modalities.
 
-What is done is what has a record: the logs only add who made it and how long it took.
+A volume is done when its entry exists: the logs only add which machine made it and how long it took.
 """
 
 import json
@@ -19,198 +20,253 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Literal, NamedTuple, NotRequired, TypeAlias, TypedDict, cast
 
 import numpy as np
 
+from samf.cache.entries import entry_file
 from samf.cache.locks import EntryLocks
-from samf.cache.slice_cache import Identity, entry_file, identity_bytes, volume_identity
-from samf.data.volume_discovery import VolumeKey
-from samf.model.ct_volume import CTReadError, NotCTError
-from samf.utils.files import atomic_write, write_json
+from samf.cache.volume_list import NOT_CT, STAT_THREADS, Shard, Volume, inspect_volumes
+from samf.model.ct_volume import CTReadError
+from samf.utils.files import TEMPORARY_SUFFIX, atomic_write, write_json
+
+__all__ = ["Manifest", "ManifestSummary", "Origin", "Shard", "Stage", "Volume", "WorkLog", "inspect_volumes"]
 
 logger = logging.getLogger(__name__)
 
-_LOOKERS = 16  # threads that look at files: on a network file system they wait, and do little else
-_FORGOTTEN = 3600  # seconds after which a temporary file belongs to nobody any more
-_MANIFEST = "f" * 15  # the claim on writing the manifest
-NO_CT = NotCTError.__name__  # the error of what is whole, but no CT
+Stage: TypeAlias = Literal["slices", "embeddings"]
+
+_ABANDONED = 3600  # seconds after which a temporary file belongs to no running process
+_MANIFEST = "f" * 15  # name of the lock on writing the manifest
 
 
-class Store(Protocol):
-    """`SliceCache` or `EmbeddingCache`: what names the records."""
+class LogLine(TypedDict):
+    """Line of a work log: an entry that a process made."""
 
-    def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str: ...
-
-
-@dataclass(frozen=True)
-class Volume:
-    """One volume of the list. `key` names its record, None if it can't be looked at (`problem` says why); `bytes` are
-    its files'. `searched`: it was found in a folder, and nobody named it."""
-
-    path: str
-    rescale: tuple[float, ...] | None
-    key: str | None
-    bytes: int = 0
-    problem: str = ""
-    searched: bool = False
-
-    def is_passed_over(self, error: str) -> bool:
-        """Whether this error is none of a run's failures: what was found by searching is no CT."""
-        return self.searched and error == NO_CT
+    volume: str
+    record: str  # the entry's name
+    bytes: int
+    seconds: float
+    host: str
+    time: str
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The part of the list that is this process's: every `count`-th volume, beginning with number `index` (from 0)."""
+class Failure(TypedDict):
+    """Failure marker, and line of failures.jsonl and passed_over.jsonl."""
 
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def choose(cls, text: str | None, environment: Mapping[str, str]) -> "Shard":
-        """Of `--shard 3/16` (1/16 … 16/16), and of the rank that `torchrun` or `accelerate launch` give in it.
-
-        Raises ValueError for anything else.
-        """
-        number, _, count = (text or "1/1").partition("/")
-        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-            raise ValueError(f"--shard {text}: expected a number and how many there are, 1/16 to 16/16.")
-        rank, ranks = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
-        return cls((int(number) - 1) * ranks + rank, int(count) * ranks)
-
-    def of(self, volumes: Sequence[Volume]) -> list[Volume]:
-        return list(volumes[self.index :: self.count])
-
-    def __str__(self) -> str:
-        return f"{self.index + 1}of{self.count}"
+    volume: str
+    rescale: Sequence[float] | None
+    error: str  # name of an exception or signal
+    message: str
 
 
-def inspect_volumes(volumes: Sequence[VolumeKey], store: Store, searched: Collection[str] = ()) -> list[Volume]:
-    """The list with the names of the records, in its order; touches the volumes' directories, not their contents.
+class MadeEntry(TypedDict):
+    """Line of volumes.jsonl; `seconds` and `host` are None if no log mentions the entry."""
 
-    Args:
-        volumes: paths with their rescales.
-        store: names the records.
-        searched: those of the paths that nobody named.
+    volume: str
+    rescale: Sequence[float] | None
+    record: str  # the entry's name
+    bytes: int
+    seconds: float | None
+    host: str | None
+
+
+class Seconds(TypedDict):
+    """Statistics of the time per entry."""
+
+    sum: float
+    median: float | None
+    longest: float | None
+
+
+class Origin(TypedDict):
+    """Data and settings that the entries were made of; `encoder` and `fingerprint` of embeddings only."""
+
+    settings_hash: str
+    extract_version: int
+    data: NotRequired[list[str]]
+    record_version: NotRequired[int]
+    image_processor: NotRequired[dict[str, object]]
+    min_coverage: NotRequired[float]
+    encoder: NotRequired[str]
+    fingerprint: NotRequired[str]
+
+
+class ManifestSummary(Origin):
+    """Content of manifest.json.
+
+    `volumes` is the number of volumes of the list without those passed over; `failures` counts the failed ones by error,
+    and `hosts` the done ones by machine.
     """
 
-    def look(key: VolumeKey) -> Volume:
-        try:
-            identity = volume_identity(key[0])
-        except CTReadError as error:
-            return Volume(*key, None, problem=str(error), searched=key[0] in searched)
-        name, size = store.key(identity, key[1]), identity_bytes(identity)
-        return Volume(*key, name, size, searched=key[0] in searched)
+    complete: bool
+    volumes: int
+    done: int
+    failed: int
+    pending: int
+    passed_over: int
+    failures: dict[str, int]
+    bytes: int
+    seconds: Seconds
+    hosts: dict[str, int]
+    written: str
 
-    with ThreadPoolExecutor(_LOOKERS) as threads:
-        return list(threads.map(look, volumes))
+
+class EntryNames(NamedTuple):
+    """Names of the entries in a cache directory, and of those whose volume failed."""
+
+    done: set[str]
+    failed: set[str]
 
 
 class Manifest:
-    """What a cache folder knows of one stage: records, failures, logs, manifest. Picklable, for workers.
+    """State of one stage of a cache directory: entries, failures, logs and manifest. Can be pickled, for workers.
 
     Args:
-        folder: the cache. stage: "slices" or "embeddings".
+        folder: the cache directory.
+        stage: "slices" or "embeddings".
     """
 
-    def __init__(self, folder: Path, stage: str):
+    def __init__(self, folder: str | os.PathLike, stage: Stage):
         self.folder, self.stage = Path(folder), stage
-        self.claims = EntryLocks(self.folder / "claims.lock")
+        self.locks = EntryLocks(self.folder / "claims.lock")
 
     def path(self, name: str) -> Path:
-        """Of manifest.json, volumes.jsonl, failures.jsonl and passed_over.jsonl."""
+        """Return the file of manifest.json, volumes.jsonl, failures.jsonl or passed_over.jsonl."""
         return self.folder / (name if self.stage == "slices" else f"{self.stage}.{name}")
 
-    def record(self, key: str) -> Path:
+    def entry(self, key: str) -> Path:
+        """Return the file of an entry."""
         return entry_file(self.folder, key)
 
     def marker(self, key: str) -> Path:
+        """Return the file that marks an entry's volume as failed."""
         return self.folder / key[:2] / f"{key}.failed.json"
 
-    def keys(self) -> tuple[set[str], set[str]]:
-        """Names of all records, and of all that failed, by listing 256 folders instead of looking for each. Takes
-        temporary files away that a killed run has left."""
+    def keys(self) -> EntryNames:
+        """Return the names of all entries and of all failures, by listing 256 directories instead of looking up each.
+
+        Removes temporary files that killed runs left behind.
+        """
         done, failed = set(), set()
         for folder in self.folder.glob("??"):
-            for entry in os.scandir(folder):
-                name, _, ending = entry.name.partition(".")
-                if ending == "safetensors":
+            for file in os.scandir(folder):
+                name, _, suffix = file.name.partition(".")
+                if suffix == "safetensors":
                     done.add(name)
-                elif ending == "failed.json":
+                elif suffix == "failed.json":
                     failed.add(name)
-                elif ending.endswith(".tmp"):
-                    _remove_if_old(Path(entry.path))
-        return done, failed - done
+                elif suffix.endswith(TEMPORARY_SUFFIX):
+                    _remove_if_abandoned(Path(file.path))
+        return EntryNames(done, failed - done)
 
-    def failure(self, key: str) -> dict[str, Any] | None:
-        """What is noted of a volume that failed."""
+    def failure(self, key: str) -> Failure | None:
+        """Return the failure marker of an entry, if there is one."""
+        marker = self.marker(key)
         try:
-            return json.loads(self.marker(key).read_text(encoding="utf-8"))
+            return cast(Failure, json.loads(marker.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except ValueError:  # whoever damaged it
-            return {"error": "unknown", "message": f"{self.marker(key)} is damaged"}
+        except ValueError:
+            return {"volume": "", "rescale": None, "error": "unknown", "message": f"{marker} is damaged"}
 
     def passed_over(self, volumes: Sequence[Volume], failed: Collection[str]) -> set[str]:
-        """Return the names of those that failed as no CT and that nobody named."""
-        asked = [volume for volume in volumes if volume.searched and volume.key in failed]
-        with ThreadPoolExecutor(_LOOKERS) as threads:
-            notes = threads.map(self.failure, [volume.key for volume in asked])
-            return {volume.key for volume, note in zip(asked, notes, strict=True) if note and note["error"] == NO_CT}
+        """Return the names of those failures that are files found by searching and no CT.
+
+        Args:
+            volumes: the list.
+            failed: names of all failures.
+        """
+        searched = [volume for volume in volumes if volume.searched and volume.key in failed]
+        with ThreadPoolExecutor(STAT_THREADS) as threads:
+            failures = threads.map(self.failure, [volume.name for volume in searched])
+            return {
+                volume.name
+                for volume, failure in zip(searched, failures, strict=True)
+                if failure and failure["error"] == NOT_CT
+            }
 
     def note_failure(self, volume: Volume, error: str, message: str) -> None:
-        atomic_write(self.marker(volume.key), _line(_failure(volume, error, message)).encode())
+        """Write a volume's failure marker.
+
+        Args:
+            volume: the volume.
+            error: name of the exception or signal.
+            message: why it failed.
+        """
+        atomic_write(self.marker(volume.name), _json_line(_failure(volume, error, message)))
 
     def forget_failure(self, key: str) -> None:
+        """Remove a failure marker, if there is one."""
         self.marker(key).unlink(missing_ok=True)
 
-    def log_lines(self) -> Iterator[dict[str, Any]]:
-        """The whole lines of all processes' logs."""
+    def log_lines(self) -> Iterator[LogLine]:
+        """Yield the complete lines of all processes' logs."""
         for file in sorted((self.folder / "log").glob(f"{self.stage}-*.jsonl")):
             for line in file.read_bytes().split(b"\n"):
                 try:
                     yield json.loads(line)
-                except ValueError:  # the end, or a line that a kill has cut off
+                except ValueError:  # the empty end of the file, or a line cut off by a kill
                     continue
 
-    def write_manifest(self, volumes: Sequence[Volume], about: Mapping[str, Any]) -> dict[str, Any]:
-        """Put together what is known of the list, and write it. Returns the manifest.
+    def write_manifest(self, volumes: Sequence[Volume], origin: Origin) -> ManifestSummary:
+        """Collect the state of the list, write it and return the content of manifest.json.
 
-        One process at a time: who comes last has seen what all others did before.
+        One process at a time: the last one sees what all others did before.
+
+        Args:
+            volumes: the list.
+            origin: data and settings that the entries are made of.
         """
-        with self.claims.hold(_MANIFEST, wait=True):
+        with self.locks.hold(_MANIFEST, wait=True):
             done, failed = self.keys()
             logged = {line["record"]: line for line in self.log_lines()}
-            made = [
-                _made(volume, logged.get(volume.key), self.record(volume.key))
-                for volume in volumes
-                if volume.key in done
-            ]
+            made = [self._made(volume, logged) for volume in volumes if volume.key in done]
             unmade = [
-                (volume, self._failed(volume)) for volume in volumes if volume.key is None or volume.key in failed
+                (volume, self._failure(volume)) for volume in volumes if volume.key is None or volume.key in failed
             ]
             passed_over = [row for volume, row in unmade if volume.is_passed_over(row["error"])]
             failures = [row for volume, row in unmade if not volume.is_passed_over(row["error"])]
-            manifest = _summary(made, failures, len(volumes) - len(passed_over), about)
-            manifest["passed_over"] = len(passed_over)
-            files = {"volumes.jsonl": made, "failures.jsonl": failures, "passed_over.jsonl": passed_over}
+            summary = _summarize(made, failures, len(passed_over), len(volumes), origin)
+            files: dict[str, Sequence[MadeEntry | Failure]] = {
+                "volumes.jsonl": made,
+                "failures.jsonl": failures,
+                "passed_over.jsonl": passed_over,
+            }
             for name, rows in files.items():
-                atomic_write(self.path(name), "".join(map(_line, rows)).encode())
-            write_json(self.path("manifest.json"), manifest)
-        return manifest
+                atomic_write(self.path(name), "".join(map(_json_line, rows)))
+            write_json(self.path("manifest.json"), summary)
+        return summary
 
-    def _failed(self, volume: Volume) -> dict[str, Any]:
+    def _made(self, volume: Volume, logged: Mapping[str, LogLine]) -> MadeEntry:
+        """Return a line of volumes.jsonl; entries without a log line are another script's, or from just before a kill."""
+        line = logged.get(volume.name)
+        return {
+            "volume": volume.path,
+            "rescale": volume.rescale,
+            "record": volume.name,
+            "bytes": line["bytes"] if line else self.entry(volume.name).stat().st_size,
+            "seconds": line["seconds"] if line else None,
+            "host": line["host"] if line else None,
+        }
+
+    def _failure(self, volume: Volume) -> Failure:
         if volume.key is None:
-            return _failure(volume, "CTReadError", volume.problem)
-        return _failure(volume, "unknown", "") | (self.failure(volume.key) or {})
+            return _failure(volume, CTReadError.__name__, volume.problem)
+        noted = self.failure(volume.key)
+        return _failure(volume, noted["error"] if noted else "unknown", noted["message"] if noted else "")
 
 
 class WorkLog:
-    """This process's log: a line for each volume that it made, with the operating system on return."""
+    """Log of this process, with one line per entry that it made, flushed to the operating system at once.
+
+    Args:
+        manifest: the stage.
+        shard: the process's part of the list, for the file's name.
+    """
 
     def __init__(self, manifest: Manifest, shard: Shard):
         folder = manifest.folder / "log"
@@ -222,16 +278,30 @@ class WorkLog:
     def __enter__(self) -> "WorkLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._file.close()
 
     def append(self, volume: Volume, size: int, seconds: float) -> None:
-        row = {"volume": volume.path, "record": volume.key, "bytes": size, "seconds": round(seconds, 4)}
-        self._file.write(_line({**row, "host": self.host, "time": _now()}))
+        """Add an entry.
+
+        Args:
+            volume: the entry's volume.
+            size: bytes of the entry.
+            seconds: how long it took.
+        """
+        line: LogLine = {
+            "volume": volume.path,
+            "record": volume.name,
+            "bytes": size,
+            "seconds": round(seconds, 4),
+            "host": self.host,
+            "time": _now(),
+        }
+        self._file.write(_json_line(line))
         self._file.flush()
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _json_line(row: LogLine | MadeEntry | Failure) -> str:
     return json.dumps(row) + "\n"  # in ASCII: file names may be bytes that are no UTF-8
 
 
@@ -239,26 +309,20 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _failure(volume: Volume, error: str, message: str) -> dict[str, Any]:
+def _failure(volume: Volume, error: str, message: str) -> Failure:
     return {"volume": volume.path, "rescale": volume.rescale, "error": error, "message": message}
 
 
-def _made(volume: Volume, logged: Mapping[str, Any] | None, record: Path) -> dict[str, Any]:
-    """A line of volumes.jsonl; what no log tells of was made by another script, or just before a kill."""
-    logged = logged or {"bytes": record.stat().st_size, "seconds": None, "host": None}
-    row = {"volume": volume.path, "rescale": volume.rescale, "record": volume.key}
-    return {**row, "bytes": logged["bytes"], "seconds": logged["seconds"], "host": logged["host"]}
-
-
-def _summary(
-    made: Sequence[Mapping[str, Any]], failures: Sequence[Mapping[str, Any]], volumes: int, about: Mapping[str, Any]
-) -> dict[str, Any]:
+def _summarize(
+    made: Sequence[MadeEntry], failures: Sequence[Failure], passed_over: int, listed: int, origin: Origin
+) -> ManifestSummary:
+    """Return the content of manifest.json for a list of `listed` volumes."""
     seconds = [row["seconds"] for row in made if row["seconds"] is not None]
-    pending = volumes - len(made) - len(failures)
+    pending = listed - passed_over - len(made) - len(failures)
     return {
-        **about,
+        **origin,
         "complete": pending == 0,
-        "volumes": volumes,
+        "volumes": listed - passed_over,
         "done": len(made),
         "failed": len(failures),
         "pending": pending,
@@ -271,14 +335,15 @@ def _summary(
         },
         "hosts": dict(Counter(row["host"] for row in made if row["host"])),
         "written": _now(),
+        "passed_over": passed_over,
     }
 
 
-def _remove_if_old(file: Path) -> None:
+def _remove_if_abandoned(file: Path) -> None:
     try:
-        if time.time() - file.stat().st_mtime > _FORGOTTEN:
+        if time.time() - file.stat().st_mtime > _ABANDONED:
             file.unlink()
     except FileNotFoundError:  # renamed meanwhile
         return
-    except OSError as error:  # a folder that is read-only, or another's
-        logger.debug("%s: a temporary file that stays (%s)", file, error.strerror)
+    except OSError as error:  # a read-only folder, or another user's
+        logger.debug("%s: a temporary file that can't be removed (%s)", file, error.strerror)

@@ -1,4 +1,4 @@
-"""What lies beside scans in a tree and is no CT: told by a header, or by the values."""
+"""Detection of files that were found next to scans but are no CT, by their header or their values."""
 
 import struct
 import zlib
@@ -8,22 +8,22 @@ import numpy as np
 from samf.model.ct_volume import CTVolume, NotCTError
 
 _HEADER = 348  # bytes of a NIfTI-1 header
-_UNPACKED_FROM = 4096  # bytes of a .nii.gz, of which a header can be unpacked
+_PREFIX = 4096  # bytes of a .nii.gz from which the header can be decompressed
 _BYTE_TYPES = (2, 256)  # NIfTI's codes of uint8 and int8
-_BYTE_VALUES = (0, 255)
+_BYTE_RANGE = (0, 255)
 
 
 def mask_by_header(path: str) -> bool:
-    """Return whether a NIfTI file holds unscaled 8-bit values, which can't be Hounsfield units: masks and pictures.
+    """Return whether a NIfTI file holds unscaled 8-bit values, which can't be HU: a mask or an image.
 
-    False for everything else, also what can't be read: its reader will say so.
+    False for all other files, also unreadable ones, which are reported when they are read.
     """
     name = path.lower()
     if not name.endswith((".nii", ".nii.gz")):
         return False
     try:
         with open(path, "rb") as stream:
-            head = stream.read(_UNPACKED_FROM)
+            head = stream.read(_PREFIX)
         if name.endswith(".gz"):
             head = zlib.decompressobj(wbits=31).decompress(head, _HEADER)
     except (OSError, zlib.error):
@@ -31,7 +31,7 @@ def mask_by_header(path: str) -> bool:
     if len(head) < _HEADER:
         return False
     order = next((order for order in "<>" if struct.unpack(f"{order}i", head[:4])[0] == _HEADER), None)
-    if order is None:  # NIfTI-2, or none
+    if order is None:  # NIfTI-2, or no NIfTI
         return False
     (datatype,) = struct.unpack_from(f"{order}h", head, 70)
     slope, intercept = struct.unpack_from(f"{order}2f", head, 112)
@@ -40,13 +40,13 @@ def mask_by_header(path: str) -> bool:
 
 
 def refuse_mask(volume: CTVolume) -> None:
-    """Raise NotCTError for a volume whose values are all those of a byte: no air, no fat, but labels or grey values.
+    """Raise NotCTError for a volume whose values all fit a byte: labels or grey values, without air and fat.
 
-    For volumes that nobody named: an empty mask has one value, which `read_ct` can't tell from a crop.
+    Only for volumes that were found by searching: an empty mask has a single value, as a crop of a CT may have.
     """
     low, high = int(volume.hu.min()), int(volume.hu.max())
-    if _BYTE_VALUES[0] <= low and high <= _BYTE_VALUES[1]:
+    if _BYTE_RANGE[0] <= low and high <= _BYTE_RANGE[1]:
         raise NotCTError(
-            f"{volume.source}: values from {low} to {high}, without air or fat: a mask or a picture. Expected a CT in "
+            f"{volume.source}: values from {low} to {high}, without air or fat: a mask or an image. Expected a CT in "
             f"Hounsfield units; name the file itself if it is one."
         )

@@ -1,7 +1,7 @@
-"""Worker processes that may die or hang without harm to the work of the others.
+"""Worker processes that may crash, hang or be killed without affecting each other's jobs.
 
-`data.workers.process_pool` is for work that can be trusted. Here each job is watched: a process that a damaged file
-crashes, that is killed for want of memory, or that doesn't come back in time, costs its job alone and is replaced.
+`utils.parallel.process_pool` is for jobs that can be trusted. Here each job is monitored: if a damaged file crashes the
+process, if it is killed for lack of memory, or if it exceeds the timeout, only its job fails, and the process is replaced.
 """
 
 import logging
@@ -15,61 +15,71 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from samf.utils.parallel import one_thread
 
 logger = logging.getLogger(__name__)
 
-# fork shares the libraries' memory among workers and replaces one in milliseconds.
+# fork shares the libraries' memory among workers and replaces a worker in milliseconds.
 _START = "fork" if sys.platform == "linux" else "spawn"
-_LOOK_UP = 1.0  # seconds after which an idle worker looks whether its parent lives
+_POLL = 1.0  # seconds after which an idle worker checks whether its parent is alive
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """Instead of a result: why there is none. `error` is an exception's or signal's name."""
+    """Outcome of a job without a result.
+
+    Attributes:
+        error: name of an exception or signal, "Timeout", or "WorkerExited".
+        message: what happened.
+    """
 
     error: str
     message: str
 
 
-class WorkerPool:
-    """`count` single-threaded processes that run `work(job)`.
+class WorkerPool(Generic[Job, Result]):
+    """Single-threaded processes that run `work(job)`.
 
     Args:
-        work: a function of one job; what it returns, and jobs, must be picklable. An exception of it is a WorkerDied.
-        count: how many processes.
-        timeout: seconds that a job may take; None for any number. The kernel's alarm ends the process then, also when
-            it hangs within a library, and when this process has been killed.
+        work: a function of one job. Jobs and results must be picklable; an exception becomes a WorkerDied.
+        count: number of processes.
+        timeout: seconds that a job may take; None = no limit. The kernel's alarm then ends the process, even if it hangs
+            within a library, or if this process was killed.
     """
 
-    def __init__(self, work: Callable[[Any], Any], count: int, timeout: float | None = None):
+    def __init__(self, work: Callable[[Job], Result], count: int, timeout: float | None = None):
         self.work, self.timeout = work, timeout
-        self._context = multiprocessing.get_context(_START)
-        self._workers = [_Worker(self) for _ in range(count)]
+        self._workers: list[_Worker[Job, Result]] = [_Worker(work, timeout) for _ in range(count)]
 
-    def __enter__(self) -> "WorkerPool":
+    def __enter__(self) -> "WorkerPool[Job, Result]":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def map(self, jobs: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-        """(job, its result or WorkerDied), in the order in which they are done."""
+    def map(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result | WorkerDied]]:
+        """Yield (job, its result or WorkerDied), in the order of completion."""
         waiting = deque(jobs)
-        busy: dict[Connection, _Worker] = {}
+        busy: dict[Any, tuple[_Worker[Job, Result], Job]] = {}
+
+        def give_next(worker: _Worker[Job, Result]) -> None:
+            if waiting:
+                job = waiting.popleft()
+                worker.give(job)
+                busy[worker.connection] = worker, job
+
         for worker in self._workers:
-            self._give(worker, waiting, busy)
+            give_next(worker)
         while busy:
             for connection in wait(list(busy)):
-                worker = busy.pop(connection)
-                job, result = worker.job, worker.take()
-                if isinstance(result, WorkerDied):
-                    place = self._workers.index(worker)
-                    worker.kill()
-                    worker = self._workers[place] = _Worker(self)
-                self._give(worker, waiting, busy)
+                worker, job = busy.pop(connection)
+                result = worker.take()
+                give_next(self._replace(worker) if isinstance(result, WorkerDied) else worker)
                 yield job, result
 
     def close(self) -> None:
@@ -78,33 +88,35 @@ class WorkerPool:
             worker.kill()
         self._workers.clear()
 
-    @staticmethod
-    def _give(worker: "_Worker", waiting: deque, busy: "dict[Connection, _Worker]") -> None:
-        if waiting:
-            worker.give(waiting.popleft())
-            busy[worker.connection] = worker
+    def _replace(self, worker: "_Worker[Job, Result]") -> "_Worker[Job, Result]":
+        """Return a new worker in the place of one that died."""
+        worker.kill()
+        new = self._workers[self._workers.index(worker)] = _Worker(self.work, self.timeout)
+        return new
 
 
-class _Worker:
-    def __init__(self, pool: WorkerPool):
-        self.timeout = pool.timeout
-        self.connection, theirs = pool._context.Pipe()
-        # For its temporary files, which it can't remove when it is killed.
+class _Worker(Generic[Job, Result]):
+    """One process of a pool, and the connection to it."""
+
+    def __init__(self, work: Callable[[Job], Result], timeout: float | None):
+        self.timeout = timeout
+        context = multiprocessing.get_context(_START)
+        self.connection, theirs = context.Pipe()
+        # For the process's temporary files, which it can't remove when it is killed.
         self.folder = tempfile.mkdtemp(prefix="samf-")
-        arguments = (theirs, pool.work, pool.timeout, os.getpid(), self.folder)
-        self.process = pool._context.Process(target=_serve, args=arguments, daemon=True)
+        arguments = (theirs, work, timeout, os.getpid(), self.folder)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
-        theirs.close()  # the worker alone has it now: its death is the connection's end
-        self.job: Any = None
+        theirs.close()  # only the worker has it now, so that its death closes the connection
 
-    def give(self, job: Any) -> None:
-        self.job = job
+    def give(self, job: Job) -> None:
         try:
             self.connection.send(job)
-        except OSError:  # it died while it had nothing to do; `take` finds out
+        except OSError:  # it died while it was idle; `take` finds out
             logger.debug("worker %s is gone", self.process.pid)
 
-    def take(self) -> Any:
+    def take(self) -> Result | WorkerDied:
+        """Return the result of the job that was given, once it is there."""
         try:
             return self.connection.recv()
         except (EOFError, OSError):
@@ -125,20 +137,22 @@ def _describe_death(exitcode: int, timeout: float | None) -> WorkerDied:
         return WorkerDied("Timeout", f"took longer than {timeout:g} seconds")
     name = signal.Signals(-exitcode).name
     if exitcode == -signal.SIGKILL:
-        return WorkerDied(name, "its process was killed, as systems do for want of memory")
-    return WorkerDied(name, "its process crashed: a damaged file that a library doesn't withstand")
+        return WorkerDied(name, "its process was killed, probably for lack of memory")
+    return WorkerDied(name, "its process crashed, probably because a library can't handle a damaged file")
 
 
-def _serve(connection: Connection, work: Callable[[Any], Any], timeout: float | None, parent: int, folder: str) -> None:
-    """A worker's life: until its parent has no more jobs, or is gone. `folder` gets its temporary files."""
+def _serve(
+    connection: Connection, work: Callable[[Job], Result], timeout: float | None, parent: int, folder: str
+) -> None:
+    """Run a worker until its parent has no more jobs or is gone; `folder` is for its temporary files."""
     one_thread()
     tempfile.tempdir = folder
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all of a job's processes: the parent decides what follows
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group: the parent decides what to do
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     try:
         while True:
-            while not connection.poll(_LOOK_UP):
+            while not connection.poll(_POLL):
                 if os.getppid() != parent:
                     return
             job = connection.recv()
@@ -153,4 +167,4 @@ def _serve(connection: Connection, work: Callable[[Any], Any], timeout: float | 
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent is gone
         return
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # a parent that was killed doesn't
+        shutil.rmtree(folder, ignore_errors=True)  # a parent that was killed doesn't remove it

@@ -1,29 +1,54 @@
-"""Records become padded batches."""
+"""The collator: a list of records becomes one padded batch."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
 import torch
 
 from samf.data.prompts import record_conversation
-from samf.data.schema import IGNORE_INDEX, VolumeStore
-from samf.model.ct_volume import read_ct
+from samf.data.schema import IGNORE_INDEX, JsonObject, Record, VolumeStore
+from samf.model.ct_volume import CTVolume, read_ct
 from samf.model.processing_samf import SamfProcessor
 
 logger = logging.getLogger(__name__)
 
+Volume: TypeAlias = CTVolume | Mapping[str, np.ndarray] | Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The sequence of one record, without padding."""
+
+    ids: list[int]
+    answer: list[int]  # 1 where the token is the answer's or its end token
+    prompt: list[bool]  # True where the token is text of the prompt
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def without(self, start: int, stop: int) -> "_Row":
+        """Return the sequence without the tokens from `start` to `stop`."""
+        ids, answer, prompt = self.ids, self.answer, self.prompt
+        return _Row(ids[:start] + ids[stop:], answer[:start] + answer[stop:], prompt[:start] + prompt[stop:])
+
 
 class SamfCollator:
-    """A list of records to one batch for `SamfForConditionalGeneration`.
+    """A collator of records into batches for `SamfForConditionalGeneration`.
 
     Args:
         processor: tokenizer, chat template and image processor.
-        generation: False: right-padded, with `labels` on the answer and its end token. True: left-padded prompts.
-        volume_store: a store whose `get(path)` gives a volume's slices or embeddings; None reads the file each time.
-        max_length: longest sequence in training. A longer record loses the end of its answer, but never the end token,
-            the prompt or an image token; `truncated` counts them. None = no limit.
-        findings_only: volumes and `finding_targets` without any text, for training the findings head.
+        generation: False gives right-padded sequences with `labels` on the answer and its end token, True left-padded
+            prompts.
+        volume_store: its `get(path)` returns the slices or the embeddings of a volume; None reads the file each time.
+        max_length: longest sequence in training, in tokens; None = no limit. A longer record loses the end of its answer,
+            but never the end token, the prompt or an image token. `truncated` counts these records.
+        findings_only: gives volumes and `finding_targets` without text, for training the findings head.
+
+    Attributes:
+        truncated: how many records have lost the end of their answers.
     """
 
     def __init__(
@@ -41,14 +66,21 @@ class SamfCollator:
         self.findings_only = findings_only
         self.truncated = 0
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Tensors with one row a record: `input_ids`, `attention_mask`, `prompt_mask` (B, T), the volumes' tensors,
-        in training `labels` (B, T), and `finding_targets` (B, L) where a record has finding labels."""
+    def __call__(self, records: Sequence[Record]) -> dict[str, torch.Tensor]:
+        """Return one batch.
+
+        `input_ids`, `attention_mask` and `prompt_mask` (B, T), and the tensors of the volumes; in training also `labels`
+        (B, T) and, if any record has finding labels, `finding_targets` (B, L), IGNORE_INDEX where they are unknown.
+
+        Raises:
+            CTReadError: a volume can't be read.
+            ValueError: a record doesn't fit `max_length` even without its answer.
+        """
         volumes = [self.read_volume(record) for record in records]
         if self.findings_only:
-            batch = self._volumes_alone(records, volumes)
+            batch = self._volumes_only(records, volumes)
         elif self.generation:
-            batch = self._encode(records, volumes, add_generation_prompt=True, padding=True, padding_side="left")
+            batch = self._generation_batch(records, volumes)
         else:
             batch = self._training_batch(records, volumes)
         labels = [record.get("finding_labels") or [] for record in records]
@@ -57,8 +89,8 @@ class SamfCollator:
             batch["finding_targets"] = torch.tensor([row or unknown for row in labels])
         return batch
 
-    def read_volume(self, record: Mapping[str, Any]) -> Any:
-        """A record's volume: from the store, or read from its file; None for text alone. Raises CTReadError."""
+    def read_volume(self, record: Record) -> Volume | None:
+        """Return the volume of a record, from the store or its file; None for text only. Raises CTReadError."""
         path, rescale = record["volume"], record.get("rescale")
         if path is None:
             return None
@@ -66,70 +98,71 @@ class SamfCollator:
             return read_ct(path, rescale=rescale)
         return self.volume_store.get(path, rescale=rescale)
 
-    def uncuttable_lengths(self, records: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Count each record's tokens that `max_length` can't cut: all but its answer's."""
-        volumes = [self.read_volume(record) for record in records]
-        encoded = self._encode(records, volumes, answer=True, padding=False)
-        pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        return [len(ids) - sum(answer) for ids, answer in pairs]
+    def uncuttable_lengths(self, records: Sequence[Record]) -> list[int]:
+        """Return the number of tokens of each record without its answer, which `max_length` can't shorten."""
+        rows, _ = self._encode_with_answers(records, [self.read_volume(record) for record in records])
+        return [len(row) - sum(row.answer) for row in rows]
 
-    def _encode(
-        self, records: Sequence[Mapping[str, Any]], volumes: list[Any], *, answer: bool = False, **options: Any
-    ) -> dict[str, Any]:
-        conversations = [
-            record_conversation(record, volume, answer=answer) for record, volume in zip(records, volumes, strict=True)
-        ]
-        template = {key: options.pop(key) for key in ("add_generation_prompt",) if key in options}
-        if options.get("padding"):
-            options["return_tensors"] = "pt"
-        encoded = self.processor.apply_chat_template(
-            conversations,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=answer,
-            processor_kwargs=options,
-            **template,
-        )
-        return dict(encoded)
-
-    def _volumes_alone(self, records: Sequence[Mapping[str, Any]], volumes: list[Any]) -> dict[str, Any]:
+    def _volumes_only(self, records: Sequence[Record], volumes: Sequence[Volume | None]) -> dict[str, torch.Tensor]:
         missing = [record["id"] for record, volume in zip(records, volumes, strict=True) if volume is None]
         if missing:
             raise ValueError(f"Records {missing[:5]} have no volume; training on findings needs one in each record.")
         return dict(self.processor(volumes=volumes, return_tensors="pt"))
 
-    def _training_batch(self, records: Sequence[Mapping[str, Any]], volumes: list[Any]) -> dict[str, Any]:
-        encoded = self._encode(records, volumes, answer=True, padding=False)
-        rows = list(
-            zip(encoded.pop("input_ids"), encoded.pop("assistant_masks"), encoded.pop("prompt_mask"), strict=True)
+    def _generation_batch(self, records: Sequence[Record], volumes: Sequence[Volume | None]) -> dict[str, torch.Tensor]:
+        encoded = self.processor.apply_chat_template(
+            _conversations(records, volumes, answer=False),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=False,
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True, "padding_side": "left", "return_tensors": "pt"},
         )
-        encoded.pop("attention_mask")
-        rows = [self._fit(record, *row) for record, row in zip(records, rows, strict=True)]
-        width = max(len(ids) for ids, _, _ in rows)
+        return dict(encoded)
+
+    def _training_batch(self, records: Sequence[Record], volumes: Sequence[Volume | None]) -> dict[str, torch.Tensor]:
+        rows, batch = self._encode_with_answers(records, volumes)
+        rows = [self._truncated(record, row) for record, row in zip(records, rows, strict=True)]
+        width = max(map(len, rows))
         pad = self.processor.tokenizer.pad_token_id
 
         def padded(sequence: Sequence[int], value: int) -> list[int]:
             return [*sequence, *[value] * (width - len(sequence))]
 
-        encoded["input_ids"] = torch.tensor([padded(ids, pad) for ids, _, _ in rows])
-        encoded["attention_mask"] = torch.tensor([padded([1] * len(ids), 0) for ids, _, _ in rows])
-        encoded["prompt_mask"] = torch.tensor([padded(prompt, False) for _, _, prompt in rows])
-        answers = torch.tensor([padded(answer, 0) for _, answer, _ in rows]).bool()
-        encoded["labels"] = encoded["input_ids"].masked_fill(~answers, IGNORE_INDEX)
-        return encoded
+        batch["input_ids"] = torch.tensor([padded(row.ids, pad) for row in rows])
+        batch["attention_mask"] = torch.tensor([padded([1] * len(row), 0) for row in rows])
+        batch["prompt_mask"] = torch.tensor([padded(row.prompt, False) for row in rows])
+        is_answer = torch.tensor([padded(row.answer, 0) for row in rows]).bool()
+        batch["labels"] = batch["input_ids"].masked_fill(~is_answer, IGNORE_INDEX)
+        return batch
 
-    def _fit(
-        self, record: Mapping[str, Any], ids: list[int], answer: list[int], prompt: list[bool]
-    ) -> tuple[list[int], list[int], list[bool]]:
-        """Cut the answer's end, but not its end token, until the sequence fits `max_length`."""
-        excess = len(ids) - self.max_length if self.max_length else 0
+    def _encode_with_answers(
+        self, records: Sequence[Record], volumes: Sequence[Volume | None]
+    ) -> tuple[list[_Row], dict[str, torch.Tensor]]:
+        """Return the sequence of each record with its answer, and the tensors of the volumes."""
+        encoded = dict(
+            self.processor.apply_chat_template(
+                _conversations(records, volumes, answer=True),
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                processor_kwargs={"padding": False},
+            )
+        )
+        columns = [encoded.pop(name) for name in ("input_ids", "assistant_masks", "prompt_mask")]
+        encoded.pop("attention_mask")
+        return [_Row(*row) for row in zip(*columns, strict=True)], encoded
+
+    def _truncated(self, record: Record, row: _Row) -> _Row:
+        """Cut the end of the answer, but not its end token, until the sequence fits `max_length`."""
+        excess = len(row) - self.max_length if self.max_length else 0
         if excess <= 0:
-            return ids, answer, prompt
-        last = max((position for position, marked in enumerate(answer) if marked), default=-1)
-        if sum(answer) <= excess:
+            return row
+        last = max((position for position, marked in enumerate(row.answer) if marked), default=-1)
+        if sum(row.answer) <= excess:
             raise ValueError(
-                f"Record {record['id']!r} is {len(ids)} tokens long, of which {sum(answer)} are the answer's; it can't be cut "
-                f"to max_length={self.max_length}. Raise max_length, or give the volume fewer image tokens."
+                f"Record {record['id']!r} is {len(row)} tokens long, of which {sum(row.answer)} are the answer's; it can't be "
+                f"cut to max_length={self.max_length}. Raise max_length, or give the volume fewer image tokens."
             )
         self.truncated += 1
         if self.truncated == 1:
@@ -139,4 +172,8 @@ class SamfCollator:
                 excess,
                 self.max_length,
             )
-        return tuple(row[: last - excess] + row[last:] for row in (ids, answer, prompt))
+        return row.without(last - excess, last)
+
+
+def _conversations(records: Sequence[Record], volumes: Sequence[Volume | None], answer: bool) -> list[list[JsonObject]]:
+    return [record_conversation(record, volume, answer=answer) for record, volume in zip(records, volumes, strict=True)]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from samf.data.file_kinds import has_volume_suffix, is_dicom_file
-from samf.model.ct_dicom import walk_once
+from samf.model.ct_dicom_files import walk_once
 from samf.model.ct_dicom_pixels import PARSE_ERRORS, pydicom
 from samf.model.ct_download import is_address
 

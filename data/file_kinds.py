@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from samf.model.ct_dicom import looks_like_dicom
+from samf.model.ct_signatures import looks_like_dicom
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npy", ".npz", ".zip")
 _HEAD_BYTES = 352  # enough to recognise DICOM with and without its preamble

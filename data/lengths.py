@@ -1,10 +1,10 @@
-"""How many tokens records have, counted once, and which records are too long."""
+"""Token counts of records, computed once, and the records that are too long."""
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import datasets
 import numpy as np
@@ -14,27 +14,37 @@ from transformers import PreTrainedTokenizerBase
 from samf.data.collator import SamfCollator
 from samf.data.prompts import record_prompt
 from samf.data.record_cache import build_once, default_cache
+from samf.data.schema import Record
 from samf.model.processing_samf import SamfProcessor
 
-TEXTS = ("id", "question", "choices", "answer")
-BATCH = 1000
-EXACT_BATCH = 32
-# Tokens by which a text can differ within a prompt from the text alone, at its two ends.
-ENDS = 8
-CACHED_FROM = 20_000  # records: fewer are counted anew in a few seconds
+_TEXTS = ("id", "question", "choices", "answer")
+_BATCH = 1000
+_EXACT_BATCH = 32
+# Tokens by which a text within a prompt can differ from the text by itself, at its two ends.
+_ENDS = 8
+CACHED_FROM = 20_000  # records; fewer are counted again in a few seconds
+
+
+class _Texts(TypedDict):
+    """The columns of a record from which its prompt is made."""
+
+    id: str
+    question: str
+    choices: list[str] | None
+    answer: str
 
 
 def add_lengths(
     records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path | None = None
 ) -> datasets.Dataset:
-    """The records with `length`, the tokens of question, choices and answer, for batches of about equal length.
+    """Return the records with a column `length`, the tokens of question, choices and answer, for batches of equal length.
 
-    Tokenises batch by batch, a fast tokenizer on all cores. The lengths of many records are kept; of several processes one
-    counts, and the others wait.
+    The lengths of many records are kept in a file that one process writes while the others wait.
 
     Args:
-        records: see `samf.data.records`. Those of a table in memory, or of a selection, are known again too.
-        cache_dir: where lengths are kept; default: where the records of large tables are.
+        records: a Dataset of records; its fingerprint names the file, so tables in memory and selections have one too.
+        tokenizer: counts the tokens, batch by batch; a fast one uses all cores.
+        cache_dir: the folder for lengths; default: that of the records of large tables.
     """
     if len(records) < CACHED_FROM:
         return records.add_column("length", count_tokens(records, tokenizer))
@@ -45,7 +55,7 @@ def add_lengths(
 
 
 def count_tokens(records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The tokens of question, choices and answer of each record, (len(records),) int64."""
+    """Return the number of tokens of question, choices and answer of each record, (len(records),) int64."""
     lengths = np.zeros(len(records), np.int64)
     with tqdm(
         total=len(records), desc="counting tokens", unit_scale=True, disable=len(records) < CACHED_FROM
@@ -57,57 +67,76 @@ def count_tokens(records: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _batches(records: datasets.Dataset) -> Iterator[tuple[int, list[str]]]:
-    """The texts of a batch's records, and the number of its first."""
+    """Yield the number of the first record of each batch, and the batch's texts."""
     for start, rows in _rows(records):
         yield start, [f"{record_prompt(row)} {row['answer']}" for row in rows]
 
 
-def _rows(records: datasets.Dataset) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """The texts' columns of a batch's records, and the number of its first."""
-    named = records.select_columns([name for name in TEXTS if name in records.column_names])
-    for start in range(0, len(named), BATCH):
-        columns = named[start : start + BATCH]
-        yield start, [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+def _rows(records: datasets.Dataset) -> Iterator[tuple[int, list[_Texts]]]:
+    """Yield the number of the first record of each batch, and the batch's records with the columns of their texts."""
+    named = records.select_columns([name for name in _TEXTS if name in records.column_names])
+    for start in range(0, len(named), _BATCH):
+        columns = named[start : start + _BATCH]
+        yield (
+            start,
+            [cast(_Texts, dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)],
+        )
 
 
 def find_overlong(records: datasets.Dataset, processor: SamfProcessor, max_length: int) -> dict[int, int]:
-    """Find the records that don't fit `max_length` even without their answers, which training cuts.
+    """Find the records that don't fit `max_length` even without their answers, which training truncates.
 
-    Nearly all prompts are known to fit by their characters, the others by their tokens; only what is left is written out
-    exactly as in training, and no volume is read.
+    Most prompts fit by their number of characters, most others by their tokens; only the rest are encoded exactly as in
+    training. No volume is read.
+
+    Args:
+        records: a Dataset of records.
+        processor: encodes the records as in training.
+        max_length: the longest sequence in training, in tokens.
 
     Returns:
-        {row: tokens without the answer} of those records.
+        {row: tokens without the answer} of the records that don't fit.
     """
     collator = SamfCollator(processor, volume_store=_NoSlices(processor.image_processor.num_slices))
-    short = {"id": "", "question": "?", "choices": None, "answer": ".", "volume": ""}
-    around = collator.uncuttable_lengths([short])[0] + ENDS
+    short: Record = {
+        "id": "",
+        "scan_id": "",
+        "patient_id": None,
+        "volume": "",
+        "finding_labels": [],
+        "task": "report",
+        "question": "?",
+        "choices": None,
+        "answer": ".",
+    }
+    around = collator.uncuttable_lengths([short])[0] + _ENDS
     suspects: list[int] = []
     for start, rows in _rows(records):
         prompts = [record_prompt(row) for row in rows]
-        # A token has at least one character, of ASCII. Others may be normalised into several, or be split into bytes.
+        # In ASCII a token has at least one character. Other characters may become several, or be split into bytes.
         rest = [k for k, text in enumerate(prompts) if not text.isascii() or len(text) + around >= max_length]
         lengths = processor.tokenizer([prompts[k] for k in rest])["input_ids"] if rest else []
         suspects += [start + k for k, ids in zip(rest, lengths, strict=True) if len(ids) + around >= max_length]
-    found = {}
-    for start in range(0, len(suspects), EXACT_BATCH):
-        chosen = suspects[start : start + EXACT_BATCH]
+    found: dict[int, int] = {}
+    for start in range(0, len(suspects), _EXACT_BATCH):
+        chosen = suspects[start : start + _EXACT_BATCH]
         exact = collator.uncuttable_lengths([records[row] for row in chosen])
         found |= {row: length for row, length in zip(chosen, exact, strict=True) if length >= max_length}
     return found
 
 
 class _NoSlices:
-    """A store that gives each volume as many slices as it will have, without their contents."""
+    """A volume store that returns as many slice embeddings as a volume has, all zero."""
 
     def __init__(self, count: int):
-        self.embeddings = {
+        self.embeddings: dict[str, np.ndarray] = {
             "slice_embeddings": np.zeros((count, 1), np.float32),
             "slice_planes": np.zeros(count, np.int64),
             "slice_positions": np.zeros(count, np.float32),
         }
 
     def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, np.ndarray]:
+        """Return the embeddings of any volume."""
         return self.embeddings
 
 
@@ -117,7 +146,7 @@ def _save(partial: Path, lengths: np.ndarray) -> None:
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Names what a tokenizer does. Its padding and truncation, which a call leaves behind, don't count."""
+    """Return a hash of what a tokenizer does, without its padding and truncation, which calls change."""
     if tokenizer.is_fast:
         settings = json.loads(tokenizer.backend_tokenizer.to_str())
         settings.pop("padding", None)

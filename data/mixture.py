@@ -1,4 +1,4 @@
-"""Which records an epoch has, when tasks are mixed by weight."""
+"""The records of each epoch, with tasks mixed by weight."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 
 def parse_weights(items: Sequence[str]) -> dict[str, float]:
-    """`["report=1", "multiple_choice=0.5"]` as weights by task. Raises ValueError for anything else."""
+    """Parse `["report=1", "multiple_choice=0.5"]` into weights by task. Raises ValueError for anything else."""
     weights: dict[str, float] = {}
     for item in items:
         task, _, text = item.partition("=")
@@ -24,19 +24,19 @@ def parse_weights(items: Sequence[str]) -> dict[str, float]:
 
 
 class TaskMixture:
-    """The rows of each epoch: a pure function of seed and epoch, so that a run can be resumed anywhere.
+    """A sampler of rows by task: a pure function of seed and epoch, so that a run can be resumed anywhere.
 
-    Every epoch has exactly the same number of records of a task, in proportion to its weight (by largest remainders). A
-    task's records are dealt like cards: all of them in random order, then all again in another; epochs take up where the
-    last one stopped. So none comes twice before all have come once, and what a short epoch leaves out the next ones have.
-    Only where a new deal begins within an epoch can it have a record twice.
+    Every epoch has the same number of records of a task, in proportion to its weight (by largest remainders). Each task has
+    an endless sequence of random permutations of its records, and an epoch continues where the last one ended. So no record
+    is repeated before all have been used, and the next epochs use what a short one leaves out. Only an epoch that contains
+    the boundary of two permutations can have a record twice.
 
     Args:
-        records: with a column `task`.
-        weights: {task: weight}; a task without one, or with 0, is left out.
-        seed: of the random orders.
-        epoch_size: records of an epoch. None: until the first task has been read once, so that reports and multiple
-            choice of equal weight give every report once and as many questions.
+        records: a Dataset with a column `task`.
+        weights: {task: weight}; a task without a weight, or with 0, is left out.
+        seed: of the permutations.
+        epoch_size: records per epoch. None ends an epoch when the first task has been used once: with equal weights
+            every report, and as many multiple-choice questions.
 
     Raises:
         ValueError: a task without records, or no positive weight.
@@ -53,7 +53,7 @@ class TaskMixture:
         if empty := sorted(task for task, rows in self.rows.items() if not len(rows)):
             raise ValueError(
                 f"The mixture names {', '.join(empty)}; the records' tasks are {sorted(tasks.unique().to_pylist())}. "
-                "Weigh those alone, for example --mixture report=1."
+                "Give weights to these only, for example --mixture report=1."
             )
         if epoch_size is None:
             epoch_size = int(
@@ -63,25 +63,26 @@ class TaskMixture:
         self.counts = apportion(weights, epoch_size)
 
     def __len__(self) -> int:
+        """Return the number of records of an epoch."""
         return sum(self.counts.values())
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
-        """Row numbers (len(self),) of an epoch, task by task: shuffle them before use."""
-        return np.concatenate([self._dealt(task, epoch * count, count) for task, count in self.counts.items()])
+        """Return the row numbers (len(self),) of an epoch, task by task: shuffle them before use."""
+        return np.concatenate([self._task_rows(task, epoch * count, count) for task, count in self.counts.items()])
 
-    def _dealt(self, task: str, start: int, count: int) -> np.ndarray:
-        """`count` rows of a task's endless deal from its `start`-th on."""
-        rows, dealt = self.rows[task], [np.zeros(0, np.int64)]
+    def _task_rows(self, task: str, start: int, count: int) -> np.ndarray:
+        """Return `count` rows of a task's endless sequence, beginning with its `start`-th."""
+        rows, parts = self.rows[task], [np.zeros(0, np.int64)]
         while count > 0:
-            deal, first = divmod(start, len(rows))
-            random = np.random.default_rng([self.seed, zlib.crc32(task.encode()), deal])
-            dealt.append(rows[random.permutation(len(rows))[first : first + count]])
-            start, count = start + len(dealt[-1]), count - len(dealt[-1])
-        return np.concatenate(dealt)
+            permutation, first = divmod(start, len(rows))
+            rng = np.random.default_rng([self.seed, zlib.crc32(task.encode()), permutation])
+            parts.append(rows[rng.permutation(len(rows))[first : first + count]])
+            start, count = start + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts)
 
 
 def apportion(weights: Mapping[str, float], total: int) -> dict[str, int]:
-    """Whole numbers in proportion to `weights` that add up to `total`, by largest remainders."""
+    """Return integers in proportion to `weights` whose sum is `total`, by largest remainders."""
     shares = {task: total * weight / sum(weights.values()) for task, weight in weights.items()}
     counts = {task: int(share + 1e-9) for task, share in shares.items()}
     by_remainder = sorted(shares, key=lambda task: (round(counts[task] - shares[task], 9), task))

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Final
 
 import datasets
 import pyarrow.compute as pc
@@ -22,7 +23,7 @@ from samf.data.schema import Record
 
 logger = logging.getLogger(__name__)
 
-PATIENT_COLUMN = "patient_id"  # of records; a table's own column of this name is used without being named
+PATIENT_COLUMN: Final = "patient_id"  # of records; a table's own column of this name is used without being named
 _RULES = (
     "'folder' (the first one below the data's folder), 'folder:2' (the second, …), 'parent' (the folder that holds the "
     "volume), 'file' (each volume is a patient), or a regular expression with one group, such as '(LIDC-IDRI-[0-9]+)'"

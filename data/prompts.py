@@ -1,14 +1,23 @@
-"""How a record's question and answer are written out: once, for training, evaluation and the demo."""
+"""Prompts and conversations of records: the same for training, evaluation and the demo."""
 
 from collections.abc import Mapping
 from typing import Any
+
+from samf.data.schema import JsonObject
 
 LETTERS = "abcdefghij"
 REPORT_QUESTION = "Write the radiology report of this chest CT."
 
 
 def record_prompt(record: Mapping[str, Any]) -> str:
-    """The user's text of a record: its question, then its choices as "(a) … (b) …" when it has any."""
+    """Return the user's text of a record: its question, followed by its choices as "(a) … (b) …".
+
+    Args:
+        record: a `Record`, or a mapping with its `question` and optionally `choices`.
+
+    Raises:
+        ValueError: more choices than there are letters.
+    """
     question = (record["question"] or "").strip() or REPORT_QUESTION
     choices = record.get("choices") or []
     if len(choices) > len(LETTERS):
@@ -19,12 +28,18 @@ def record_prompt(record: Mapping[str, Any]) -> str:
     return f"{question} {options}".strip()
 
 
-def record_conversation(record: Mapping[str, Any], volume: Any = None, *, answer: bool = False) -> list[dict[str, Any]]:
-    """A record as chat messages: the user's turn, with `volume` in front unless None, and with `answer` the reply."""
-    content: list[dict[str, Any]] = [{"type": "text", "text": record_prompt(record)}]
+def record_conversation(record: Mapping[str, Any], volume: object = None, *, answer: bool = False) -> list[JsonObject]:
+    """Return a record as chat messages, for `apply_chat_template`.
+
+    Args:
+        record: a `Record`, or a mapping with its `question`, `choices` and `answer`.
+        volume: precedes the text, if it isn't None: a path, a `CTVolume`, slice tensors or embeddings.
+        answer: add the answer as the assistant's message.
+    """
+    content: list[JsonObject] = [{"type": "text", "text": record_prompt(record)}]
     if volume is not None:
         content.insert(0, {"type": "volume", "volume": volume})
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    messages: list[JsonObject] = [{"role": "user", "content": content}]
     if answer:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": record["answer"].strip()}]})
     return messages

@@ -11,8 +11,10 @@ __all__ = [
     "FAILURES_FILE",
     "IGNORE_INDEX",
     "TASKS",
+    "Exchange",
     "JsonObject",
     "OnError",
+    "OnMissing",
     "Prediction",
     "Record",
     "Task",
@@ -22,33 +24,44 @@ __all__ = [
 Task = Literal["report", "multiple_choice", "short_answer", "long_answer"]
 TASKS: tuple[Task, ...] = get_args(Task)
 
-# What to do about a volume or a record that can't be read: stop with its error, or leave it out and go on.
+# What to do about a volume or a record that can't be read: raise its error, or leave it out and continue.
 OnError = Literal["raise", "skip"]
 
-# One JSON object a line for each record that has no answer, in the folder of the answers.
+# What to do about a volume that a table names but that isn't there: raise an error, leave its records out, or not check.
+OnMissing = Literal["raise", "skip", "keep"]
+
+# One JSON object per line for each record without an answer, in the folder of the answers.
 FAILURES_FILE = "failures.jsonl"
 
 # A parsed JSON object whose keys are not known in advance (settings of other libraries, files of users).
 JsonObject: TypeAlias = dict[str, Any]
 
 
-class Record(TypedDict):
-    """One question and answer about one volume: a row of the `datasets.Dataset`s that training and evaluation read."""
+class Exchange(TypedDict):
+    """A question and its answer, before they are joined with a volume."""
 
-    volume: str | None  # absolute path or address; None for text alone
     task: Task
     question: str
     choices: list[str] | None  # option texts of a multiple-choice question
     answer: str  # of multiple choice: "(b) text of option b"
+
+
+class Record(Exchange):
+    """One question and answer about one volume: a row of the `datasets.Dataset`s that training and evaluation read."""
+
+    volume: str | None  # absolute path or address; None for text only
     id: str  # unique
     scan_id: str
-    patient_id: str | None
+    patient_id: str | None  # None where it is unknown; see `samf.data.patients`
     finding_labels: list[int]  # 1, 0 or IGNORE_INDEX, in the order of `finding_names`; empty without a label file
-    rescale: NotRequired[Sequence[float] | None]  # slope and intercept for `read_ct`
+    rescale: NotRequired[
+        Sequence[float] | None
+    ]  # slope, intercept and voxel size for `read_ct`; None = the file holds HU
+    length: NotRequired[int]  # tokens of question, choices and answer, where `add_lengths` has counted them
 
 
 class Prediction(TypedDict):
-    """One line of predictions.jsonl."""
+    """One line of predictions.jsonl; scoring needs the keys up to `prediction`, and `patient_id` if there is one."""
 
     id: str
     scan_id: str
@@ -58,9 +71,12 @@ class Prediction(TypedDict):
     reference: str
     prediction: str
     patient_id: NotRequired[str | None]
-    volume: NotRequired[str | None]  # the one that was read, where it isn't the record's own
+    volume: NotRequired[str | None]  # file name of the volume that was read, which shuffling changes
+    volume_digest: NotRequired[str | None]
     tokens: NotRequired[int]
     truncated: NotRequired[bool]
+    option_log_likelihoods: NotRequired[list[float]]
+    option_tokens: NotRequired[list[int]]
 
 
 class VolumeStore(Protocol):

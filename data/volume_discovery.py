@@ -1,55 +1,65 @@
-"""The volumes that data sources hold: each path once, with its rescale, its patient, and whether it was named or found."""
+"""Volumes of data sources: each path once, with its rescale, its patient, and whether it was named or found by search."""
 
 import fnmatch
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import TypeAlias
 
 import datasets
 
 from samf.cache.screening import mask_by_header
-from samf.data.ct_rate.loader import CtRateFolder, VolumeName, load_ct_rate, load_records
-from samf.data.ct_rate.sources import is_hub_name
+from samf.data.ct_rate.loader import load_ct_rate
+from samf.data.ct_rate.names import VolumeName
+from samf.data.ct_rate.sources import CtRateFolder, is_hub_name
 from samf.data.file_kinds import VOLUME_SUFFIXES, has_volume_suffix, is_dicom_file
+from samf.data.loading import load_records
+from samf.data.options import check_on_missing
 from samf.data.patients import PATIENT_COLUMN, PatientRule, find_patients
+from samf.data.schema import OnMissing
 from samf.data.table_columns import TableColumns
-from samf.model.ct_dicom import walk_once
+from samf.model.ct_dicom_files import walk_once
 from samf.model.ct_download import file_path, is_address
 from samf.utils.text_files import read_lines
 
 logger = logging.getLogger(__name__)
 
-VolumeKey = tuple[str, tuple[float, ...] | None]  # a path, and its rescale (None = as the file says)
+Rescale: TypeAlias = tuple[float, ...] | None  # slope, intercept and voxel size for `read_ct`; None = as the file says
+VolumeKey: TypeAlias = tuple[str, Rescale]  # a path or address, and its rescale
 
 SPLITS = ("train", "valid")
-MASK = "8-bit masks or pictures"  # why a file is passed over
-_LOOKED_INTO = 5  # files of a folder that are no volumes: is it one of DICOM slices?
+_MASK = "8-bit masks or images"  # why a file is passed over
+_DICOM_SAMPLE = 5  # files of a folder, other than volumes, that are checked for DICOM
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How data is looked through.
+    """Options of the search for volumes.
 
     Attributes:
-        splits: of CT-RATE, of CSVs with "{split}" and of data sets with named columns.
-        on_missing: volumes that a table names but that aren't there: "error", "skip" (counted in the log).
-        patterns: of the volumes found in folders those that fit one; a pattern with "/" is for the path below the folder,
-            one without for the name, "*" stands for anything. () = all.
-        columns: of a table or data set in another layout than CT-RATE's; None = there is none.
-        patient_rule: see `samf.data.patients`.
-        patient_column: of the paper's CSVs.
+        splits: "train", "valid" or both, of CT-RATE, of CSVs with "{split}" and of data sets with named columns.
+        on_missing: for volumes that a table names but that aren't there: "raise", or "skip" (counted in the log).
+        patterns: of the volumes found in folders, those that match a pattern are used. A pattern with "/" is matched with
+            the path below the folder, one without with the name; "*" matches anything. () uses all.
+        columns: the columns of a table or data set in another layout than CT-RATE's.
+        patient_rule: reads patients from the volumes' paths; see `samf.data.patients`.
+        patient_column: the column of patients in the paper's CSVs.
     """
 
     splits: tuple[str, ...] = SPLITS
-    on_missing: str = "error"
+    on_missing: OnMissing = "raise"
     patterns: tuple[str, ...] = ()
     columns: TableColumns | None = None
     patient_rule: PatientRule | None = None
     patient_column: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "on_missing", check_on_missing(self.on_missing))
 
 
 @dataclass(frozen=True)
@@ -58,9 +68,9 @@ class FoundVolumes:
 
     Attributes:
         keys: each volume once, in a fixed order.
-        searched: paths that nobody named: what turns out to be no CT there is passed over, and no failure.
-        patients: by path, None where unknown; {} if they weren't asked for.
-        passed_over: how many files were passed over for which reason.
+        searched: paths that were found by search and not named: those that are not CTs are passed over, and no failure.
+        patients: {path: patient, or None where unknown}; empty if they were not looked up.
+        passed_over: {reason: number of files passed over}.
     """
 
     keys: list[VolumeKey]
@@ -69,18 +79,14 @@ class FoundVolumes:
     passed_over: Counter[str] = field(default_factory=Counter)
 
     def only(self, kept: Iterable[VolumeKey]) -> "FoundVolumes":
-        """Return those of the volumes that are in `kept`."""
+        """Return the volumes that are in `kept`."""
         kept = set(kept)
-        return FoundVolumes([key for key in self.keys if key in kept], self.searched, self.patients, self.passed_over)
+        return replace(self, keys=[key for key in self.keys if key in kept])
 
 
 def join_found(parts: Sequence[FoundVolumes]) -> FoundVolumes:
-    """Return the volumes of all parts, each once.
-
-    Raises:
-        ValueError: one volume with two different rescales.
-    """
-    rescales: dict[str, tuple[float, ...] | None] = {}
+    """Return the volumes of all parts, each once. Raises ValueError for a volume with two different rescales."""
+    rescales: dict[str, Rescale] = {}
     for path, rescale in chain.from_iterable(part.keys for part in parts):
         if rescales.setdefault(path, rescale) != rescale:
             raise ValueError(f"{path}: two sources have it, with rescale {rescales[path]} and {rescale}.")
@@ -96,9 +102,15 @@ def join_found(parts: Sequence[FoundVolumes]) -> FoundVolumes:
     )
 
 
-def find_volumes(data: Sequence[str], *, splits: Sequence[str] = SPLITS, on_missing: str = "error") -> list[VolumeKey]:
-    """Return the volumes of `search_volumes`, by default options."""
-    return search_volumes(data, SourceOptions(tuple(splits), on_missing)).keys
+def find_volumes(data: Sequence[str], *, splits: Sequence[str] = SPLITS, on_missing: str = "raise") -> list[VolumeKey]:
+    """Find all volumes of all sources; `search_volumes` with few options.
+
+    Args:
+        data: as for `search_volumes`.
+        splits: see `SourceOptions`.
+        on_missing: see `SourceOptions`.
+    """
+    return search_volumes(data, SourceOptions(tuple(splits), check_on_missing(on_missing))).keys
 
 
 def search_volumes(data: Sequence[str], options: SourceOptions = SourceOptions()) -> FoundVolumes:
@@ -106,14 +118,13 @@ def search_volumes(data: Sequence[str], options: SourceOptions = SourceOptions()
 
     Args:
         data: CT-RATE's folder (v1 or v2) or name on the Hub, for the volumes that have reports; the paper's CSVs, as for
-            `load_records`; a table or data set whose columns `options` names; folders with volumes or DICOM folders
-            somewhere below them; a .txt file with one path or address a line, relative ones from its folder; single
-            volumes, or addresses of such.
-        options: how they are looked through.
+            `load_records`; a table or data set whose columns `options` names; folders with volumes or DICOM folders at any
+            depth; a .txt file with one path or address per line, relative to its folder; paths or addresses of volumes.
+        options: the options of the search.
 
     Raises:
-        FileNotFoundError: a source has no volume, or one is missing; says what is looked for.
-        ValueError: one volume with two different rescales.
+        FileNotFoundError: a source has no volume, or one is missing; says what is expected.
+        ValueError: a volume with two different rescales.
     """
     found = join_found([_volumes_of(source, options) for source in data])
     for reason, count in found.passed_over.most_common():
@@ -121,44 +132,39 @@ def search_volumes(data: Sequence[str], options: SourceOptions = SourceOptions()
     return found
 
 
-def find_splits(source: str, options: SourceOptions, with_patients: bool = True) -> dict[str, FoundVolumes]:
-    """Find a source's volumes by split, with their patients; a source without splits is all "train"."""
+def find_splits(source: str, options: SourceOptions) -> dict[str, FoundVolumes]:
+    """Find the volumes of a source by split, with their patients; a source without splits is all "train"."""
     by_split = _volumes_by_split(source, options) or {"train": search_volumes([source], options)}
-    if not with_patients:
-        return by_split
     root = str(Path(source).expanduser().absolute())
-    return {
-        split: FoundVolumes(
-            found.keys,
-            found.searched,
-            find_patients([path for path, _ in found.keys], found.patients, options.patient_rule, root),
-            found.passed_over,
-        )
-        for split, found in by_split.items()
-    }
+
+    def with_all_patients(found: FoundVolumes) -> FoundVolumes:
+        paths = [path for path, _ in found.keys]
+        return replace(found, patients=find_patients(paths, found.patients, options.patient_rule, root))
+
+    return {split: with_all_patients(found) for split, found in by_split.items()}
 
 
 def distinct_volumes(*records: datasets.Dataset) -> list[VolumeKey]:
-    """Each volume of the records once, in the order of the paths."""
+    """Return each volume of the records once, ordered by path."""
     return sorted(dict(chain.from_iterable(map(_volumes_in, records))).items())
 
 
 def _volumes_in(records: datasets.Dataset) -> list[VolumeKey]:
-    """Each volume of the records once, in their order."""
+    """Return each volume of the records once, in the records' order."""
     columns = records["rescale"][:] if "rescale" in records.column_names else [None] * len(records)
     pairs = zip(records["volume"][:], columns, strict=True)
     return list({path: tuple(rescale) if rescale else None for path, rescale in pairs if path}.items())
 
 
 def _named_volumes(records: datasets.Dataset) -> FoundVolumes:
-    """What records name, with the patients that they name."""
+    """Return the volumes of the records, with the patients that the records name."""
     patients = dict(zip(records["volume"][:], records[PATIENT_COLUMN][:], strict=True))
     patients.pop(None, None)
     return FoundVolumes(_volumes_in(records), patients=patients)
 
 
 def _volumes_by_split(source: str, options: SourceOptions) -> dict[str, FoundVolumes]:
-    """The volumes of a source that has splits, in its tables' order; {} for any other source."""
+    """Return the volumes of a source that has splits, in the order of its tables; {} for any other source."""
     path, splits, on_missing = Path(source).expanduser().absolute(), options.splits, options.on_missing
     if options.columns is not None:
         return {split: _named_volumes(rows) for split, rows in options.columns.load_splits(source, splits, on_missing)}
@@ -166,8 +172,8 @@ def _volumes_by_split(source: str, options: SourceOptions) -> dict[str, FoundVol
         return {split: _named_volumes(load_ct_rate(source, split, tasks=["report"])) for split in splits}
     if path.suffix.lower() == ".csv" and not path.is_dir():
         named = splits if "{split}" in source else splits[:1]
-        of_table = {"on_missing": on_missing, "patient_column": options.patient_column}
-        return {split: _named_volumes(load_records(source, split, **of_table)) for split in named}
+        load = partial(load_records, source, on_missing=on_missing, patient_column=options.patient_column)
+        return {split: _named_volumes(load(split)) for split in named}
     folders = _ct_rate_folders(path, splits) if path.is_dir() else []
     return {
         folder.split: _named_volumes(load_ct_rate(path, folder.split, tasks=["report"], on_missing=on_missing))
@@ -179,31 +185,31 @@ def _volumes_by_split(source: str, options: SourceOptions) -> dict[str, FoundVol
 def volumes_below(
     root: Path, patterns: Sequence[str] = (), passed_over: Counter[str] | None = None
 ) -> Iterator[VolumeKey]:
-    """Find volume files and DICOM folders in and below `root`, in the order of their paths, each folder once.
+    """Find volume files and DICOM folders in and below a folder, ordered by path; no folder is visited twice.
 
     Args:
-        root: a folder.
+        root: the folder.
         patterns: see `SourceOptions`.
-        passed_over: counts what is left out.
+        passed_over: counts what is left out, by reason.
     """
     passed_over = Counter() if passed_over is None else passed_over
     for folder, files in walk_once(root, on_error=_log_unlisted):
         names = [name for name in files if has_volume_suffix(name) and name[0] != "."]
-        volumes = [os.path.join(folder, name) for name in names]
+        volumes = [os.path.join(folder, name) for name in map(file_path, names)]
         others = [name for name in files if name not in set(names)]
-        if any(_is_dicom(Path(folder, name)) for name in others[:_LOOKED_INTO]):
+        if any(_is_dicom(Path(folder, name)) for name in others[:_DICOM_SAMPLE]):
             volumes = sorted([*volumes, folder])
         for path in map(os.path.normpath, volumes):
             if patterns and not _fits(os.path.relpath(path, root), patterns):
                 passed_over["not of the pattern"] += 1
             elif mask_by_header(path):
-                passed_over[MASK] += 1
+                passed_over[_MASK] += 1
             else:
                 yield path, None
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a path below the data's folder fits a pattern: as a whole, or by its last part where that has no "/"."""
+    """Return whether a path below the data's folder matches a pattern; its last part, for a pattern without "/"."""
     return any(fnmatch.fnmatchcase(name if "/" in pattern else os.path.basename(name), pattern) for pattern in patterns)
 
 
@@ -232,8 +238,8 @@ def _folder_volumes(root: Path, options: SourceOptions) -> FoundVolumes:
     folders = _ct_rate_folders(root, options.splits)
     if any(folder.layout == "v1" for folder in folders) and any(VolumeName.find(path) for path, _ in found):
         raise FileNotFoundError(
-            f"{root}: CT-RATE's v1 volumes hold raw values, and radiology_text_reports/ and metadata/ with their rescale "
-            f"aren't there. Add them, or use v2 (train_fixed, valid_fixed)."
+            f"{root}: CT-RATE's v1 volumes hold raw values, and radiology_text_reports/ and metadata/, which give their "
+            f"rescale, aren't there. Add them, or use v2 (train_fixed, valid_fixed)."
         )
     if not found:
         others = "".join(f", and passed over {count} files: {reason}" for reason, count in passed_over.most_common())
@@ -246,7 +252,7 @@ def _folder_volumes(root: Path, options: SourceOptions) -> FoundVolumes:
 
 
 def _ct_rate_folders(root: Path, splits: Sequence[str]) -> list[CtRateFolder]:
-    """Those of CT-RATE's splits that a folder has."""
+    """Return the splits of CT-RATE that a folder has."""
     found = []
     for split in splits:
         try:
@@ -260,9 +266,11 @@ def _listed_volumes(file: Path) -> list[VolumeKey]:
     lines = [line.strip() for line in read_lines(file)]
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
-        raise FileNotFoundError(f"{file}: no volumes; expected one path or address a line.")
-    names = map(file_path, names)
-    return [(name if is_address(name) else os.path.join(file.parent, os.path.expanduser(name)), None) for name in names]
+        raise FileNotFoundError(f"{file}: no volumes; expected one path or address per line.")
+    return [
+        (name if is_address(name) else os.path.join(file.parent, os.path.expanduser(name)), None)
+        for name in map(file_path, names)
+    ]
 
 
 def _log_unlisted(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""How reliable the metrics themselves are: the numbers of docs/evaluation.md, on any labelled reports.
+"""How reliable the metrics themselves are: the numbers of docs/results/metrics.md, on any labelled reports.
 
     python -m samf.evaluation.meta_evaluation labeller reports.csv --from 100     # the labeller against given labels
     python -m samf.evaluation.meta_evaluation sentences tests/evaluation/labeller_sentences.txt  # and labelled sentences

@@ -1,1 +1,1 @@
-"""Experiments behind the tables in docs/training.md: the paper's training in miniature, on phantoms, on a CPU."""
+"""Experiments behind the tables in docs/results/training.md: the paper's training in miniature, on phantoms, on a CPU."""

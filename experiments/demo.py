@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from samf import SamfForConditionalGeneration, SamfProcessor, read_ct, train
 from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.slice_cache import SliceCache
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.data.prompts import REPORT_QUESTION, record_conversation, record_prompt
 from samf.evaluation.answering.generation import GenerationSettings, evaluate, shuffle_volumes
 from samf.evaluation.markdown import format_value, markdown_table

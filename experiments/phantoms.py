@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from samf import train
 from samf.cache.slice_cache import SliceCache
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.evaluation.answering.generation import GenerationSettings, evaluate
 from samf.evaluation.markdown import markdown_table
 from samf.evaluation.scoring_options import ScoringOptions
@@ -151,12 +151,12 @@ def prepare_language_model(args: argparse.Namespace) -> Path:
     }
     call(train, [RECIPES / "table3" / "phantom_language.yaml"], options)
     model = SamfForConditionalGeneration.from_pretrained(trained)
-    alone = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(start))
-    alone.base_model.load_state_dict(model.model.language_model.state_dict())
-    alone.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
-    alone.generation_config = model.generation_config
+    text_model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(start))
+    text_model.base_model.load_state_dict(model.model.language_model.state_dict())
+    text_model.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
+    text_model.generation_config = model.generation_config
     AutoTokenizer.from_pretrained(start).save_pretrained(target)
-    alone.save_pretrained(target)
+    text_model.save_pretrained(target)
     return target
 
 

@@ -1,7 +1,6 @@
-"""Where volumes lie that are not yet plain files: http(s) and hf:// addresses, and zip files.
+"""Addresses of volumes: file:// paths, and downloads of http(s):// and hf:// addresses.
 
-What is fetched is kept under the Hugging Face cache and asked for again only if it changed. What is unpacked lies in one
-folder, under numbers, or, where a header may name it, under the last part of its name. Both are limited in size.
+Downloads are kept in the Hugging Face cache and fetched again only if they changed. Their size is limited.
 """
 
 import hashlib
@@ -10,45 +9,51 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from .ct_formats import CTReadError, is_disk_error
+from .ct_common import CTReadError
 from .files_samf import atomic_path
 
 logger = logging.getLogger(__name__)
 
-# 4 GiB holds the largest CT there is, unpacked. $SAMF_MAX_DOWNLOAD_BYTES changes it for addresses.
-_MAX_BYTES = 4 << 30
-_MAX_MEMBERS = 100_000
-# Headers (.mhd, .nhdr, .hdr) name the file with their voxels, or go by its name, which must stay what it is then.
-_VOXEL_FILE = re.compile(r"\w[\w.-]{0,99}\.(raw|zraw|img|hdr|bin|gz|bz2)", re.ASCII | re.IGNORECASE)
+_MAX_BYTES = 4 << 30  # holds the largest CT there is; $SAMF_MAX_DOWNLOAD_BYTES changes it
 _TIMEOUT = 30  # seconds without a byte
 _CHUNK = 1 << 20
-# What the Hub's library raises where nobody answers, whichever library it fetches with.
-_TRANSPORT_ERRORS = (OSError, *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"))
-_KINDS = {"datasets": "dataset", "spaces": "space"}
+# What the Hub's library raises without a connection, whichever HTTP library it uses.
+_TRANSPORT_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    *(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError" and issubclass(base, Exception)),
+)
+_HUB_ERRORS: tuple[type[Exception], ...] = (*_TRANSPORT_ERRORS, HFValidationError, ValueError)
+_REPOSITORY_TYPES = {"datasets": "dataset", "spaces": "space"}
 _FETCH_ERRORS = (urllib.error.URLError, http.client.HTTPException, OSError, ValueError)
-# Each stands for a damaged or unreadable member: NotImplementedError for a packing that Python lacks, RuntimeError for
-# a password.
-_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError)
+
+# What a server said about a file in the cache, as its `record.json` keeps it.
+_CacheEntry = TypedDict("_CacheEntry", {"size": int, "etag": str | None, "last-modified": str | None})
+
+
+class _HubFile(TypedDict):
+    """One file of a repository, as the Hub's library names it."""
+
+    repo_id: str
+    filename: str
+    repo_type: str
+    revision: str | None
 
 
 def is_address(path: Any) -> bool:
-    """Whether `path` is an address that `local_copy` fetches."""
+    """Return whether `path` is an address that `local_copy` fetches."""
     return isinstance(path, str) and path.lower().startswith(("http://", "https://", "hf://"))
 
 
@@ -72,8 +77,8 @@ def file_path(path: Any) -> Any:
     return urllib.parse.unquote(parts.path, errors="surrogateescape")
 
 
-def shown(address: str) -> str:
-    """An address as messages may show it: without user, password and query, which may hold keys."""
+def redacted(address: str) -> str:
+    """Return an address for messages: without user, password and query, which may hold keys."""
     try:
         parts = urllib.parse.urlsplit(address)
     except ValueError:  # no address at all
@@ -81,32 +86,52 @@ def shown(address: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return the local path of a path or an address; what an address names is downloaded.
+
+    Raises:
+        CTReadError: an empty path, which would mean the current folder, an address of another scheme, or a download that
+            fails.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise CTReadError("an empty path; expected a file, a folder of DICOM slices or an address. Name one.")
+    if is_address(path):
+        return local_copy(text)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) and not is_address(text):
+        scheme = text.partition("://")[0]
+        raise CTReadError(
+            f"{redacted(text)}: an address of scheme {scheme}; expected file://, http(s):// or hf://. "
+            f"Download the file first."
+        )
+    return Path(path)
+
+
 def local_copy(address: str) -> Path:
-    """Fetches one file into the cache, unless it is there and unchanged.
+    """Download one file into the cache, unless it is there and unchanged.
 
     Args:
         address: http(s)://…, or hf://[datasets/|spaces/]owner/name[@revision]/path of a file in a repository.
 
     Returns:
-        The file's path in the cache. Don't change it.
+        The file's path in the cache. Don't change the file.
 
     Raises:
         CTReadError: not reachable, not there, too large, or cut short.
     """
-    if address.lower().startswith("hf://"):
-        return _from_hub(address)
-    return _from_web(address)
+    return _from_hub(address) if address.lower().startswith("hf://") else _from_web(address)
 
 
-# Where the Hub's files go within `not_kept`: below $TMPDIR. Not the cache, where another process could be reading them.
+# Where files of the Hub go within `not_kept`: below $TMPDIR. Not into the cache, where another process could be reading them.
 _passing: ContextVar[str | None] = ContextVar("_passing", default=None)
 
 
 @contextmanager
 def not_kept(address: Any) -> Iterator[None]:
-    """What the block fetches of this address on the Hub is deleted afterwards; what the cache has is read there and stays.
+    """Delete after the block what it downloads from this address on the Hub; files in the cache are read there and stay.
 
-    For who keeps what was made of it: a data set's downloads are larger than its slices. Does nothing for other paths.
+    For callers that keep what they make of a volume: the downloads of a data set are larger than its slices. Does nothing
+    for other paths.
     """
     if not (is_address(address) and address.lower().startswith("hf://")):
         yield
@@ -130,48 +155,51 @@ def _limit() -> int:
 def _check_size(address: str, size: int) -> None:
     if size > _limit():
         raise CTReadError(
-            f"{shown(address)}: {size} bytes; at most {_limit()} are fetched. Set $SAMF_MAX_DOWNLOAD_BYTES for more."
+            f"{redacted(address)}: {size} bytes; at most {_limit()} are fetched. Set $SAMF_MAX_DOWNLOAD_BYTES for more."
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- the web
+# --- The web ----------------------------------------------------------------------------------------------------------
 
 
 def _from_web(address: str) -> Path:
     folder = Path(constants.HF_HOME, "samf", "volumes", hashlib.sha256(address.encode()).hexdigest()[:40])
-    file, record = folder / "volume", _record(folder)
+    file, entry, name = folder / "volume", _cache_entry(folder), redacted(address)
     if constants.HF_HUB_OFFLINE:
-        if record is None:
-            raise CTReadError(f"{shown(address)}: not in the cache, and HF_HUB_OFFLINE is set. Fetch it once online.")
+        if entry is None:
+            raise CTReadError(f"{name}: not in the cache, and HF_HUB_OFFLINE is set. Download it once online.")
         return file
-    headers = {"User-Agent": "samf", "Accept-Encoding": "identity"}
-    for name, key in (("If-None-Match", "etag"), ("If-Modified-Since", "last-modified")):
-        if record is not None and record.get(key):
-            headers[name] = record[key]
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=_TIMEOUT) as response:
+        request = urllib.request.Request(address, headers=_request_headers(entry))
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             _save(address, response, folder)
     except urllib.error.HTTPError as error:
-        if error.code != 304:
-            raise CTReadError(
-                f"{shown(address)}: the server says {error.code} {error.reason}. Check the address."
-            ) from error
+        if error.code != 304:  # unchanged
+            raise CTReadError(f"{name}: the server says {error.code} {error.reason}. Check the address.") from error
     except CTReadError:
         raise
     except _FETCH_ERRORS as error:
-        if record is None:
+        if entry is None:
             raise CTReadError(
-                f"{shown(address)}: cannot be fetched ({type(error).__name__}). Check the address and the network."
+                f"{name}: cannot be fetched ({type(error).__name__}). Check the address and the network."
             ) from error
-        logger.warning("%s: cannot be reached; reads the copy in the cache", shown(address))
+        logger.warning("%s: cannot be reached; reads the copy in the cache", name)
     return file
 
 
-def _record(folder: Path) -> dict[str, str] | None:
-    """What the server said of the file that lies in the cache, None where there is no whole one."""
+def _request_headers(entry: _CacheEntry | None) -> dict[str, str]:
+    headers = {"User-Agent": "samf", "Accept-Encoding": "identity"}
+    if entry is not None:
+        conditions = {"If-None-Match": entry.get("etag"), "If-Modified-Since": entry.get("last-modified")}
+        headers |= {name: value for name, value in conditions.items() if value}
+    return headers
+
+
+def _cache_entry(folder: Path) -> _CacheEntry | None:
+    """Return what the server said about the file in the cache, None where there is no complete one."""
     try:
-        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-        return record if (folder / "volume").stat().st_size == record["size"] else None
+        entry: _CacheEntry = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        return entry if (folder / "volume").stat().st_size == entry["size"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -185,11 +213,12 @@ def _save(address: str, response: Any, folder: Path) -> None:
         with open(temporary, "wb") as out:
             size = _copy(address, response, out)
         if expected is not None and size != expected:
-            raise CTReadError(f"{shown(address)}: {size} of {expected} bytes came. Try again.")
-    record = {"size": size, **{key: response.headers.get(key) for key in ("etag", "last-modified")}}
+            raise CTReadError(f"{redacted(address)}: {size} of {expected} bytes came. Try again.")
+    headers = response.headers
+    entry: _CacheEntry = {"size": size, "etag": headers.get("etag"), "last-modified": headers.get("last-modified")}
     with atomic_path(folder / "record.json") as temporary:
-        temporary.write_text(json.dumps(record), encoding="utf-8")
-    logger.info("%s: %d bytes fetched", shown(address), size)
+        temporary.write_text(json.dumps(entry), encoding="utf-8")
+    logger.info("%s: %d bytes fetched", redacted(address), size)
 
 
 def _copy(address: str, stream: BinaryIO, out: BinaryIO) -> int:
@@ -201,13 +230,12 @@ def _copy(address: str, stream: BinaryIO, out: BinaryIO) -> int:
     return size
 
 
-# -------------------------------------------------------------------------------------------------------------- the Hub
+# --- The Hub ----------------------------------------------------------------------------------------------------------
 
 
-def _hub_file(address: str) -> dict[str, Any]:
-    """What the Hub's library takes: repository, its kind, revision, file. Raises CTReadError where one is missing."""
+def _hub_file(address: str) -> _HubFile:
     parts = address[len("hf://") :].split("/")
-    kind = _KINDS.get(parts[0], "model")
+    kind = _REPOSITORY_TYPES.get(parts[0], "model")
     if kind != "model":
         parts = parts[1:]
     if len(parts) < 3 or not all(parts):
@@ -224,71 +252,29 @@ def _hub_file(address: str) -> dict[str, Any]:
 
 
 def _from_hub(address: str) -> Path:
-    where = _hub_file(address)
+    file = _hub_file(address)
     try:
-        _check_size(address, _hub_size(where))
-        passing = _passing.get()
-        if passing is not None and not isinstance(try_to_load_from_cache(**where), str):
-            return Path(hf_hub_download(**where, local_dir=passing))
-        return Path(hf_hub_download(**where))
+        _check_size(address, _hub_size(file))
+        folder = _passing.get()
+        if folder is not None and not isinstance(try_to_load_from_cache(**file), str):
+            return Path(hf_hub_download(**file, local_dir=folder))
+        return Path(hf_hub_download(**file))
     except CTReadError:
         raise
-    except (*_TRANSPORT_ERRORS, HFValidationError, ValueError) as error:
+    except _HUB_ERRORS as error:
         raise CTReadError(
             f"{address}: cannot be fetched ({type(error).__name__}). Check the name, the network and, for a gated "
             f"repository, that you are logged in (hf auth login)."
         ) from error
 
 
-def _hub_size(where: dict[str, Any]) -> int:
-    """Bytes of the file, 0 where nobody can be asked: then the copy in the cache is taken, if there is one."""
+def _hub_size(file: _HubFile) -> int:
+    """Return the bytes of a file, 0 without a connection: then the copy in the cache is used, if there is one."""
     if constants.HF_HUB_OFFLINE:
         return 0
     try:
-        return get_hf_file_metadata(hf_hub_url(**where)).size or 0
+        return get_hf_file_metadata(hf_hub_url(**file)).size or 0
     except HfHubHTTPError:
         raise
     except _TRANSPORT_ERRORS:
         return 0
-
-
-# ------------------------------------------------------------------------------------------------------------------ zip
-
-
-def unpack_zip(path: Path, folder: Path) -> list[Path]:
-    """Unpacks a zip's files into `folder`: under numbers instead of their names, which could lead anywhere, but for those
-    of plain words that a header beside them may tell of.
-
-    Raises:
-        CTReadError: damaged, encrypted, more than 4 GiB or 100,000 files once unpacked, or no room for them.
-    """
-    files, size = [], 0
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info for info in archive.infolist() if not info.is_dir()]
-            claimed = sum(info.file_size for info in members)
-            if len(members) > _MAX_MEMBERS or claimed > _MAX_BYTES:
-                raise CTReadError(
-                    f"{path}: {len(members)} files, {claimed} bytes unpacked; expected at most {_MAX_MEMBERS} and "
-                    f"{_MAX_BYTES}. Unpack it yourself and name the folder of one study."
-                )
-            for number, info in enumerate(members):
-                name = info.filename.replace("\\", "/").rpartition("/")[2]
-                kept = _VOXEL_FILE.fullmatch(name) and not (folder / name).exists()
-                files.append(folder / (name if kept else f"{number:06d}"))
-                with archive.open(info) as stream, open(files[-1], "wb") as out:
-                    shutil.copyfileobj(stream, out, _CHUNK)  # zipfile gives no more than the member's size
-                size += files[-1].stat().st_size
-                if size > _MAX_BYTES:
-                    raise CTReadError(f"{path}: unpacks to more than {_MAX_BYTES} bytes. Unpack it yourself.")
-    except CTReadError:
-        raise
-    except _ZIP_ERRORS as error:
-        if is_disk_error(error):
-            raise CTReadError(
-                f"{path}: cannot be unpacked into {folder} ({error.strerror}). Free space there or set $TMPDIR."
-            ) from error
-        secret = isinstance(error, RuntimeError) and "password" in str(error)
-        what = "is encrypted" if secret else f"is damaged ({type(error).__name__})"
-        raise CTReadError(f"{path}: this zip {what}. Unpack it yourself, or write it anew.") from error
-    return files

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear complete or not at all."""
 
 import os
 import uuid
@@ -10,11 +10,11 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces it when the block has ended without an error.
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path` that replaces it when the block ends without an error.
 
-    Missing folders are made. Each call has a temporary name of its own, so that several processes may write the same file:
-    the last one wins. (`tempfile`'s files could be read by their owner only; these get the umask's permissions.)
+    Missing folders are created. Each call has its own temporary name, so that several processes may write the same file:
+    the last one wins. The file's permissions are those of the umask; `tempfile` would make it readable by its owner only.
 
     Args:
         path: the file to write.

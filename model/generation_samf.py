@@ -9,7 +9,7 @@ from transformers.generation import SuppressTokensLogitsProcessor
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
-from .components_samf import rope_sets, rope_stretch
+from .language_model_samf import rope_sets, rope_stretch
 
 logger = logging.get_logger(__name__)
 

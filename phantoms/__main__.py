@@ -1,4 +1,4 @@
-"""`python -m samf.phantoms`: write a dataset of phantoms."""
+"""`python -m samf.phantoms`: write a data set of phantoms."""
 
 from samf.phantoms.dataset import main
 

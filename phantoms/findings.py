@@ -1,11 +1,11 @@
-"""What a phantom patient may have: the findings, their names (CT-RATE's labels) and how they are drawn."""
+"""The findings of phantoms: their names, which are labels of CT-RATE, and how they are drawn."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-#: The seven findings that are large enough for a few coarse slices.
+#: The seven findings that are visible in a few coarse slices.
 DEMO_FINDINGS = (
     "Arterial wall calcification",
     "Cardiomegaly",
@@ -16,13 +16,13 @@ DEMO_FINDINGS = (
     "Consolidation",
 )
 
-#: Every finding that a phantom can have: the demo's seven, then three that coarse slices may not show.
+#: All findings: the demo's seven, then three that coarse slices may not show.
 FINDING_NAMES = DEMO_FINDINGS + ("Lymphadenopathy", "Atelectasis", "Peribronchial thickening")
 
 LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
 SIDES = ("right", "left", "bilateral")
 
-#: Each finding is present with this probability, independent of the others.
+#: Probability of each finding, independent of the others.
 PREVALENCE = 1 / 3
 
 
@@ -32,8 +32,8 @@ class Finding:
 
     Attributes:
         name: one of FINDING_NAMES.
-        side: of SIDES, for a pleural effusion.
-        lobe: of LOBES, for a lung nodule, a consolidation and an atelectasis (lower lobes only).
+        side: one of SIDES, for a pleural effusion.
+        lobe: one of LOBES, for a lung nodule, a consolidation or an atelectasis (lower lobes only).
         size_mm: diameter of a lung nodule in whole millimetres.
     """
 
@@ -42,7 +42,7 @@ class Finding:
     lobe: str | None = None
     size_mm: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         needs = {"Pleural effusion": "side", "Lung nodule": "lobe", "Consolidation": "lobe", "Atelectasis": "lobe"}
         if self.name not in FINDING_NAMES:
             raise ValueError(f"{self.name!r} is not a phantom finding; they are {', '.join(FINDING_NAMES)}.")
@@ -57,10 +57,18 @@ class Finding:
 def sample_findings(
     rng: np.random.Generator, prevalence: float = PREVALENCE, nodule_mm: tuple[int, int] = (16, 30)
 ) -> dict[str, Finding]:
-    """Draw one scan's findings, in the order of FINDING_NAMES: independent, equally frequent, sides and lobes uniform.
+    """Draw the findings of a scan: independent, equally frequent, with uniform sides and lobes.
 
-    A nodule and a consolidation of one scan lie in different lobes, since the one would hide the other; each lobe alone
-    stays uniform. The draws taken from `rng` are the same in number whatever comes out.
+    A nodule and a consolidation of one scan are in different lobes, since one would hide the other; each lobe by itself is
+    uniform. The number of draws from `rng` doesn't depend on the result.
+
+    Args:
+        rng: source of the draws.
+        prevalence: probability of each finding.
+        nodule_mm: smallest and largest diameter of a lung nodule.
+
+    Returns:
+        {name: Finding}, in the order of FINDING_NAMES.
     """
     present = rng.random(len(FINDING_NAMES)) < prevalence
     side = SIDES[rng.integers(len(SIDES))]
@@ -81,6 +89,6 @@ def sample_findings(
 
 
 def index_findings(findings: Iterable[Finding]) -> dict[str, Finding]:
-    """{name: finding} in the order of FINDING_NAMES."""
+    """Return {name: finding} in the order of FINDING_NAMES."""
     by_name = {finding.name: finding for finding in findings}
     return {name: by_name[name] for name in FINDING_NAMES if name in by_name}

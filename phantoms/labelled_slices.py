@@ -1,4 +1,4 @@
-"""Slices of phantoms with labels from their masks: what lies in which quarter of the picture."""
+"""Slices of phantoms with labels from their masks: which finding is in which quarter of the image."""
 
 import os
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ from samf.model.image_processing_samf import SamfImageProcessor
 from samf.phantoms.volume import Phantom, make_phantom
 from samf.utils.parallel import process_pool
 
-MASK_HU = 1000
-# A quarter holds a finding when so many pixels of it show the finding's mask.
-MIN_PIXELS = 4
+_MASK_HU = 1000
+# Pixels of a finding's mask in a quarter from which the quarter is labelled with it.
+_MIN_PIXELS = 4
 
 
 class LabelledSlices(Dataset):
-    """Slices uint8 (N, C, H, W) with multi-hot labels float32 (N, 4·F): finding f in quarter q at 4·f + q.
+    """Slices uint8 (N, C, H, W) with multi-hot labels float32 (N, 4·F): finding f in quarter q is label 4·f + q.
 
-    Quarters are top left, top right, bottom left, bottom right; in axial pictures the patient's right is on the left.
-    Labels by quarter, and not by slice, make the embedding keep where a finding lies.
+    Quarters are top left, top right, bottom left and bottom right; in axial images the patient's right is on the left.
+    Labels by quarter instead of by slice make the embedding keep the place of a finding.
 
     Args:
-        patients: phantoms to draw; each gives one stack.
+        patients: number of phantoms to draw; each gives one stack of slices.
         seed: other seeds give other patients.
         image_processor: how slices are cut.
-        finding_names: which findings are labelled.
-        workers: processes that draw; one a core by default.
+        finding_names: the findings that are labelled.
+        workers: processes that draw; None takes one per core.
     """
 
     def __init__(
@@ -48,40 +48,47 @@ class LabelledSlices(Dataset):
         self.labels = np.concatenate([labels for _, labels in drawn])
 
     def __len__(self) -> int:
+        """Return the number of slices."""
         return len(self.slices)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a slice (C, H, W) and its labels (4·F,)."""
         return torch.from_numpy(self.slices[index]), torch.from_numpy(self.labels[index])
 
 
 def slice_labels(phantom: Phantom, image_processor: SamfImageProcessor, finding_names: Sequence[str]) -> np.ndarray:
-    """Labels float32 (S, 4·F) of the slices that `image_processor` cuts from `phantom`."""
+    """Return the labels, float32 (S, 4·F), of the slices of a phantom.
+
+    Args:
+        phantom: the phantom.
+        image_processor: how slices are cut.
+        finding_names: the findings that are labelled.
+    """
     labels = np.zeros((image_processor.num_slices, len(finding_names), 4), dtype=np.float32)
-    pictures = SamfImageProcessor(
+    mask_slicer = SamfImageProcessor(
         planes=image_processor.planes,
         slices_per_plane=image_processor.slices_per_plane,
-        hu_windows=((0, MASK_HU),),
+        hu_windows=((0, _MASK_HU),),
         slab="none" if image_processor.slab == "none" else "mip",
         size=image_processor.size,
     )
     for column, name in enumerate(finding_names):
         if name not in phantom.masks:
             continue
-        mask = phantom.masks[name].astype(np.int16) * MASK_HU
-        shown = (
-            pictures.extract(CTVolume(mask, phantom.spacing, phantom.affine, name))["slices"][:, 0] >= 128
-        )  # (S, H, W)
+        mask = phantom.masks[name].astype(np.int16) * _MASK_HU
+        volume = CTVolume(mask, phantom.spacing, phantom.affine, name)
+        shown = mask_slicer.extract(volume)["slices"][:, 0] >= 128  # (S, H, W)
         half = shown.shape[1] // 2
         rows = (shown[:, :half], shown[:, half:])
         quarters = [part for row in rows for part in (row[..., :half], row[..., half:])]
-        labels[:, column] = np.stack([part.sum(axis=(1, 2)) >= MIN_PIXELS for part in quarters], axis=1)
+        labels[:, column] = np.stack([part.sum(axis=(1, 2)) >= _MIN_PIXELS for part in quarters], axis=1)
     return labels.reshape(len(labels), -1)
 
 
 def _draw(
     patient: int, seed: int, image_processor: SamfImageProcessor, finding_names: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    # The first number keeps these patients apart from those that `samf.phantoms.dataset` writes to disk.
+    # The first number makes these patients different from those that `samf.phantoms.dataset` writes to disk.
     phantom = make_phantom(np.random.default_rng([0x51CE, seed, patient]))
     volume = CTVolume(phantom.hu, phantom.spacing, phantom.affine, f"phantom {patient}")
     return image_processor.extract(volume)["slices"], slice_labels(phantom, image_processor, finding_names)

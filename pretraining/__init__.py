@@ -1,1 +1,1 @@
-"""Stages 1 and 2: the slice encoder by DINO or by labels, the aggregator by contrast."""
+"""Stages 1 and 2: pretraining of the slice encoder, by DINO or on labels, and contrastive warm-up of the aggregator."""

@@ -1,4 +1,4 @@
-"""Where a slice encoder looks: the last layer's attention from CLS to the patches, as a picture."""
+"""Attention of a slice encoder's last layer from CLS to the patches, and an image of it."""
 
 import io
 import os
@@ -15,31 +15,35 @@ from samf.utils.files import atomic_write
 
 @torch.no_grad()
 def cls_attention(encoder: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """pixel_values (N, C, H, W) to (N, heads, rows, columns): how CLS weighs the patches in the last layer.
+    """Return the last layer's attention from CLS to the patches, (N, heads, rows, columns), for images (N, C, H, W).
 
-    What is missing to a sum of one went to CLS itself and to register tokens.
+    The weights sum to less than one: CLS itself and register tokens have the rest.
     """
-    before = encoder.config._attn_implementation
+    implementation = encoder.config._attn_implementation
     was_training = encoder.training
     encoder.eval()
     encoder.set_attn_implementation("eager")  # the others don't return their weights
     try:
-        attention = encoder(pixel_values=pixel_values, output_attentions=True).attentions[
-            -1
-        ]  # (N, heads, 1 + P, 1 + P)
+        outputs = encoder(pixel_values=pixel_values, output_attentions=True)
     finally:
-        encoder.set_attn_implementation(before)
+        encoder.set_attn_implementation(implementation)
         encoder.train(was_training)
+    attention = outputs.attentions[-1]  # (N, heads, 1 + P, 1 + P)
     rows, columns = (side // encoder.config.patch_size for side in pixel_values.shape[-2:])
     return attention[:, :, 0, -rows * columns :].unflatten(-1, (rows, columns)).float()
 
 
-def save_attention_picture(
+def save_attention_image(
     slices: np.ndarray, attention: np.ndarray, titles: Sequence[str], path: str | os.PathLike, heads: int = 4
 ) -> None:
-    """One row a slice: the picture, the mean over the heads, and the first `heads` of them.
+    """Save an image with one row per slice: the slice, the mean attention over the heads, and the first heads.
 
-    slices uint8 (N, C, H, W), of which the last channel is shown; attention (N, heads, rows, columns).
+    Args:
+        slices: uint8 (N, C, H, W); the last channel is shown.
+        attention: (N, heads, rows, columns).
+        titles: One per slice.
+        path: Of the PNG.
+        heads: Number of heads shown.
     """
     columns = [attention.mean(axis=1), *attention.transpose(1, 0, 2, 3)[:heads]]
     names = ["slice", "mean", *(f"head {number + 1}" for number in range(len(columns) - 1))]
@@ -55,6 +59,6 @@ def save_attention_picture(
         axis.set_yticks([])
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(name, fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    atomic_write(Path(path), picture.getvalue())
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    atomic_write(Path(path), png.getvalue())

@@ -1,7 +1,7 @@
-"""InfoNCE between runs of adjacent slices of one scan's planes: what warms the aggregator up."""
+"""Contrastive warm-up of the aggregator: InfoNCE between runs of adjacent slices from different planes of one scan."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -10,21 +10,23 @@ from torch.utils.data import Dataset
 from transformers import AutoModel, TrainingArguments
 
 from samf.cache.embedding_cache import EmbeddingCache
-from samf.model.components_samf import prepare_slice_encoder
 from samf.model.configuration_samf import SamfConfig
 from samf.model.modeling_samf import SamfModel
+from samf.model.slice_encoder_samf import prepare_slice_encoder
 from samf.pretraining.neighbours import retrieval_accuracy
-from samf.pretraining.slice_datasets import Scan
+from samf.pretraining.row_shares import share_rows
+from samf.pretraining.scans import Scan
 from samf.training.aggregator_weights import save_aggregator
-from samf.training.trainer_base import ResumableTrainer, order_seed, share_rows
+from samf.training.sampling import order_seed
+from samf.training.trainer_base import ResumableTrainer
 
 try:
     from lightly.loss import NTXentLoss
 except ImportError:
     NTXentLoss = None
 
-# The language model of a model that reads no text: as small as it can be.
-NO_TEXT = {
+# The language model of a model that reads no text, as small as it can be.
+_NO_TEXT = {
     "model_type": "phi3",
     "vocab_size": 2,
     "hidden_size": 2,
@@ -35,17 +37,20 @@ NO_TEXT = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-HALVES = ("interleaved", "contiguous")
+Halves = Literal["interleaved", "contiguous"]
 
 
 def build_slices_model(slice_encoder: str, dtype: torch.dtype | str, **config: Any) -> SamfModel:
-    """A SamfModel with a pretrained slice encoder, a new aggregator, and next to no language model.
+    """Return a SamfModel with a pretrained slice encoder, a new aggregator, and a minimal language model.
 
-    slice_encoder: folder or Hub id; dtype: of all weights ("auto" = the encoder's own); config: of SamfConfig.
+    Args:
+        slice_encoder: Folder or Hub id.
+        dtype: Of all weights; "auto" = the encoder's own.
+        **config: Settings of SamfConfig.
     """
     encoder = AutoModel.from_pretrained(slice_encoder, dtype=dtype)
     encoder.config._name_or_path = ""
-    model = SamfModel(SamfConfig(vision_config=encoder.config, text_config=dict(NO_TEXT), image_token_id=1, **config))
+    model = SamfModel(SamfConfig(vision_config=encoder.config, text_config=dict(_NO_TEXT), image_token_id=1, **config))
     prepare_slice_encoder(encoder, model.config)
     model.slice_encoder = encoder
     return model.to(encoder.dtype).eval()
@@ -54,13 +59,14 @@ def build_slices_model(slice_encoder: str, dtype: torch.dtype | str, **config: A
 class PlanePairs(Dataset):
     """Two runs of adjacent slices of one scan, from two of its planes, as embeddings.
 
-    Item (epoch, index) has `slice_embeddings` (2, R, D), `slice_mask`, `slice_planes` and `slice_positions` (2, R). Which
-    reconstruction, planes and places follows from (seed, epoch, index) alone.
+    Item (epoch, index) has `slice_embeddings` (2, R, D), `slice_mask`, `slice_planes` and `slice_positions` (2, R). The
+    reconstruction, planes and positions depend on (seed, epoch, index) only.
 
     Args:
-        scans: one item each.
-        embeddings: of all their volumes; filled.
-        run: R, how many neighbouring slices a run has; a plane with fewer gives all of them, padded.
+        scans: One item each.
+        embeddings: Has the embeddings of all their volumes.
+        run: R, the number of adjacent slices in a run; a plane with fewer gives all of them, padded.
+        seed: Of the choices.
     """
 
     def __init__(self, scans: Sequence[Scan], embeddings: EmbeddingCache, run: int, seed: int):
@@ -74,46 +80,62 @@ class PlanePairs(Dataset):
         rng = np.random.default_rng([self.seed, epoch, index])
         volumes = self.scans[index].volumes
         path, rescale = volumes[rng.integers(len(volumes))]
-        record = self.embeddings.get(path, rescale=rescale)
-        planes = np.unique(record["slice_planes"])
+        entry = self.embeddings.get(path, rescale=rescale)
+        planes = np.unique(entry["slice_planes"])
         if len(planes) < 2:
             raise ValueError(
-                f"{path}: slices of one plane alone; a pair needs two. Use an image processor with more planes."
+                f"{path}: slices of one plane only; a pair needs two. Use an image processor with more planes."
             )
         views = []
         for plane in rng.permutation(planes)[:2]:
-            (places,) = np.nonzero(record["slice_planes"] == plane)  # in the order of their positions
-            start = rng.integers(max(len(places) - self.run, 0) + 1)
-            views.append(select_slices(record, places[start : start + self.run], self.run))
+            (rows,) = np.nonzero(entry["slice_planes"] == plane)  # in the order of their positions
+            start = rng.integers(max(len(rows) - self.run, 0) + 1)
+            views.append(select_slices(entry, rows[start : start + self.run], self.run))
         return {name: torch.stack([view[name] for view in views]) for name in views[0]}
 
 
-def select_slices(record: Mapping[str, np.ndarray], places: np.ndarray, length: int) -> dict[str, torch.Tensor]:
-    """The model's slice inputs (length, …) of some slices of a record, padded at the end."""
-    chosen = {name: torch.from_numpy(np.array(record[name][places])) for name in record}
-    chosen["slice_mask"] = torch.ones(len(places), dtype=torch.bool)
-    missing = length - len(places)
+def select_slices(entry: Mapping[str, np.ndarray], rows: np.ndarray, length: int) -> dict[str, torch.Tensor]:
+    """Return the model's inputs (length, …) for some slices of a volume, padded at the end.
+
+    Args:
+        entry: Embeddings, planes and positions of all slices.
+        rows: Numbers of the slices, at most `length`.
+        length: Number of slices with padding.
+    """
+    chosen = {name: torch.from_numpy(np.array(entry[name][rows])) for name in entry}
+    chosen["slice_mask"] = torch.ones(len(rows), dtype=torch.bool)
+    missing = length - len(rows)
     return {name: nn.functional.pad(t, (*[0, 0] * (t.ndim - 1), 0, missing)) for name, t in chosen.items()}
 
 
-def half(record: Mapping[str, np.ndarray], number: int, kind: str) -> np.ndarray:
-    """Places of one half (0 or 1) of a scan's slices.
+def half(entry: Mapping[str, np.ndarray], number: int, kind: Halves) -> np.ndarray:
+    """Return the numbers of one half of a volume's slices.
 
-    "interleaved": of each plane every other slice. "contiguous": of each plane the lower, back or left half of its field,
-    or the other: the two halves share no tissue but what the planes cross in.
+    Args:
+        entry: Planes and positions of all slices.
+        number: 0 or 1.
+        kind: "interleaved": every other slice of each plane. "contiguous": the lower, posterior or left half of each
+            plane's field of view, or the other half; the two halves share only the tissue where planes cross.
     """
     if kind == "contiguous":
-        return np.flatnonzero((record["slice_positions"] >= 0.5) == bool(number))
-    parts = [np.flatnonzero(record["slice_planes"] == plane)[number::2] for plane in np.unique(record["slice_planes"])]
+        return np.flatnonzero((entry["slice_positions"] >= 0.5) == bool(number))
+    parts = [np.flatnonzero(entry["slice_planes"] == plane)[number::2] for plane in np.unique(entry["slice_planes"])]
     return np.concatenate(parts)
 
 
 class PlaneContrast(nn.Module):
-    """The loss of two runs a scan: NT-Xent, which is InfoNCE from either run to the other.
+    """The loss of two runs per scan: NT-Xent, which is InfoNCE from either run to the other.
 
-    For run i of N scans, with z = z_3d at length one and temperature t, −log of exp(z_i·z_i'/t) over the sum of
-    exp(z_i·z_j/t) for all runs j but i itself: i' is the same scan's other run, the rest belongs to other scans, those
-    of all processes.
+    For run i of N scans, with z = z_3d at unit length and temperature t: −log of exp(z_i·z_i'/t) over the sum of
+    exp(z_i·z_j/t) for all runs j except i. Run i' is the same scan's other run; the rest belongs to other scans, those of
+    all processes.
+
+    Args:
+        model: Computes z_3d.
+        temperature: t.
+
+    Raises:
+        ImportError: lightly is missing.
     """
 
     def __init__(self, model: SamfModel, temperature: float):
@@ -124,7 +146,7 @@ class PlaneContrast(nn.Module):
         self.loss = NTXentLoss(temperature=temperature, gather_distributed=True)
 
     def forward(self, **views: torch.Tensor) -> dict[str, torch.Tensor]:
-        """slice_embeddings (B, 2, R, D), slice_mask, slice_planes, slice_positions (B, 2, R); {"loss": …}."""
+        """Return {"loss": …} for slice_embeddings (B, 2, R, D), slice_mask, slice_planes, slice_positions (B, 2, R)."""
         flat = {name: view.flatten(0, 1) for name, view in views.items()}  # (2·B, R, …)
         volumes = self.model.get_image_features(**flat, return_dict=True).pooler_output[:, 0]  # (2·B, volume_dim)
         with torch.autocast(volumes.device.type, enabled=False):
@@ -133,14 +155,16 @@ class PlaneContrast(nn.Module):
 
 
 class ContrastTrainer(ResumableTrainer):
-    """Trains the aggregator and slice positions of a SamfModel. `evaluate` gives top-1 retrieval on held-out scans.
+    """Trains the aggregator and slice positions of a SamfModel. `evaluate` measures top-1 retrieval on held-out scans.
 
     Args:
-        model: from `build_slices_model`; needs no slice encoder any more.
-        args: training.
-        train, valid: scans.
-        embeddings: of all their volumes; filled.
-        run, temperature: see PlanePairs and PlaneContrast.
+        model: From `build_slices_model`; its slice encoder isn't used.
+        args: Of the training.
+        train: Scans to learn from.
+        valid: Held-out scans.
+        embeddings: Has the embeddings of all their volumes.
+        run: See PlanePairs.
+        temperature: See PlaneContrast.
     """
 
     def __init__(
@@ -155,9 +179,9 @@ class ContrastTrainer(ResumableTrainer):
         temperature: float,
     ):
         model.requires_grad_(False)
-        for part in (model.aggregator, model.slice_position):
-            if part is not None:
-                part.requires_grad_(True)
+        for module in (model.aggregator, model.slice_position):
+            if module is not None:
+                module.requires_grad_(True)
         self.samf, self.valid, self.embeddings = model, valid, embeddings
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
@@ -165,15 +189,21 @@ class ContrastTrainer(ResumableTrainer):
         super().__init__(model=PlaneContrast(model, temperature), args=args, train_dataset=pairs, eval_dataset=valid)
 
     def evaluate(self, *args: object, metric_key_prefix: str = "eval", **kwargs: object) -> dict[str, float]:
-        """`eval_retrieval_interleaved` and `…_contiguous`: how often a scan's half finds its other half (see `half`)."""
+        """Return how often one half of a held-out scan retrieves its other half, for both kinds of halves (see `half`).
+
+        Args:
+            *args: Ignored; Trainer's.
+            metric_key_prefix: Of `…_retrieval_interleaved` and `…_retrieval_contiguous`.
+            **kwargs: Ignored; Trainer's.
+        """
         metrics = {}
-        for kind in HALVES:
+        for kind in get_args(Halves):
             first, second = (self._embed_halves(number, kind) for number in (0, 1))
             metrics[f"{metric_key_prefix}_retrieval_{kind}"] = retrieval_accuracy(first, second)
         return self.report(metrics)
 
-    def _embed_halves(self, number: int, kind: str) -> np.ndarray:
-        """z_3d float32 (scans, volume_dim) of one half of each held-out scan's first volume."""
+    def _embed_halves(self, number: int, kind: Halves) -> np.ndarray:
+        """Return z_3d, float32 (scans, volume_dim), of one half of each held-out scan's first volume."""
 
         @torch.no_grad()
         def compute(rows: Sequence[int]) -> np.ndarray:
@@ -188,14 +218,14 @@ class ContrastTrainer(ResumableTrainer):
         self.model.train(was_training)
         return volumes
 
-    def _half_batch(self, rows: Sequence[int], number: int, kind: str) -> dict[str, torch.Tensor]:
+    def _half_batch(self, rows: Sequence[int], number: int, kind: Halves) -> dict[str, torch.Tensor]:
         volumes = [self.valid[row].volumes[0] for row in rows]
-        records = [self.embeddings.get(path, rescale=rescale) for path, rescale in volumes]
-        places = [half(record, number, kind) for record in records]
-        views = [select_slices(*pair, max(map(len, places))) for pair in zip(records, places, strict=True)]
+        entries = [self.embeddings.get(path, rescale=rescale) for path, rescale in volumes]
+        halves = [half(entry, number, kind) for entry in entries]
+        views = [select_slices(*pair, max(map(len, halves))) for pair in zip(entries, halves, strict=True)]
         return {name: torch.stack([view[name] for view in views]).to(self.args.device) for name in views[0]}
 
     def save_aggregator(self) -> None:
-        """The weights in `output_dir`, for `load_aggregator`."""
+        """Save the weights in `output_dir`, for `load_aggregator`."""
         if self.is_world_process_zero():
             save_aggregator(self.samf, self.args.output_dir)

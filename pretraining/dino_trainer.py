@@ -1,4 +1,4 @@
-"""A Trainer for DINO that also measures nearest neighbours and draws attention maps, and ends in an encoder's folder."""
+"""DINO's Trainer: it measures nearest neighbours, draws attention maps, and saves a slice encoder."""
 
 import logging
 from collections.abc import Sequence
@@ -9,29 +9,39 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedModel, TrainingArguments
 
+from samf.model.hub_samf import publish_weights
 from samf.model.image_processing_samf import SamfImageProcessor
-from samf.pretraining.attention_maps import cls_attention, save_attention_picture
+from samf.pretraining.attention_maps import cls_attention, save_attention_image
 from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews
+from samf.pretraining.labelled_sets import LabelledSet
 from samf.pretraining.neighbours import knn_accuracy
-from samf.pretraining.slice_datasets import LabelledSet
-from samf.training.trainer_base import ResumableTrainer, order_seed, share_rows, written_whole
+from samf.pretraining.pixels import normalise_pixels
+from samf.pretraining.row_shares import share_rows
+from samf.training.sampling import order_seed
+from samf.training.trainer_base import ResumableTrainer
+from samf.utils.files import atomic_update
 
 logger = logging.getLogger(__name__)
 
-ATTENTION = "_attention"  # Trainer pushes nothing that begins with an underscore, and these pictures show patients
+ATTENTION = "_attention"  # shows patients; Trainer doesn't push names that begin with an underscore
 
 
 class DinoTrainer(ResumableTrainer):
-    """Trains a DinoModel. `evaluate` gives the teacher's `eval_knn_accuracy` on held-out labelled slices.
+    """Trains a DinoModel. `evaluate` measures the teacher's accuracy by nearest neighbours on held-out labelled slices.
 
     Args:
-        encoder: the slice encoder to train.
-        args, dino_args: training and DINO.
-        slices: to learn from, uint8 (3, H, W) each.
-        bank, queries: labelled slices, and held-out ones whose labels their neighbours in the bank shall tell.
-        image_processor: normalises pixels; saved beside the encoder.
-        neighbours: that vote.
-        attention_slices: how many queries an evaluation draws attention maps of, below `output_dir`/_attention.
+        encoder: The slice encoder to train.
+        args: Of the training.
+        dino_args: Of DINO.
+        slices: To learn from, uint8 (3, H, W) each.
+        bank: Labelled slices.
+        queries: Held-out labelled slices, whose labels are predicted by their neighbours in the bank.
+        image_processor: Normalises pixels; saved with the encoder.
+        neighbours: Number of neighbours that vote.
+        attention_slices: Number of queries whose attention maps an evaluation draws, below `output_dir`/_attention.
+
+    Raises:
+        ValueError: An image or crop size isn't a multiple of the encoder's patch size.
     """
 
     def __init__(
@@ -67,7 +77,13 @@ class DinoTrainer(ResumableTrainer):
         )
 
     def evaluate(self, *args: object, metric_key_prefix: str = "eval", **kwargs: object) -> dict[str, float]:
-        """Nearest neighbours of the queries in the bank; on the main process also attention maps."""
+        """Return the accuracy by nearest neighbours and the embeddings' spread; the main process draws attention maps.
+
+        Args:
+            *args: Ignored; Trainer's.
+            metric_key_prefix: Of `…_knn_accuracy` and `…_embedding_spread`.
+            **kwargs: Ignored; Trainer's.
+        """
         bank, queries = self.embed(self.bank), self.embed(self.queries)
         accuracy = knn_accuracy(bank, self.bank.labels, queries, self.queries.labels, self.neighbours)
         spread = float(np.std(queries / np.linalg.norm(queries, axis=1, keepdims=True), axis=0).mean())
@@ -78,7 +94,7 @@ class DinoTrainer(ResumableTrainer):
         )
 
     def embed(self, slices: Dataset) -> np.ndarray:
-        """The teacher's CLS embeddings float32 (N, D) of whole slices; each process makes its share."""
+        """Return the teacher's CLS embeddings, float32 (N, D), of whole slices; each process computes its share."""
         encoder = self.dino.teacher.encoder
 
         def compute(rows: Sequence[int]) -> np.ndarray:
@@ -86,7 +102,7 @@ class DinoTrainer(ResumableTrainer):
                 Subset(slices, rows),
                 batch_size=self.args.eval_batch_size,
                 num_workers=self.args.dataloader_num_workers,
-                generator=torch.Generator(),  # or it would take a number from the generator that training draws from
+                generator=torch.Generator(),  # the default draws a seed from the generator of training
             )
             with torch.no_grad(), self.accelerator.autocast():
                 parts = [encoder(pixel_values=self._pixels(batch)).last_hidden_state[:, 0].float() for batch in loader]
@@ -99,28 +115,23 @@ class DinoTrainer(ResumableTrainer):
         return embeddings
 
     def _pixels(self, slices: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, C, H, W) as the image processor gives them to the encoder, on the device."""
-        slices = slices.to(self.args.device).float() * self.image_processor.rescale_factor
-        mean, std = (
-            torch.tensor(values, device=slices.device)[:, None, None]
-            for values in (self.image_processor.image_mean, self.image_processor.image_std)
-        )
-        return (slices - mean) / std
+        return normalise_pixels(slices.to(self.args.device), self.image_processor)
 
     def _draw_attention(self) -> None:
         slices = torch.stack([self.queries[index] for index in self.shown])
         attention = cls_attention(self.dino.teacher.encoder, self._pixels(slices))
         names = [self.queries.label_names[self.queries.labels[index]] for index in self.shown]
         path = Path(self.args.output_dir, ATTENTION, f"step_{self.state.global_step:07d}.png")
-        save_attention_picture(slices.numpy(), attention.cpu().numpy(), names, path)
+        save_attention_image(slices.numpy(), attention.cpu().numpy(), names, path)
 
     def save_encoder(self) -> None:
-        """The teacher's encoder with its preprocessor in `output_dir`, as `slice_encoder` takes it; the student's below it."""
+        """Save the teacher's encoder and its preprocessor in `output_dir`, and the student's below it."""
         if not self.is_world_process_zero():
             return
         for branch, folder in ((self.dino.teacher, ""), (self.dino.student, "student")):
-            branch.encoder.config._name_or_path = ""  # a local path would mean nothing to others
-            with written_whole(Path(self.args.output_dir, folder)) as temporary:
+            branch.encoder.config._name_or_path = ""  # a local folder means nothing on other machines
+            with atomic_update(Path(self.args.output_dir, folder)) as temporary:
                 branch.encoder.save_pretrained(temporary)
                 self.image_processor.save_pretrained(temporary)
+                publish_weights(temporary)
         logger.info("slice encoder: %s", self.args.output_dir)

@@ -1,12 +1,12 @@
-"""How good embeddings are, without training anything on them: nearest neighbours and retrieval."""
+"""Quality of embeddings without training on them: nearest neighbours and retrieval."""
 
 import numpy as np
 
 
-def unit(x: np.ndarray) -> np.ndarray:
-    """Rows (N, D) at length one, as float32; a row of zeros stays so."""
-    x = np.asarray(x, dtype=np.float32)
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+def _normalise(rows: np.ndarray) -> np.ndarray:
+    """Return rows (N, D) at unit length, float32; rows of zeros stay zero."""
+    rows = np.asarray(rows, dtype=np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def knn_accuracy(
@@ -18,26 +18,41 @@ def knn_accuracy(
     temperature: float = 0.07,
     chunk: int = 512,
 ) -> float:
-    """Share of queries whose label wins among their nearest neighbours, each with exp(cosine / temperature) votes.
+    """Return the share of queries whose label wins among their nearest neighbours, as in DINO's paper.
 
-    The classifier of DINO's paper. bank (N, D), queries (M, D), labels (N,) and (M,) whole numbers from 0.
+    Each neighbour has exp(cosine / temperature) votes. `lightly.utils.benchmarking.knn_predict` gives the same predictions
+    without ties; among exact ties, such as blank slices, it chooses other neighbours, which would change recorded curves.
+
+    Args:
+        bank: Embeddings (N, D).
+        bank_labels: Whole numbers from 0, (N,).
+        queries: Embeddings (M, D).
+        query_labels: Whole numbers from 0, (M,).
+        neighbours: Number of neighbours that vote, at most N.
+        temperature: Of the votes.
+        chunk: Queries compared with the bank at once.
     """
     neighbours = min(neighbours, len(bank))
-    bank, queries = unit(bank), unit(queries)
+    bank, queries = _normalise(bank), _normalise(queries)
     classes = int(max(bank_labels.max(), query_labels.max())) + 1
     right = 0
     for start in range(0, len(queries), chunk):
         similarity = queries[start : start + chunk] @ bank.T  # (m, N)
         nearest = np.argpartition(-similarity, neighbours - 1, axis=1)[:, :neighbours]
         votes = np.exp(np.take_along_axis(similarity, nearest, axis=1) / temperature)
-        load_stats = np.zeros((len(nearest), classes))
-        np.add.at(load_stats, (np.arange(len(nearest))[:, None], bank_labels[nearest]), votes)
-        right += int((load_stats.argmax(axis=1) == query_labels[start : start + chunk]).sum())
+        scores = np.zeros((len(nearest), classes))
+        np.add.at(scores, (np.arange(len(nearest))[:, None], bank_labels[nearest]), votes)
+        right += int((scores.argmax(axis=1) == query_labels[start : start + chunk]).sum())
     return right / len(queries)
 
 
 def retrieval_accuracy(first: np.ndarray, second: np.ndarray) -> float:
-    """Share of rows of `first` (N, D) whose nearest row of `second` by cosine is their own, and the other way round."""
-    similarity = unit(first) @ unit(second).T  # (N, N)
+    """Return how often the nearest row by cosine is a row's own counterpart, averaged over both directions.
+
+    Args:
+        first: Embeddings (N, D).
+        second: Embeddings (N, D); row i is the counterpart of row i of `first`.
+    """
+    similarity = _normalise(first) @ _normalise(second).T  # (N, N)
     own = np.arange(len(similarity))
     return float(((similarity.argmax(axis=1) == own).mean() + (similarity.argmax(axis=0) == own).mean()) / 2)

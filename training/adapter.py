@@ -1,9 +1,9 @@
-"""LoRA on the language model, the other parts in full; the model that an adapter belongs to, and their merging.
+"""LoRA on the language model, with the model's other parts trained in full; saving the base model, and merging.
 
     python -m samf.training.adapter runs/lora runs/merged     # writes the merged model
 
-An adapter's folder names its base model. A new model, put together from its components, exists nowhere else: train.py
-writes it whole into `base` within the output folder, before training.
+An adapter's folder names its base model. A new model, built from its components, exists nowhere else: train.py saves it in
+full as `base` within the output folder, before training.
 """
 
 import argparse
@@ -22,34 +22,42 @@ from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.model.processing_samf import SamfProcessor
 from samf.training.arguments import TuningArguments
 from samf.training.param_groups import PARTS
-from samf.training.trainer_base import written_whole
+from samf.utils.files import atomic_update
 
 logger = logging.getLogger(__name__)
 
 BASE, MERGED = "base", "merged"  # folders within the output folder
-LANGUAGE_MODEL = "model.language_model."
+_LANGUAGE_MODEL = "model.language_model."
 
 
 def save_base(model: SamfForConditionalGeneration, processor: SamfProcessor, folder: str | Path) -> None:
-    """Write a new model and its processor whole, for adapters to name as their base."""
+    """Save a new model and its processor, for adapters to name as their base.
+
+    Args:
+        model: The model before it gets an adapter.
+        processor: Saved with it.
+        folder: Where to save; created if it doesn't exist.
+    """
     logger.info("the adapter's base model: %s", folder)
-    with written_whole(folder) as temporary:
+    with atomic_update(folder) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
 
 
 def language_model_layers(model: SamfForConditionalGeneration) -> str:
-    """A regular expression of the language model's linear layers: what the paper puts LoRA on."""
+    """Return a regular expression of the language model's linear layers, which get LoRA in the paper."""
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(LANGUAGE_MODEL)
+        if isinstance(module, nn.Linear) and name.startswith(_LANGUAGE_MODEL)
     }
     return rf".*language_model\..*\.({'|'.join(map(re.escape, sorted(names)))})"
 
 
-def full_parts(model: SamfForConditionalGeneration, args: TuningArguments, train_parts: Sequence[str]) -> list[str]:
-    """The modules that are trained in full beside the adapter, by the names that peft finds them by."""
+def _fully_trained_modules(
+    model: SamfForConditionalGeneration, args: TuningArguments, train_parts: Sequence[str]
+) -> list[str]:
+    """Return the modules that are trained in full in addition to the adapter, under the names by which peft finds them."""
     modules = [
         part
         for part in train_parts
@@ -65,15 +73,18 @@ def full_parts(model: SamfForConditionalGeneration, args: TuningArguments, train
 def add_lora(
     model: SamfForConditionalGeneration, args: TuningArguments, train_parts: Sequence[str], base: str | Path
 ) -> PreTrainedModel:
-    """The model in peft's wrapper: an adapter on the language model's layers, the other trained parts in full.
+    """Wrap a model with peft: an adapter on the language model's layers, the other trained parts in full.
 
     Args:
-        base: folder or Hub id that the adapter is to be loaded on.
+        model: The model to wrap.
+        args: Rank and other settings of the adapter.
+        train_parts: The parts that are trained.
+        base: Folder or Hub id of the model that the adapter will be loaded on.
 
     Raises:
         ImportError: peft is missing.
-        ValueError: the model has an adapter already, the language model is none of the trained parts, or `lora_targets`
-            names no layer of it.
+        ValueError: The model has an adapter already, the language model isn't among the trained parts, or `lora_targets`
+            matches none of its layers.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -90,7 +101,7 @@ def add_lora(
             "lora_rank is about the language model, which train_parts doesn't name: add it, or drop lora_rank."
         )
     targets = args.lora_targets or language_model_layers(model)
-    if not any(re.fullmatch(targets, name) for name, _ in model.named_modules() if name.startswith(LANGUAGE_MODEL)):
+    if not any(re.fullmatch(targets, name) for name, _ in model.named_modules() if name.startswith(_LANGUAGE_MODEL)):
         raise ValueError(f"lora_targets={targets!r} matches no layer; the default is {language_model_layers(model)!r}.")
     config = LoraConfig(
         r=args.lora_rank,
@@ -98,7 +109,7 @@ def add_lora(
         lora_dropout=args.lora_dropout,
         use_dora=args.use_dora,
         target_modules=targets,
-        modules_to_save=full_parts(model, args, train_parts) or None,
+        modules_to_save=_fully_trained_modules(model, args, train_parts) or None,
         ensure_weight_tying=args.lora_embeddings and model.config.tie_word_embeddings,
     )
     wrapped = get_peft_model(model, config)
@@ -107,21 +118,25 @@ def add_lora(
 
 
 def cast_trained(model: nn.Module, dtype: str) -> None:
-    """Give the weights that are trained another precision. A step of 5e-5 is below the resolution of most bfloat16 weights."""
+    """Cast the trained weights. A step of 5e-5 is below bfloat16's resolution for most weights."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, dtype))
 
 
 def merge_adapter(folder: str | Path, target: str | Path) -> None:
-    """Write the model of an adapter's folder into `target`, its adapter and full parts merged into its weights.
+    """Write the model of an adapter's folder into `target`, with the adapter and the full parts merged into its weights.
 
-    What was saved is what is merged, so it makes no difference on how many processes it was trained.
+    The merged weights are those that were saved, so the number of training processes makes no difference.
+
+    Args:
+        folder: An adapter's folder.
+        target: The folder to write; created if it doesn't exist.
 
     Raises:
         ValueError: `folder` holds no adapter.
     """
-    from peft import PeftModel  # as in add_lora
+    from peft import PeftModel  # optional, as in add_lora
 
     base = adapter_base(folder)
     if base is None:
@@ -131,8 +146,8 @@ def merge_adapter(folder: str | Path, target: str | Path) -> None:
     model = SamfForConditionalGeneration.from_pretrained(base, dtype="auto")
     dtype = model.dtype
     merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload().to(dtype)
-    merged.config._name_or_path = ""  # a folder of this machine means nothing to others
-    with written_whole(target) as temporary:
+    merged.config._name_or_path = ""  # a local folder means nothing on other machines
+    with atomic_update(target) as temporary:
         merged.save_pretrained(temporary)
         SamfProcessor.from_pretrained(folder).save_pretrained(temporary)
         requirements = Path(folder) / "requirements.txt"
@@ -142,6 +157,7 @@ def merge_adapter(folder: str | Path, target: str | Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Merge an adapter from the command line."""
     parser = argparse.ArgumentParser(prog="python -m samf.training.adapter", description="Merge an adapter.")
     parser.add_argument("adapter", type=Path, help="an adapter's folder")
     parser.add_argument("target", type=Path, help="the folder to write")

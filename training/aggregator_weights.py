@@ -1,21 +1,21 @@
-"""A warmed-up aggregator on disk: its weights, its position embeddings, and the settings that give them their meaning."""
+"""A warmed-up aggregator on disk: its weights, its position embeddings, and the settings that they depend on."""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from samf.model.configuration_samf import SamfConfig
-from samf.training.trainer_base import written_whole
+from samf.model.hub_samf import publish_weights
+from samf.utils.files import atomic_update
 
 WEIGHTS_FILE = "aggregator.safetensors"
 SETTINGS_FILE = "aggregator_config.json"
-PARTS = ("aggregator", "slice_position")
-# With equal weights but another of these, the aggregator would compute something else.
-SETTINGS = (
+_MODULES = ("aggregator", "slice_position")
+# With equal weights but another value of one of these, the aggregator would compute something else.
+_SETTINGS = (
     "aggregator_num_layers",
     "aggregator_num_heads",
     "aggregator_ffn_dim",
@@ -27,49 +27,54 @@ SETTINGS = (
 )
 
 
-def aggregator_settings(config: SamfConfig) -> dict[str, Any]:
-    """What of a configuration decides how the aggregator's weights are read."""
-    settings = {name: getattr(config, name) for name in SETTINGS}
+def aggregator_settings(config: SamfConfig) -> dict[str, int | float | str]:
+    """Return the values of a configuration that the meaning of the aggregator's weights depends on."""
+    settings = {name: getattr(config, name) for name in _SETTINGS}
     # "aggregator" and "all" give the aggregator the same input.
     positions = config.slice_position_scope != "none"
     return settings | {"slice_positions": positions, "slice_dim": config.slice_dim}
 
 
 def save_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
-    """The aggregator and slice positions of a SamfModel or SamfForConditionalGeneration, as `load_aggregator` reads them."""
-    base = model.base_model
-    weights = {
-        f"{part}.{name}": tensor.detach().contiguous().cpu()
-        for part in PARTS
-        if getattr(base, part) is not None
-        for name, tensor in getattr(base, part).state_dict().items()
-    }
-    settings = json.dumps(aggregator_settings(model.config), indent=2) + "\n"
-    with written_whole(folder) as temporary:
-        save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        (temporary / SETTINGS_FILE).write_text(settings, encoding="utf-8")
-
-
-def load_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Put a warmed-up aggregator and its slice positions into a model, in the model's own precision.
+    """Save the aggregator and slice positions of a model, for `load_aggregator`.
 
     Args:
         model: SamfModel or SamfForConditionalGeneration.
-        folder: what `warmup_aggregator.py` wrote.
+        folder: Gets the two files; created if it doesn't exist.
+    """
+    base = model.base_model
+    weights = {
+        f"{module}.{name}": tensor.detach().contiguous().cpu()
+        for module in _MODULES
+        if getattr(base, module) is not None
+        for name, tensor in getattr(base, module).state_dict().items()
+    }
+    settings = json.dumps(aggregator_settings(model.config), indent=2) + "\n"
+    with atomic_update(folder) as temporary:
+        save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        (temporary / SETTINGS_FILE).write_text(settings, encoding="utf-8")
+        publish_weights(temporary)
+
+
+def load_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Load a warmed-up aggregator and its slice positions into a model, in the model's own precision.
+
+    Args:
+        model: SamfModel or SamfForConditionalGeneration.
+        folder: Output folder of `warmup_aggregator.py`.
 
     Raises:
-        FileNotFoundError: the folder lacks one of the two files.
-        ValueError: the model's aggregator is made otherwise; names every setting that differs.
+        FileNotFoundError: The folder lacks one of the two files.
+        ValueError: The model's aggregator has other settings; names each of them.
     """
     folder = Path(folder)
     for name in (SETTINGS_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no {name}; expected the output folder of warmup_aggregator.py.")
     stored = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    own = aggregator_settings(model.config)
     differing = [
         f"{name}: {stored.get(name)!r} there, {value!r} here"
-        for name, value in own.items()
+        for name, value in aggregator_settings(model.config).items()
         if stored.get(name) != value
     ]
     if differing:
@@ -78,10 +83,9 @@ def load_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
             f"warmup_aggregator.py and here."
         )
     weights = load_file(folder / WEIGHTS_FILE)
-    for part in PARTS:
-        module = getattr(model.base_model, part)
+    for name in _MODULES:
+        module, prefix = getattr(model.base_model, name), f"{name}."
         if module is not None:
-            start = f"{part}."
             module.load_state_dict(
-                {name.removeprefix(start): w for name, w in weights.items() if name.startswith(start)}
+                {key.removeprefix(prefix): weight for key, weight in weights.items() if key.startswith(prefix)}
             )

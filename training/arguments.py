@@ -1,33 +1,43 @@
-"""What train.py can be told, beside the library's TrainingArguments; a recipe's keys are these fields."""
+"""Arguments of train.py in addition to `TrainingArguments`; a recipe's keys are these fields."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 from samf.data.mixture import parse_weights
 from samf.data.source_arguments import SourceArguments
 from samf.training.aggregator_arguments import AggregatorArguments
+from samf.training.choices import OnErrorOption, check_choices
 from samf.training.param_groups import PARTS, check_parts
 
 
 @dataclass
 class ModelArguments(AggregatorArguments):
-    """What is trained. `model` continues a SAMF model; the other fields build a new one."""
+    """The model to train. `model` continues a SAMF model; the other fields build a new one."""
 
     model: str | None = field(default=None, metadata={"help": "folder or Hub id of a SAMF model to continue"})
     text_model: str = field(
         default="microsoft/Phi-3-mini-4k-instruct", metadata={"help": "folder or Hub id of the language model"}
     )
-    fusion_type: str = field(default="ao2d", metadata={"help": "samf, ao2d or slice_tokens"})
-    fusion_scale: str | None = field(default=None, metadata={"help": "rsqrt divides the fusion's scores by sqrt(d)"})
-    fusion_text_scope: str = field(
-        default="prompt",
-        metadata={"help": "prompt, or sequence: the published leak of the answer into the image tokens"},
+    fusion_type: Literal["samf", "ao2d", "slice_tokens"] = field(
+        default="ao2d", metadata={"help": "slice_tokens is one image token per slice"}
     )
-    num_image_tokens: int = field(default=256, metadata={"help": "image tokens a volume; slice_tokens has one a slice"})
+    fusion_scale: Literal["rsqrt"] | None = field(
+        default=None, metadata={"help": "rsqrt divides the fusion's scores by sqrt(d)"}
+    )
+    fusion_text_scope: Literal["prompt", "sequence"] = field(
+        default="prompt",
+        metadata={"help": "text of the fusion; sequence is the published code's leak of the answer into image tokens"},
+    )
+    num_image_tokens: int = field(
+        default=256, metadata={"help": "image tokens per volume; ignored for slice_tokens, which has one per slice"}
+    )
     finding_names: list[str] = field(default_factory=list, metadata={"help": "labels of the findings head"})
     finding_loss_weight: float = field(default=1.0)
-    aggregator: str | None = field(default=None, metadata={"help": "what warmup_aggregator.py wrote: start from it"})
+    aggregator: str | None = field(
+        default=None, metadata={"help": "output folder of warmup_aggregator.py to start the aggregator from"}
+    )
     dtype: str = field(
         default="auto", metadata={"help": "of the weights: float32, bfloat16, or auto: the language model's own"}
     )
@@ -36,12 +46,13 @@ class ModelArguments(AggregatorArguments):
     )
 
     def __post_init__(self):
+        check_choices(self)
         check_parts(self.train_parts, "train_parts")
 
 
 @dataclass
 class DataArguments(SourceArguments):
-    """What it is trained on."""
+    """The data to train on."""
 
     data: str = field(
         default="",
@@ -49,10 +60,10 @@ class DataArguments(SourceArguments):
     )
     tasks: list[str] = field(default_factory=lambda: ["report", "multiple_choice"])
     vqa_files: list[str] = field(
-        default_factory=list, metadata={"help": "question files to read instead of the split's own, for training alone"}
+        default_factory=list, metadata={"help": "question files for training instead of the split's own"}
     )
     repeat: list[str] = field(
-        default_factory=list, metadata={"help": "tasks that training reads several times an epoch, e.g. report=3"}
+        default_factory=list, metadata={"help": "tasks that training reads several times per epoch, e.g. report=3"}
     )
     mixture: list[str] = field(
         default_factory=list,
@@ -64,51 +75,46 @@ class DataArguments(SourceArguments):
         default_factory=list,
         metadata={"help": "of CT-RATE's reports: findings (the default), impression, clinical_information"},
     )
-    reconstructions: str | None = field(
-        default=None, metadata={"help": "of each of CT-RATE's scans: all (the default), first, or sample"}
+    reconstructions: Literal["all", "first", "sample"] | None = field(
+        default=None, metadata={"help": "of each of CT-RATE's scans; default: all"}
     )
     image_root: str | None = field(
         default=None, metadata={"help": "folder of the images that the paper's CSVs name; default: the CSV's"}
     )
-    on_error: str = field(
-        default="stop",
+    on_error: OnErrorOption = field(
+        default="raise",
         metadata={
-            "help": "stop, or skip: leave out, and count, volumes that are missing or that preprocess.py couldn't read"
+            "help": "volumes that are missing or that preprocess.py couldn't read: raise an error, or skip and count them"
         },
     )
-    objective: str = field(default="text", metadata={"help": "text, or findings: the findings head's loss alone"})
-    finding_labels: str = field(
+    objective: Literal["text", "findings"] = field(
+        default="text", metadata={"help": "findings: only the findings head's loss"}
+    )
+    finding_labels: Literal["auto", "rules"] = field(
         default="auto",
-        metadata={
-            "help": "auto: the data's label CSV, or rules where it has none; rules: read the reports in any case"
-        },
+        metadata={"help": "auto: the data's label CSV, or rules where it has none; rules: always from the reports"},
     )
     slice_cache: str | None = field(default=None, metadata={"help": "folder that keeps prepared slices"})
     cache_embeddings: bool = field(
-        default=False, metadata={"help": "keep the embeddings of a slice encoder that isn't trained, beside the slices"}
+        default=False, metadata={"help": "keep the embeddings of a slice encoder that isn't trained in slice_cache too"}
     )
     max_length: int | None = field(default=None, metadata={"help": "longest sequence in tokens"})
     sort_steps: bool = field(
         default=False,
         metadata={
-            "help": "with gradient accumulation: a step's records in the order of their lengths, for micro-batches with less "
-            "padding; the step itself stays as it is"
+            "help": "with gradient accumulation: sort each step's records by length, so that micro-batches have less "
+            "padding; the step has the same records"
         },
     )
-    valid_limit: int | None = field(default=None, metadata={"help": "most validation records to measure the loss on"})
+    valid_limit: int | None = field(
+        default=None, metadata={"help": "most validation records that the loss is measured on"}
+    )
 
     def __post_init__(self):
         self.check_source()
+        check_choices(self)
         if self.min_coverage and self.slice_cache is None:
             raise ValueError("min_coverage is checked when slices are made: give slice_cache too.")
-        choices_of = {
-            "objective": ("text", "findings"),
-            "finding_labels": ("auto", "rules"),
-            "on_error": ("stop", "skip"),
-        }
-        for name, choices in choices_of.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(map(repr, choices))}.")
         if unknown := sorted(set(parse_weights(self.mixture)) - set(self.tasks)):
             weights = " ".join(f"{task}=1" for task in self.tasks)
             raise ValueError(f"mixture has {unknown}; expected some of tasks, {self.tasks}: --mixture {weights}.")
@@ -120,7 +126,7 @@ class DataArguments(SourceArguments):
 
 @dataclass
 class TuningArguments:
-    """How its weights are trained: an adapter on the language model, a learning rate for each part."""
+    """How the weights are trained: an adapter on the language model, a learning rate for each part."""
 
     lora_rank: int = field(default=0, metadata={"help": "LoRA on the language model; 0 trains it in full"})
     lora_alpha: float = field(default=32.0)
@@ -136,8 +142,8 @@ class TuningArguments:
     merge: bool = field(
         default=False, metadata={"help": "at the end, write the model with its adapter merged into `merged`"}
     )
-    trained_dtype: str | None = field(
-        default=None, metadata={"help": "of the weights that are trained, e.g. float32 beside frozen bfloat16"}
+    trained_dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None, metadata={"help": "of the trained weights, e.g. float32 next to frozen bfloat16"}
     )
     learning_rates: dict[str, float] | str | None = field(
         default=None,
@@ -145,37 +151,38 @@ class TuningArguments:
     )
 
     def __post_init__(self):
+        check_choices(self)
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank is {self.lora_rank}; it must be 0 (no adapter) or positive.")
         for name in ("merge", "use_dora", "lora_embeddings"):
             if getattr(self, name) and not self.lora_rank:
                 raise ValueError(f"{name} is about an adapter, and lora_rank is 0: set lora_rank, e.g. 16.")
-        if self.trained_dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f"trained_dtype is {self.trained_dtype!r}; it must be float32 or bfloat16.")
         self.learning_rates = _read_rates(self.learning_rates)
 
 
 @dataclass
 class MonitorArguments:
-    """What is measured while it trains."""
+    """What is measured during training."""
 
     generate_samples: int = field(
-        default=0, metadata={"help": "validation records of each task that every evaluation answers and scores"}
+        default=0, metadata={"help": "validation records per task that every evaluation answers and scores"}
     )
     generate_tokens: int = field(default=512, metadata={"help": "most tokens of such an answer"})
-    shown_samples: int = field(default=2, metadata={"help": "reports shown beside their references and slices"})
+    shown_samples: int = field(
+        default=2, metadata={"help": "reports that the trackers show with their references and slices"}
+    )
     blind_gap: float = field(
         default=0.01,
         metadata={"help": "warn when other patients' volumes raise the loss by less than this share of it"},
     )
-    blind_evaluations: int = field(default=3, metadata={"help": "… in so many evaluations in a row"})
+    blind_evaluations: int = field(default=3, metadata={"help": "… in this many evaluations in a row"})
     peak_tflops: float | None = field(
         default=None, metadata={"help": "of one device at the trained precision, for MFU; known for common GPUs"}
     )
 
 
-def _read_rates(value: dict[str, Any] | str | None) -> dict[str, float]:
-    """Learning rates by part from a mapping or its JSON. Raises ValueError that names what is wrong."""
+def _read_rates(value: Mapping[str, float] | str | None) -> dict[str, float]:
+    """Return learning rates by part from a mapping or its JSON. Raises ValueError that names what is wrong."""
     try:
         rates = json.loads(value) if isinstance(value, str) else dict(value or {})
         rates = {part: float(rate) for part, rate in rates.items()}

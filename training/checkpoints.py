@@ -1,260 +1,35 @@
-"""Whether a checkpoint is whole, and which one a run resumes from.
+"""The checkpoint that a run resumes from."""
 
-A killed process, a full disk and a power failure leave files that are missing, empty or cut short. Sizes and headers show
-all of these: the tensors' extents in a safetensors header, the directory at the end of a file of `torch.save`, the extents
-in the metadata of sharded checkpoints. So checking takes a moment at any size, and no tensor is read.
-"""
-
-import json
 import logging
 import os
-import pickle
-import re
-import struct
-import zipfile
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
 from transformers import TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 
+from samf.training.checkpoint_damage import find_damage
 from samf.utils.distributed import Processes
 
 logger = logging.getLogger(__name__)
 
-STATE = "trainer_state.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# What FSDP writes: a folder of shards, or one file.
-FSDP_WEIGHTS, FSDP_OPTIMIZER = ("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"), ("optimizer_0", "optimizer.bin")
-SHARDS_METADATA = ".metadata"
-# What DeepSpeed writes: a file that names the folder `global_step…` with the states of all processes.
-DEEPSPEED_TAG, DEEPSPEED_FOLDERS = "latest", "global_step*"
-LISTED = 5
+_MOST_LISTED = 5
 
 
 class CheckpointError(ValueError):
     """No checkpoint can be resumed from; the message names the damaged file and the remedy."""
 
 
-# ---- single files --------------------------------------------------------------------------------------------------
+def last_checkpoint(folder: str | os.PathLike, *, with_optimizer: bool = True) -> str | None:
+    """Return the newest whole checkpoint below `folder`; None where there is no checkpoint at all.
 
-
-def _safetensors_damage(file: Path) -> str | None:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        try:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if 8 + length > size:
-                return f"cut short: {size} bytes, its header alone has {length}"
-            header = json.loads(stream.read(length))
-            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-            end = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return f"no safetensors file any more ({size} bytes)"
-    return None if size == end else f"{size} bytes instead of {end}"
-
-
-def _torch_damage(file: Path) -> str | None:
-    """Of a file of `torch.save`: a zip archive, whose directory is written last."""
-    with file.open("rb") as stream:
-        start = stream.read(4)
-    if start[:1] == b"\x80":  # the format before torch 1.6, which says nothing of its length
-        return None
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return None if archive.namelist() else "an empty archive"
-    except zipfile.BadZipFile:
-        return f"cut short or overwritten: {file.stat().st_size} bytes without the directory that torch.save ends with"
-
-
-def _json_damage(file: Path) -> str | None:
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        return f"broken JSON ({error})"
-    return None
-
-
-def _state_damage(file: Path) -> str | None:
-    """Of trainer_state.json, which a Trainer writes last."""
-    if (damage := file_damage(file)) is not None:
-        return damage
-    state = json.loads(file.read_text(encoding="utf-8"))
-    return None if isinstance(state, dict) and "global_step" in state else "holds no global_step"
-
-
-FILE_CHECKS: dict[str, Callable[[Path], str | None]] = {
-    ".safetensors": _safetensors_damage,
-    ".json": _json_damage,
-    **dict.fromkeys((".pt", ".pth", ".bin"), _torch_damage),
-}
-
-
-def file_damage(file: Path) -> str | None:
-    """What is wrong with one file of a checkpoint; None for a whole file, and for kinds that aren't known.
-
-    Raises:
-        OSError: the file can't be read just now, which says nothing about its content.
-    """
-    checked = file.suffix in (*FILE_CHECKS, ".distcp") or file.name in (SHARDS_METADATA, DEEPSPEED_TAG)
-    if checked and file.stat().st_size == 0:
-        return "0 bytes"
-    check = FILE_CHECKS.get(file.suffix)
-    return check(file) if check else None
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------------------------
-
-
-def find_damage(checkpoint: str | os.PathLike, *, with_optimizer: bool = True) -> str | None:
-    """Tell what keeps a checkpoint from being resumed.
+    Each newer one that is damaged is named in a warning.
 
     Args:
-        checkpoint: a folder that a Trainer wrote, on one process or several, under DDP, FSDP or DeepSpeed.
-        with_optimizer: whether the states of optimizer, scheduler and random generators must be there.
-
-    Returns:
-        The damaged or missing file's name and what is wrong with it; None for a whole checkpoint.
+        folder: Output folder of a run; may not exist.
+        with_optimizer: Whether the states of optimizer, scheduler and random generators must be there.
 
     Raises:
-        OSError: a file can't be read just now, which says nothing about its content.
-    """
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        return "no such folder"
-    if not (folder / STATE).is_file():
-        return f"{STATE} is missing: the checkpoint was not finished"
-    if (damage := _state_damage(folder / STATE)) is not None:
-        return f"{STATE}: {damage}"
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if (damage := file_damage(file)) is not None:
-            return f"{file.relative_to(folder)}: {damage}"
-    missing = _missing_weights(folder) or (_missing_states(folder) if with_optimizer else None)
-    return f"{missing} is missing" if missing else _shards_damage(folder)
-
-
-def weights_damage(folder: str | os.PathLike) -> str | None:
-    """The same of a folder with a model's weights alone, such as an adapter's base model."""
-    folder = Path(folder)
-    for file in sorted(folder.glob("*.safetensors*")):
-        if (damage := file_damage(file)) is not None:
-            return f"{file.name}: {damage}"
-    missing = _missing_weights(folder)
-    return f"{missing} is missing" if missing else None
-
-
-def _any(folder: Path, names: Iterable[str]) -> bool:
-    return any((folder / name).exists() for name in names)
-
-
-def _deepspeed_folder(folder: Path) -> Path | None:
-    """Where DeepSpeed's states lie or should lie; None for a checkpoint of another kind."""
-    tag = folder / DEEPSPEED_TAG
-    if tag.is_file():
-        return folder / tag.read_text(encoding="utf-8").strip()
-    return next(folder.glob(DEEPSPEED_FOLDERS), None)
-
-
-def _missing_weights(folder: Path) -> str | None:
-    for name in INDEXES:
-        if (folder / name).is_file():
-            shards = json.loads((folder / name).read_text(encoding="utf-8")).get("weight_map", {}).values()
-            return next((shard for shard in sorted(set(shards)) if not (folder / shard).is_file()), None)
-    if _any(folder, (*WEIGHTS, *FSDP_WEIGHTS)) or _deepspeed_folder(folder) is not None:
-        return None
-    if any((child / name).is_file() for child in folder.iterdir() if child.is_dir() for name in WEIGHTS):
-        return None  # adapters under names of their own
-    return INDEXES[0] if any(folder.glob("model-*-of-*.safetensors")) else WEIGHTS[0]
-
-
-def _missing_states(folder: Path) -> str | None:
-    """The first file of the optimizer's, scheduler's and random generators' that isn't there."""
-    deepspeed = _deepspeed_folder(folder)
-    # One process writes rng_state.pth; several number theirs, so that there are at least two.
-    generators = _numbers(folder, r"rng_state_(\d+)\.pth")
-    processes = max(2, max(generators) + 1) if generators else 1
-    if deepspeed is not None:
-        if not (folder / DEEPSPEED_TAG).is_file():
-            return DEEPSPEED_TAG
-        if (missing := _missing_deepspeed(deepspeed, processes)) is not None:
-            return f"{deepspeed.name}/{missing}"
-    else:
-        if not _any(folder, ("optimizer.pt", *FSDP_OPTIMIZER)):
-            return FSDP_OPTIMIZER[0] if _any(folder, FSDP_WEIGHTS) else "optimizer.pt"
-        if not (folder / "scheduler.pt").is_file():
-            return "scheduler.pt"
-    if (folder / "rng_state.pth").is_file():
-        return None
-    return _first_missing("rng_state_{}.pth", generators, processes) if generators else "rng_state.pth"
-
-
-def _missing_deepspeed(folder: Path, processes: int) -> str | None:
-    if not folder.is_dir():
-        return "*"
-    names = [path.name for path in folder.iterdir()]
-    if not any(name.endswith("model_states.pt") for name in names):
-        return "mp_rank_00_model_states.pt"
-    models = _numbers(folder, r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")  # one each under ZeRO-3 alone
-    if models and (missing := _first_missing("zero_pp_rank_{}_mp_rank_00_model_states.pt", models, processes)):
-        return missing
-    states = _numbers(folder, r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
-    return _first_missing("zero_pp_rank_{}_mp_rank_00_optim_states.pt", states, processes)
-
-
-def _numbers(folder: Path, form: str) -> set[int]:
-    """The numbers of a folder's files whose names are of a regular expression's form."""
-    return {int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(form, path.name))}
-
-
-def _first_missing(name: str, found: set[int], count: int) -> str | None:
-    """The first of `count` numbered files, or more where higher numbers were found, that isn't there."""
-    wanted = range(max(count, max(found, default=-1) + 1))
-    return next((name.format(number) for number in wanted if number not in found), None)
-
-
-def _shards_damage(folder: Path) -> str | None:
-    """Of FSDP's folders of shards, whose metadata say what lies where."""
-    for name in (FSDP_WEIGHTS[0], FSDP_OPTIMIZER[0]):
-        shards = folder / name
-        if not shards.is_dir():
-            continue
-        if not (shards / SHARDS_METADATA).is_file():
-            return f"{name}/{SHARDS_METADATA} is missing"
-        try:
-            extents = FileSystemReader(shards).read_metadata().storage_data.values()
-            last = {extent.relative_path: (extent.offset, extent.length) for extent in sorted(extents, key=_offset)}
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
-            return f"{name}/{SHARDS_METADATA}: can't be read ({error})"
-        for file, (start, length) in sorted(last.items()):
-            path = shards / file
-            if not path.is_file():
-                return f"{name}/{file} is missing"
-            if path.stat().st_size < start + length:
-                return f"{name}/{file}: cut short: {path.stat().st_size} of {start + length} bytes"
-            with path.open("rb") as stream:
-                stream.seek(start)
-                if not any(stream.read(8)):
-                    return f"{name}/{file}: zeros instead of data"
-    return None
-
-
-def _offset(extent: Any) -> int:
-    return extent.offset
-
-
-# ---- what a run resumes from ---------------------------------------------------------------------------------------
-
-
-def last_checkpoint(folder: str | os.PathLike, *, with_optimizer: bool = True) -> str | None:
-    """Return the newest whole checkpoint below `folder`, None where there is no checkpoint at all.
-
-    Each damaged one that is newer is named in a warning.
-
-    Raises:
-        CheckpointError: there are checkpoints, but none is whole.
+        CheckpointError: There are checkpoints, but none is whole.
     """
     if not Path(folder).is_dir():
         return None
@@ -267,43 +42,44 @@ def last_checkpoint(folder: str | os.PathLike, *, with_optimizer: bool = True) -
         damaged.append(f"{Path(checkpoint).name}: {damage}")
     if damaged:
         raise CheckpointError(
-            f"{folder}: no checkpoint is whole ({'; '.join(damaged[:LISTED])}). Restore one from a copy, or leave "
+            f"{folder}: no checkpoint is whole ({'; '.join(damaged[:_MOST_LISTED])}). Restore one from a copy, or leave "
             "resume_from_checkpoint out to start at step 0."
         )
     return None
 
 
 def checkpoint_to_resume(training: TrainingArguments) -> str | None:
-    """Tell what `resume_from_checkpoint` means: a path, or for "last" or "true" the newest whole one in `output_dir`.
+    """Return the checkpoint that `resume_from_checkpoint` means.
 
-    Rank 0 looks and tells the others, so that all of them resume from the same one.
+    The option is a path, or "last" or "true" for the newest whole checkpoint in `output_dir`. Rank 0 decides for all
+    processes, so that they resume from the same one.
 
     Raises:
-        CheckpointError: the path is no whole checkpoint, or "last" finds only damaged ones.
+        CheckpointError: The path is no whole checkpoint, or "last" finds only damaged ones.
     """
-    wanted = training.resume_from_checkpoint
-    if not wanted or str(wanted).lower() == "false":
+    option = training.resume_from_checkpoint
+    if not option or str(option).lower() == "false":
         return None
 
     def choose() -> str | None:
         try:
-            return _choose(str(wanted), training)
+            return _choose(str(option), training)
         except OSError as error:
             raise CheckpointError(str(error)) from error
 
     return Processes().from_first(choose)
 
 
-def _choose(wanted: str, training: TrainingArguments) -> str | None:
+def _choose(option: str, training: TrainingArguments) -> str | None:
     with_optimizer = not training.save_only_model
-    if wanted.lower() in ("last", "true"):
+    if option.lower() in ("last", "true"):
         found = last_checkpoint(training.output_dir, with_optimizer=with_optimizer)
         logger.info("resuming from %s", found or f"nothing: {training.output_dir} has no checkpoint")
         return found
-    damage = find_damage(wanted, with_optimizer=with_optimizer)
+    damage = find_damage(option, with_optimizer=with_optimizer)
     if damage is not None:
         raise CheckpointError(
-            f"resume_from_checkpoint={wanted}: isn't a whole checkpoint ({damage}). Name another one, or give "
+            f"resume_from_checkpoint={option}: isn't a whole checkpoint ({damage}). Name another one, or give "
             "`--resume_from_checkpoint last` for the newest whole one of output_dir."
         )
-    return wanted
+    return option

@@ -1,31 +1,53 @@
-"""The records that stage 3 trains and is measured on, and where their volumes come from."""
+"""The records that stage 3 trains on and is measured on."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import datasets
 from transformers import TrainingArguments
 
 from samf.cache.manifest import Manifest, inspect_volumes
 from samf.cache.slice_cache import SliceCache
-from samf.data.ct_rate.loader import CT_RATE_LABELS, check_patient_overlap, load_records
+from samf.data.ct_rate.loader import CT_RATE_LABELS, check_patient_overlap
 from samf.data.lengths import add_lengths, find_overlong
+from samf.data.loading import load_records
 from samf.data.mixture import TaskMixture, parse_weights
-from samf.data.schema import IGNORE_INDEX
+from samf.data.patients import PatientRule
+from samf.data.schema import IGNORE_INDEX, OnError
+from samf.data.table_columns import TableColumns
 from samf.data.volume_discovery import distinct_volumes
 from samf.evaluation.answering.generation import shuffle_volumes
 from samf.evaluation.metrics.finding_labeller import label_report
 from samf.model.processing_samf import SamfProcessor
 from samf.training.arguments import DataArguments
-from samf.training.trainer_base import order_seed
+from samf.training.sampling import order_seed
 from samf.utils.distributed import Processes
 
 logger = logging.getLogger(__name__)
 
-LISTED = 5
-COUNTS = "_records_{}.json"  # Trainer pushes nothing that begins with an underscore
+_MOST_LISTED = 5
+_COUNTS_FILE = "_records_{}.json"  # Trainer doesn't push names that begin with an underscore
+
+
+class TrainerDatasets(TypedDict):
+    """Trainer's arguments of these names; `eval_dataset` has the keys "own" and "shuffled"."""
+
+    train_dataset: datasets.Dataset
+    eval_dataset: dict[str, datasets.Dataset] | None
+
+
+class LoadOptions(TypedDict, total=False):
+    """Options of `load_records`."""
+
+    report_sections: list[str]
+    reconstructions: str
+    image_root: str
+    on_missing: OnError
+    columns: TableColumns
+    patient_rule: PatientRule
+    patient_column: str
 
 
 def load_datasets(
@@ -36,24 +58,26 @@ def load_datasets(
     with_lengths: bool,
     with_valid: bool,
     output_dir: str,
-) -> dict:
-    """Trainer's datasets: train, and validation twice, with each patient's own volume and with another's.
+) -> TrainerDatasets:
+    """Load Trainer's datasets: training, and validation with each patient's own volume and with another's.
 
-    A model that doesn't look at the volume has the same loss on both. With text, the validation loss is the text's alone.
-    What was read and what was left out is counted in `output_dir`, in files that Trainer doesn't push: they name volumes.
-    Without `with_valid` the validation split isn't read, and `eval_dataset` is None.
+    A model that doesn't use the volume has the same loss on both validation sets. With objective "text", the validation
+    loss is that of the text only. What was read and what was left out is counted in files in `output_dir` that Trainer
+    doesn't push, because they name volumes.
+
+    Args:
+        args: What to load.
+        processor: Tokenizer and image processor of the model.
+        finding_names: Labels of the findings head; empty = no finding labels.
+        with_lengths: Whether the records get a column `length`, in tokens.
+        with_valid: Whether the validation split is read; otherwise `eval_dataset` is None.
+        output_dir: The run's folder.
+
+    Raises:
+        ValueError: Processes have different records, a patient is in both splits, or a record doesn't fit `max_length`.
+        FileNotFoundError: Data or volumes are missing.
     """
-    options = {"tasks": args.tasks, "finding_names": finding_names, **chosen_options(args)}
-    vqa_files = {"vqa_files": args.vqa_files} if args.vqa_files else {}
-    splits = {"train": vqa_files, "valid": {}} if with_valid else {"train": vqa_files}
-    data = {
-        name: load_records(args.data, name, **options, **own, counts_file=Path(output_dir, COUNTS.format(name)))
-        for name, own in splits.items()
-    }
-    for name, part in data.items():
-        Processes().check_equal(f"{name} records", len(part))
-    if with_valid:
-        check_patient_overlap(data["train"], data["valid"])
+    data = _load_splits(args, finding_names, with_valid, output_dir)
     if args.on_error == "skip" and args.slice_cache is not None:
         cache = SliceCache(args.slice_cache, processor.image_processor, args.min_coverage)
         data = {name: without_failed(part, cache) for name, part in data.items()}
@@ -75,26 +99,43 @@ def load_datasets(
     return {"train_dataset": data["train"], "eval_dataset": measured}
 
 
-def chosen_options(args: DataArguments) -> dict[str, Any]:
-    """Options of `load_records` that were given, and its own defaults where they weren't."""
+def _load_splits(
+    args: DataArguments, finding_names: list[str], with_valid: bool, output_dir: str
+) -> dict[str, datasets.Dataset]:
+    options = {"tasks": args.tasks, "finding_names": finding_names, **load_options(args)}
+    vqa_files = {"vqa_files": args.vqa_files} if args.vqa_files else {}
+    splits = {"train": vqa_files, "valid": {}} if with_valid else {"train": vqa_files}
+    data = {
+        name: load_records(args.data, name, **options, **own, counts_file=Path(output_dir, _COUNTS_FILE.format(name)))
+        for name, own in splits.items()
+    }
+    for name, part in data.items():
+        Processes().check_equal(f"{name} records", len(part))
+    if with_valid:
+        check_patient_overlap(data["train"], data["valid"])
+    return data
+
+
+def load_options(args: DataArguments) -> LoadOptions:
+    """Return the options of `load_records` that were given; the others keep its defaults."""
     given = {name: getattr(args, name) for name in ("report_sections", "reconstructions", "image_root")}
     options = {name: value for name, value in given.items() if value} | args.record_options()
     return {**options, "on_missing": "skip"} if args.on_error == "skip" else options
 
 
 def without_failed(records: datasets.Dataset, cache: SliceCache) -> datasets.Dataset:
-    """The records without those whose volume `preprocess.py` found that it can't read with these settings."""
+    """Return the records without those whose volume `preprocess.py` couldn't read with the cache's settings."""
 
-    def look() -> list[str]:
+    def failed_paths() -> list[str]:
         failed = Manifest(cache.folder, "slices").keys()[1]
         listed = inspect_volumes(distinct_volumes(records), cache) if failed else []
         return [volume.path for volume in listed if volume.key in failed]
 
-    volumes = Processes().from_first(look)  # the first process decides for all: they must have the same records
+    volumes = Processes().from_first(failed_paths)  # one process decides: all must have the same records
     if not volumes:
         return records
-    unread = set(volumes)
-    rows = [index for index, path in enumerate(records["volume"][:]) if path not in unread]
+    unreadable = set(volumes)
+    rows = [index for index, path in enumerate(records["volume"][:]) if path not in unreadable]
     logger.warning(
         "%d of %d records left out: preprocess.py couldn't read their %d volumes (first: %s); failures.jsonl in %s says why",
         len(records) - len(rows),
@@ -109,19 +150,25 @@ def without_failed(records: datasets.Dataset, cache: SliceCache) -> datasets.Dat
 def without_overlong(
     records: datasets.Dataset, split: str, processor: SamfProcessor, args: DataArguments
 ) -> datasets.Dataset:
-    """The records that fit `max_length`, if need be with a shorter answer.
+    """Return the records that fit `max_length`, if necessary with a shorter answer.
+
+    Args:
+        records: Records of one split.
+        split: Its name, for the message.
+        processor: Tokenizer and chat template of the model.
+        args: Have `max_length` and `on_error`.
 
     Raises:
-        ValueError: some don't, and `on_error` isn't "skip"; names them and the length that they need.
+        ValueError: Some records don't fit and `on_error` isn't "skip"; names them and the length that they need.
     """
     overlong = find_overlong(records, processor, args.max_length)
     if not overlong:
         return records
-    ids = records.select(list(overlong)[:LISTED])["id"][:]
+    ids = records.select(list(overlong)[:_MOST_LISTED])["id"][:]
     named = ", ".join(f"{name!r} ({tokens} tokens)" for name, tokens in zip(ids, overlong.values(), strict=False))
     found = (
         f"{len(overlong)} of {len(records)} {split} records don't fit max_length={args.max_length} even without their "
-        f"answers: {named}{', …' if len(overlong) > LISTED else ''}"
+        f"answers: {named}{', …' if len(overlong) > _MOST_LISTED else ''}"
     )
     if args.on_error != "skip":
         raise ValueError(
@@ -135,10 +182,16 @@ def without_overlong(
 def label_findings(
     records: datasets.Dataset, args: DataArguments, split: str, finding_names: Sequence[str]
 ) -> datasets.Dataset:
-    """The records with labels read from their scans' reports by rules, where the data has no label file.
+    """Return the records with finding labels: the data's own, or labels that rules read from the scans' reports.
+
+    Args:
+        records: Records of one split.
+        args: Name the data, and say with `finding_labels` where labels come from.
+        split: "train" or "valid".
+        finding_names: Labels of the findings head; empty = the records stay as they are.
 
     Raises:
-        ValueError: a finding that the rules don't know, or data without reports.
+        ValueError: The rules don't know a finding, or the data has no reports.
     """
     if not finding_names:
         return records
@@ -151,26 +204,38 @@ def label_findings(
             f"finding_names has {unknown}, which {args.data} has no label file for and the rules can't read in reports; "
             f"they read {', '.join(CT_RATE_LABELS)}."
         )
-    reports = load_records(args.data, split, tasks=("report",), **chosen_options(args))
+    reports = load_records(args.data, split, tasks=("report",), **load_options(args))
     found: dict[str, list[int]] = {}
     for scan, text in zip(reports["scan_id"][:], reports["answer"][:], strict=True):
         labels = label_report(text)
         found[scan] = [labels[name] for name in finding_names]
-    blank = [IGNORE_INDEX] * len(finding_names)  # and no empty row: under FSDP every process's head needs a gradient
-    rows = [found.get(scan, blank) for scan in records["scan_id"][:]]
+    # Unknown labels rather than none: under FSDP the findings head needs a gradient on every process.
+    unknown_labels = [IGNORE_INDEX] * len(finding_names)
+    rows = [found.get(scan, unknown_labels) for scan in records["scan_id"][:]]
     logger.warning("%s: findings of %d scans labelled by rules from their reports", split, len(found))
     feature = records.features["finding_labels"]
     return records.remove_columns("finding_labels").add_column("finding_labels", rows, feature=feature)
 
 
-def holds_text_only(*splits: datasets.Dataset | Mapping[str, datasets.Dataset] | None) -> bool:
-    """Whether some records have no volume: a batch of them leaves the parts before the language model unused."""
+def has_text_only_records(*splits: datasets.Dataset | Mapping[str, datasets.Dataset] | None) -> bool:
+    """Return whether some records have no volume: a batch of them uses the language model only."""
     parts = [part for split in splits for part in (split.values() if isinstance(split, dict) else [split])]
     return any("volume" in getattr(part, "column_names", ()) and None in part["volume"][:] for part in parts)
 
 
 def build_mixture(args: DataArguments, records: datasets.Dataset, training: TrainingArguments) -> TaskMixture | None:
-    """Which records each epoch has, if the tasks are weighed; for the findings' loss tasks don't matter."""
+    """Return the mixture that chooses each epoch's records; None without weights of the tasks.
+
+    The findings' loss doesn't depend on the task, so the objective "findings" has no mixture.
+
+    Args:
+        args: Have the weights, `mixture`.
+        records: The training records.
+        training: Have the seed and the sampling strategy.
+
+    Raises:
+        ValueError: The sampling strategy decides the order too.
+    """
     weights = parse_weights(args.mixture)
     if not weights or args.objective == "findings":
         return None
@@ -183,7 +248,7 @@ def build_mixture(args: DataArguments, records: datasets.Dataset, training: Trai
 
 
 def repeat_tasks(records: datasets.Dataset, repeat: list[str]) -> datasets.Dataset:
-    """The records with those of some tasks several times: `["report=3"]` has every report three times."""
+    """Return the records with those of some tasks repeated: `["report=3"]` has every report three times."""
     if not repeat:
         return records
     times = {task: int(number) for task, number in (item.split("=") for item in repeat)}
@@ -192,7 +257,7 @@ def repeat_tasks(records: datasets.Dataset, repeat: list[str]) -> datasets.Datas
 
 
 def one_record_per_volume(records: datasets.Dataset) -> datasets.Dataset:
-    """The first record of each volume: for the findings' loss the questions don't matter."""
+    """Return the first record of each volume, for the findings' loss, which doesn't depend on the question."""
     first: dict[str, int] = {}
     for index, volume in enumerate(records["volume"][:]):
         if volume is not None:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_processor(args: ModelArguments) -> SamfProcessor:
-    """The processor of `args.model`, or a new one from the language model's tokenizer and the slice settings."""
+    """Return the processor of `args.model`, or a new one from the language model's tokenizer and the slice settings."""
     if args.model is not None:
         return SamfProcessor.from_pretrained(args.model)
     image_processor = load_image_processor(args.slice_encoder, **args.slice_settings())
@@ -27,7 +27,12 @@ def build_processor(args: ModelArguments) -> SamfProcessor:
 
 
 def build_model(args: ModelArguments, processor: SamfProcessor) -> SamfForConditionalGeneration:
-    """`args.model`, or a new model from its components; parts that aren't trained are frozen."""
+    """Return `args.model`, or a new model from its components; parts that aren't trained are frozen.
+
+    Raises:
+        ValueError: The tokenizer's image token has no row in the language model's embeddings, or the chat template doesn't
+            mark the end of an answer.
+    """
     if args.model is not None:
         model = SamfForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype)
     else:
@@ -50,13 +55,13 @@ def build_model(args: ModelArguments, processor: SamfProcessor) -> SamfForCondit
 
 
 def agree_on_stop_tokens(model: SamfForConditionalGeneration, processor: SamfProcessor) -> None:
-    """Make the token that ends a trained answer one that generation stops at.
+    """Add the token that ends a trained answer to the tokens at which generation stops.
 
     A chat model often ends its turns with another token than its configuration names (ChatML's `<|im_end|>` on a base
-    model, Gemma's `<end_of_turn>`): what training teaches as the end must be an end.
+    model, Gemma's `<end_of_turn>`); the token that training teaches as the end must stop generation.
 
     Raises:
-        ValueError: the chat template marks no answers, or their end is plain text.
+        ValueError: The chat template marks no answers, or they end in plain text.
     """
     end, tokenizer = processor.answer_end(), processor.tokenizer
     control = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
@@ -79,14 +84,14 @@ def agree_on_stop_tokens(model: SamfForConditionalGeneration, processor: SamfPro
 
 
 def apply_liger(model: SamfForConditionalGeneration) -> None:
-    """Liger's kernels (norms, rotary positions, feed-forward) in the language model.
+    """Use Liger's kernels (norms, rotary positions, feed-forward) in the language model.
 
-    Trainer's own way looks the kernels up by the whole model's type, finds none for "samf" and goes on without them.
-    Liger's fused head and loss aren't used: they replace the forward of a language model that has its head.
+    Trainer looks the kernels up by the whole model's type, finds none for "samf" and continues without them. Liger's fused
+    head and loss aren't used: they replace the forward method of a language model that has its own head.
 
     Raises:
         ImportError: liger-kernel is missing.
-        ValueError: it has no kernels for this language model.
+        ValueError: It has no kernels for this language model.
     """
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance

@@ -1,37 +1,44 @@
-"""Whether the model looks at the volume: the loss with other patients' volumes, and where the fusion's weights lie."""
+"""Image grounding, the use that a model makes of the volume: its loss with other patients' volumes, its fusion's weights."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
-from samf.model.modeling_samf import SamfSliceAttentions
+from samf.model.outputs_samf import SamfSliceAttentions
 
 logger = logging.getLogger(__name__)
 
-# The softmax weights of each fusion that say which slices, or which words, it attends to.
-WEIGHTS = {"samf": ("alpha",), "ao2d": ("alpha", "gamma"), "slice_tokens": ("slice_text",)}
+# The softmax weights of each fusion over slices or, for slice_tokens, over the prompt's tokens.
+_WEIGHTS = {"samf": ("alpha",), "ao2d": ("alpha", "gamma"), "slice_tokens": ("slice_text",)}
 OWN_LOSS, SHUFFLED_LOSS, GAP = "eval_own_loss", "eval_shuffled_loss", "eval_gap"
 
 
 def measure_gap(metrics: Mapping[str, float]) -> dict[str, float]:
-    """By how much other patients' volumes raise the loss, where both losses were measured."""
+    """Return by how much other patients' volumes raise the loss; {} where one of the losses wasn't measured."""
     if OWN_LOSS not in metrics or SHUFFLED_LOSS not in metrics:
         return {}
     return {GAP: metrics[SHUFFLED_LOSS] - metrics[OWN_LOSS]}
 
 
-def warn_if_not_grounded(history: Sequence[Mapping[str, Any]], share: float, evaluations: int) -> bool:
-    """Warn when the last so many gaps of a log are all below `share` of the last loss; returns whether it did."""
+def warn_if_not_grounded(history: Sequence[Mapping[str, float]], share: float, evaluations: int) -> bool:
+    """Warn when the last gaps of a log are all below a share of the last loss.
+
+    Args:
+        history: Trainer's log.
+        share: Of the last validation loss with own volumes.
+        evaluations: Number of gaps that must be below it.
+
+    Returns:
+        Whether it warned.
+    """
     gaps = [row[GAP] for row in history if GAP in row][-evaluations:]
     losses = [row[OWN_LOSS] for row in history if OWN_LOSS in row]
     blind = len(gaps) == evaluations and bool(losses) and max(gaps) < share * losses[-1]
     if blind:
         logger.warning(
-            "The loss with other patients' volumes is the loss with the right ones (last %d gaps: %s, loss %.4g): the model "
-            "doesn't look at the volumes. A falling loss alone doesn't show that it does. Pretrain or warm up what comes "
-            "before the language model, or train longer.",
+            "Other patients' volumes don't raise the loss (last %d gaps: %s, loss %.4g): the model doesn't look at the "
+            "volumes, which a falling loss doesn't show. Pretrain the slice encoder, warm up the aggregator, or train longer.",
             evaluations,
             ", ".join(f"{gap:+.4g}" for gap in gaps),
             losses[-1],
@@ -40,9 +47,11 @@ def warn_if_not_grounded(history: Sequence[Mapping[str, Any]], share: float, eva
 
 
 def relative_entropy(weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Entropy of weights (…, K) as a share of that of equal weights: 1 = all alike, 0 = one has all. `kept` (…) counts them.
+    """Return the entropy of weights (…, K) relative to that of equal weights: 1 = all equal, 0 = one has all.
 
-    One key alone has no other choice: it counts as 1.
+    Args:
+        weights: Softmax weights (…, K); 0 for masked keys.
+        kept: Number of keys (…) that aren't masked. With a single key the relative entropy is 1.
     """
     entropy = -(weights * weights.clamp(min=1e-30).log()).sum(dim=-1)
     largest = kept.clamp(min=2).to(entropy.dtype).log()
@@ -50,31 +59,39 @@ def relative_entropy(weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 class SliceWeights:
-    """Means over volumes of the fusion's softmax weights: relative entropy, and the largest weight.
+    """Averages two statistics of the fusion's softmax weights over volumes: relative entropy, and the largest weight.
 
-    `alpha` and `gamma` lie over slices; `gamma` is averaged over the prompt's tokens. `slice_tokens` has neither, but
-    `slice_text` over the prompt's tokens, averaged over slices.
+    `alpha` and `gamma` are weights over slices; `gamma` is averaged over the prompt's tokens. `slice_tokens` has neither,
+    but `slice_text`, weights over the prompt's tokens that are averaged over slices.
+
+    Args:
+        fusion_type: Of the model.
     """
 
     def __init__(self, fusion_type: str) -> None:
-        self.names = WEIGHTS[fusion_type]
+        self.names = _WEIGHTS[fusion_type]
         self.sums: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def add(self, attentions: SamfSliceAttentions, inputs: Mapping[str, torch.Tensor]) -> None:
-        """Count a batch: what the model gave for `inputs`, which hold `prompt_mask` (B, T) and maybe `slice_mask` (B, S)."""
+        """Add a batch.
+
+        Args:
+            attentions: The model's weights for `inputs`.
+            inputs: Have `prompt_mask` (B, T) and may have `slice_mask` (B, S).
+        """
         some = next(weights for weights in attentions.to_tuple() if weights is not None)
         text = inputs["prompt_mask"].bool()  # (B, T)
         shape = (some.shape[0], some.shape[1] if attentions.slice_text is not None else attentions.alpha.shape[-1])
         slices = inputs.get("slice_mask")
         slices = torch.ones(shape, dtype=torch.bool, device=some.device) if slices is None else slices.bool()  # (B, S)
-        seen = slices.any(dim=1, keepdim=True)  # (B, 1), a volume is there
+        seen = slices.any(dim=1, keepdim=True)  # (B, 1), whether there is a volume
         rows_and_keys = {"alpha": (seen, slices), "gamma": (text & seen, slices), "slice_text": (slices, text)}
         for name in self.names:
             self._add(name, getattr(attentions, name).float(), *rows_and_keys[name])
 
     def _add(self, name: str, weights: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor) -> None:
-        """weights (B, R, K) over keys (B, K), for the rows (B, R) that count."""
+        """Add weights (B, R, K) over the keys (B, K) that aren't masked, for the rows (B, R) that count."""
         kept = keys.sum(dim=1, keepdim=True).expand(weights.shape[:2])
         count = rows.sum(dim=1).clamp(min=1)
         means = [
@@ -85,9 +102,14 @@ class SliceWeights:
         self.sums[name] = self.sums.get(name, 0) + sums
 
     def report(self, device: torch.device, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """`{name}_entropy` and `{name}_largest` over all processes, and forget what was counted."""
+        """Return the means `{name}_entropy` and `{name}_largest` over all processes, and start again.
+
+        Args:
+            device: For the sums of a process that has added nothing.
+            reduce: Sums a tensor over the processes.
+        """
         report = {}
-        for name in self.names:  # the same ones on every process, whatever it has seen
+        for name in self.names:  # the same names on every process, for the collective call
             entropy, largest, count = reduce(self.sums.get(name, torch.zeros(3, device=device))).tolist()
             if count:
                 report |= {f"{name}_entropy": entropy / count, f"{name}_largest": largest / count}

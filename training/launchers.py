@@ -1,25 +1,27 @@
-"""Precision and limits of what `accelerate launch` shards: FSDP2 and DeepSpeed.
+"""Precision, limits and saving of models that `accelerate launch` shards: FSDP2 and DeepSpeed.
 
-FSDP2 by accelerate's defaults rounds outputs and reduced gradients to the computing precision; DeepSpeed holds trained
+FSDP2 with accelerate's defaults rounds outputs and reduced gradients to the computing precision; DeepSpeed holds trained
 weights in it and keeps float32 copies in its optimizer. Here losses stay float32, and float32 weights are saved as such.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection
 
 import torch
+from accelerate import DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-LANGUAGE_MODEL = ("language_model.", "lm_head.")
+_LANGUAGE_MODEL = ("language_model.", "lm_head.")
 
 
 def refuse_shards(training: TrainingArguments, stage: str) -> None:
     """Refuse a launcher that shards weights, before anything is loaded under it.
 
-    Under ZeRO-3 `from_pretrained` returns empty shards, so what follows would fail far from the cause.
+    Under ZeRO-3 `from_pretrained` returns empty shards, and the run would fail later, far from the cause.
 
     Args:
         training: The run's arguments, which know the launcher.
@@ -39,8 +41,8 @@ def refuse_shards(training: TrainingArguments, stage: str) -> None:
 def keep_float32_losses(state: AcceleratorState) -> None:
     """Let FSDP2 reduce gradients in float32 and leave outputs as the model computes them.
 
-    accelerate sets all three precisions to that of computing. A loss then has bfloat16's 8 bits (5.96875 for 5.975), and
-    gradients are summed over processes with as many.
+    accelerate sets all three precisions to the computing precision. A loss then has bfloat16's 8 bits (5.96875 for 5.975),
+    and gradients are summed over processes with as many.
 
     Args:
         state: The accelerator's state before it prepares the model; unchanged without FSDP2 or mixed precision.
@@ -55,8 +57,8 @@ def keep_float32_losses(state: AcceleratorState) -> None:
 def whole_count(count: torch.Tensor | int | None) -> torch.Tensor | int | None:
     """Return Trainer's count of label tokens as an integer.
 
-    Trainer divides it by its parallel sizes, so it is a float32 tensor, and sharded models round floating inputs: in
-    bfloat16 674 tokens become 672, and loss and gradients grow by 0.3 %.
+    Trainer divides the count by its parallel sizes, which makes it a float32 tensor, and sharded models round floating
+    inputs: in bfloat16 674 tokens become 672, and loss and gradients grow by 0.3 %.
     """
     if isinstance(count, torch.Tensor) and count.is_floating_point():
         return count.round().long()
@@ -95,19 +97,34 @@ def float32_weights(
 def touch_unread_parts(model: nn.Module, loss: torch.Tensor) -> torch.Tensor:
     """Return the loss plus zero times the trained weights that read a volume.
 
-    ZeRO-1 and ZeRO-2 reduce what has a gradient, in the order of its coming. A process whose batch has no volume would send
-    fewer numbers than the others, which then wait for ever; with this its gradients of these parts are zeros.
+    ZeRO-1 and ZeRO-2 reduce gradients in the order in which they are computed. A process whose batch has no volume would
+    send fewer numbers than the others, which then wait forever; this term gives it zero gradients for these weights.
 
     Args:
         model: The model, whole on this process.
         loss: Loss of a batch without a volume, a scalar.
     """
     for name, weight in model.named_parameters():
-        if weight.requires_grad and not any(part in name for part in LANGUAGE_MODEL):
+        if weight.requires_grad and not any(part in name for part in _LANGUAGE_MODEL):
             loss = loss + 0.0 * weight.flatten()[:1].sum().to(loss)
     return loss
 
 
-def has_volume(inputs: Mapping[str, Any]) -> bool:
-    """Return whether a batch of the collator's holds any volume."""
+def has_volume(inputs: Collection[str]) -> bool:
+    """Return whether a batch of the collator, or its names, has any volume."""
     return "pixel_values" in inputs or "slice_embeddings" in inputs
+
+
+def is_zero3(plugin: DeepSpeedPlugin | None) -> bool:
+    """Return whether DeepSpeed shards the weights."""
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether this process holds shards of the weights, as after `fully_shard`."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Gather a sharded model's weights on the main process's CPU. Every process must call it; the others get {}."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

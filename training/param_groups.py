@@ -1,11 +1,12 @@
-"""The parts of a SAMF model by the names of their weights: what is trained, and at which learning rate."""
+"""The parts of a SAMF model by the names of their weights: which are trained, and at which learning rate."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 PARTS = {
     "slice_encoder": ("model.slice_encoder.",),
@@ -16,17 +17,25 @@ PARTS = {
     "language_model": ("model.language_model.", "lm_head."),
 }
 
-# What DDP and peft put before the names of a model's weights.
-WRAPPERS = ("module.", "base_model.model.")
+# Prefixes that DDP and peft add to the names of a model's weights.
+_WRAPPERS = ("module.", "base_model.model.")
+
+
+class ParamGroup(TypedDict):
+    """A parameter group of an optimizer, with the part of the model that it belongs to and the optimizer's own options."""
+
+    params: list[nn.Parameter]
+    lr: float
+    part: NotRequired[str]
 
 
 def part_of(name: str) -> str:
-    """The part that a weight belongs to, whatever wraps the model.
+    """Return the part that a weight belongs to, also in a model that DDP or peft wraps.
 
     Raises:
-        ValueError: no part has such a weight.
+        ValueError: No part has such a weight.
     """
-    for wrapper in WRAPPERS:
+    for wrapper in _WRAPPERS:
         name = name.removeprefix(wrapper)
     for part, prefixes in PARTS.items():
         if name.startswith(prefixes):
@@ -34,11 +43,11 @@ def part_of(name: str) -> str:
     raise ValueError(f"The weight {name} belongs to none of a SAMF model's parts, {', '.join(PARTS)}.")
 
 
-def check_parts(names: Iterable[str], what: str) -> None:
-    """Raise ValueError where one of `names`, given as `what`, is no part."""
+def check_parts(names: Iterable[str], option: str) -> None:
+    """Raise ValueError where one of `names`, given as `option`, is no part."""
     unknown = sorted(set(names) - set(PARTS))
     if unknown:
-        raise ValueError(f"{what} names {unknown}; a SAMF model's parts are {sorted(PARTS)}.")
+        raise ValueError(f"{option} names {unknown}; a SAMF model's parts are {sorted(PARTS)}.")
 
 
 def train_parts(model: nn.Module, parts: Collection[str]) -> None:
@@ -49,16 +58,18 @@ def train_parts(model: nn.Module, parts: Collection[str]) -> None:
 
 
 def split_by_part(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Split an optimizer's groups, before its first step, so that each part has a rate of its own.
+    """Split an optimizer's groups, before its first step, so that each part has its own learning rate.
 
     Args:
-        rates: learning rates by part; a part that isn't named keeps the optimizer's.
+        optimizer: Holds the trained weights of `model`.
+        model: The model, wrapped or not.
+        rates: Learning rates by part; parts that aren't named keep the optimizer's.
 
     Raises:
-        ValueError: a part that is named has no weight to train.
+        ValueError: A part that is named has no trained weight.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups: list[dict[str, Any]] = []
+    groups: list[ParamGroup] = []
     for group in optimizer.param_groups:
         by_part: dict[str, list[nn.Parameter]] = defaultdict(list)
         for parameter in group["params"]:
@@ -67,12 +78,38 @@ def split_by_part(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Map
             {**group, "params": parameters, "part": part, "lr": rates.get(part, group["lr"])}
             for part, parameters in by_part.items()
         ]
-    idle = sorted(set(rates) - {group["part"] for group in groups})
-    if idle:
-        raise ValueError(f"learning_rates names {idle}, which aren't trained or aren't there; see train_parts.")
+    unused = sorted(set(rates) - {group["part"] for group in groups})
+    if unused:
+        raise ValueError(f"learning_rates names {unused}, which aren't trained or aren't there; see train_parts.")
     optimizer.param_groups[:] = groups
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The present learning rate of each part of an optimizer that `split_by_part` has split."""
+    """Return the current learning rate of each part of an optimizer that `split_by_part` has split."""
     return {group["part"]: float(group["lr"]) for group in optimizer.param_groups if "part" in group}
+
+
+class PartRates(TrainerCallback):
+    """A callback that keeps the learning rates by part of the last step, for the log.
+
+    When Trainer logs, the scheduler has already set the rates of the next step.
+
+    Attributes:
+        rates: Learning rate of each part; empty when the optimizer isn't split by part.
+    """
+
+    def __init__(self) -> None:
+        self.rates: dict[str, float] = {}
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep the optimizer's rates.
+
+        Args:
+            args: Unused.
+            state: Unused.
+            control: Unused.
+            **kwargs: Hold the `optimizer`.
+        """
+        self.rates = learning_rates(kwargs["optimizer"])

@@ -1,9 +1,9 @@
-"""Records per step and number of processes of a run, kept in its checkpoints and compared when one is resumed."""
+"""Records per step and number of processes of a run, saved in its checkpoints and compared when it resumes."""
 
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -11,8 +11,18 @@ from transformers.trainer_callback import ExportableState
 logger = logging.getLogger(__name__)
 
 
+class _ShapeArguments(TypedDict):
+    records_per_step: int
+    processes: int
+
+
+class _CallbackState(TypedDict):
+    args: _ShapeArguments
+    attributes: dict[str, int]
+
+
 class RunShape(TrainerCallback, ExportableState):
-    """Enters the run's shape into every checkpoint's trainer_state.json.
+    """A callback that adds the run's shape to every checkpoint's trainer_state.json.
 
     Args:
         records_per_step: Records of one optimizer step, over all processes and accumulated batches.
@@ -22,7 +32,8 @@ class RunShape(TrainerCallback, ExportableState):
     def __init__(self, records_per_step: int = 0, processes: int = 0):
         self.records_per_step, self.processes = records_per_step, processes
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> _CallbackState:
+        """Return the shape as Trainer writes it into trainer_state.json."""
         return {
             "args": {"records_per_step": self.records_per_step, "processes": self.processes},
             "attributes": {},
@@ -30,7 +41,7 @@ class RunShape(TrainerCallback, ExportableState):
 
 
 def shape_of(trainer: Trainer) -> RunShape:
-    """Return the shape of the run that `trainer` would make now."""
+    """Return the shape of the run that `trainer` makes with its current arguments."""
     args = trainer.args
     step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return RunShape(records_per_step=step, processes=args.world_size)
@@ -39,16 +50,16 @@ def shape_of(trainer: Trainer) -> RunShape:
 def check_run_shape(trainer: Trainer, checkpoint: str | Path | None) -> None:
     """Compare a run with the one that wrote the checkpoint it resumes.
 
-    A checkpoint counts steps. With as many records a step, the rest of the records comes in the order that an unbroken run
-    would have seen, on any number of processes. With another number, Trainer would skip the wrong records and place the
-    learning rate's schedule wrongly.
+    A checkpoint counts steps. With the same number of records per step, the rest of the records comes in the order that an
+    unbroken run would have seen, on any number of processes. With another number, Trainer would skip the wrong records and
+    continue the learning rate's schedule at the wrong place.
 
     Args:
         trainer: The resuming run, before it trains.
-        checkpoint: The checkpoint's folder; None = nothing is resumed. One from before shapes were kept is not compared.
+        checkpoint: The checkpoint's folder; None = nothing is resumed. A checkpoint without a shape is not compared.
 
     Raises:
-        ValueError: Another number of records per step, unless `ignore_data_skip` is set.
+        ValueError: The number of records per step differs and `ignore_data_skip` isn't set.
     """
     before = None if checkpoint is None else _read_shape(Path(checkpoint))
     if before is None:
@@ -57,8 +68,8 @@ def check_run_shape(trainer: Trainer, checkpoint: str | Path | None) -> None:
     if before.records_per_step != now.records_per_step:
         message = (
             f"{checkpoint} was written by a run of {before.records_per_step} records per step on {before.processes} "
-            f"processes; this one has {now.records_per_step} on {now.processes}, so its count of steps would skip other "
-            "records than those already seen."
+            f"processes; this one has {now.records_per_step} on {now.processes}, so its count of steps would skip the "
+            "wrong records."
         )
         if not args.ignore_data_skip:
             raise ValueError(

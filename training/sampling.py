@@ -1,29 +1,87 @@
-"""The order of training records, by seed and epoch alone."""
+"""The order of training records as a function of seed and epoch only."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from samf.data.mixture import TaskMixture
 
-MEGABATCH = 50  # batches whose records are sorted together: enough to find equals, few enough to stay random
+# Batches whose records are sorted together: enough to find records of equal length, few enough to stay random.
+MEGABATCH = 50
+
+
+def order_seed(training: TrainingArguments) -> int:
+    """Return the seed of the order of the data: `data_seed`, which may be 0, or else `seed`."""
+    return training.seed if training.data_seed is None else training.data_seed
+
+
+class EpochSampler(Sampler):
+    """Every index of a data set once per epoch, as pairs (epoch, index), in an order that depends on seed and epoch only.
+
+    With the epoch in the key, a data set can draw each item's augmentation from (seed, epoch, index): neither the number of
+    processes and workers nor an interruption changes what is seen.
+
+    Args:
+        length: Number of items.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
+        return ((self.epoch, int(index)) for index in order)
+
+
+class SetEpoch(TrainerCallback):
+    """A callback that sets a sampler's epoch.
+
+    Trainer's own call doesn't reach the sampler when several processes resume within an epoch.
+
+    Args:
+        sampler: Gets the epoch as its attribute `epoch`.
+    """
+
+    def __init__(self, sampler: Sampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the sampler's epoch.
+
+        Args:
+            args: Unused.
+            state: Knows the epoch.
+            control: Unused.
+            **kwargs: Unused; what Trainer passes to callbacks.
+        """
+        self.sampler.epoch = int(state.epoch or 0)
 
 
 class RecordOrder(Sampler[int]):
-    """Every record once an epoch, in an order that seed and `epoch` decide alone.
+    """Every record once per epoch, in an order that depends on seed and `epoch` only.
 
-    An interrupted run, on one process or several, then sees the rest of what an unbroken one would have seen. The
-    library's own sampler forgets the epoch when several processes resume within it, and its grouping by length draws from
+    A run that was interrupted, on one process or several, sees the rest of what an unbroken run would have seen. The
+    library's own sampler loses the epoch when several processes resume within it, and its grouping by length draws from
     the generator that dropout draws from.
 
     Args:
-        seed: the order without lengths is the library's own for this seed.
-        lengths: tokens of each record: records of about equal length then share a batch.
-        batch_size: records of one step on all processes.
-        mixture: which records an epoch has; None = all.
-        within_steps: only records of the same step are put beside others of their length. A step has what it would have
-            at random, and its micro-batches little padding.
+        count: Number of records.
+        seed: Seed of the order; without lengths, the order is the library's own for this seed.
+        lengths: Tokens of each record: records of similar length then share a batch. None = random batches.
+        batch_size: Records of one step on all processes.
+        mixture: The records of each epoch; None = all.
+        within_steps: Sort by length only within a step: each step has the records that it would have at random, and its
+            micro-batches need little padding.
     """
 
     def __init__(
@@ -58,10 +116,16 @@ class RecordOrder(Sampler[int]):
 def group_by_length(
     order: Sequence[int], lengths: Sequence[int], batch_size: int, generator: torch.Generator
 ) -> list[int]:
-    """`order` with neighbours of about equal length, so that its successive batches need little padding.
+    """Return `order` with records of similar length next to each other, so that successive batches need little padding.
 
-    Batches come in random order, but that of the longest record is the first: what doesn't fit in memory shows at once.
-    An incomplete batch stays the last.
+    Batches come in random order, except that the batch of the longest record is the first: a step that doesn't fit in
+    memory fails at once. An incomplete batch stays the last.
+
+    Args:
+        order: Indices of records in random order.
+        lengths: Tokens of each record, by index.
+        batch_size: Records of one batch.
+        generator: Draws the order of the batches.
     """
     size = MEGABATCH * batch_size
     groups = [sorted(order[start : start + size], key=lambda k: lengths[k]) for start in range(0, len(order), size)]
@@ -76,6 +140,14 @@ def group_by_length(
 
 
 def sort_within_steps(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
-    """`order` with each step's records by length, the longest first: their gradients are summed, in whatever order."""
+    """Return `order` with each step's records sorted by length, the longest first.
+
+    A step sums its records' gradients, so their order within it changes nothing but rounding.
+
+    Args:
+        order: Indices of records.
+        lengths: Tokens of each record, by index.
+        batch_size: Records of one step.
+    """
     steps = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
     return [index for step in steps for index in sorted(step, key=lambda k: -lengths[k])]

@@ -1,51 +1,54 @@
-"""How fast training goes: tokens, slices and volumes a second, MFU, memory, padding, and how many answers were cut."""
+"""Throughput of training: tokens, slices and volumes per second, MFU, memory, padding, and answers that were cut."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
 
 import torch
 
 from samf.data.collator import SamfCollator
+from samf.data.schema import Record
 from samf.training.flops import StepFlops, Work
 from samf.training.memory import peak_bytes
 from samf.training.skipping import SkippingCollator
 
-TRUNCATED, UNREADABLE = "truncated", "unreadable"  # of a batch's records
-COUNTS = (TRUNCATED, UNREADABLE)
+TRUNCATED, UNREADABLE = "truncated", "unreadable"  # counts of a batch's records
+_COUNTS = (TRUNCATED, UNREADABLE)
 
 
 class CountingCollator:
-    """A collator whose batches tell how many of their answers were cut (`truncated`) and of their records replaced
-    (`unreadable`).
+    """A collator whose batches carry their counts of cut answers (`truncated`) and replaced records (`unreadable`).
 
-    Its own counts stay in the worker process that made the batch.
+    The wrapped collator's own counts stay in the worker process that made the batch.
+
+    Args:
+        collator: Makes the batches.
     """
 
     def __init__(self, collator: SamfCollator | SkippingCollator):
         self.collator = collator
 
-    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, records: Sequence[Record]) -> dict[str, torch.Tensor]:
+        """Return the collator's batch with one more tensor (1,) for each count."""
         before = self._counts()
         batch = self.collator(records)
         after = self._counts()
-        return {**batch, **{name: torch.tensor([after[name] - before[name]]) for name in COUNTS}}
+        return {**batch, **{name: torch.tensor([after[name] - before[name]]) for name in _COUNTS}}
 
     def _counts(self) -> dict[str, int]:
-        return {name: getattr(self.collator, name, 0) for name in COUNTS}
+        return {name: getattr(self.collator, name, 0) for name in _COUNTS}
 
 
-def drop_counts(inputs: dict[str, Any]) -> None:
-    """Take out of a batch what isn't for the model."""
-    for name in COUNTS:
+def drop_counts(inputs: dict[str, torch.Tensor]) -> None:
+    """Remove a batch's counts, which aren't inputs of the model."""
+    for name in _COUNTS:
         inputs.pop(name, None)
 
 
 @torch.no_grad()
 def batch_work(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What a batch holds, as an int64 tensor in the order of Work's fields; nothing waits for the device."""
+    """Return the sizes of a batch, int64 in the order of Work's fields, without waiting for the device."""
     pixels, embeddings = inputs.get("pixel_values"), inputs.get("slice_embeddings")
     volumes = pixels if pixels is not None else embeddings
     tokens = inputs.get("input_ids")
@@ -67,11 +70,12 @@ def batch_work(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 class Throughput:
-    """Counts between two log lines. The time of evaluations and of saving doesn't count.
+    """Counts of the batches between two log entries. The time of evaluations and of saving doesn't count.
 
     Args:
-        flops: operations of a step; None = MFU isn't known.
-        peak_tflops: of one device; None = MFU isn't known.
+        flops: Returns the operations of a step; None = MFU isn't reported.
+        peak_tflops: Of one device; None = MFU isn't reported.
+        clock: Returns seconds.
     """
 
     def __init__(
@@ -81,24 +85,24 @@ class Throughput:
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.flops, self.peak_tflops, self.clock = flops, peak_tflops, clock
-        self.counts: dict[str, torch.Tensor | int] = dict.fromkeys(COUNTS, 0)
+        self.counts: dict[str, torch.Tensor | int] = dict.fromkeys(_COUNTS, 0)
         self._pauses = 0
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was counted; time starts now."""
+        """Reset the counts, except those of answers and records over the whole run, and the time."""
         self.work: torch.Tensor | int = 0
         self.seconds, self._since = 0.0, self.clock()
 
     def count(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Add a batch, and take its counts out."""
-        for name in COUNTS:
+        """Add a batch, and remove its counts from it."""
+        for name in _COUNTS:
             self.counts[name] = self.counts[name] + inputs.pop(name, torch.zeros(1, dtype=torch.int64)).sum()
         self.work = self.work + batch_work(inputs)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time within doesn't count; may be nested."""
+        """Stop the clock within the block; blocks may be nested."""
         if self._pauses == 0:
             self.seconds += self.clock() - self._since
         self._pauses += 1
@@ -109,17 +113,20 @@ class Throughput:
             if self._pauses == 0:
                 self._since = self.clock()
 
-    def report(self, device: torch.device, reduce: Callable[[torch.Tensor], torch.Tensor], processes: int) -> dict:
-        """Figures since the last report, over all processes; nothing where no batch was counted.
+    def report(
+        self, device: torch.device, reduce: Callable[[torch.Tensor], torch.Tensor], processes: int
+    ) -> dict[str, float]:
+        """Return the metrics since the last report, over all processes; {} where no batch was counted.
 
         Args:
-            reduce: sums a tensor over the processes.
-            processes: each with a device of its own.
+            device: This process's, for its memory.
+            reduce: Sums a tensor over the processes.
+            processes: Number of processes, each with its own device.
         """
         if not isinstance(self.work, torch.Tensor):
             return {}
         seconds = max(self.seconds + self.clock() - self._since, 1e-9)
-        counts = [torch.as_tensor(self.counts[name]).to(self.work.device).view(1) for name in COUNTS]
+        counts = [torch.as_tensor(self.counts[name]).to(self.work.device).view(1) for name in _COUNTS]
         *counted, truncated, unreadable = reduce(torch.cat([self.work, *counts]).float()).tolist()
         work = Work(**dict(zip([field.name for field in fields(Work)], counted, strict=True)))
         report = {

@@ -1,67 +1,75 @@
-"""Stage 3's Trainer, and what a finished run leaves: a folder that is a complete Hub repository."""
+"""Stage 3's Trainer. A finished run's folder is a complete Hub repository."""
 
 import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from accelerate import DeepSpeedPlugin
 from huggingface_hub import HfApi
-from safetensors import safe_open
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import ModelOutput
 
 from samf.data.mixture import TaskMixture
 from samf.data.schema import IGNORE_INDEX
 from samf.model.hub_samf import has_own_card
 from samf.model.model_card import README, is_generated, write_model_card
-from samf.training.arguments import DataArguments, ModelArguments, MonitorArguments
-from samf.training.datasets import holds_text_only
+from samf.training.arguments import MonitorArguments
+from samf.training.datasets import has_text_only_records
 from samf.training.flops import StepFlops, can_count, known_peak
 from samf.training.image_grounding import SliceWeights, measure_gap, warn_if_not_grounded
 from samf.training.launchers import (
     float32_names,
     float32_weights,
     has_volume,
+    is_sharded,
+    is_zero3,
     keep_float32_losses,
     touch_unread_parts,
     whole_count,
+    whole_state_dict,
 )
-from samf.training.param_groups import learning_rates, split_by_part
+from samf.training.param_groups import PartRates, split_by_part
+from samf.training.random_state import preserved_random_state
+from samf.training.repository import CardSettings, check_whole, validation_losses
 from samf.training.sample_generation import SampleWriter
-from samf.training.sampling import RecordOrder
+from samf.training.sampling import RecordOrder, SetEpoch, order_seed
 from samf.training.throughput import Throughput, drop_counts
 from samf.training.trackers import show_sample
-from samf.training.trainer_base import SetEpoch, StoppableTrainer, order_seed, preserved_random_state
+from samf.training.trainer_base import StoppableTrainer
 
 logger = logging.getLogger(__name__)
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 
+Batch: TypeAlias = dict[str, torch.Tensor]
+
 
 class SamfTrainer(StoppableTrainer):
-    """Trainer whose folders and pushes load as a whole and bear SAMF's model card, and whose log shows what a loss hides.
+    """A Trainer whose folders and pushes are complete, with SAMF's model card, and whose log shows what a loss hides.
 
-    Trainer itself writes a draft over README.md at the last push, and peft saves an adapter alone.
+    Trainer itself overwrites README.md with a draft at the last push, and peft saves only the adapter.
 
     Args:
-        card: what `make_card` can't know from the model.
-        rates: learning rates by part; see `samf.training.param_groups`.
-        monitor: what is measured while training.
-        samples: answers records at every evaluation.
-        mixture: which of the training records each epoch has; None = all.
-        sort_steps: each step's micro-batches hold records of like length.
+        *args: As for `StoppableTrainer`.
+        card: Facts for the model card that the model doesn't know.
+        rates: Learning rates by part; see `samf.training.param_groups`.
+        monitor: What is measured during training.
+        samples: Generates and scores answers at every evaluation; None = no answers.
+        mixture: The training records of each epoch; None = all.
+        sort_steps: Whether each step's records are sorted by length, so that its micro-batches need little padding.
+        **kwargs: As for `StoppableTrainer`.
+
+    Raises:
+        ValueError: The arguments don't go together, or the launcher shards weights that must be whole.
     """
 
     def __init__(
         self,
         *args: Any,
-        card: Mapping[str, Any] | None = None,
+        card: CardSettings | None = None,
         rates: Mapping[str, float] | None = None,
         monitor: MonitorArguments | None = None,
         samples: SampleWriter | None = None,
@@ -73,13 +81,8 @@ class SamfTrainer(StoppableTrainer):
         keep_float32_losses(self.accelerator.state)
         self._float32_names = float32_names(self.model)  # DeepSpeed will cast them
         self._float32_weights: dict[str, torch.Tensor] = {}
-        self.card, self.rates, self.samples = dict(card or {}), dict(rates or {}), samples
+        self.card, self.rates, self.samples = card or {}, dict(rates or {}), samples
         self.mixture, self.sort_steps = mixture, sort_steps
-        if sort_steps and self.args.train_sampling_strategy != "random":
-            raise ValueError(
-                f"sort_steps orders the steps of a random order, and train_sampling_strategy is "
-                f"{self.args.train_sampling_strategy}: leave out one of them."
-            )
         self.monitor = monitor or MonitorArguments()
         self.slice_weights = SliceWeights(self._base_model().config.fusion_type)
         flops = StepFlops(self.model) if can_count(self.model) else None
@@ -88,29 +91,36 @@ class SamfTrainer(StoppableTrainer):
         self._findings_in_step: torch.Tensor | None = None
         self.part_rates = PartRates()
         self.add_callback(self.part_rates)
-        shards = self.is_fsdp_enabled or is_zero3(getattr(self.accelerator.state, "deepspeed_plugin", None))
-        if shards and holds_text_only(self.train_dataset, self.eval_dataset):
+        self._check_options()
+        if self.args.push_to_hub:
+            self.create_model_card()  # for the pushes during training
+
+    def _check_options(self) -> None:
+        if self.sort_steps and self.args.train_sampling_strategy != "random":
             raise ValueError(
-                "Some records have no volume, and this launcher shards the weights: processes whose batches use other parts "
-                "than their fellows' would wait for each other for ever. Leave text-only records out (tasks, vqa_files), or "
+                f"sort_steps sorts the steps of a random order, and train_sampling_strategy is "
+                f"{self.args.train_sampling_strategy}: leave out one of them."
+            )
+        if not (self.is_fsdp_enabled or is_zero3(getattr(self.accelerator.state, "deepspeed_plugin", None))):
+            return
+        if has_text_only_records(self.train_dataset, self.eval_dataset):
+            raise ValueError(
+                "Some records have no volume, and this launcher shards the weights: processes whose batches use different "
+                "parts of the model would wait for each other forever. Leave text-only records out (tasks, vqa_files), or "
                 "start with recipes/accelerate/ddp.yaml."
             )
-        if samples is not None and shards:
+        if self.samples is not None:
             raise ValueError(
                 "generate_samples needs whole weights on every process, and this launcher shards them: leave it out and "
                 "answer with eval.py afterwards, or start with recipes/accelerate/ddp.yaml."
             )
-        if self.args.push_to_hub:
-            self.create_model_card()  # for the pushes during training
 
     def _base_model(self) -> nn.Module:
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    # Order and steps ------------------------------------------------------------------------------------------------
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """The library's order, and its grouping by length, in a form that doesn't forget the epoch when it resumes."""
+        """Return the library's random order, or its grouping by length, in a form that keeps the epoch when resumed."""
         records = self.train_dataset if train_dataset is None else train_dataset
         strategy = self.args.train_sampling_strategy
         if strategy not in ("random", "group_by_length") or not hasattr(records, "__len__"):
@@ -127,28 +137,37 @@ class SamfTrainer(StoppableTrainer):
         return order
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's, with a group for each part that has a learning rate of its own."""
+        """Create Trainer's optimizer, with one parameter group per part where `rates` names parts."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.rates:
             split_by_part(optimizer, self.model if model is None else model, self.rates)
         return optimizer
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take Trainer's step and count its tokens, slices and volumes.
+
+        Args:
+            model: The model as Trainer wraps it.
+            inputs: A batch with its counts, which are removed.
+            *args: As for Trainer.
+            **kwargs: As for Trainer.
+        """
         self.throughput.count(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Trainer's; positions of slices go to sharded models as bits, because FSDP and DeepSpeed round what floats.
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Prepare inputs as Trainer does, with slice positions as int32 bits for sharded models.
 
-        In bfloat16 the places of neighbouring slices would be off by up to a tenth of their distance.
+        FSDP and DeepSpeed cast floating inputs. In bfloat16 the positions of neighbouring slices would be off by up to a
+        tenth of their distance.
         """
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and "slice_positions" in inputs:
             inputs = {**inputs, "slice_positions": inputs["slice_positions"].float().view(torch.int32)}
         return super()._prepare_inputs(inputs)
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor | int | None]:
-        """The library's; also counts the rows of this step that have known findings, as it counts the label tokens."""
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], torch.Tensor | int | None]:
+        """Return a step's micro-batches and its count of label tokens; also count the step's rows with known findings."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._findings_in_step = None
         if num_items is not None and self._base_model().config.finding_names:  # so on all processes or on none
@@ -159,14 +178,32 @@ class SamfTrainer(StoppableTrainer):
             self._findings_in_step = count.clamp(min=1)
         return batches, num_items
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> tuple:
+        """Take Trainer's evaluation step.
+
+        Args:
+            model: The model as Trainer wraps it.
+            inputs: A batch with its counts, which are removed.
+            *args: As for Trainer.
+            **kwargs: As for Trainer.
+        """
         drop_counts(inputs)
         return super().prediction_step(model, inputs, *args, **kwargs)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Trainer's; an evaluation also counts the fusion's weights, which the model has computed anyway."""
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, ModelOutput]:
+        """Compute Trainer's loss; in evaluation also add up the fusion's softmax weights, which the model computes anyway.
+
+        Args:
+            model: The model as Trainer wraps it.
+            inputs: A batch with its counts, which are removed.
+            return_outputs: Whether to return the model's outputs too.
+            **kwargs: As for Trainer; `num_items_in_batch` is the step's count of label tokens.
+
+        Returns:
+            The loss, a scalar, or (loss, outputs).
+        """
         drop_counts(inputs)
         if "num_items_in_batch" in kwargs and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             kwargs["num_items_in_batch"] = whole_count(kwargs["num_items_in_batch"])
@@ -185,7 +222,7 @@ class SamfTrainer(StoppableTrainer):
         return (loss, type(outputs)(**rest)) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's; a line with a training loss also has the throughput, and the learning rate of each part."""
+        """Log as Trainer does; an entry with a training loss also gets the throughput and the parts' learning rates."""
         if "loss" in logs:
             logs |= self.throughput.report(self.args.device, self._sum, self.args.world_size)
             logs |= {f"learning_rate_{part}": rate for part, rate in self.part_rates.rates.items()}
@@ -194,14 +231,19 @@ class SamfTrainer(StoppableTrainer):
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum")
 
-    # Evaluation -----------------------------------------------------------------------------------------------------
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Trainer's losses, with each patient's own volume and another's; their gap; the fusion's weights; answers.
+        """Evaluate as Trainer does, and measure the use of the image.
 
-        Training goes on with the random numbers that it would have had without an evaluation.
+        With the two validation sets of `load_datasets`, that is the loss with each patient's own volume and with another's,
+        the gap between them, and the scores of sample answers; for each set, the fusion's softmax weights. Training
+        continues with the random numbers that it would have had without an evaluation.
+
+        Args:
+            eval_dataset: As for Trainer; None = the trainer's own.
+            ignore_keys: As for Trainer.
+            metric_key_prefix: Prefix of the metrics' names.
         """
         several = isinstance(self.eval_dataset if eval_dataset is None else eval_dataset, dict)
         with self.throughput.paused(), preserved_random_state():
@@ -210,7 +252,7 @@ class SamfTrainer(StoppableTrainer):
                 # Trainer chooses the best checkpoint by `eval_loss` unless it is told otherwise.
                 own = metrics.get(f"{metric_key_prefix}_own_loss")
                 more = {} if own is None else {f"{metric_key_prefix}_loss": own}
-                more |= measure_gap(metrics) | self._answer_samples(metric_key_prefix)
+                more |= measure_gap(metrics) | self._score_samples(metric_key_prefix)
             else:
                 weights = self.slice_weights.report(self.args.device, self._sum)
                 more = {f"{metric_key_prefix}_{name}": value for name, value in weights.items()}
@@ -220,20 +262,18 @@ class SamfTrainer(StoppableTrainer):
             warn_if_not_grounded(self.state.log_history, self.monitor.blind_gap, self.monitor.blind_evaluations)
         return metrics | more
 
-    def _answer_samples(self, prefix: str) -> dict[str, float]:
+    def _score_samples(self, prefix: str) -> dict[str, float]:
         if self.samples is None:
             return {}
         with self.accelerator.autocast():
-            figures = self.samples(self._base_model(), self.state.global_step, self._show_sample)
-        return {f"{prefix}_{name}": figure for name, figure in figures.items()}
+            scores = self.samples(self._base_model(), self.state.global_step, self._show_sample)
+        return {f"{prefix}_{name}": score for name, score in scores.items()}
 
-    def _show_sample(self, name: str, text: str, picture: Path | None) -> None:
-        show_sample(self.callback_handler.callbacks, self.state.global_step, name, text, picture)
-
-    # Folders --------------------------------------------------------------------------------------------------------
+    def _show_sample(self, name: str, text: str, image: Path | None) -> None:
+        show_sample(self.callback_handler.callbacks, self.state.global_step, name, text, image)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, with config.json and the code beside the adapter of a model that peft has wrapped.
+        """Save as Trainer does, with config.json and the code next to the adapter of a model that peft wraps.
 
         Sharded weights are gathered and saved whole.
         """
@@ -257,7 +297,7 @@ class SamfTrainer(StoppableTrainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _gather_float32_weights(self) -> dict[str, torch.Tensor]:
-        """DeepSpeed's float32 copies of the weights that it trains in another precision; every process takes part."""
+        """Gather DeepSpeed's float32 copies of the weights that it trains in another precision. Every process must call it."""
         if not self.is_deepspeed_enabled or self.model is self.model_wrapped:
             return {}
         from deepspeed.utils import safe_get_full_fp32_param
@@ -265,14 +305,14 @@ class SamfTrainer(StoppableTrainer):
         return float32_weights(self.model, self._float32_names, safe_get_full_fp32_param)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Trainer's, with trained weights in the precision that they were given to it."""
+        """Save as Trainer does, with trained weights in the precision in which the trainer got them."""
         super()._save(output_dir, state_dict={**state_dict, **self._float32_weights} if state_dict else state_dict)
 
     def _complete_folder(self, readme: Path, card: str | None) -> None:
         if hasattr(self.model, "get_base_model"):
             base = self.model.get_base_model()
             base.save_config_and_code(readme.parent)
-            # peft has written its own, or into ours
+            # peft has written a README of its own, or added its text to ours.
             readme.write_text(card or str(base.model_card()), encoding="utf-8")
         check_whole(readme.parent)
 
@@ -281,7 +321,13 @@ class SamfTrainer(StoppableTrainer):
             super()._save_checkpoint(model, trial)
 
     def create_model_card(self, *args: Any, tags: str | list[str] | None = None, **kwargs: Any) -> None:
-        """Write README.md into the output folder. A card that somebody wrote stays, here and on the Hub."""
+        """Write README.md into the output folder, unless there or on the Hub is a card that a user wrote.
+
+        Args:
+            *args: Ignored; Trainer's.
+            tags: Added to the card's tags.
+            **kwargs: Ignored; Trainer's.
+        """
         if not self.is_world_process_zero():
             return
         folder, revision, token = Path(self.args.output_dir), self.args.hub_revision, self.args.hub_token
@@ -298,73 +344,12 @@ class SamfTrainer(StoppableTrainer):
             shutil.copyfile(found, folder / README)
 
 
-class PartRates(TrainerCallback):
-    """Keeps the learning rate of each part with which the last step was made, as Trainer logs its own.
-
-    When a line is logged, the scheduler has already set the next step's.
-    """
-
-    def __init__(self) -> None:
-        self.rates: dict[str, float] = {}
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.rates = learning_rates(kwargs["optimizer"])
-
-
-def is_zero3(plugin: DeepSpeedPlugin | None) -> bool:
-    """Whether DeepSpeed holds the weights in shards."""
-    return plugin is not None and plugin.zero_stage == 3
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether this process holds shards of the weights, as `fully_shard` leaves them."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
-def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A sharded model's weights, gathered on the main process's CPU; empty on the others. Every process must call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def check_whole(folder: str | Path) -> None:
-    """Raise RuntimeError where a folder's weights have no tensor, or one without elements: a shard's placeholder."""
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as weights:
-            names = list(weights.keys())
-            empty = [name for name in names if 0 in weights.get_slice(name).get_shape()]
-        if empty or not names:
-            found = f"{len(empty)} tensors are empty ({empty[0]} first)" if empty else "there are no tensors"
-            raise RuntimeError(
-                f"{file}: {found}. The weights were saved from shards that weren't "
-                "gathered; with ZeRO-3, set zero3_save_16bit_model as recipes/accelerate/deepspeed_zero3.yaml does."
-            )
-
-
 def _known_peak(device: torch.device) -> float | None:
     return known_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def validation_losses(state: TrainerState) -> dict[str, float]:
-    """The last validation loss with each patient's own volume and with another's, as far as they were measured."""
-    names = {"eval_own_loss": "loss, own volumes", "eval_shuffled_loss": "loss, other patients' volumes"}
-    found = {names[key]: value for row in state.log_history for key, value in row.items() if key in names}
-    return {name: found[name] for name in names.values() if name in found}
-
-
-def card_settings(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
-    """What the model card tells of a run: arguments of `make_card`."""
-    if model_args.model is not None:
-        sources = {"Continues": model_args.model}
-    else:
-        sources = {"Slice encoder": model_args.slice_encoder, "Language model": model_args.text_model}
-    facts = {**sources, "Trained parts": ", ".join(model_args.train_parts), "Tasks": ", ".join(data_args.tasks)}
-    return {"base_models": list(sources.values()), "facts": facts, "data": data_args.data}
-
-
 def save_repository(trainer: SamfTrainer) -> None:
-    """The output folder as a complete Hub repository: weights, code, processor, model card. Pushes when asked to."""
+    """Complete the output folder: weights, code, processor, requirements, model card. Push it if the arguments say so."""
     trainer.save_state()
     if trainer.is_world_process_zero():
         shutil.copyfile(REQUIREMENTS, Path(trainer.args.output_dir) / "requirements.txt")

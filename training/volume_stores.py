@@ -1,4 +1,4 @@
-"""Where stage 3's volumes come from: their files, prepared slices, or a frozen encoder's embeddings."""
+"""Stage 3's source of volumes: their files, prepared slices, or a frozen encoder's embeddings."""
 
 import logging
 import os
@@ -19,22 +19,24 @@ from samf.model.ct_download import not_kept
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.model.processing_samf import SamfProcessor
-from samf.pretraining.slice_datasets import fill_slice_cache
 from samf.training.arguments import DataArguments
+from samf.training.slice_filling import fill_slice_cache
 from samf.utils.distributed import Processes
 
 logger = logging.getLogger(__name__)
 
-EMBEDDING_BYTES = 4  # of a number
+_EMBEDDING_BYTES = 4  # per number
 
 
 class OptionalSliceCache(SliceCache):
-    """A slice cache that training can do without: what can't be kept is made again whenever it is needed.
+    """A slice cache that training can do without: what can't be kept is extracted again whenever it is needed.
 
     Args:
-        folder, image_processor, min_coverage: see SliceCache.
-        is_writable: False uses the records that are there and adds none. It becomes False at the first record that
-            can't be written, which a warning says once in each process.
+        folder: See SliceCache.
+        image_processor: See SliceCache.
+        min_coverage: See SliceCache.
+        is_writable: False = use the existing entries and add none. It becomes False at the first entry that can't be
+            written, which each process warns of once.
     """
 
     def __init__(
@@ -50,7 +52,16 @@ class OptionalSliceCache(SliceCache):
     def get(
         self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None, searched: bool = False
     ) -> dict[str, np.ndarray]:
-        """What `SliceCache.get` gives, which raises CTReadError for a volume; but no error of the cache's own."""
+        """Return what `SliceCache.get` returns, without errors of the cache itself.
+
+        Args:
+            path: Path or address of a volume.
+            rescale: Slope and intercept of its stored values; None = its file knows.
+            searched: Whether the path was found by a search rather than named; what is no CT is then refused.
+
+        Raises:
+            CTReadError: The volume can't be read.
+        """
         if self.is_writable:
             try:
                 return super().get(path, rescale=rescale, searched=searched)
@@ -58,18 +69,24 @@ class OptionalSliceCache(SliceCache):
                 self.is_writable = False
                 logger.warning("%s: %s. Training goes on without adding to the cache.", self.folder, error)
         try:
-            record = read_entry(self.entry_path(path, rescale=rescale))
+            entry = read_entry(self.entry_path(path, rescale=rescale))
         except OSError as error:
             logger.debug("%s: %s", self.folder, error)
-            record = None
-        if record is not None:
-            return record
+            entry = None
+        if entry is not None:
+            return entry
         with not_kept(path):
             return self.image_processor.extract(self.read(path, rescale, searched))
 
 
 def why_not_write(folder: Path, missing: int, bytes_each: int) -> str | None:
-    """Tell why so many records can't be added to a cache; None if they can."""
+    """Return why entries can't be added to a cache; None if they can.
+
+    Args:
+        folder: Of the cache; created if it doesn't exist.
+        missing: Number of entries to add.
+        bytes_each: Size of one entry.
+    """
     probe = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,14 +97,14 @@ def why_not_write(folder: Path, missing: int, bytes_each: int) -> str | None:
     free = free_bytes(folder)
     if missing * bytes_each > free:
         needed = describe_bytes(missing * bytes_each)
-        return f"lacks {missing} records of {needed} together, and {describe_bytes(free)} are free"
+        return f"lacks {missing} entries of {needed} together, and {describe_bytes(free)} are free"
     return None
 
 
 def _check(
     folder: Path, stage: str, store: SliceCache | EmbeddingCache, volumes: Sequence[VolumeKey], size: int
 ) -> str:
-    """Why not all of `volumes` can be added to a cache, "" if they can; the same on all processes."""
+    """Return why not all of `volumes` can be added to a cache, "" if they can; the same on all processes."""
 
     def look() -> str:
         done, _ = Manifest(folder, stage).keys()
@@ -95,7 +112,7 @@ def _check(
         missing = sum(volume.key is not None and volume.key not in done for volume in listed)
         problem = (why_not_write(folder, missing, size) or "") if missing else ""
         if problem:
-            logger.warning("%s %s: what it has of the %s is used, and nothing is added.", folder, problem, stage)
+            logger.warning("%s %s: its %s are used, and nothing is added.", folder, problem, stage)
         return problem
 
     return Processes().from_first(look)  # another process may see the disk differently
@@ -109,13 +126,21 @@ def build_volume_store(
     volumes: list[VolumeKey],
     device: torch.device,
 ) -> VolumeStore | None:
-    """Where the collator gets its volumes: the files, prepared slices, or a frozen encoder's embeddings.
+    """Return the store that the collator reads volumes from; None = it reads the files.
 
-    What of the embeddings isn't there yet is made on `device`, by all processes together. A cache that can't be written,
-    or whose disk is too small, is used as it is, which a warning says.
+    Missing embeddings are computed on `device`, by all processes together. A cache that can't be written, or whose disk is
+    too small, is used as it is, with a warning.
 
     Args:
-        volumes: all that training and evaluation will read.
+        args: Name the cache, and say whether it keeps embeddings.
+        model: Its slice encoder computes embeddings.
+        processor: Its image processor extracts slices.
+        trained: The parts that are trained.
+        volumes: All volumes that training and evaluation will read.
+        device: Where embeddings are computed.
+
+    Raises:
+        ValueError: Embeddings of a slice encoder that is trained can't be cached.
     """
     if args.slice_cache is None:
         return None
@@ -128,7 +153,7 @@ def build_volume_store(
         raise ValueError("cache_embeddings needs a frozen slice encoder: leave slice_encoder out of train_parts.")
     model.model.slice_encoder.to(device)
     embeddings = EmbeddingCache(folder, slices, model.model)
-    size = image_processor.num_slices * (model.config.vision_config.hidden_size * EMBEDDING_BYTES + 24) + 600
+    size = image_processor.num_slices * (model.config.vision_config.hidden_size * _EMBEDDING_BYTES + 24) + 600
     if _check(folder, "embeddings", embeddings, volumes, size):
         return slices
     if args.on_error == "skip":

@@ -20,7 +20,9 @@ import torch.distributed as dist
 # A rank that has finished waits for the others: hours, where the default limits are 10 (nccl) or 30 (gloo) minutes.
 _TIMEOUT = timedelta(days=30)
 
-P, R, T = ParamSpec("P"), TypeVar("R"), TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 # Set while rank 0 runs the function of `from_first`: that function must not wait for the other ranks, which wait for it.
 _runs_for_all: ContextVar[bool] = ContextVar("_runs_for_all", default=False)
 
@@ -67,9 +69,9 @@ class Processes:
             finally:
                 _runs_for_all.reset(token)
         dist.broadcast_object_list(outcome, src=0, group=self._group())
-        result, error = outcome[0]
-        if error is not None:
-            raise error
+        result, raised = outcome[0]
+        if raised is not None:
+            raise raised
         return result
 
     @contextmanager
@@ -186,6 +188,5 @@ def local_rank() -> int:
 
 def default_device() -> torch.device:
     """Return this process's accelerator, or the CPU on a machine without one."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.device(torch.accelerator.current_accelerator().type, local_rank())
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, local_rank())

@@ -1,4 +1,4 @@
-"""Old module names, kept for one release: importing or running one warns and uses the module of its new name."""
+"""Old module names, kept for one release: importing or running one gives a warning and the module of the new name."""
 
 import importlib
 import importlib.abc
@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from types import CodeType, ModuleType
 
-# Within the package; what ran as `python -m samf.data.phantom` runs as `python -m samf.phantoms.dataset`.
+# Old name: new name, both relative to the package. `python -m samf.data.phantom` runs `python -m samf.phantoms.dataset`.
 MOVED = {
     "chat_template_samf": "model.chat_template_samf",
     "components_samf": "model.components_samf",
@@ -36,7 +36,7 @@ MOVED = {
     "data.slice_images": "pretraining.slice_datasets",
     "data.slice_settings": "cache.settings",
     "data.small_tokenizer": "phantoms.tokenizer",
-    "data.load_stats": "data.load_stats",
+    "data.tally": "data.load_stats",
     "data.text_files": "utils.text_files",
     "data.volume_lists": "data.volume_discovery",
     "data.worker_pool": "cache.worker_pool",
@@ -86,14 +86,19 @@ MOVED = {
     "training.sight": "training.image_grounding",
     "training.stores": "training.volume_stores",
     "view": "reporting.slice_view",
-    "volume_files": "model.ct_formats",
+    "volume_files": "model.ct_common",
     "volume_memory": "model.ct_memory",
     "volume_sources": "model.ct_download",
 }
 
 
 class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
-    """Find the modules of a package by their old names."""
+    """A finder of a package's modules by their old names.
+
+    Args:
+        package: the package's name.
+        moved: {old name: new name}, relative to the package.
+    """
 
     def __init__(self, package: str, moved: dict[str, str]):
         self.names = {f"{package}.{old}": f"{package}.{new}" for old, new in moved.items()}
@@ -102,25 +107,31 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Return a spec for an old name and None for any other."""
+        """Return a spec for an old name, None for any other.
+
+        Args:
+            fullname: the absolute name of the module to import.
+            path: not used; old names need no search.
+            target: not used; a reload is an import.
+        """
         if fullname not in self.names:
             return None
         return importlib.util.spec_from_loader(fullname, self, origin=self.names[fullname])
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        """Return the module of the new name, so that both names share one state."""
+        """Return the module of the new name, so that both names share its state."""
         warnings.warn(f"{spec.name} is now {self.names[spec.name]}; the old name will go.", FutureWarning, stacklevel=2)
         module = importlib.import_module(self.names[spec.name])
         self.specs[spec.name] = module.__spec__
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Restore the module's own spec, which the import system has replaced; the module itself has run before."""
+        """Restore the module's own spec, which the import system has replaced; its code has run under the new name."""
         old = module.__spec__.name if module.__spec__ else ""
         module.__spec__ = self.specs.pop(old, module.__spec__)
 
     def get_source(self, fullname: str) -> None:
-        """Return None: the source belongs to the new name."""
+        """Return None; the source belongs to the new name."""
 
     def get_code(self, fullname: str) -> CodeType:
         """Return code that runs the new module as a script, for `python -m`."""

@@ -1,10 +1,10 @@
-"""A script's arguments: one YAML recipe of flat keys, every key of it overridable on the command line.
+"""Arguments of a script: a YAML recipe of flat keys, each of which the command line can override.
 
     python train.py --config recipes/ct_rate_ao2d.yaml --learning_rate 1e-4
 
-A recipe may go on from others: `base: ct_rate.yaml` (or a list, the later over the earlier) names files beside it, whose
-keys it has unless it gives them itself. `--config` takes several recipes in the same way. A key that no field bears is an
-error, with the nearest names that would be valid.
+A recipe can extend others: `base: ct_rate.yaml`, or a list of which later ones override earlier ones, names files relative
+to its folder. `--config` takes several recipes in the same way. An unknown key is an error that suggests the nearest valid
+names.
 """
 
 import argparse
@@ -13,23 +13,25 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import yaml
 from transformers import HfArgumentParser
 
 from samf.utils.text_files import TextEncodingError, read_text
 
-BASE = "base"
-SEVERAL = ("report_to",)  # of TrainingArguments: lists to it, single values to HfArgumentParser
+RecipeValue: TypeAlias = str | bool | int | float | list[Any] | None
+
+_BASE = "base"
+_LISTS = ("report_to",)  # fields of TrainingArguments that take lists, which HfArgumentParser reads as single values
 
 
 class RecipeError(ValueError):
-    """A recipe or command line that can't be used; the message names the key and what would be valid."""
+    """A recipe or command line that can't be used; the message names the key and the valid values."""
 
 
 class _Parser(HfArgumentParser):
-    """Raises instead of leaving the program under the usage of some two hundred options."""
+    """A parser that raises RecipeError; argparse's own exit would print the usage of some two hundred options."""
 
     recipes: Sequence[Path] = ()
 
@@ -39,21 +41,26 @@ class _Parser(HfArgumentParser):
 
 
 def parse_recipe(dataclass_types: type | Iterable[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Fill dataclasses from `--config recipe.yaml …` and the command line, which wins.
+    """Fill dataclasses from `--config recipe.yaml …` and the command line, which takes precedence.
+
+    A YAML value is read as if it had been typed on the command line, so `1e-4` is a number for a float field although YAML
+    reads it as text.
 
     Args:
-        dataclass_types: one dataclass or several, as for `HfArgumentParser`; no key may be in two of them.
-        argv: the command line without the program's name; None = `sys.argv[1:]`.
+        dataclass_types: one dataclass or several, as for `HfArgumentParser`; no field name may be in two of them.
+        argv: the command line without the program's name; None takes `sys.argv[1:]`.
 
-    Returns one instance for each type. A YAML value is read as if it had been typed on the command line, so `1e-4` is a
-    number for a float field although YAML calls it text. Raises RecipeError for an unreadable recipe, an unknown key, a
-    missing required one or a value of the wrong type.
+    Returns:
+        One instance per dataclass, in their order.
+
+    Raises:
+        RecipeError: an unreadable recipe, an unknown key, a missing required key, or a value of the wrong type.
     """
     recipes, typed = _take_config(sys.argv[1:] if argv is None else argv)
-    description = "Every key may also stand in a YAML file, given as --config RECIPE …; the command line wins."
+    description = "Every option can also be a key of a YAML file, --config RECIPE …; the command line takes precedence."
     parser = _Parser(dataclass_types, allow_abbrev=False, description=description)
     parser.recipes = recipes
-    for name in SEVERAL:
+    for name in _LISTS:
         if name in _actions(parser):
             _actions(parser)[name].nargs = "+"
     keys = {key: found for recipe in recipes for key, found in _read_with_bases(recipe).items()}
@@ -68,27 +75,28 @@ def parse_recipe(dataclass_types: type | Iterable[type], argv: Sequence[str] | N
     return tuple(instances)
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML recipe and of those that it goes on from.
+def read_recipe(path: str | Path) -> dict[str, RecipeValue]:
+    """Return the keys and values of a YAML recipe, with those of the recipes that it extends.
 
-    Raises RecipeError when one can't be read, isn't a flat mapping, or goes on from itself.
+    Raises:
+        RecipeError: a file can't be read, isn't a flat mapping, or extends itself.
     """
     return {key: value for key, (value, _) in _read_with_bases(Path(path)).items()}
 
 
-def _read_with_bases(path: Path, above: Sequence[Path] = ()) -> dict[str, tuple[Any, Path]]:
-    """Each key's value, and the file that gives it."""
+def _read_with_bases(path: Path, above: Sequence[Path] = ()) -> dict[str, tuple[RecipeValue, Path]]:
+    """Return {key: (value, the file that gives it)}; `above` are the recipes that extend this one."""
     if path.resolve() in above:
-        raise RecipeError(f"{path}: a recipe can't go on from itself; change its {BASE!r} or that of {above[-1]}.")
+        raise RecipeError(f"{path}: a recipe can't extend itself; change its {_BASE!r} or that of {above[-1]}.")
     values = _read_yaml(path)
-    bases = values.pop(BASE, None) or []
-    keys: dict[str, tuple[Any, Path]] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = values.pop(_BASE, None) or []
+    keys: dict[str, tuple[RecipeValue, Path]] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
         keys |= _read_with_bases(path.parent / str(base), [*above, path.resolve()])
     return keys | {key: (value, path) for key, value in values.items()}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, RecipeValue]:
     try:
         values = yaml.safe_load(read_text(path))
     except TextEncodingError as error:
@@ -115,17 +123,17 @@ def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return {action.dest: action for action in parser._actions if action.dest != "help"}
 
 
-def _recipe_tokens(parser: _Parser, keys: Mapping[str, tuple[Any, Path]]) -> list[str]:
-    """The recipes as command-line tokens, so that argparse converts and checks every value in one way."""
+def _recipe_tokens(parser: _Parser, keys: Mapping[str, tuple[RecipeValue, Path]]) -> list[str]:
+    """Return the recipes as command-line tokens, so that argparse converts and checks every value in one way."""
     actions, tokens = _actions(parser), []
     for key, (value, recipe) in keys.items():
         if key not in actions:
             raise RecipeError(f"{recipe}: {_describe_unknown(key, actions)}")
-        several = actions[key].nargs in ("+", "*")
-        if isinstance(value, list) and not several:
+        takes_list = actions[key].nargs in ("+", "*")
+        if isinstance(value, list) and not takes_list:
             raise RecipeError(f"{recipe}: {key} takes one value, found the list {value}.")
         if value is None or value == []:
-            # No token says None or "no items"; as the field's default it is still overridable.
+            # No token expresses None or an empty list; as the field's default it can still be overridden.
             parser.set_defaults(**{key: value})
             actions[key].required = False
         elif isinstance(value, list):

@@ -1,8 +1,8 @@
-"""Text files that users bring: UTF-8, or what a byte order mark says; anything else is an error with a remedy.
+"""Text files from users, in UTF-8 or the encoding of their byte order mark; anything else is an error with a remedy.
 
 Excel writes "CSV UTF-8" with a byte order mark, "Unicode text" as UTF-16 with tabs, and plain "CSV" in the code page of
-the machine; PowerShell's `>` writes UTF-16. The first two are read as they are. A code page can't be told from the bytes,
-so it is never guessed: in another one the same bytes are other letters.
+the machine; PowerShell's `>` writes UTF-16. All but the code page are read. A code page is never guessed, because the same
+bytes are other letters in another one.
 """
 
 import codecs
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-# The longer marks first: UTF-32-LE's begins with UTF-16-LE's.
+# UTF-32 before UTF-16, because its little-endian mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -23,28 +23,28 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_HEAD = 4096  # bytes that tell UTF-16 without a mark: ASCII letters have a zero beside them
+_HEAD = 4096  # bytes searched for zeros, which UTF-16 without a mark has next to ASCII letters
 _DELIMITERS = (",", ";", "\t")
 
 
 class TextEncodingError(ValueError):
-    """A text file in an encoding that isn't UTF-8 and that no byte order mark names. The message says what to do."""
+    """A text file that is neither UTF-8 nor in the encoding of its byte order mark; the message says how to convert it."""
 
 
 def text_encoding(head: bytes) -> str:
-    """Return the encoding of a text that begins with these bytes (four or more): by its byte order mark, else UTF-8."""
+    """Return the encoding named by the byte order mark in the first four bytes or more of a text, else UTF-8."""
     return next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8")
 
 
 def decode_text(data: bytes, source: str | os.PathLike) -> str:
-    """Decode a text file's bytes, without its byte order mark.
+    """Decode the bytes of a text file, without its byte order mark.
 
     Args:
         data: the whole file.
-        source: what messages call it.
+        source: its name in messages.
 
     Raises:
-        TextEncodingError: the bytes are not in the encoding that the file claims; says where, and how to convert it.
+        TextEncodingError: the bytes don't fit the encoding; says where, and how to convert the file.
     """
     encoding = text_encoding(data)
     try:
@@ -57,21 +57,21 @@ def decode_text(data: bytes, source: str | os.PathLike) -> str:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """Return a text file's contents, line ends as "\\n". Raises TextEncodingError, OSError."""
+    """Return the content of a text file with "\\n" as line ends. Raises TextEncodingError or OSError."""
     return io.StringIO(decode_text(Path(path).read_bytes(), path), newline=None).read()
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """Return a text file's lines, split at line ends alone: str.splitlines also splits at others that texts contain."""
+    """Return the lines of a text file, split only at line ends; str.splitlines splits at other characters as well."""
     lines = read_text(path).split("\n")
     return lines[:-1] if lines[-1] == "" else lines
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Return a JSON file's value.
+    """Return the value of a JSON file.
 
     Raises:
-        ValueError: broken JSON, or another encoding (TextEncodingError); names the file.
+        ValueError: broken JSON, or an unknown encoding (TextEncodingError); names the file.
     """
     try:
         return json.loads(read_text(path))
@@ -83,14 +83,14 @@ def read_json(path: str | os.PathLike) -> Any:
 
 @contextmanager
 def open_text(path: str | os.PathLike, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a text file for reading piece by piece; for files too large for `read_text`, and for the csv module.
+    """Open a text file for reading in pieces: a file too large for `read_text`, or one for the csv module.
 
     Args:
         path: the file.
         newline: as for `open`; "" for the csv module.
 
     Raises:
-        TextEncodingError: while it is read within the block, as for `decode_text`.
+        TextEncodingError: within the block, when the bytes read don't fit the encoding.
     """
     with open(path, "rb") as stream:
         head = stream.read(_HEAD)
@@ -106,10 +106,10 @@ def open_text(path: str | os.PathLike, newline: str | None = None) -> Iterator[T
 
 @contextmanager
 def open_csv(path: str | os.PathLike) -> Iterator[csv.DictReader]:
-    """Open a table with a header line: a DictReader of its rows, separated by commas, semicolons or tabs.
+    """Open a table with a header line as a DictReader.
 
-    Excel separates by semicolons where commas are decimal, and by tabs in "Unicode text". What occurs most often in the
-    header line, outside of quotes, separates.
+    The delimiter is the comma, semicolon or tab that is most frequent in the header outside of quotes: Excel writes
+    semicolons where the comma is the decimal sign, and tabs in "Unicode text".
     """
     with open_text(path, newline="") as stream:
         header = stream.readline()
@@ -119,11 +119,11 @@ def open_csv(path: str | os.PathLike) -> Iterator[csv.DictReader]:
 
 def _delimiter(header: str) -> str:
     outside = "".join(header.split('"')[::2])
-    return max(_DELIMITERS, key=outside.count)  # the first of equals: a comma
+    return max(_DELIMITERS, key=outside.count)  # a comma where several are equally frequent
 
 
 def _explained(source: str | os.PathLike, data: bytes, encoding: str, error: UnicodeDecodeError) -> TextEncodingError:
-    """Name the place in the whole file; the error of a stream counts from its last chunk."""
+    """Return an error with the position in the whole file; the one of a stream counts from its last chunk."""
     try:
         data.decode(encoding)
     except UnicodeDecodeError as found:

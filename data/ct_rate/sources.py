@@ -1,4 +1,4 @@
-"""Where CT-RATE's files of one split lie: in a folder, or in a data set on the Hub."""
+"""The files of one split of CT-RATE: in a folder, or in a data set on the Hub."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from samf.data.ct_rate.names import LAYOUTS, VolumeName, volume_location
+from samf.data.ct_rate.names import LAYOUTS, Layout, VolumeName, volume_location
 
 logger = logging.getLogger(__name__)
 
@@ -29,50 +29,55 @@ class CtRateSource(ABC):
     """The tables and volumes of one split of CT-RATE.
 
     Args:
-        root: where its files lie, for messages.
-        split: "train", "valid" or "validation".
+        root: the folder or address of its files, for messages.
+        split: "train" or "valid".
         layout: "v1" or "v2".
     """
 
-    def __init__(self, root: str | Path, split: str, layout: str):
+    def __init__(self, root: str | Path, split: str, layout: Layout):
         self.root, self.split, self.layout = root, split, layout
 
     def table(self, folder: str, ending: str) -> Path | None:
-        """`folder`/{split}_{ending}, the split spelled as that file does (valid or validation); None where absent."""
+        """Return the file `folder`/{split}_{ending}, where the split may be spelled valid or validation; None if absent."""
         stems = ("train",) if self.split == "train" else ("valid", "validation")
         files = (self.file(f"{folder}/{stem}_{ending}") for stem in stems)
         return next((file for file in files if file is not None), None)
 
     @abstractmethod
     def file(self, name: str) -> Path | None:
-        """A file below the root, on this machine; None where there is none."""
+        """Return the local path of a file below the root, None if there is none."""
 
     @abstractmethod
     def locate(self, name: str) -> str:
-        """A volume's path or address; a name that isn't CT-RATE's is taken as a path below the root."""
+        """Return the path or address of a volume; a name other than CT-RATE's is a path below the root."""
 
     @property
     def reports(self) -> Path | None:
+        """Return the reports CSV, None if absent."""
         return self.table("radiology_text_reports", "reports.csv")
 
     @property
     def metadata(self) -> Path | None:
+        """Return the CSV of the scanners' metadata, None if absent."""
         return self.table("metadata", "metadata.csv")
 
     @property
     def labels(self) -> Path | None:
+        """Return the CSV of finding labels, None if absent."""
         return self.table("multi_abnormality_labels", "predicted_labels.csv")
 
     @property
     def vqa(self) -> Path | None:
+        """Return the JSON file of questions and answers, None if absent."""
         return self.table("vqa", "vqa.json")
 
     @property
     def no_chest(self) -> Path | None:
+        """Return the list of scans that are not of the chest, None if absent."""
         return self.file(f"metadata/no_chest_{self.split}.txt")
 
     def find_vqa(self, name: str | Path) -> Path:
-        """A VQA file given by path, or by its name below the data set. Raises FileNotFoundError."""
+        """Return a VQA file by its path or its name below the data set. Raises FileNotFoundError if there is none."""
         if Path(name).is_file():
             return Path(name)
         below = [str(name), f"vqa/{name}"]
@@ -84,37 +89,41 @@ class CtRateSource(ABC):
         return found
 
 
-def check_split(split: str, layout: str | None) -> str:
-    """The split as the volumes' names have it. Raises ValueError for an unknown split or layout."""
+def _check_split(split: str, layout: str | None) -> str:
+    """Return the split as it is spelled in volumes' names. Raises ValueError for an unknown split or layout."""
     name = {"validation": "valid"}.get(split, split)
     if name not in ("train", "valid") or layout not in (None, *LAYOUTS):
         raise ValueError(f"split={split!r}, layout={layout!r}; expected 'train' or 'valid', and 'v1', 'v2' or None.")
     return name
 
 
-# ---- a folder ------------------------------------------------------------------------------------------------------
+def _layout(layout: str | None, default: Layout) -> Layout:
+    return next((known for known in LAYOUTS if known == layout), default)
+
+
+# --- A folder ---------------------------------------------------------------------------------------------------------
 
 
 class CtRateFolder(CtRateSource):
-    """A split in a folder.
+    """A split of CT-RATE in a folder.
 
     Args:
         root: CT-RATE's folder, with or without its `dataset` level.
         split: "train", "valid" or "validation".
-        layout: "v1", "v2", or None to take what is there, v2 first.
+        layout: "v1" or "v2"; None takes what is there, v2 if both are.
 
     Raises:
-        FileNotFoundError: there is neither a volume folder of the split nor one of the tables.
+        FileNotFoundError: there is neither a folder of the split's volumes nor one of tables.
         ValueError: an unknown split or layout.
     """
 
     def __init__(self, root: str | Path, split: str, layout: str | None = None):
-        split = check_split(split, layout)
-        root = self._find_root(Path(root).expanduser().absolute(), split)
-        present = [name for name, folder in self._volume_folders(root, split).items() if folder.is_dir()]
-        super().__init__(root, split, layout or ("v1" if present == ["v1"] else "v2"))
+        split = _check_split(split, layout)
+        self._folder = self._find_root(Path(root).expanduser().absolute(), split)
+        present = [name for name, folder in self._volume_folders(self._folder, split).items() if folder.is_dir()]
+        super().__init__(self._folder, split, _layout(layout, "v1" if present == ["v1"] else "v2"))
         if layout is None and len(present) == 2:
-            logger.info("%s holds v1 and v2 volumes of %s; reading v2 (layout='v1' reads the others).", root, split)
+            logger.info("%s holds v1 and v2 volumes of %s; reading v2 (layout='v1' reads v1).", self.root, split)
 
     @staticmethod
     def _volume_folders(root: Path, split: str) -> dict[str, Path]:
@@ -128,52 +137,60 @@ class CtRateFolder(CtRateSource):
                 return candidate
         raise FileNotFoundError(
             f"0 volumes under {root}: expected CT-RATE's layout, {root}[/dataset]/{split}_fixed/{split}_1/{split}_1_a/"
-            f"{split}_1_a_1.nii.gz (v2) or the same below {split}/ (v1), beside radiology_text_reports/ and vqa/."
+            f"{split}_1_a_1.nii.gz (v2) or the same below {split}/ (v1), next to radiology_text_reports/ and vqa/."
         )
 
     def file(self, name: str) -> Path | None:
-        path = self.root / name
+        """Return a file below the root, None if there is none."""
+        path = self._folder / name
         return path if path.is_file() else None
 
     def locate(self, name: str) -> str:
-        return str(self.root / (volume_location(name, self.layout) if VolumeName.find(name) else name))
+        """Return the path of a volume, which need not exist."""
+        return str(self._folder / (volume_location(name, self.layout) if VolumeName.find(name) else name))
 
 
-# ---- the Hub -------------------------------------------------------------------------------------------------------
+# --- The Hub ----------------------------------------------------------------------------------------------------------
 
 
 class CtRateHub(CtRateSource):
-    """A split of a data set on the Hub that has CT-RATE's layout, such as `ibrahimhamamci/CT-RATE` itself.
+    """A split of a data set on the Hub in CT-RATE's layout, such as `ibrahimhamamci/CT-RATE` itself.
 
-    Its tables are fetched into the Hub's cache when they are asked for. Its volumes aren't: `locate` gives their
-    addresses (hf://datasets/…), which `read_ct` fetches one by one.
+    Tables are fetched into the Hub's cache on first use. Volumes are not: `locate` returns their addresses
+    (hf://datasets/…), which `read_ct` fetches one by one.
 
     Args:
         name: owner/name, or owner/name@revision.
         split: "train", "valid" or "validation".
-        layout: "v1" or "v2"; None is v2.
+        layout: "v1" or "v2"; None takes v2.
 
-    Raises (with the first file that is asked for):
-        PermissionError: the data set is gated and this account has no access; says how to get it.
-        FileNotFoundError: no such data set or revision, or it can't be reached and isn't in the cache.
+    Raises:
+        ValueError: not a name of a data set, or an unknown split or layout.
     """
 
     def __init__(self, name: str, split: str, layout: str | None = None):
-        split, match = check_split(split, layout), HUB_NAME.fullmatch(name)
+        split, match = _check_split(split, layout), HUB_NAME.fullmatch(name)
         if match is None:
-            raise ValueError(f"{name!r} is no data set's name; expected owner/name or owner/name@revision.")
+            raise ValueError(f"{name!r} is not the name of a data set; expected owner/name or owner/name@revision.")
         self.name, self.revision = match["name"], match["revision"]
         at = f"@{self.revision}" if self.revision else ""
-        super().__init__(f"hf://datasets/{self.name}{at}/dataset", split, layout or "v2")
+        super().__init__(f"hf://datasets/{self.name}{at}/dataset", split, _layout(layout, "v2"))
 
     def file(self, name: str) -> Path | None:
-        where = {"filename": f"dataset/{name}", "repo_type": "dataset", "revision": self.revision}
+        """Fetch a file into the Hub's cache and return its path, None if there is none.
+
+        Raises:
+            PermissionError: the data set is gated and this account has no access; says how to get it.
+            FileNotFoundError: no such data set or revision, or it can't be reached and isn't in the cache.
+            ConnectionError: the Hub gives another error.
+        """
+        file = f"dataset/{name}"
         try:
-            return Path(hf_hub_download(self.name, **where))
+            return Path(hf_hub_download(self.name, file, repo_type="dataset", revision=self.revision))
         except RemoteEntryNotFoundError:
             return None
-        except LocalEntryNotFoundError as error:  # offline; whether the file exists may be known all the same
-            if try_to_load_from_cache(self.name, **where) is not None:
+        except LocalEntryNotFoundError as error:  # offline; the cache may know that there is no such file
+            if try_to_load_from_cache(self.name, file, repo_type="dataset", revision=self.revision) is not None:
                 return None
             raise FileNotFoundError(
                 f"{self.root}/{name}: the Hub can't be reached, and the file isn't in the cache. {self._or_a_folder()}"
@@ -182,12 +199,14 @@ class CtRateHub(CtRateSource):
             raise self._explained(error) from error
 
     def locate(self, name: str) -> str:
+        """Return the address of a volume, which need not exist."""
         return f"{self.root}/{volume_location(name, self.layout) if VolumeName.find(name) else name}"
 
     def _or_a_folder(self) -> str:
         return f"If {self.name} is meant to be a folder: there is none under {Path.cwd()}."
 
     def _explained(self, error: Exception) -> OSError:
+        """Return an error that says what to do about one of the Hub's."""
         status = getattr(getattr(error, "response", None), "status_code", None)
         page = f"https://huggingface.co/datasets/{self.name}"
         if isinstance(error, GatedRepoError) or status == 403:
@@ -201,12 +220,12 @@ class CtRateHub(CtRateSource):
             return FileNotFoundError(f"{self.name} has no revision {self.revision!r}; see {page}/refs.")
         if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
             return FileNotFoundError(
-                f"{self.name}: no data set of this name on the Hub, or a private one and this account doesn't see it "
+                f"{self.name}: no data set of this name on the Hub, or a private one that this account can't see "
                 f"(hf auth login). {self._or_a_folder()}"
             )
         return ConnectionError(f"{self.name}: the Hub answers {status} ({error}). Try again later.")
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether `source` reads like a data set on the Hub: owner/name, with or without @revision or hf://datasets/."""
+    """Return whether `source` has the form of a data set's name: owner/name, optionally with @revision or hf://datasets/."""
     return HUB_NAME.fullmatch(source) is not None

@@ -1,9 +1,8 @@
-"""CT-RATE's files as Python values: CSV rows, the VQA file's records one by one, labels, rescales, exclusions."""
+"""CT-RATE's files as Python values: rows of CSVs, entries of the VQA file, labels, rescales and exclusions."""
 
 import logging
 import math
 import random
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -13,6 +12,7 @@ import ijson
 from samf.data.ct_rate.names import VolumeName
 from samf.data.ct_rate.sources import CtRateSource
 from samf.data.schema import IGNORE_INDEX, JsonObject
+from samf.data.texts import given
 from samf.utils.text_files import open_csv, open_text, read_lines
 
 logger = logging.getLogger(__name__)
@@ -39,16 +39,19 @@ CT_RATE_LABELS = (
     "Interlobular septal thickening",
 )
 
-UNCERTAIN = -1  # in tables made by CheXpert's rules and their like
-VOLUME_COLUMN = ("VolumeName", "AccessionNo")  # the column has had two names
-TAG = re.compile(r"<(long_answer|short_answer|multiple_choice|report_generation)>")
+VOLUME_COLUMN = ("VolumeName", "AccessionNo")  # alternatives: the column has had two names
+_UNCERTAIN = -1  # in label tables written by CheXpert's labeller and similar ones
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
+# --- Rows and entries -------------------------------------------------------------------------------------------------
 
 
 def read_rows(path: Path, required: Iterable[str | tuple[str, ...]] = ()) -> Iterator[dict[str, str]]:
-    """Rows of a CSV. Each of `required` is a column, or alternatives of which one must be there.
+    """Yield the rows of a CSV.
+
+    Args:
+        path: the CSV.
+        required: columns that must be there; a tuple lists alternatives of which one must be.
 
     Raises:
         ValueError: a required column is absent; names those found.
@@ -63,7 +66,7 @@ def read_rows(path: Path, required: Iterable[str | tuple[str, ...]] = ()) -> Ite
 
 
 def row_volume(row: dict[str, str], path: Path) -> VolumeName:
-    """A row's volume. Raises ValueError that names the file."""
+    """Return the volume of a row. Raises ValueError, which names the file, if there is none."""
     try:
         return VolumeName.parse(row.get("VolumeName") or row.get("AccessionNo") or "")
     except ValueError as error:
@@ -109,31 +112,23 @@ class _Utf8Stream:
         return self._file.read(size).encode()
 
 
-# ---- texts ---------------------------------------------------------------------------------------------------------
-
-
-def squeeze(text: str | None) -> str:
-    """Text with single spaces and without CT-RATE's tags."""
-    text = text or ""
-    return " ".join((TAG.sub(" ", text) if "<" in text else text).split())
-
-
-def given(text: str | None) -> str:
-    """A table's text, "" for what CT-RATE writes where there is none: "Not given.", nan, nothing."""
-    text = squeeze(text)
-    return "" if text.lower().rstrip(".") in ("", "not given", "nan") else text
-
-
-# ---- what is known of each volume ----------------------------------------------------------------------------------
+# --- Facts about volumes ----------------------------------------------------------------------------------------------
 
 
 def read_labels(path: Path | None, finding_names: Sequence[str]) -> dict[VolumeName, list[int]] | None:
-    """{volume: labels in the order of `finding_names`}; None where nothing is asked or there is no file.
+    """Read the labels of findings: 1 = present, 0 = absent, IGNORE_INDEX = unknown.
 
-    1 is present and 0 absent; nothing, "nan" and -1 (uncertain, as CheXpert writes it) are unknown and train nothing.
+    An empty field, "nan" and -1 (CheXpert's "uncertain") are unknown and don't train.
+
+    Args:
+        path: the label CSV; None where there is none.
+        finding_names: the columns to read.
+
+    Returns:
+        {volume: labels in the order of `finding_names`}; None without a file or without names.
 
     Raises:
-        ValueError: a name is not a column of the file, or a label is something else; names row and column.
+        ValueError: a name is not a column of the file, or a value is not a label; names row and column.
     """
     if not finding_names:
         return None
@@ -143,30 +138,34 @@ def read_labels(path: Path | None, finding_names: Sequence[str]) -> dict[VolumeN
     labels, uncertain = {}, 0
     for number, row in enumerate(read_rows(path, (VOLUME_COLUMN, *finding_names)), start=1):
         values = [_label(row[name], path, number, name) for name in finding_names]
-        uncertain += values.count(UNCERTAIN)
-        labels[row_volume(row, path)] = [IGNORE_INDEX if value == UNCERTAIN else value for value in values]
+        uncertain += values.count(_UNCERTAIN)
+        labels[row_volume(row, path)] = [IGNORE_INDEX if value == _UNCERTAIN else value for value in values]
     if uncertain:
-        logger.warning("%s: %d labels are -1, uncertain; they count as unknown.", path, uncertain)
+        logger.warning("%s: %d labels are -1 (uncertain) and count as unknown.", path, uncertain)
     return labels
 
 
 def _label(text: str | None, path: Path, row: int, column: str) -> int:
-    """1, 0, UNCERTAIN or IGNORE_INDEX. Raises ValueError for anything else."""
+    """Return 1, 0, _UNCERTAIN or IGNORE_INDEX. Raises ValueError for any other value."""
     text = given(text)
     value = _number(text) if text else IGNORE_INDEX
-    if value in (0, 1, UNCERTAIN) or not text:
+    if value in (0, 1, _UNCERTAIN) or not text:
         return int(value)
     raise ValueError(
-        f"{path}: row {row} below the header, column {column!r}: {text!r} is no label; expected 0, 1, or for an unknown one "
-        "-1 or nothing. Turn probabilities into 0 and 1 by a threshold of yours."
+        f"{path}: row {row} below the header, column {column!r}: {text!r} is not a label; expected 0, 1, or -1 or "
+        "nothing for an unknown one. Turn probabilities into 0 and 1 by a threshold."
     )
 
 
 def read_rescale(path: Path | None) -> dict[VolumeName, list[float]]:
-    """{volume: what `read_ct` takes as its rescale} from a metadata CSV; volumes without finite numbers are left out.
+    """Read the `rescale` that `read_ct` takes for each volume from a metadata CSV.
 
-    Slope and intercept, and the voxel's size in mm along the stored axes where the file has it: XYSpacing is written
-    "[row distance, column distance]".
+    Returns:
+        {volume: [slope, intercept]}, followed by the voxel size in mm along the stored axes where the file has it:
+        XYSpacing is "[row distance, column distance]". Volumes without a finite slope and intercept are left out.
+
+    Raises:
+        FileNotFoundError: there is no metadata CSV.
     """
     if path is None:
         raise FileNotFoundError(
@@ -183,8 +182,8 @@ def read_rescale(path: Path | None) -> dict[VolumeName, list[float]]:
                 without_size.append(volume)
     if without_size:
         logger.warning(
-            "%s: %d volumes without XYSpacing and ZSpacing; their voxel sizes will be those of their files' headers, "
-            "which are blank in v1 (first: %s).",
+            "%s: %d volumes without XYSpacing and ZSpacing; their voxel sizes are taken from the files' headers, which are "
+            "blank in v1 (first: %s).",
             path,
             len(without_size),
             without_size[0],
@@ -193,14 +192,14 @@ def read_rescale(path: Path | None) -> dict[VolumeName, list[float]]:
 
 
 def _voxel_size(row: dict[str, str]) -> list[float]:
-    """Voxel size in mm along x, y and z; empty where it isn't given in full."""
+    """Return the voxel size in mm along x, y and z; empty where it isn't given in full."""
     in_plane = [_number(text) for text in (row.get("XYSpacing") or "").strip("[] ").split(",")]
     size = [*reversed(in_plane), _number(row.get("ZSpacing"))]
     return size if len(size) == 3 and all(0 < value < math.inf for value in size) else []
 
 
 def _number(text: str | None) -> float:
-    """A table's number, NaN for anything else."""
+    """Return the number of a field, NaN for anything else."""
     try:
         return float(given(text) or "nan")
     except ValueError:
@@ -208,38 +207,44 @@ def _number(text: str | None) -> float:
 
 
 def read_no_chest(path: Path | None) -> dict[VolumeName, str]:
-    """{volume: reason} of the scans that CT-RATE lists as not of the chest."""
+    """Return {volume: reason} for the scans that CT-RATE lists as not of the chest."""
     if path is None:
         return {}
     lines = [line.strip().strip(",") for line in read_lines(path)]
     volumes = {line: VolumeName.find(line) for line in lines if line}
     if unread := [line for line, volume in volumes.items() if volume is None]:
-        logger.warning("%s: %d lines are no volume names (first: %r).", path, len(unread), unread[0])
+        logger.warning("%s: %d lines are not volume names (first: %r).", path, len(unread), unread[0])
     return {volume: f"listed in {path.name}" for volume in volumes.values() if volume is not None}
 
 
 def volume_list(source: CtRateSource) -> Path | None:
-    """The table from which the reconstructions of each scan are known."""
+    """Return the table that lists the reconstructions of each scan."""
     return source.reports or source.metadata or source.labels
 
 
 def choose_reconstructions(
     source: CtRateSource, excluded: Collection[VolumeName], how: str, seed: int
 ) -> dict[str, int] | None:
-    """{scan_id: the reconstruction that is used}, of those that the first table lists; None = all of them.
+    """Choose one reconstruction of each scan from those that the split's table lists.
 
     Args:
-        how: "all"; "first", the lowest number; "sample", one at random, by `seed` and the scan alone.
-        excluded: never chosen.
+        source: the split.
+        excluded: volumes that are never chosen.
+        how: "all", "first" (the lowest number), or "sample" (a random one, which depends only on `seed` and the scan).
+        seed: for "sample".
+
+    Returns:
+        {scan_id: number of the reconstruction}; None for "all".
     """
     if how == "all":
         return None
     table = volume_list(source)
     numbers: dict[str, set[int]] = {}
-    for row in read_rows(table, [VOLUME_COLUMN]) if table else ():
-        volume = row_volume(row, table)
-        if volume not in excluded:
-            numbers.setdefault(volume.scan_id, set()).add(volume.reconstruction)
+    if table is not None:
+        for row in read_rows(table, [VOLUME_COLUMN]):
+            volume = row_volume(row, table)
+            if volume not in excluded:
+                numbers.setdefault(volume.scan_id, set()).add(volume.reconstruction)
     if how == "first":
         return {scan: min(found) for scan, found in numbers.items()}
     return {scan: random.Random(f"{seed} {scan}").choice(sorted(found)) for scan, found in numbers.items()}

@@ -2,7 +2,7 @@
 
 A report is split into sentences (`report_text`) and clauses (`finding_cues`). In each clause the expressions of `TERMS`
 (`finding_terms`) are looked up; the cues around a mention decide whether it is affirmed, uncertain or negated, and its side
-is read in its own phrase (`laterality`). Nothing is downloaded. docs/evaluation.md gives its accuracy by reporting style.
+is read in its own phrase (`laterality`). Nothing is downloaded. docs/results/metrics.md gives its accuracy by reporting style.
 """
 
 import re

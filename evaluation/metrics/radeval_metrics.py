@@ -15,7 +15,7 @@ RADEVAL_METRICS = {
 }
 RADEVAL_REMEDY = (
     "RadGraph-F1, RaTEScore and GREEN are computed by RadEval: pip install radeval, then name them (radeval). It is not an "
-    "extra of this package: in radeval 2.2.1 none of the three runs with numpy 2 (see docs/evaluation.md)."
+    "extra of this package: in radeval 2.2.1 none of the three runs with numpy 2 (see docs/reference/evaluation.md)."
 )
 
 

@@ -24,7 +24,7 @@ from typing import TypedDict
 
 import yaml
 
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.data.schema import Record
 from samf.evaluation.comparison import PERMUTATIONS, compare_predictions
 from samf.evaluation.judge import compare_judged, judge_table

@@ -26,9 +26,8 @@ from launch import command, environment
 from transformers import ViTConfig, ViTModel
 
 from samf import SamfForConditionalGeneration, preprocess
-from samf.cache import fill as preprocessing
+from samf.cache import entries, fill, slice_cache
 from samf.cache import settings as slice_settings
-from samf.cache import slice_cache
 from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.fill import Estimate, FillOptions, entry_bytes
 from samf.cache.locks import EntryLocks
@@ -331,9 +330,9 @@ def test_a_disk_that_stalls_costs_no_volume(tmp_path, monkeypatch, is_back):
             time.sleep(0.02)
         return read_ct(path, **options)
 
-    settle = preprocessing._Run.settle_time_outs
+    settle = fill._FillRun.retry_timed_out
     monkeypatch.setattr(
-        preprocessing._Run, "settle_time_outs", lambda *args: (back.touch() if is_back else None, settle(*args))
+        fill._FillRun, "retry_timed_out", lambda *args: (back.touch() if is_back else None, settle(*args))
     )
     monkeypatch.setattr(slice_cache, "read_ct", read)
     assert run(folder, cache, on_error="skip", timeout=1) == (0 if is_back else preprocess.TRY_AGAIN)
@@ -347,7 +346,7 @@ def test_a_disk_that_stays_away_ends_the_run(tmp_path, monkeypatch, capfd):
     folder, cache = tmp_path / "volumes", tmp_path / "cache"
     save_phantoms(folder, 4)
     monkeypatch.setattr(slice_cache, "read_ct", lambda *_, **__: time.sleep(60))
-    monkeypatch.setattr(preprocessing, "_ALL_FAIL", 4)
+    monkeypatch.setattr(fill, "_MAX_FAILURES", 4)
     assert run(folder, cache, on_error="skip", timeout=0.3) == 1
     assert "as did the 3 volumes before it. Does the volumes' disk stall?" in capfd.readouterr().err
     assert manifest(cache)["pending"] == 4 and not list(cache.glob("??/*.failed.json"))
@@ -395,7 +394,7 @@ def test_skip_stops_when_nothing_can_be_read(tmp_path, capfd):
     assert "the first 20 volumes all failed: " in capfd.readouterr().err
     assert manifest(cache)["failed"] == 0  # nothing is noted of them
     assert run(folder, cache, on_error="skip", retry_failed=True) == 0 and manifest(cache)["failed"] == 21
-    assert "--retry_failed tries them again" in capfd.readouterr().out
+    assert "--retry_failed retries them" in capfd.readouterr().out
 
 
 def test_a_file_name_that_is_no_utf8_is_a_name_as_any(phantoms, tmp_path):
@@ -429,7 +428,7 @@ def test_a_missing_volume_is_listed_and_a_full_disk_stops(phantoms, tmp_path, mo
     listed.write_text(f"# two\n{phantoms[0]}\n\nmissing.nii.gz\n", encoding="utf-8")
     assert run(listed, tmp_path / "cache", on_error="skip") == 0
     (failure,) = rows(tmp_path / "cache/failures.jsonl")
-    assert failure["volume"] == str(tmp_path / "missing.nii.gz") and "cannot be looked at" in failure["message"]
+    assert failure["volume"] == str(tmp_path / "missing.nii.gz") and "cannot be accessed" in failure["message"]
     assert run(listed, tmp_path / "cache") == 1 and "missing.nii.gz" in capfd.readouterr().err
 
     def full(path, _):
@@ -473,7 +472,7 @@ def test_a_record_of_slices_is_as_large_as_is_said(phantoms, tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_refused_with_the_numbers_unless_forced(phantoms, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(preprocessing, "free_bytes", lambda _: 30_000)
+    monkeypatch.setattr(fill, "free_bytes", lambda _: 30_000)
     assert run(phantoms[0].parent, tmp_path / "cache") == 1
     message = capfd.readouterr().err
     assert "don't fit" in message and "8 to make" in message and "30.0 kB are free" in message
@@ -494,7 +493,7 @@ def test_a_dry_run_writes_nothing(phantoms, tmp_path, capsys):
 def test_verify_finds_one_flipped_bit_and_a_cut_end(phantoms, tmp_path, capsys):
     cache = tmp_path / "cache"
     assert run(phantoms[0].parent, cache) == 0 and run(phantoms[0].parent, cache, verify=True) == 0
-    assert "8 records whole, 0 damaged, 0 unreadable, 0 missing" in capsys.readouterr().out
+    assert "8 entries intact, 0 damaged, 0 unreadable, 0 missing" in capsys.readouterr().out
     flipped, cut, gone, *_ = sorted(cache.glob("??/*.safetensors"))
     data = bytearray(flipped.read_bytes())
     data[-1] ^= 1
@@ -504,7 +503,7 @@ def test_verify_finds_one_flipped_bit_and_a_cut_end(phantoms, tmp_path, capsys):
     assert run(phantoms[0].parent, cache, verify=True) == 1
     said = capsys.readouterr().out
     assert f"damaged: {flipped}: checksum" in said and f"damaged: {cut}" in said
-    assert "5 records whole, 2 damaged, 0 unreadable, 1 missing" in said
+    assert "5 entries intact, 2 damaged, 0 unreadable, 1 missing" in said
     assert run(phantoms[0].parent, cache, verify="remove") == 1 and run(phantoms[0].parent, cache) == 0
     assert run(phantoms[0].parent, cache, verify=True) == 0
     assert_equals_extract(phantoms, cache)
@@ -518,17 +517,17 @@ def test_verify_leaves_a_record_that_cannot_be_read_just_now(phantoms, tmp_path,
     before, numbers = records(cache), [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE]
     troubles = dict(zip((file.stem for file in files), numbers, strict=False))
 
-    def map_record(path, original=slice_cache._map_record):
+    def map_entry(path, original=entries._map_entry):
         if path == files[len(numbers)]:
             os.kill(os.getpid(), signal.SIGKILL)
         if number := troubles.get(path.stem):
             raise OSError(number, os.strerror(number), str(path))
         return original(path)
 
-    monkeypatch.setattr(slice_cache, "_map_record", map_record)
+    monkeypatch.setattr(entries, "_map_entry", map_entry)
     assert run(phantoms[0].parent, cache, verify="remove") == 1
     said = capsys.readouterr().out
-    assert "3 records whole, 0 damaged, 5 unreadable, 0 missing" in said
+    assert "3 entries intact, 0 damaged, 5 unreadable, 0 missing" in said
     assert f"unreadable: {files[0]}: [Errno {errno.EIO}]" in said
     assert records(cache) == before
 
@@ -854,4 +853,4 @@ def test_options_that_make_no_sense_are_errors(tmp_path, capsys):
         with pytest.raises(SystemExit):
             run(tmp_path, tmp_path / "cache", **option)
         assert message in capsys.readouterr().err
-    assert FillOptions().on_error == "stop"
+    assert FillOptions().on_error == "raise"

@@ -14,16 +14,16 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from samf.cache import manifest as cache_ledger
-from samf.cache import slice_cache
+from samf.cache import slice_cache, volume_list
 from samf.cache.manifest import Manifest, inspect_volumes
 from samf.cache.slice_cache import SliceCache, entry_file
 from samf.data.volume_discovery import SourceOptions
 from samf.model.ct_volume import CTReadError, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.phantoms.dataset import make_phantom, write_nifti
-from samf.pretraining import slice_datasets as slice_images
-from samf.pretraining.slice_datasets import fill_slice_cache, readable_scans
+from samf.pretraining.scans import readable_scans
+from samf.training import slice_filling
+from samf.training.slice_filling import fill_slice_cache
 from samf.utils.distributed import Processes
 
 LATE = 0.3  # seconds from its first look on after which the second process sees what the first has written
@@ -61,7 +61,7 @@ def _two_processes(rank: int, work: Callable, arguments: tuple, store: str, answ
 
 def _see_late() -> None:
     """As on a network file system: looking takes longer, and new files are seen late."""
-    identity, has_file = cache_ledger.volume_identity, slice_images._has_file
+    identity, has_file = volume_list.volume_identity, slice_filling._has_file
     first_look: dict[Path, float] = {}
 
     def slow(path):
@@ -73,7 +73,7 @@ def _see_late() -> None:
         is_seen = time.monotonic() - first_look.setdefault(place, time.monotonic()) > LATE
         return has_file(cache, volume) and (is_seen or _makes(place))
 
-    cache_ledger.volume_identity, slice_images._has_file = slow, late
+    volume_list.volume_identity, slice_filling._has_file = slow, late
 
 
 def _makes(record: Path) -> bool:
@@ -146,7 +146,7 @@ def _fill_slowly(cache: SliceCache, keys: list) -> int:
 
 
 def test_a_process_does_not_finish_its_share_when_another_has_failed(volumes, tmp_path, monkeypatch):
-    monkeypatch.setattr(slice_images, "usable_cores", lambda: 1)
+    monkeypatch.setattr(slice_filling, "usable_cores", lambda: 1)
     keys = [(str(tmp_path / f"{number}.nii.gz"), None) for number in range(8)]
     for number, (path, _) in enumerate(keys):
         Path(path).write_bytes(b"no volume") if number % 2 else shutil.copy(keys_below(volumes)[0][0], path)

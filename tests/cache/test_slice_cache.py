@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from samf.cache import slice_cache
+from samf.cache import entries, slice_cache
 from samf.cache.slice_cache import SliceCache, check_entry, read_entry, volume_identity, write_entry
-from samf.model import ct_download as volume_sources
-from samf.model.ct_dicom import dicom_files
+from samf.model import ct_download
+from samf.model.ct_dicom_files import dicom_files
 from samf.model.ct_volume import CTReadError, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 
@@ -131,7 +131,7 @@ def test_record_of_an_address_is_found_without_the_network(tmp_path, processor, 
     assert not cache.has(address)
 
     def fetch(path, **_):
-        assert volume_sources._passing.get() is not None  # a download wouldn't be kept
+        assert ct_download._passing.get() is not None  # a download wouldn't be kept
         return read_ct({address: scan}[path])
 
     monkeypatch.setattr(slice_cache, "read_ct", fetch)
@@ -163,7 +163,7 @@ def test_a_record_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypa
     def no_open(*_, **__):
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(slice_cache, "open", no_open, raising=False)
+    monkeypatch.setattr(entries, "open", no_open, raising=False)
     for read in (read_entry, check_entry):
         with pytest.raises(OSError, match="Stale"):
             read(path)
@@ -206,7 +206,7 @@ def test_damaged_record_is_made_anew(tmp_path, processor, scan, caplog, damage):
         {"half": data[: len(data) // 2], "empty": b"", "header": data[:30], "garbage": b"\xff" * 500}[damage]
     )
     np.testing.assert_array_equal(cache.get(scan)["slices"], expected)
-    assert "made anew" in caplog.text and path.read_bytes() == data
+    assert "regenerated" in caplog.text and path.read_bytes() == data
 
 
 def test_failed_write_leaves_neither_record_nor_temporary_file(tmp_path, monkeypatch):

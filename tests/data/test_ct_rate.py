@@ -14,15 +14,15 @@ from samf.data.ct_rate.loader import (
     VolumeName,
     check_patient_overlap,
     load_ct_rate,
-    load_records,
-    load_samf_csv,
     read_json_array,
     settle_answer,
     split_options,
     volume_path,
 )
 from samf.data.ct_rate.tables import read_labels
+from samf.data.loading import load_records
 from samf.data.prompts import REPORT_QUESTION
+from samf.data.samf_csv import load_samf_csv
 from samf.phantoms.dataset import DEMO_FINDINGS, PhantomSettings, write_dataset
 from samf.utils.text_files import TextEncodingError
 
@@ -199,7 +199,7 @@ def test_labels_are_0_1_or_unknown(tmp_path, text, label, caplog):
     table.write_text(f"VolumeName,A,B\ntrain_1_a_1.nii.gz,1,0\ntrain_2_a_1.nii.gz,{text},1\n", encoding="utf-8")
     labels = read_labels(table, ["A", "B"])
     assert list(labels.values()) == [[1, 0], [label, 1]]
-    assert ("1 labels are -1, uncertain" in caplog.text) == text.startswith("-1")
+    assert ("1 labels are -1 (uncertain)" in caplog.text) == text.startswith("-1")
 
 
 @pytest.mark.parametrize("text", ["0.97", "2", "-100", "inf", "yes", "1e-3"])
@@ -207,7 +207,7 @@ def test_a_label_that_is_none_is_refused_by_its_row_and_column(tmp_path, text):
     table = tmp_path / "labels.csv"
     table.write_text(f"VolumeName,A,B\ntrain_1_a_1.nii.gz,1,0\ntrain_2_a_1.nii.gz,1,{text}\n", encoding="utf-8")
     with pytest.raises(
-        ValueError, match=rf"labels.csv: row 2 below the header, column 'B': '{text}' is no label; expected 0"
+        ValueError, match=rf"labels.csv: row 2 below the header, column 'B': '{text}' is not a label; expected 0"
     ):
         read_labels(table, ["A", "B"])
 
@@ -263,6 +263,8 @@ def test_missing_volumes_are_one_error_that_lists_them(ct_rate):
 
 def test_missing_volumes_can_be_skipped_and_counted(ct_rate, caplog):
     volume_path(ct_rate / "dataset", "valid_2_a_1").unlink()
+    with pytest.raises(FileNotFoundError), pytest.warns(FutureWarning, match="on_missing='error' is now 'raise'"):
+        load_ct_rate(ct_rate, "valid", on_missing="error")
     skipped = load_ct_rate(ct_rate, "valid", on_missing="skip")
     assert [r["id"] for r in skipped if r["scan_id"] == "valid_2_a"] == []
     assert "3 left out: volume file missing" in caplog.text

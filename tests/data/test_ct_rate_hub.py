@@ -16,10 +16,10 @@ import small_run
 from hub_stand_in import TOKEN, HubStandIn, Repository
 from huggingface_hub import constants
 
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.data.table_columns import TableColumns
 from samf.model.ct_volume import read_ct
-from samf.pretraining.slice_datasets import find_scans
+from samf.pretraining.scans import find_scans
 
 NAME = "someone/CT-RATE"
 VOLUME = "valid_fixed/valid_1/valid_1_a/valid_1_a_1.nii.gz"

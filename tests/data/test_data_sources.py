@@ -16,8 +16,9 @@ from samf import preprocess
 from samf.cache import slice_cache
 from samf.cache.manifest import Manifest
 from samf.cache.slice_cache import SliceCache
-from samf.data.ct_rate.loader import check_patient_overlap, load_ct_rate, load_records
+from samf.data.ct_rate.loader import check_patient_overlap, load_ct_rate
 from samf.data.dicom_patients import digest
+from samf.data.loading import load_records
 from samf.data.patients import PatientRule
 from samf.data.source_arguments import SourceArguments
 from samf.data.table_columns import TableColumns, parse_splits
@@ -26,7 +27,8 @@ from samf.evaluation.answering.generation import shuffle_volumes
 from samf.model.ct_volume import CTReadError, NotCTError, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.phantoms.dataset import make_phantom, write_nifti
-from samf.pretraining.slice_datasets import find_scans, slice_sets
+from samf.pretraining.scans import find_scans
+from samf.pretraining.slice_datasets import slice_sets
 from samf.utils.recipe import RecipeError, read_recipe
 from samf.utils.text_files import TextEncodingError
 

@@ -3,7 +3,7 @@
 import pytest
 
 from samf.data.patients import named_patient, patient_by_name, patient_of_record
-from samf.evaluation.metrics.bootstrap import patient_keys, unknown_patients
+from samf.evaluation.metrics.sampled_metric import patient_keys, unknown_patients
 
 RECORD = {"volume": None, "scan_id": "case 12", "id": "q1", "patient_id": None}
 

@@ -13,8 +13,9 @@ import pytest
 from tiny import TEXTS
 
 from samf.data import lengths, record_cache
-from samf.data.ct_rate.loader import load_ct_rate, load_records
+from samf.data.ct_rate.loader import load_ct_rate
 from samf.data.lengths import add_lengths
+from samf.data.loading import load_records
 from samf.data.prompts import record_prompt
 from samf.data.record_cache import build_once
 from samf.data.records import FEATURES
@@ -47,7 +48,7 @@ def root(tmp_path) -> Path:
 @pytest.fixture
 def always_cached(monkeypatch):
     monkeypatch.setattr(record_cache, "CACHED_FROM", 0)
-    monkeypatch.setattr(record_cache, "ROWS_A_CHUNK", 7)
+    monkeypatch.setattr(record_cache, "ROWS_PER_CHUNK", 7)
 
 
 def arrow_files(cache: Path) -> list[Path]:
@@ -60,7 +61,7 @@ def test_the_arrow_file_has_the_records_of_memory_and_is_written_once(root, tmp_
     assert not arrow_files(tmp_path) and not expected.cache_files
     assert len(expected) == 49 + 90
     monkeypatch.setattr(record_cache, "CACHED_FROM", 0)
-    monkeypatch.setattr(record_cache, "ROWS_A_CHUNK", 7)
+    monkeypatch.setattr(record_cache, "ROWS_PER_CHUNK", 7)
     caplog.set_level(logging.INFO)
     caplog.clear()
     first = load()
@@ -169,7 +170,7 @@ def test_lengths_are_those_of_each_text_alone_and_are_kept(root, tmp_path, monke
     assert not list(tmp_path.rglob("*.npy"))
 
     monkeypatch.setattr(lengths, "CACHED_FROM", 0)
-    monkeypatch.setattr(lengths, "BATCH", 13)
+    monkeypatch.setattr(lengths, "_BATCH", 13)
     assert add_lengths(records, tokenizer, tmp_path)["length"][:] == expected
     tokenizer(["a", "b c"], padding=True, truncation=True, max_length=5)  # leaves its mark on a fast tokenizer
     count_tokens = lengths.count_tokens

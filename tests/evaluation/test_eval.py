@@ -24,7 +24,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 
 from samf import eval as eval_script
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate.loader import FEATURES, load_records, patient_of
+from samf.data.ct_rate.loader import FEATURES, patient_of
+from samf.data.loading import load_records
 from samf.data.prompts import record_prompt
 from samf.evaluation.answering import digests, generation
 from samf.evaluation.answering.answer_folder import AnswerFolder, ResumeError
@@ -721,7 +722,7 @@ def test_a_volume_is_encoded_once_and_by_itself(ct_folder):
 
 
 def choice_records(ct_folder) -> list[dict]:
-    options = {"tasks": ["multiple_choice"], "on_missing": "error"}
+    options = {"tasks": ["multiple_choice"], "on_missing": "raise"}
     return list(load_records(str(ct_folder / "mcq.csv"), "valid", **options))
 
 

@@ -474,7 +474,7 @@ def real_reports(test_data) -> tuple[list[str], np.ndarray]:
 
 
 def test_real_labelled_reports(real_reports):
-    """docs/evaluation.md has each label's figure. Measured macro-F1: 0.968 on the first half, whose sentences the rules
+    """docs/results/metrics.md has each label's figure. Measured macro-F1: 0.968 on the first half, whose sentences the rules
     were made on, and 0.964 on the second, which is not wholly untouched (see there).
     """
     reports, truth = real_reports

@@ -1,7 +1,7 @@
 """Which metrics notice that a report is wrong: negations flipped, sides swapped, sizes changed.
 
 The texts differ from their references in few words, so metrics of words stay high whatever the error; of those that read
-content each notices its own kind. The table in docs/evaluation.md has the figures on real reports.
+content each notices its own kind. The table in docs/results/metrics.md has the figures on real reports.
 """
 
 import csv

@@ -1,7 +1,7 @@
-"""DICOM series: order, geometry, values, what is mended and what is refused.
+"""DICOM series: order, geometry, values, what is repaired and what is refused.
 
-Most slices show HU that grow linearly through the room (`dicom_series.world_hu`): a voxel read right holds the HU of the
-place where the volume's affine puts it, whatever the slices' order, tilt or gaps.
+Most slices show HU that grow linearly through space (`dicom_series.world_hu`): a voxel read correctly holds the HU of the
+point to which the affine maps it, whatever the slices' order, tilt or gaps.
 """
 
 import base64
@@ -41,8 +41,7 @@ from pydicom.fileset import FileSet
 
 from samf import SamfImageProcessor
 from samf.cache.slice_cache import SliceCache
-from samf.model import ct_dicom as dicom_volume
-from samf.model import ct_dicom_pixels as dicom_pixels
+from samf.model import ct_dicom, ct_dicom_pixels
 from samf.model.ct_volume import AIR_HU, CTReadError, read_ct
 from samf.reporting import slice_view as view
 
@@ -100,7 +99,7 @@ def test_tilted_gantry_is_straightened_and_said(tmp_path, caplog):
     np.testing.assert_allclose(volume.affine[:3, :3], np.diag(volume.spacing), atol=1e-9)
 
     def inside(lps):
-        """Well within the sheared stack: what lies outside of it is air."""
+        """Well within the sheared stack: what is outside of it is air."""
         column = (lps[..., 1] - FIRST[1]) / np.cos(TILT)
         run = lps[..., 2] - FIRST[2] + column * np.sin(TILT)
         return (run >= 0) & (run <= 11 * 2.5) & (column >= 0) & (column <= (ROWS - 1) * SPACING[0])
@@ -138,7 +137,7 @@ def test_missing_slices_are_interpolated_with_a_word_of_how_many_mm(tmp_path, ca
     volume = read_ct(write_series(tmp_path / "gaps", positions))
     assert volume.shape[2] == 12 and volume.spacing[2] == pytest.approx(2.5)
     assert_every_voxel_in_place(volume)
-    assert "2.50 to 7.50 mm" in caplog.text and "12.5 of 27.5 mm lie in 2 odd gaps" in caplog.text
+    assert "2.50 to 7.50 mm" in caplog.text and "12.5 of 27.5 mm are in 2 odd gaps" in caplog.text
 
 
 def test_slices_that_are_there_stay_untouched_beside_a_gap(tmp_path):
@@ -192,7 +191,7 @@ def test_two_time_points_are_refused_by_what_tells_them_apart(tmp_path, tag):
 
 def test_passes_in_one_file_or_told_apart_by_time(tmp_path):
     positions = np.tile(stack_positions(), (2, 1))
-    with pytest.raises(CTReadError, match="12 slices at 6 positions.*Export one of them alone"):
+    with pytest.raises(CTReadError, match="12 slices at 6 positions.*Export only one of them"):
         read_ct(write_enhanced(tmp_path / "enhanced.dcm", positions, [1] * 6 + [2] * 6))
     hu = EachSlice(slice_hu(position) + 5 * (k // 6) for k, position in enumerate(positions))
     times = EachSlice(["101112"] * 6 + ["131415.5"] * 6)
@@ -201,7 +200,7 @@ def test_passes_in_one_file_or_told_apart_by_time(tmp_path):
 
 
 def test_slices_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(dicom_volume, "MAX_VOXELS", 10 * ROWS * COLUMNS)
+    monkeypatch.setattr(ct_dicom, "MAX_VOXELS", 10 * ROWS * COLUMNS)
     assert read_ct(write_series(tmp_path / "ten", stack_positions(10))).shape[2] == 10
     gap = np.delete(stack_positions(7), 3, axis=0)  # six slices and the seven that they would become
     for name, positions in (("eleven", stack_positions(11)), ("gap", gap)):
@@ -212,7 +211,7 @@ def test_slices_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
 def test_slices_beside_the_line_are_refused(tmp_path):
     positions = stack_positions()
     positions[3, 0] += 4
-    with pytest.raises(CTReadError, match="4.0 mm beside one straight line"):
+    with pytest.raises(CTReadError, match="4.0 mm from one straight line"):
         read_ct(write_series(tmp_path / "askew", positions))
 
 
@@ -263,7 +262,7 @@ def test_what_is_no_slice_is_left_out(tmp_path, caplog):
     volume = read_ct(folder)
     assert volume.shape[2] == 6
     assert_every_voxel_in_place(volume)
-    for words in ("2 scouts", "1 screen captures", r"1 colour pictures (RGB)", "1 reports or other objects"):
+    for words in ("2 scouts", "1 screen captures", r"1 colour images (RGB)", "1 reports or other objects"):
         assert words in caplog.text
     for name, words in {
         "capture": "screen captures",
@@ -327,7 +326,7 @@ def test_a_series_uid_for_each_file_is_one_series(tmp_path, caplog):
         "6 slices of which each has a SeriesInstanceUID of its own, in one study, frame of reference and orientation"
     )
     assert words in caplog.text and "1.2.77777" not in caplog.text
-    one = read_ct(folder, series_uid="1.2.77777.17.2")  # somebody who names one gets it
+    one = read_ct(folder, series_uid="1.2.77777.17.2")  # a series that is named is read
     assert one.shape[2] == 1
     write_series(folder, stack_positions(9), names=[f"b{k}" for k in range(9)])
     assert read_ct(folder).shape[2] == 9  # a series of more slices counts before them
@@ -361,7 +360,7 @@ def test_a_list_of_files_is_one_volume(tmp_path, caplog):
 
 
 def test_pictures_of_one_place_in_series_of_their_own_are_no_volume(tmp_path, caplog):
-    """As the contrast agent is watched: a series a picture, all at one place."""
+    """Bolus tracking: one image per series, all at one location."""
     watched = np.repeat(stack_positions(1), 8, axis=0)
     hu = EachSlice(slice_hu(watched[0]) + k for k in range(8))
     folder = write_series(tmp_path / "study", watched, hu=hu, names=[f"w{k}" for k in range(8)], **own_uids(8))
@@ -381,8 +380,8 @@ def enhanced_stacks(path, stacks, named=True):
         group.FrameContentSequence = [pydicom.Dataset()]
         if named:
             group.FrameContentSequence[0].StackID = str(number)
-    pictures = [slice_hu(position, cosines) + 1024 for position, cosines, _ in frames]
-    dataset.PixelData = np.stack(pictures).astype(np.int16).tobytes()
+    images = [slice_hu(position, cosines) + 1024 for position, cosines, _ in frames]
+    dataset.PixelData = np.stack(images).astype(np.int16).tobytes()
     dataset.save_as(path, enforce_file_format=True)
     return path
 
@@ -416,7 +415,7 @@ def test_two_axial_stacks_far_apart_and_two_that_are_one(tmp_path, caplog):
     numbered = [(stack_positions(6)[k : k + 1], AXIAL) for k in range(6)]  # a number for each frame
     assert read_ct(enhanced_stacks(tmp_path / "numbered.dcm", numbered)).shape[2] == 6
     assert not caplog.records
-    with pytest.raises(CTReadError, match="radial.dcm: 5 slices in 5 orientations.*Export one stack alone"):
+    with pytest.raises(CTReadError, match="radial.dcm: 5 slices in 5 orientations.*Export only one stack"):
         turns = [(np.cos(angle), np.sin(angle), 0, 0, 0, -1) for angle in np.linspace(0, 1, 5)]
         read_ct(enhanced_stacks(tmp_path / "radial.dcm", [(stack_positions(1), turn) for turn in turns]))
 
@@ -542,7 +541,7 @@ def test_many_frames_that_lie_nowhere_are_refused(tmp_path):
     dataset = slice_dataset(np.zeros((4, 4)), (0, 0, 0), NumberOfFrames=3)
     dataset.PixelData = bytes(96)
     dataset.save_as(tmp_path / "film.dcm", enforce_file_format=True)
-    with pytest.raises(CTReadError, match="with 3 frames in one file that don't say where they lie"):
+    with pytest.raises(CTReadError, match="with 3 frames in one file and no position for each"):
         read_ct(tmp_path / "film.dcm")
 
 
@@ -634,7 +633,7 @@ def test_jpeg_ls(tmp_path):
     np.testing.assert_array_equal(hu.ravel(), np.arange(256) * 9 + 100 - 1024)
 
 
-# The same picture, packed by OpenJPH 0.26.3: unsigned, and 1124 less in signed numbers.
+# The same image, packed by OpenJPH 0.26.3: unsigned, and 1124 less in signed numbers.
 HTJ2K = (
     "|4;u>04YEK0000G0000G00000000000000G0000G0000000000009pH0sl|{2mk^A000XAQUDA90ssL31q1{@0smY86Cj9?kdTm&kdTm&kdTmw"
     "h=~7W02crOPjF>!N>E53R%LP^FfKASE;BCwkN^q*00000egFaglfVEb!TALTbN~Rr0206e69A$C2Xp{N`U3}a0KfnfKmZef5cB|obO0a)=>Vft"
@@ -664,10 +663,10 @@ def test_htj2k(tmp_path, syntax, signed):
 
 
 def test_htj2k_needs_a_simpleitk_that_unpacks_it(tmp_path, monkeypatch):
-    """Version 2.4 gives no picture; JPEG 2000 it does unpack, so that no word of it is needed there."""
-    older = dicom_pixels._UNPACK_SCRIPT.replace("SimpleITK.Version.MinorVersion()", "-1")
-    assert older != dicom_pixels._UNPACK_SCRIPT
-    monkeypatch.setattr(dicom_pixels, "_UNPACK_SCRIPT", older)
+    """Version 2.4 gives no image. It does unpack JPEG 2000, which needs no message."""
+    older = ct_dicom_pixels._UNPACK_SCRIPT.replace("SimpleITK.Version.MinorVersion()", "-1")
+    assert older != ct_dicom_pixels._UNPACK_SCRIPT
+    monkeypatch.setattr(ct_dicom_pixels, "_UNPACK_SCRIPT", older)
     with pytest.raises(CTReadError, match="slice: its voxels are packed as HTJ2K.*pip install -U 'SimpleITK>=2.5'"):
         read_ct(write_htj2k(tmp_path / "slice", 201, False))
     assert_every_voxel_in_place(read_ct(packed_series(tmp_path)))
@@ -713,7 +712,7 @@ def test_compressed_pictures_of_another_size_are_refused(tmp_path):
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
     dataset.save_as(tmp_path / "slice", enforce_file_format=True)
-    with pytest.raises(CTReadError, match="not one greyscale picture of 20 x 16"):
+    with pytest.raises(CTReadError, match="not one greyscale image of 20 x 16"):
         read_ct(tmp_path / "slice")
 
 
@@ -778,7 +777,7 @@ def private_studies(folder):
 
 
 def test_no_patient_data_in_any_log_error_or_written_file(tmp_path, caplog, capfd):
-    """Over all that can be read or refused: names, dates, numbers and UIDs stand in no log line, traceback or file."""
+    """Whatever is read or refused: no log line, traceback or file holds names, dates, numbers or UIDs."""
     caplog.set_level(logging.DEBUG)
     said, outcomes = [], {}
     cache = SliceCache(tmp_path / "written", SamfImageProcessor(slices_per_plane=2, size=32))
@@ -819,12 +818,12 @@ def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, m
     folder = write_series(tmp_path / "series", stack_positions(2))
     packed = packed_series(tmp_path)
     monkeypatch.setattr(
-        dicom_pixels, "_UNPACK_SCRIPT", dicom_pixels._UNPACK_SCRIPT.replace("SimpleITK", "not_installed")
+        ct_dicom_pixels, "_UNPACK_SCRIPT", ct_dicom_pixels._UNPACK_SCRIPT.replace("SimpleITK", "not_installed")
     )
-    assert_every_voxel_in_place(read_ct(folder))  # native voxels need pydicom alone
+    assert_every_voxel_in_place(read_ct(folder))  # native voxels need only pydicom
     with pytest.raises(CTReadError, match="slice000.dcm: compressed voxels need SimpleITK: pip install SimpleITK"):
         read_ct(packed)
-    monkeypatch.setattr(dicom_volume, "pydicom", None)
+    monkeypatch.setattr(ct_dicom, "pydicom", None)
     with pytest.raises(CTReadError, match="needs pydicom 3: pip install pydicom"):
         read_ct(folder)
 
@@ -834,9 +833,9 @@ def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, m
 )
 def test_a_decoder_that_crashes_or_hangs_is_an_error(tmp_path, monkeypatch, fault):
     folder = packed_series(tmp_path)
-    monkeypatch.setattr(dicom_pixels, "_UNPACK_SCRIPT", fault)
-    monkeypatch.setattr(dicom_pixels, "_SECONDS_A_PROCESS", 0.5)
-    monkeypatch.setattr(dicom_pixels, "_SECONDS_A_FRAME", 0.1)
+    monkeypatch.setattr(ct_dicom_pixels, "_UNPACK_SCRIPT", fault)
+    monkeypatch.setattr(ct_dicom_pixels, "_SECONDS_A_PROCESS", 0.5)
+    monkeypatch.setattr(ct_dicom_pixels, "_SECONDS_A_FRAME", 0.1)
     with pytest.raises(CTReadError, match="slice000.dcm: its compressed voxels are damaged|takes far too long"):
         read_ct(folder)
 
@@ -846,7 +845,7 @@ def test_no_room_to_unpack_into_is_not_called_damage(tmp_path, monkeypatch):
     folder = packed_series(tmp_path)
     narrow = f"import resource; resource.setrlimit({resource.RLIMIT_FSIZE}, (64, 64))\n"
     with monkeypatch.context() as patch:
-        patch.setattr(dicom_pixels, "_UNPACK_SCRIPT", narrow + dicom_pixels._UNPACK_SCRIPT)
+        patch.setattr(ct_dicom_pixels, "_UNPACK_SCRIPT", narrow + ct_dicom_pixels._UNPACK_SCRIPT)
         with pytest.raises(CTReadError, match="slice000.dcm: cannot be unpacked into .*samf-.*TMPDIR"):
             read_ct(folder)
 
@@ -878,7 +877,7 @@ def test_a_header_that_the_system_will_not_read_is_not_left_out(tmp_path, monkey
 def test_a_decoder_ends_with_its_parent(tmp_path):
     note = tmp_path / "decoder"
     hang = f"open({str(note)!r}, 'w').write(str(os.getpid())); import time; time.sleep(60)"
-    script = dicom_pixels._UNPACK_SCRIPT.replace("import numpy, SimpleITK", hang)
+    script = ct_dicom_pixels._UNPACK_SCRIPT.replace("import numpy, SimpleITK", hang)
     start = (
         f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}, str(os.getpid()), '60', 'x'])"
     )
@@ -893,7 +892,7 @@ def test_a_decoder_ends_with_its_parent(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits on CPU time")
 def test_a_decoder_that_computes_for_ever_ends_by_itself():
-    script = dicom_pixels._UNPACK_SCRIPT.replace("import numpy, SimpleITK", "while True: pass")
+    script = ct_dicom_pixels._UNPACK_SCRIPT.replace("import numpy, SimpleITK", "while True: pass")
     done = subprocess.run([sys.executable, "-c", script, str(os.getpid()), "1", "x"], timeout=60)
     assert done.returncode == -signal.SIGKILL
 
@@ -907,7 +906,7 @@ def waited_for(condition) -> bool:
 
 
 def alive(process: int) -> bool:
-    """Whether it runs: one that has ended and that nobody asked after is dead too."""
+    """Whether it runs; a zombie counts as dead."""
     try:
         return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -917,7 +916,7 @@ def alive(process: int) -> bool:
 def test_raw_values_of_slices_are_refused_with_their_own_remedy(tmp_path):
     rng = np.random.default_rng(0)
     hu = EachSlice(rng.normal(1040, 30, (32, 32)).round() for _ in range(12))
-    with pytest.raises(CTReadError, match="raw: its values are no Hounsfield units.*export the series again"):
+    with pytest.raises(CTReadError, match="raw: its values are not Hounsfield units.*export the series again"):
         read_ct(write_series(tmp_path / "raw", stack_positions(12), hu=hu, intercept=0))
 
 

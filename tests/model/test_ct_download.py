@@ -18,8 +18,8 @@ import SimpleITK as sitk
 from dicom_series import stack_positions, write_series
 from huggingface_hub.errors import HfHubHTTPError
 
-from samf.model import ct_download as volume_sources
-from samf.model.ct_dicom import walk_once
+from samf.model import ct_download, ct_zip
+from samf.model.ct_dicom_files import walk_once
 from samf.model.ct_volume import CTReadError, read_ct, to_ct_volume
 
 
@@ -75,8 +75,8 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    monkeypatch.setattr(volume_sources.constants, "HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr(volume_sources.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(ct_download.constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(ct_download.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("SAMF_MAX_DOWNLOAD_BYTES", raising=False)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -116,7 +116,7 @@ def test_without_network_the_kept_copy_serves(site, tmp_path, monkeypatch, caplo
     assert "reads the copy in the cache" in caplog.text
     with pytest.raises(CTReadError, match="other.nii.gz: cannot be fetched"):
         read_ct(f"{site.url}/other.nii.gz")
-    monkeypatch.setattr(volume_sources.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(ct_download.constants, "HF_HUB_OFFLINE", True)
     np.testing.assert_array_equal(read_ct(url).hu, first.hu)
     with pytest.raises(CTReadError, match="HF_HUB_OFFLINE is set"):
         read_ct(f"{site.url}/other.nii.gz")
@@ -180,9 +180,9 @@ def test_hub_addresses(tmp_path, monkeypatch):
     asked = []
     path = tmp_path / "scan.nii.gz"
     path.write_bytes(nifti_bytes())
-    monkeypatch.setattr(volume_sources, "get_hf_file_metadata", lambda url: Metadata)
-    monkeypatch.setattr(volume_sources.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(volume_sources, "hf_hub_download", lambda **where: asked.append(where) or str(path))
+    monkeypatch.setattr(ct_download, "get_hf_file_metadata", lambda url: Metadata)
+    monkeypatch.setattr(ct_download.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(ct_download, "hf_hub_download", lambda **where: asked.append(where) or str(path))
     for address in ("hf://datasets/me/scans@v1.2/a/b.nii.gz", "hf://me/model/c.nii.gz"):
         assert read_ct(address).source == address
     assert asked == [
@@ -205,11 +205,11 @@ def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
 
     path = tmp_path / "scan.nii.gz"
     path.write_bytes(nifti_bytes())
-    monkeypatch.setattr(volume_sources.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(volume_sources, "get_hf_file_metadata", silent)
-    monkeypatch.setattr(volume_sources, "hf_hub_download", lambda **_: str(path))
+    monkeypatch.setattr(ct_download.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(ct_download, "get_hf_file_metadata", silent)
+    monkeypatch.setattr(ct_download, "hf_hub_download", lambda **_: str(path))
     assert read_ct("hf://me/model/c.nii.gz").shape == (5, 4, 3)
-    monkeypatch.setattr(volume_sources, "hf_hub_download", silent)
+    monkeypatch.setattr(ct_download, "hf_hub_download", silent)
     with pytest.raises(CTReadError, match=r"hf://me/model/c.nii.gz: cannot be fetched \(ReadTimeout\)"):
         read_ct("hf://me/model/c.nii.gz")
 
@@ -217,9 +217,9 @@ def test_a_hub_that_does_not_answer(tmp_path, monkeypatch):
 def test_what_is_fetched_for_a_moment_is_deleted_unless_it_was_there(tmp_path, monkeypatch):
     """The Hub's cache keeps a file as a blob that a snapshot's link names."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(volume_sources.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(volume_sources.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(volume_sources, "get_hf_file_metadata", lambda url: Metadata)
+    monkeypatch.setattr(ct_download.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(ct_download.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(ct_download, "get_hf_file_metadata", lambda url: Metadata)
     repository = tmp_path / "hub" / "datasets--me--scans"
 
     def download(filename: str, local_dir: str | None = None, **_: object) -> str:
@@ -234,11 +234,11 @@ def test_what_is_fetched_for_a_moment_is_deleted_unless_it_was_there(tmp_path, m
             link.symlink_to(os.path.relpath(blob, link.parent))
         return str(link)
 
-    monkeypatch.setattr(volume_sources, "hf_hub_download", download)
+    monkeypatch.setattr(ct_download, "hf_hub_download", download)
     first, second = (f"hf://datasets/me/scans/{name}.nii.gz" for name in "ab")
     read_ct(first)  # and kept
     for address in (first, second):
-        with volume_sources.not_kept(address):
+        with ct_download.not_kept(address):
             volume = read_ct(address)
             assert volume.shape == (5, 4, 3) and volume.source == address
     assert [file.name for file in tmp_path.rglob("*.nii.gz")] == ["a.nii.gz"] * 2
@@ -249,7 +249,7 @@ def test_hub_addresses_that_lead_nowhere(monkeypatch):
     for address in ("hf://", "hf://datasets/me", "hf://me/model", "hf://me//c.nii.gz", "hf://datasets/me/x"):
         with pytest.raises(CTReadError, match="expected hf://"):
             read_ct(address)
-    monkeypatch.setattr(volume_sources.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(ct_download.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CTReadError, match=r"hf://datasets/nobody/nothing/scan.nii.gz: cannot be fetched"):
         read_ct("hf://datasets/nobody/nothing/scan.nii.gz")
@@ -329,7 +329,7 @@ def test_zips_that_are_refused(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(CTReadError, match=f"{name}.zip: .*{words}"):
             read_ct(tmp_path / f"{name}.zip")
-    monkeypatch.setattr(volume_sources, "_MAX_BYTES", 10_000)
+    monkeypatch.setattr(ct_zip, "_MAX_BYTES", 10_000)
     zip_of(tmp_path / "bomb.zip", {"a.nii": bytes(1 << 20)})
     with pytest.raises(CTReadError, match="bomb.zip: 1 files, 1048576 bytes unpacked"):
         read_ct(tmp_path / "bomb.zip")
@@ -342,7 +342,7 @@ def test_a_zip_for_which_there_is_no_room_is_not_called_damaged(tmp_path):
     folder.mkdir()
     (folder / "000000").symlink_to("/dev/full")
     with pytest.raises(CTReadError, match="scan.zip: cannot be unpacked into .*room .No space left.*TMPDIR"):
-        volume_sources.unpack_zip(path, folder)
+        ct_zip.unpack_zip(path, folder)
 
 
 def test_a_zip_that_lies_about_its_size_gives_no_more_than_it_claims(tmp_path):
@@ -371,8 +371,10 @@ def test_files_of_a_list_that_are_no_dicom_are_named_for_what_they_are(tmp_path,
     (tmp_path / "scan.nii.gz").write_bytes(nifti_bytes())
     (tmp_path / "empty").touch()
     assert read_ct([*files, tmp_path / "scan.nii.gz", tmp_path / "empty"]).shape[2] == len(files)
-    assert "left out 2 that are no DICOM files" in caplog.text
-    with pytest.raises(CTReadError, match="scan.nii.gz and 0 more files: no CT series here .found 1 that are no DICOM"):
+    assert "left out 2 that are not DICOM files" in caplog.text
+    with pytest.raises(
+        CTReadError, match="scan.nii.gz and 0 more files: no CT series here .found 1 that are not DICOM"
+    ):
         read_ct([tmp_path / "scan.nii.gz"])
 
 
@@ -418,7 +420,7 @@ def test_a_folder_that_can_not_be_listed_is_no_folder_without_slices(tmp_path, m
 
 def test_what_is_no_path_at_all():
     for address in ("s3://bucket/scan.nii", "ftp://host/scan.nii.gz"):
-        with pytest.raises(CTReadError, match=f"{address}: an address of kind .*expected .*http.*hf://"):
+        with pytest.raises(CTReadError, match=f"{address}: an address of scheme .*expected .*http.*hf://"):
             read_ct(address)
     with pytest.raises(CTReadError, match="an empty path"):
         read_ct("")

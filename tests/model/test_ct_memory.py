@@ -84,9 +84,7 @@ def test_an_affine_of_unknown_coordinates_is_never_dropped(holder):
     image = {"tensor": torch.from_numpy(ramp()), "object": types.SimpleNamespace(array=ramp())}.get(holder)
     image = ramp().view(type("Array", (np.ndarray,), {})) if image is None else image
     image.affine = AFFINE
-    with pytest.raises(
-        TypeError, match="an affine, of which nothing says whether it counts in RAS or LPS.*Nifti1Image"
-    ):
+    with pytest.raises(TypeError, match="an affine, but nothing says whether it is in RAS or LPS.*Nifti1Image"):
         to_ct_volume(image)
 
 

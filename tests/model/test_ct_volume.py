@@ -1,4 +1,4 @@
-"""Reading CT volumes: values, geometry, and what is refused with which words."""
+"""Reading CT volumes: values, geometry, and the errors of what is refused."""
 
 import bz2
 import errno
@@ -16,7 +16,8 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from samf.model import ct_formats as volume_files
+from samf.model import ct_streams
+from samf.model.ct_common import VolumeRef, scale_to_hu
 from samf.model.ct_volume import AIR_HU, CTReadError, CTVolume, judge_intensity, read_ct, to_ct_volume
 
 SHAPE = (9, 7, 5)
@@ -66,7 +67,7 @@ def test_axes_become_ras_and_affine_follows_every_voxel(tmp_path, codes):
     assert volume.shape == tuple(SHAPE[rows.index(row)] for row in range(3))
     np.testing.assert_allclose(volume.spacing, [SPACING[rows.index(row)] for row in range(3)])
     assert (np.diag(volume.affine) > 0).all()
-    for index in np.ndindex(SHAPE):  # the same value stands at the same place in the room
+    for index in np.ndindex(SHAPE):  # the same value is at the same place in space
         place = affine @ [*index, 1]
         i, j, k = np.rint(np.linalg.solve(volume.affine, place)[:3]).astype(int)
         assert volume.hu[i, j, k] == stored[index]
@@ -126,7 +127,7 @@ def test_oblique_and_sheared_volumes_are_resampled_onto_the_patients_axes(tmp_pa
     beyond = ((there <= -1) | (there >= np.array(stored.shape))).any(axis=-1)
     assert np.abs(volume.hu - places @ (6, -4, 5))[inside].max() <= 1.01
     assert (volume.hu[beyond] == AIR_HU).all() and beyond.any()
-    # Nothing was cut off: every stored corner lies within the new volume.
+    # Nothing was cut off: every stored corner is within the new volume.
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(stored.shape) - 1) @ affine[:3, :3].T + affine[:3, 3]
     found = (corners - volume.affine[:3, 3]) / volume.spacing
     assert (found > -0.01).all() and (found < np.array(volume.shape) - 1 + 0.01).all()
@@ -283,7 +284,7 @@ def test_values_that_are_no_hu_are_refused_unless_allowed(tmp_path, fault):
     stored = stored.astype(np.float32 if stored.dtype.kind == "f" else np.int32)
     path = save_nifti(tmp_path / "scan.nii.gz", stored)
     with pytest.raises(
-        CTReadError, match=r"scan\.nii\.gz: its values are no Hounsfield units: 1st percentile.*allow_non_ct"
+        CTReadError, match=r"scan\.nii\.gz: its values are not Hounsfield units: 1st percentile.*allow_non_ct"
     ):
         read_ct(path)
     assert read_ct(path, allow_non_ct=True).shape == stored.shape
@@ -309,7 +310,7 @@ def test_hu_are_taken_as_they_are(tmp_path, caplog, change):
 def test_a_crop_without_air_is_only_warned_of(tmp_path, caplog):
     tissue = np.random.default_rng(0).normal(50, 25, (32, 32, 32)).astype(np.int16)
     np.testing.assert_array_equal(read_ct(save_nifti(tmp_path / "liver.nii", tissue)).hu, tissue)
-    assert "liver.nii" in caplog.text and "no air near -1000, a crop perhaps" in caplog.text
+    assert "liver.nii" in caplog.text and "no air near -1000, possibly a crop" in caplog.text
 
 
 def test_padding_is_air_and_counted_and_arrays_of_the_caller_stay_whole(tmp_path, caplog):
@@ -333,7 +334,7 @@ def test_values_in_memory_are_warned_of_not_refused(caplog):
 
 @pytest.mark.parametrize("intercept", [-1024, -8192])
 def test_first_release_volumes_take_metadata_once(tmp_path, caplog, intercept):
-    """Raw values under a blank header: refused alone, read right with metadata; HU with metadata: refused."""
+    """Raw values under a blank header: refused without metadata, read correctly with it; HU with metadata: refused."""
     caplog.set_level(logging.INFO)
     hu = chest()
     raw = save_nifti(tmp_path / "v1.nii.gz", (hu.astype(np.int32) - intercept).astype(np.int16), np.eye(4))
@@ -352,13 +353,31 @@ def test_first_release_volumes_take_metadata_once(tmp_path, caplog, intercept):
     with pytest.raises(CTReadError, match="v2.nii.gz: its values are Hounsfield units already.*rescale twice"):
         read_ct(fixed, rescale=(1, intercept))
     np.testing.assert_array_equal(read_ct(fixed, spacing=(0.7, 0.8, 1.5)).hu, hu[::-1, ::-1])
-    with pytest.raises(CTReadError, match="v2.nii.gz: its header tells of voxels of .0.7, 0.8, 1.5. mm"):
+    with pytest.raises(CTReadError, match="v2.nii.gz: its header declares voxels of .0.7, 0.8, 1.5. mm"):
         read_ct(fixed, spacing=(0.7, 0.8, 5))
     with pytest.raises(CTReadError, match="expected three positive numbers of mm"):
         read_ct(raw, rescale=(1, intercept), spacing=(0.7, 0.8, float("nan")))
     other = {-1024: -8192, -8192: -1024}[intercept]
     with pytest.raises(CTReadError, match=f"rescale=.1, {other}. is not this file's"):
         read_ct(raw, rescale=(1, other))
+
+
+def test_a_reference_carries_a_path_with_its_rescaling(tmp_path):
+    path = save_nifti(tmp_path / "v1.nii", ramp() + 1024, np.eye(4))
+    five = (1, -1024, *SPACING)
+    for rescale in (None, (1, -1024), five):
+        reference = VolumeRef(str(path), rescale)
+        for read in (read_ct, to_ct_volume):
+            volume, expected = read(reference), read_ct(path, rescale=rescale)
+            np.testing.assert_array_equal(volume.hu, expected.hu)
+            assert (volume.spacing, volume.source) == (expected.spacing, str(path))
+    assert len({VolumeRef.of(path, list(five)), VolumeRef.of(str(path), five), VolumeRef(str(path), five)}) == 1
+    assert VolumeRef.of(path) != VolumeRef.of(path, five) and VolumeRef.of(reference) is reference
+    np.testing.assert_array_equal(read_ct(reference, rescale=five).stored_hu(), ramp())
+    with pytest.raises(CTReadError, match="v1.nii: rescale=.1, 0. next to a VolumeRef.*expected one"):
+        read_ct(reference, rescale=(1, 0))
+    with pytest.raises(CTReadError, match="v1.nii: rescale=.1.0,.; expected .slope, intercept."):
+        read_ct(VolumeRef(str(path), (1,)))
 
 
 def test_a_blank_header_of_a_large_picture_is_warned_of(tmp_path, caplog):
@@ -450,7 +469,7 @@ def test_data_beside_a_header(tmp_path):
     np.testing.assert_array_equal(read_ct(tmp_path / "scan.nhdr").hu, ramp())
     for place in ("../voxels.raw", "/etc/passwd", "voxels%03d.raw 1 5 1", "LIST"):
         (tmp_path / "scan.nhdr").write_text(f"{header}\ndata file: {place}\n", encoding="utf-8")
-        with pytest.raises(CTReadError, match="lies elsewhere|several files"):
+        with pytest.raises(CTReadError, match="outside the header.s folder|several files"):
             read_ct(tmp_path / "scan.nhdr")
 
 
@@ -466,9 +485,9 @@ def test_vectors_and_series_in_nrrd_and_metaimage_are_refused(tmp_path):
     colour = sitk.GetImageFromArray(np.zeros((5, 7, 9, 3), dtype=np.uint8), isVector=True)
     for suffix in ("nrrd", "mha"):
         sitk.WriteImage(colour, str(tmp_path / f"colour.{suffix}"))
-        with pytest.raises(CTReadError, match=f"colour.{suffix}: found 3 values a voxel"):
+        with pytest.raises(CTReadError, match=f"colour.{suffix}: found 3 values per voxel"):
             read_ct(tmp_path / f"colour.{suffix}")
-    with pytest.raises(CTReadError, match="found 3 values a voxel"):
+    with pytest.raises(CTReadError, match="found 3 values per voxel"):
         to_ct_volume(colour)
     sitk.WriteImage(
         sitk.GetImageFromArray(np.zeros((2, 5, 7, 9), dtype=np.int16), isVector=False), str(tmp_path / "series.mha")
@@ -561,25 +580,28 @@ def test_numpy_files_without_geometry_take_axes_and_spacing(tmp_path, caplog):
         assert (volume.spacing, volume.stored_orientation) == (SPACING, "IPL") and not caplog.records
         # What is not given is warned of, and how to give it.
         read_ct(tmp_path / name)
-        assert "assumes voxels of 1 mm and axes running right, front, head" in caplog.text
+        assert "assumes voxels of 1 mm and axes pointing right, front, head" in caplog.text
         assert "pass spacing= in mm and axes= (" in caplog.text
         caplog.clear()
         assert read_ct(tmp_path / name, axes="IPL").spacing == (1, 1, 1)
         assert "assumes voxels of 1 mm. " in caplog.text and "pass spacing= in mm, or" in caplog.text
         caplog.clear()
         assert read_ct(tmp_path / name, spacing=SPACING[::-1]).stored_orientation == "RAS"
-        assert "assumes axes running right, front, head. " in caplog.text and "voxels of 1 mm" not in caplog.text
+        assert "assumes axes pointing right, front, head. " in caplog.text and "voxels of 1 mm" not in caplog.text
     np.savez(tmp_path / "spaced.npz", ct=stored, spacing=np.array(SPACING[::-1]))
     caplog.clear()
     assert read_ct(tmp_path / "spaced.npz", axes="IPL").spacing == SPACING and not caplog.records
     np.savez(tmp_path / "nan.npz", ct=stored, spacing=np.array([0.8, np.nan, 0.8]))
     assert read_ct(tmp_path / "nan.npz").spacing == (0.8, 1, 0.8)
     assert "voxel sizes that are no lengths; assumes voxels of 0.8 x 1 x 0.8 mm" in caplog.text
-    with pytest.raises(CTReadError, match="axes to RAS, axes of IPL"):
+    with pytest.raises(CTReadError, match="axes RAS, the caller axes IPL"):
         to_ct_volume(read_ct(tmp_path / "nan.npz"), axes="IPL")
     np.savez(tmp_path / "placed.npz", ct=ramp(), affine=ras_affine())
-    for options, words in (({"axes": "IPL"}, "axes to RAS, axes of IPL"), ({"spacing": (1, 1, 1)}, "voxels of .0.75")):
-        with pytest.raises(CTReadError, match=f"placed.npz: its header tells of {words}"):
+    for options, words in (
+        ({"axes": "IPL"}, "axes RAS, the caller axes IPL"),
+        ({"spacing": (1, 1, 1)}, "voxels of .0.75"),
+    ):
+        with pytest.raises(CTReadError, match=f"placed.npz: its header declares {words}"):
             read_ct(tmp_path / "placed.npz", **options)
     assert read_ct(tmp_path / "placed.npz", axes="RAS", spacing=SPACING).spacing == SPACING
 
@@ -672,7 +694,7 @@ def test_voxel_sizes_that_no_scanner_makes_are_warned_of(tmp_path, caplog):
     assert not caplog.records
     for mm in (0.01, 100.0):
         read_ct(save_nifti(tmp_path / "odd.nii", ramp(), np.diag([1, 1, mm, 1])))
-        assert f"odd.nii: voxels of 1 x 1 x {mm:g} mm, which no scanner makes" in caplog.text
+        assert f"odd.nii: implausible voxel size 1 x 1 x {mm:g} mm; check the unit" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------- bad inputs
@@ -690,7 +712,7 @@ def bad_inputs(tmp_path):
     cases["short.txt"] = (b"hi", "found a text file")
     cases["page.nii.gz"] = (b"<!DOCTYPE html><html>", "found a web page")
     cases["pointer.nii.gz"] = (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer.*git lfs pull")
-    cases["picture.dcm"] = (b"\x89PNG\r\n\x1a\n" + bytes(400), "a PNG picture")
+    cases["picture.dcm"] = (b"\x89PNG\r\n\x1a\n" + bytes(400), "a PNG image")
     cases["bytes"] = (b"\x01\xf2\x03\x04" * 100, "the bytes 01 f2 03 04")
     cases["study.tar.gz"] = (gzip.compress(bytes(257) + b"ustar" + bytes(400)), "a tar archive inside of a gzip file")
     cases["slice.dcm.gz"] = (gzip.compress(bytes(128) + b"DICM" + bytes(400)), "a DICOM file inside of a gzip file")
@@ -704,7 +726,7 @@ def bad_inputs(tmp_path):
     cases["cut.nrrd"] = ((tmp_path / "good.nrrd").read_bytes()[:20000], "cut short")
     cases["lonely.mhd"] = (
         b"ObjectType = Image\nNDims = 3\nDimSize = 4 4 4\nElementType = MET_SHORT\nElementDataFile = x.raw\n",
-        "data file 'x.raw' is missing beside it",
+        "data file 'x.raw' is missing next to it",
     )
     for name, (content, words) in cases.items():
         if content is not None:
@@ -730,7 +752,7 @@ def test_what_the_system_will_not_read_is_not_called_damaged(tmp_path, monkeypat
     def refuse(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(volume_files, "_unpack", refuse)
+    monkeypatch.setattr(ct_streams, "_fill", refuse)
     with pytest.raises(CTReadError, match="cannot be read .Input/output error.*its disk") as error:
         read_ct(path)
     assert str(path) in str(error.value) and "damaged" not in str(error.value)
@@ -803,7 +825,7 @@ def test_a_volume_that_unpacks_to_more_than_the_memory_allowed_is_refused(tmp_pa
     np.savez(tmp_path / "scan.npz", ramp().astype(dtype))
     plain = save_nifti(tmp_path / "scan.nii", ramp().astype(dtype))
     for limit in (needed, needed - 1):
-        monkeypatch.setattr(volume_files, "_MAX_MEMORY", limit)
+        monkeypatch.setattr(ct_streams, "_MAX_MEMORY", limit)
         np.testing.assert_array_equal(read_ct(plain).hu, ramp())  # mapped
         for packed in (path, tmp_path / "scan.npz"):
             if limit == needed:
@@ -836,7 +858,7 @@ def test_every_type_becomes_hu_as_exact_numbers_say(dtype):
         stored[:2] = limits.min, limits.max
     for slope, intercept in ((1, 0), (1, -1024), (-1, 3), (2, -8192), (Fraction(1, 2), Fraction(1, 4)), (40000, 0)):
         found = np.empty(stored.shape, dtype=np.int16)
-        lost = volume_files.scale_to_hu(stored, float(slope), float(intercept), found)
+        lost = scale_to_hu(stored, float(slope), float(intercept), found)
         finite = [bool(np.isfinite(value)) for value in stored]
         assert lost == finite.count(False)
         expected = [

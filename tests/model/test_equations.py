@@ -14,7 +14,7 @@ from tiny import IMAGE_ID, SLICES, image_tokens, tiny_batch, tiny_config, tiny_m
 from transformers import GenerationConfig, LogitsProcessor, Phi3ForCausalLM, ViTModel
 
 from samf import SamfConfig, SamfForConditionalGeneration, SamfImageProcessor
-from samf.model.modeling_samf import SlicePositionEmbedding
+from samf.model.modules_samf import SlicePositionEmbedding
 
 HEADS, EPS, WIDTH = 4, 0.1, 24  # an eps that shows, and a width that is no other part's
 SMALL = {"aggregator_num_heads": HEADS, "aggregator_layer_norm_eps": EPS, "aggregator_ffn_dim": 20}

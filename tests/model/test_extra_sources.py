@@ -6,7 +6,7 @@ import torch
 from tiny import FUSION_TYPES, tiny_batch, tiny_config, tiny_model
 
 from samf import SamfForConditionalGeneration
-from samf.model.modeling_samf import SamfFusion
+from samf.model.modules_samf import SamfFusion
 
 SOURCES = {"prior_volume": 16, "age_sex": 2}
 ROWS = [{"prior_volume": torch.linspace(-1, 1, 16), "age_sex": [0.6, 1.0]}, {"age_sex": [0.4, 0.0]}]

@@ -21,7 +21,7 @@ from samf.benchmarks.components import (
     try_language_model,
     volume_batch,
 )
-from samf.model.components_samf import rope_sets
+from samf.model.language_model_samf import rope_sets
 
 REFUSED = {
     "gemma3n_text": ("Gemma3nForCausalLM", "hidden_size_per_layer_input"),

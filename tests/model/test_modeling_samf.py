@@ -10,15 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, ViTConfig, ViTModel
 
 from samf import SamfConfig, SamfForConditionalGeneration, SamfModel
-from samf.model.modeling_samf import (
-    FewRowsLinear,
-    SamfFusion,
-    SlicePositionEmbedding,
-    finding_loss,
-    fusion_text_mask,
-    masked_mean,
-    place_image_tokens,
-)
+from samf.model.image_tokens_samf import fusion_text_mask, place_image_tokens
+from samf.model.losses_samf import finding_loss
+from samf.model.modules_samf import SamfFusion, SlicePositionEmbedding, masked_mean
+from samf.model.workarounds_samf import FewRowsLinear
 
 
 def softmax(scores: list[float]) -> np.ndarray:

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoImageProcessor
 
 from samf import SamfImageProcessor, read_ct
-from samf.model.image_processing_samf import PRESETS, _warn_of_published
+from samf.model.image_processing_samf import PRESETS
+from samf.model.published_slices import _warn_of_published
 
 
 def cubic(x):

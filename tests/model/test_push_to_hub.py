@@ -26,7 +26,9 @@ OWN_CARD = "---\nlicense: mit\ntags: [mine]\n---\n# Written by hand\n"
 STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 CODE = {"configuration_samf.py", "modeling_samf.py", "processing_samf.py", "image_processing_samf.py", "ct_volume.py"}
 CODE |= {"hub_samf.py", "model_card.py", "chat_template_samf.py", "conversation_samf.py", "generation_samf.py"}
-CODE |= {"components_samf.py", "ct_memory.py", "files_samf.py"}
+CODE |= {"components_samf.py", "ct_memory.py", "files_samf.py", "language_model_samf.py", "slice_encoder_samf.py"}
+CODE |= {"modules_samf.py", "image_tokens_samf.py", "inputs_samf.py", "outputs_samf.py", "losses_samf.py"}
+CODE |= {"checks_samf.py", "extra_sources_samf.py", "workarounds_samf.py"}
 
 COMMON = """
 import hashlib, json, sys
@@ -204,6 +206,8 @@ def work(tmp_path_factory) -> Path:
 def run(script: str, hub: HubStandIn, work: Path, home: str, *arguments: str) -> dict:
     """What a fresh process prints last, with the stand-in as its Hub and an empty cache of its own."""
     environment = {"PATH": os.environ["PATH"], "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+    if "PYTHONPATH" in os.environ:  # the checkout under test, where another one is installed
+        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
     done = subprocess.run(
         [sys.executable, "-c", script, str(work), *arguments],
         capture_output=True,

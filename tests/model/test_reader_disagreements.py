@@ -1,4 +1,4 @@
-"""Valid files that readers of this field read differently: what is read here, as docs/readers.md says and why.
+"""Valid files that readers of this field read differently: what is read here, as docs/reference/readers.md says and why.
 
 What another package does is asked of it where it is at hand (nibabel, SimpleITK, pydicom); of others the page gives the
 version that was run.
@@ -98,7 +98,7 @@ def test_nifti_without_a_form(tmp_path, caplog):
     assert nib.aff2axcodes(nib.load(path).affine) == tuple("LAS")
     assert itk(path).GetDirection() == (1, 0, 0, 0, 1, 0, 0, 0, 1)  # left, back, head
     assert read_ct(path).stored_orientation == "LAS"
-    assert "no orientation; assumes voxels of 0.7 x 0.8 x 1.5 mm with axes running left, front, head" in caplog.text
+    assert "no orientation; assumes voxels of 0.7 x 0.8 x 1.5 mm with axes pointing left, front, head" in caplog.text
     caplog.clear()
     told = read_ct(path, axes="LPS")
     np.testing.assert_array_equal(told.hu, ramp()[::-1, ::-1])
@@ -177,7 +177,7 @@ def test_a_slope_that_is_no_number(tmp_path):
     path = patched(nifti(tmp_path / "scan.nii", lps(), array=raw), at112=np.nan, at116=-1024)
     assert itk(path)[0, 0, 0] == raw[0, 0, 0] - 1024
     np.testing.assert_array_equal(nib.load(path).get_fdata(), raw)
-    with pytest.raises(CTReadError, match="no Hounsfield units.*pass rescale="):
+    with pytest.raises(CTReadError, match="not Hounsfield units.*pass rescale="):
         read_ct(path)
     np.testing.assert_array_equal(read_ct(path, rescale=(1, -1024)).stored_hu(), raw - 1024)
 
@@ -201,7 +201,7 @@ def test_a_nifti_in_two_files(tmp_path, packed):
         np.testing.assert_array_equal(volume.hu, expected.hu)
         np.testing.assert_allclose(volume.affine, expected.affine, atol=1e-5)
     (tmp_path / f"scan.img{packed}").unlink()
-    with pytest.raises(CTReadError, match="scan.hdr.*: found half of a .hdr/.img pair; the .img is missing beside it"):
+    with pytest.raises(CTReadError, match="scan.hdr.*: found half of a .hdr/.img pair; the .img is missing next to it"):
         read_ct(tmp_path / f"scan.hdr{packed}")
 
 
@@ -212,7 +212,7 @@ def test_analyze_is_refused_by_either_name(tmp_path):
     assert itk(tmp_path / "scan.hdr").GetDirection()[::4] == (1, 1, 1)
     for name in ("scan.hdr", "scan.img"):
         with pytest.raises(
-            CTReadError, match=f"{name}.* an Analyze 7.5 header, which has no orientation .nibabel takes"
+            CTReadError, match=f"{name}.* an Analyze 7.5 header, which has no orientation .nibabel assumes"
         ):
             read_ct(tmp_path / name)
 
@@ -238,7 +238,7 @@ def test_nrrd_spacings_without_directions(tmp_path, caplog, spacings):
     assert volume.stored_orientation == expected.stored_orientation
     runs = ["left" if spacings[0] > 0 else "right", "back" if spacings[1] > 0 else "front"]
     runs += ["head" if spacings[2] > 0 else "foot"]
-    assert f"no orientation; assumes voxels of 0.7 x 0.8 x 1.5 mm with axes running {', '.join(runs)}" in caplog.text
+    assert f"no orientation; assumes voxels of 0.7 x 0.8 x 1.5 mm with axes pointing {', '.join(runs)}" in caplog.text
     caplog.clear()
     assert read_ct(path, axes="RAI").stored_orientation == "RAI" and not warned(caplog)
 
@@ -289,7 +289,7 @@ def test_nrrd_axes_that_are_no_room(tmp_path, first):
                 np.testing.assert_array_equal(read_ct(path).stored_hu(), ramp())
                 np.testing.assert_allclose(read_ct(path).spacing, SPACING)
                 continue
-            with pytest.raises(CTReadError, match="found 3 values a voxel"):
+            with pytest.raises(CTReadError, match="found 3 values per voxel"):
                 read_ct(path)
 
 
@@ -413,9 +413,9 @@ def test_a_scout_under_the_series_uid(tmp_path):
 
 
 def test_every_row_of_the_page_names_a_test_that_there_is():
-    text = (ROOT / "docs" / "readers.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "reference" / "readers.md").read_text(encoding="utf-8")
     rows = [
-        line for line in text.splitlines() if line.startswith("| ") and "---" not in line and "| held by" not in line
+        line for line in text.splitlines() if line.startswith("| ") and "---" not in line and "| tested by" not in line
     ]
     files = (ROOT / "tests").rglob("test_*.py")
     tests = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.M)}

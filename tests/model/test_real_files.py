@@ -21,7 +21,7 @@ import SimpleITK as sitk
 from samf import SamfImageProcessor
 from samf.model.ct_volume import AIR_HU, CTReadError, CTVolume, read_ct, to_ct_volume
 
-NO_HU = "its values are no Hounsfield units"
+NO_HU = "its values are not Hounsfield units"
 
 # Path → what is read: shape, orientation of the stored array, spacing in mm, lowest and highest HU.
 TOY_VOXELS = 10_000
@@ -61,20 +61,20 @@ REFUSED = {
     "dicom/dicom2nifti_notavolume": ("4 slices at 1 positions", None),
     "dicom/torchio_MR_labelled_CT_17sl_rot180": (NO_HU, ((88, 128, 17), "RAS", (2, 2, 2), (0, 696))),
     "odd/functional.nii": (r"4-D image of shape \(17, 21, 3, 20\)", None),
-    "odd/niivue_CT_pitch_oblique16.nii.gz": (  # a picture of 8 bits
+    "odd/niivue_CT_pitch_oblique16.nii.gz": (  # an image of 8 bits
         NO_HU,
         ((175, 286, 80), "RAS", (0.8125, 0.8125, 2.397049), (-1024, 251)),
     ),
     "odd/niivue_complex64.nii.gz": ("voxels of type complex64", None),
 }
-# One MR picture in 24 axis orders.
+# One MR image in 24 axis orders.
 # fmt: off
 ORIENTATIONS = (
     "AIR", "ALS", "ARS", "ASR", "IAR", "ILP", "IPR", "IRP", "LAS", "LIP", "LPS", "LSP",
     "PIR", "PLS", "PRS", "PSR", "RAS", "RIP", "RPS", "RSP", "SAR", "SLP", "SPR", "SRP",
 )
 # fmt: on
-# Axes R, A, S of that picture: voxels, mm.
+# Axes R, A, S of that image: voxels, mm.
 MR_SHAPE, MR_SPACING = (64, 79, 67), (2.385232, 2.389754, 2.366486)
 # What holds no volume: for other tests.
 NO_VOLUMES = ("tokenizers", "nltk", "lm", "reports", "README.md")
@@ -105,7 +105,7 @@ def test_read_right(test_data, caplog, name):
     covered = min(np.array(volume.hu.shape) * volume.spacing)
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == (covered < LEAST_CHEST_MM and volume.hu.size >= TOY_VOXELS)
-    assert all(f"{covered:.0f} mm" in warning and "too little to be a chest" in warning for warning in warnings)
+    assert all(f"{covered:.0f} mm" in warning and "too little for a chest" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("name", READ_WITH_A_WARNING)
@@ -404,7 +404,7 @@ DERIVED = {
     ),
     "sform against qform": Derived(
         lambda bench: bench.header(sform_code=1, qform_code=1, quatern_b=0, quatern_c=1, quatern_d=0),
-        says="its sform and qform disagree; takes the sform",
+        says="its sform and qform disagree; uses the sform",
     ),
     "no form at all": Derived(
         lambda bench: bench.header(sform_code=0, qform_code=0),
@@ -426,7 +426,7 @@ DERIVED = {
     ),
     "one slice missing": Derived(
         lambda bench: bench.dicom(lambda k: k != 40),
-        says="8.0 of 311.0 mm lie in 1 odd gaps",
+        says="8.0 of 311.0 mm are in 1 odd gaps",
         hu=interpolated,
         rounding=1,
         orientation="LPS",
@@ -484,4 +484,4 @@ def test_a_crop_without_air_is_warned_of_alone(scan, test_data, tmp_path, caplog
     crop = np.ascontiguousarray(next(cube for cube in cubes if cube.min() > -700))
     volume = read_ct(Bench(scan, test_data, tmp_path).nifti(crop))
     np.testing.assert_array_equal(volume.hu, crop)
-    assert "no air near -1000, a crop perhaps" in caplog.text
+    assert "no air near -1000, possibly a crop" in caplog.text

@@ -27,6 +27,7 @@ from samf.phantoms.dataset import (
     write_dataset,
     write_nifti,
 )
+from samf.phantoms.questions import QUESTIONS, ask_about_text, ask_all
 
 SETTINGS = PhantomSettings(seed=4, voxel_mm=10.0, reconstructions=0.6)
 EXAMPLES = {
@@ -429,24 +430,24 @@ def asked():
     scans = []
     for _ in range(5000):
         findings = sample_findings(rng)
-        scans.append((findings, text.ask_all(rng, findings)))
+        scans.append((findings, ask_all(rng, findings)))
     return scans
 
 
 def test_about_five_questions_a_scan(asked):
     assert 4 < np.mean([len(questions) for _, questions in asked]) < 6
-    assert {q.family for _, questions in asked for q in questions} == set(text.QUESTIONS)
+    assert {q.family for _, questions in asked for q in questions} == set(QUESTIONS)
 
 
 def test_letters_are_uniform_in_each_family(asked):
-    for family in text.QUESTIONS:
+    for family in QUESTIONS:
         letters = Counter(q.letter for _, questions in asked for q in questions if q.family == family)
         assert stats.chisquare([letters[letter] for letter in "abcd"]).pvalue > 1e-3
 
 
 def test_each_option_is_right_a_quarter_of_the_time(asked):
     """Given the family, the finding asked for and the option's text: knowing all three helps nobody to guess."""
-    for family in text.QUESTIONS:
+    for family in QUESTIONS:
         offered, right = Counter(), Counter()
         for _, questions in asked:
             for q in (q for q in questions if q.family == family):
@@ -509,7 +510,7 @@ def test_text_questions_can_be_answered_from_their_text():
     rng = np.random.default_rng(5)
     families = Counter()
     for _ in range(400):
-        context, q = text.ask_about_text(rng)
+        context, q = ask_about_text(rng)
         affirmed = read_labels_back(context)
         families[q.family] += 1
         if q.family == "side":
@@ -522,7 +523,7 @@ def test_text_questions_can_be_answered_from_their_text():
             wanted = {text.PHRASES[name] for name in affirmed}
             options = [c for c in q.choices if (c in wanted) == (q.family == "present")]
         assert options == [q.choices[q.answer]], (context, q)
-    assert set(families) == set(text.QUESTIONS)
+    assert set(families) == set(QUESTIONS)
 
 
 def test_demo_questions_ask_for_demo_findings_only(asked):
@@ -530,4 +531,4 @@ def test_demo_questions_ask_for_demo_findings_only(asked):
     assert not any(subtle & set(q.choices) for _, questions in asked for q in questions)
     rng = np.random.default_rng(2)
     scans = [sample_findings(rng) for _ in range(200)]
-    assert subtle & {choice for f in scans for q in text.ask_all(rng, f, FINDING_NAMES) for choice in q.choices}
+    assert subtle & {choice for f in scans for q in ask_all(rng, f, FINDING_NAMES) for choice in q.choices}

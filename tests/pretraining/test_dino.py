@@ -20,20 +20,16 @@ from samf.phantoms.dataset import PhantomSettings, make_phantom, write_dataset, 
 from samf.pretraining.attention_maps import cls_attention
 from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews, cosine
 from samf.pretraining.dino_trainer import ATTENTION, DinoTrainer
+from samf.pretraining.labelled_sets import LabelledSet, some_slices
 from samf.pretraining.neighbours import knn_accuracy, retrieval_accuracy
-from samf.pretraining.slice_datasets import (
-    SLICES,
-    LabelledSet,
-    VolumeSlices,
-    fill_slice_cache,
-    find_scans,
-    hold_out,
-    slice_sets,
-    some_slices,
-)
+from samf.pretraining.scans import find_scans, hold_out
+from samf.pretraining.slice_datasets import SLICES, VolumeSlices, slice_sets
 from samf.training.checkpoints import last_checkpoint
 from samf.training.sample_generation import FOLDER
-from samf.training.trainer_base import EpochSampler, ResumableTrainer, written_whole
+from samf.training.sampling import EpochSampler
+from samf.training.slice_filling import fill_slice_cache
+from samf.training.trainer_base import ResumableTrainer
+from samf.utils.files import atomic_update
 
 pytest.importorskip("lightly", reason="DINO needs lightly: pip install 'lightly>=1.6'")
 
@@ -495,10 +491,10 @@ def test_an_unreadable_ct_is_an_error_or_is_left_out_and_counted(scans, tmp_path
     volumes.insert(1, (str(tmp_path / "annexed.nii.gz"), None))
     assert fill_slice_cache(cache, volumes, on_error="skip") == volumes[2:]
     assert "2 of 3 volumes couldn't be read" in caplog.text
-    for stop in ("stop", "error"):  # the second is the older name
+    for stop in ("raise", "stop", "error"):  # the others are older names
         with pytest.raises(ValueError, match=r"annexed\.nii\.gz"):
             fill_slice_cache(cache, volumes[1:], stop)
-    with pytest.raises(ValueError, match="expected 'stop' or 'skip'"):
+    with pytest.raises(ValueError, match="expected 'raise' or 'skip'"):
         fill_slice_cache(cache, volumes, "ignore")
 
 
@@ -515,7 +511,7 @@ def test_a_cache_of_several_settings_is_an_error(scans, tmp_path):
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "a").write_text("old", encoding="utf-8")
-    with pytest.raises(RuntimeError), written_whole(tmp_path) as folder:
+    with pytest.raises(RuntimeError), atomic_update(tmp_path) as folder:
         (folder / "a").write_text("new", encoding="utf-8")
         raise RuntimeError
     assert (tmp_path / "a").read_text(encoding="utf-8") == "old" and len(list(tmp_path.iterdir())) == 1

@@ -20,7 +20,7 @@ from samf.pretraining.contrastive import (
     half,
     select_slices,
 )
-from samf.pretraining.slice_datasets import Scan
+from samf.pretraining.scans import Scan
 from samf.training.aggregator_weights import load_aggregator, save_aggregator
 from samf.training.checkpoints import last_checkpoint
 
@@ -162,7 +162,7 @@ def test_one_plane_makes_no_pair():
         def get(self, path, *, rescale=None):
             return super().get(path) | {"slice_planes": np.zeros(15, np.int64)}
 
-    with pytest.raises(ValueError, match="one plane alone"):
+    with pytest.raises(ValueError, match="one plane only"):
         PlanePairs(scans(1), OnePlane(), run=3, seed=0)[0, 0]
 
 

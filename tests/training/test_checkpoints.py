@@ -13,7 +13,8 @@ from toy_training import toy
 from transformers import TrainingArguments
 
 from samf.training import checkpoints
-from samf.training.checkpoints import CheckpointError, checkpoint_to_resume, find_damage, last_checkpoint
+from samf.training.checkpoint_damage import find_damage
+from samf.training.checkpoints import CheckpointError, checkpoint_to_resume, last_checkpoint
 from samf.training.trainer_base import train_to_end
 
 DAMAGES: dict[str, Callable[[Path], None]] = {

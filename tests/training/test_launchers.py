@@ -58,6 +58,7 @@ def test_sharded_models_get_the_count_of_tokens_as_an_integer(monkeypatch, launc
     monkeypatch.setattr(Trainer, "compute_loss", lambda self, *args, **kwargs: seen.append(kwargs) or torch.zeros(()))
     trainer = SamfTrainer.__new__(SamfTrainer)
     trainer.is_fsdp_enabled = trainer.is_deepspeed_enabled = False
+    trainer._findings_in_step = None
     setattr(trainer, launcher, True)
     model = SimpleNamespace(training=True)
     trainer.compute_loss(model, {"pixel_values": None}, num_items_in_batch=torch.tensor(674.0))

@@ -57,11 +57,10 @@ def trainer_for(model, folder: Path, metrics=None, rows: list | None = None, kin
     return kind(model, args, data_collator=stack, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
 
 
-def test_the_readmes_trainer_example_runs_and_keeps_its_best_model(processor, tmp_path, monkeypatch):
-    """The block of README.md, as it stands, on three records."""
-    code = re.search(
-        r"```python\n(from transformers import Trainer.*?)```", (REPOSITORY / "README.md").read_text(), re.S
-    )
+def test_the_documented_trainer_example_runs_and_keeps_its_best_model(processor, tmp_path, monkeypatch):
+    """The block of docs/howto/train.md, as it is printed, on three records."""
+    page = (REPOSITORY / "docs" / "howto" / "train.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(from transformers import Trainer.*?)```", page, re.S)
     monkeypatch.chdir(tmp_path)
     rows = [{"messages": messages(answer, seed)} for seed, answer in enumerate(ANSWERS)]
     names = {"model": model_for(processor), "processor": processor, "train": rows, "valid": rows[:2]}

@@ -16,7 +16,7 @@ from transformers.integrations import deepspeed
 from samf import SamfForConditionalGeneration, SamfImageProcessor, SamfProcessor, preprocess, train
 from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.slice_cache import SliceCache
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.training.arguments import DataArguments
 from samf.training.datasets import load_datasets
@@ -172,7 +172,7 @@ def test_sharded_models_get_the_places_of_slices_as_bits(monkeypatch):
     ("options", "message"),
     [
         ({"train_parts": ["vision"]}, "train_parts names .'vision'."),
-        ({"objective": "both"}, "objective is 'both'"),
+        ({"objective": "both"}, "--objective: invalid choice: 'both' .choose from '?text'?, '?findings"),
         ({"cache_embeddings": True, "slice_cache": "cache"}, "leave slice_encoder out of train_parts"),
         ({"data": "/nowhere"}, "/nowhere: no such folder"),
         ({"learning_rat": 1}, "did you mean 'learning_rate'"),

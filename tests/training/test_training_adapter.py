@@ -16,12 +16,12 @@ from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
 from samf import SamfConfig, SamfForConditionalGeneration, SamfProcessor, train
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate.loader import load_records
+from samf.data.loading import load_records
 from samf.model.hub_samf import adapter_base
 from samf.training.adapter import add_lora, cast_trained, language_model_layers
 from samf.training.arguments import TuningArguments
 from samf.training.param_groups import PARTS, part_of
-from samf.training.trainer import check_whole
+from samf.training.repository import check_whole
 
 LORA = {"lora_rank": 2, "lora_alpha": 4, "lora_dropout": 0.1, "max_steps": 4, "seed": 3}
 
@@ -214,7 +214,7 @@ def test_layers_of_another_language_model_are_found():
         ({"learning_rates": {"vision": 1e-3}}, "learning_rates names .'vision'."),
         ({"learning_rates": {"fusion": "fast"}}, "expected a mapping from parts to numbers"),
         ({"train_parts": ["fusion"], "learning_rates": {"aggregator": 1e-3}}, "aren't trained"),
-        ({"trained_dtype": "int8"}, "trained_dtype is 'int8'"),
+        ({"trained_dtype": "int8"}, "--trained_dtype.*: invalid choice: 'int8'"),
         ({"lora_rank": 2, "push_to_hub": True}, "push the merged folder"),
     ],
 )

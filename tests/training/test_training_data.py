@@ -17,8 +17,8 @@ from samf import SamfImageProcessor, SamfProcessor
 from samf.cache import slice_cache
 from samf.cache.slice_cache import SliceCache
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate.loader import load_records
 from samf.data.lengths import find_overlong
+from samf.data.loading import load_records
 from samf.model.ct_volume import CTReadError
 from samf.model.hub_samf import publish_weights
 from samf.phantoms.tokenizer import train_small_tokenizer
@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_known_before(tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "free_bytes", lambda folder: 10_000)
     assert why_not_write(tmp_path / "new", missing=10, bytes_each=1000) is None
     assert why_not_write(tmp_path / "new", missing=11, bytes_each=1000) == (
-        "lacks 11 records of 11.0 kB together, and 10.0 kB are free"
+        "lacks 11 entries of 11.0 kB together, and 10.0 kB are free"
     )
     assert not list((tmp_path / "new").iterdir())
     (tmp_path / "file").touch()

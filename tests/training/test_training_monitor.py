@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from samf import SamfConfig, SamfForConditionalGeneration
-from samf.data.ct_rate.loader import load_records
-from samf.model.modeling_samf import SamfSliceAttentions
+from samf.data.loading import load_records
+from samf.model.outputs_samf import SamfSliceAttentions
 from samf.phantoms.findings import DEMO_FINDINGS
 from samf.training import sample_generation as samples
 from samf.training.adapter import add_lora
@@ -30,10 +30,10 @@ from samf.training.factory import apply_liger
 from samf.training.flops import StepFlops, Work, known_peak
 from samf.training.image_grounding import SliceWeights, relative_entropy, warn_if_not_grounded
 from samf.training.param_groups import PARTS, train_parts
+from samf.training.random_state import preserved_random_state
 from samf.training.sample_generation import score_samples
 from samf.training.throughput import TRUNCATED, Throughput, batch_work
 from samf.training.trackers import keep_trackers_private, show_sample
-from samf.training.trainer_base import preserved_random_state
 
 VISION = {"model_type": "vit", "image_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"model_type": "phi3", "vocab_size": 99, "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -14,9 +14,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from samf.data.mixture import TaskMixture
 from samf.training import trainer as trainer_module
+from samf.training.interruption import Interruption
 from samf.training.param_groups import PARTS, learning_rates, part_of, split_by_part
 from samf.training.sampling import RecordOrder, group_by_length
-from samf.training.trainer_base import Interruption
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tiny import tiny_batch, tiny_model
 
 from samf import SamfForConditionalGeneration
 from samf.training.checkpoints import last_checkpoint
-from samf.training.trainer import check_whole
+from samf.training.repository import check_whole
 
 pytestmark = pytest.mark.slow
 

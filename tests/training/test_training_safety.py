@@ -12,7 +12,8 @@ from torch import nn
 from toy_training import toy
 from transformers.trainer_utils import get_last_checkpoint
 
-from samf.training.checkpoints import find_damage, last_checkpoint
+from samf.training.checkpoint_damage import find_damage
+from samf.training.checkpoints import last_checkpoint
 from samf.training.divergence import DivergenceError, LossWatch, has_finite_weights
 from samf.training.trainer_base import train_to_end
 

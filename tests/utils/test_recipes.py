@@ -54,7 +54,7 @@ def test_the_demos_encoder_is_small_and_is_what_its_recipe_makes():
         assert getattr(config, name) == getattr(arguments, name), name
 
 
-# Recipes that go on from others ---------------------------------------------------------------------------------------
+# Recipes that extend others -------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, **recipes: str) -> None:
@@ -86,7 +86,7 @@ def test_a_wrong_key_is_named_with_the_file_that_has_it(tmp_path):
 @pytest.mark.parametrize(
     ("recipes", "message"),
     [
-        ({"one": "base: two.yaml\n", "two": "base: one.yaml\n"}, "can't go on from itself"),
+        ({"one": "base: two.yaml\n", "two": "base: one.yaml\n"}, "can't extend itself"),
         ({"one": "base: nowhere.yaml\n"}, "nowhere.yaml: can't be read"),
         ({"one": "- a list\n"}, "one.yaml: a recipe is a YAML mapping"),
     ],

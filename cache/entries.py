@@ -1,0 +1,151 @@
+"""Entries of a cache directory: one safetensors file of arrays per volume, with a checksum."""
+
+import hashlib
+import json
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias, TypedDict
+
+import numpy as np
+from safetensors.numpy import save
+
+from samf.cache.volume_identity import Identity, volume_identity
+from samf.utils.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+Arrays: TypeAlias = dict[str, np.ndarray]
+
+_DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32, "F16": np.float16}
+_CHECKSUM = "crc32"
+# What damaged contents raise; an OSError is the file system's.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, struct.error)
+
+
+class _ArrayHeader(TypedDict):
+    """Description of one array in a safetensors header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+class VolumeCache:
+    """Base of the caches: names the entries of a directory by volume and settings, and looks them up.
+
+    Args:
+        folder: the cache directory; it is created when the first entry is written.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+
+    def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
+        """Return the name of a volume's entry: equal exactly when everything that it depends on is equal."""
+        raise NotImplementedError
+
+    def entry_path(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Path:
+        """Return the file of the entry of the volume at `path`, whether it exists or not."""
+        return entry_file(self.folder, self.key(volume_identity(path), rescale))
+
+    def has(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> bool:
+        """Return whether there is an intact entry of the volume at `path`, read with this rescale."""
+        return self.find(path, rescale=rescale) is not None
+
+    def find(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Arrays | None:
+        """Return the arrays of the entry of the volume at `path`, as read-only memory maps; None without an intact entry.
+
+        Raises:
+            OSError: the entry can't be read at the moment.
+        """
+        return read_entry(self.entry_path(path, rescale=rescale))
+
+
+def entry_key(*parts: object) -> str:
+    """Return the name of an entry from everything that it depends on."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+def entry_file(folder: Path, key: str) -> Path:
+    """Return the file of an entry: in one of 256 subdirectories, so that none is too long to list."""
+    return folder / key[:2] / f"{key}.safetensors"
+
+
+def write_entry(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays and their checksum atomically as one safetensors file."""
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    atomic_write(path, save(contiguous, metadata={_CHECKSUM: _checksum(contiguous)}))
+
+
+def read_entry(path: Path) -> Arrays | None:
+    """Return read-only memory maps of an entry's arrays, or None if there is no intact entry.
+
+    The checksum is not compared: that would read the whole file.
+
+    Args:
+        path: the entry's file.
+
+    Raises:
+        OSError: the entry can't be read at the moment, which doesn't mean that it is damaged.
+    """
+    try:
+        return _map_entry(path)[0]
+    except FileNotFoundError:
+        return None
+    except _DAMAGE as error:
+        logger.warning("%s: damaged cache entry (%s); it will be regenerated", path, error)
+        return None
+
+
+def check_entry(path: Path) -> str | None:
+    """Read a whole entry; return what is wrong with it, or None if it is intact.
+
+    Args:
+        path: the entry's file.
+
+    Raises:
+        FileNotFoundError: there is no entry.
+        OSError: the entry can't be read at the moment, which doesn't mean that it is damaged.
+    """
+    try:
+        arrays, metadata = _map_entry(path)
+        found = _checksum(arrays)
+    except _DAMAGE as error:
+        return str(error) or type(error).__name__
+    if _CHECKSUM not in metadata:
+        return "no checksum"
+    return None if found == metadata[_CHECKSUM] else f"checksum {found}, written with {metadata[_CHECKSUM]}"
+
+
+def _map_entry(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """Return an entry's arrays and metadata.
+
+    safetensors' own reader copies the arrays. The format is a length, a JSON header and the bytes, which numpy can map.
+    """
+    with open(path, "rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if 8 + length >= os.fstat(stream.fileno()).st_size:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(stream.read(length))
+    body = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
+    metadata: dict[str, str] = header.pop("__metadata__", {})
+    return {name: _map_array(body, described) for name, described in header.items()}, metadata
+
+
+def _map_array(body: np.memmap, described: _ArrayHeader) -> np.ndarray:
+    start, stop = described["data_offsets"]
+    if stop > body.size:
+        raise ValueError(f"{body.size} bytes of {stop}")
+    return body[start:stop].view(_DTYPES[described["dtype"]]).reshape(described["shape"])
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the checksum of the arrays' bytes, in the order of their names."""
+    value = 0
+    for _, array in sorted(arrays.items()):
+        value = zlib.crc32(array.reshape(-1).view(np.uint8), value)
+    return f"{value:08x}"

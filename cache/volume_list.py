@@ -1,0 +1,110 @@
+"""List of the volumes of a run, with the names of their cache entries, and its division into shards."""
+
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from samf.cache.volume_identity import Identity, identity_bytes, volume_identity
+from samf.data.volume_discovery import VolumeKey
+from samf.model.ct_volume import CTReadError, NotCTError
+
+STAT_THREADS = 16  # on a network file system they mostly wait
+NOT_CT = NotCTError.__name__  # error of an intact file that is no CT
+
+
+class Store(Protocol):
+    """Cache that names its entries: `SliceCache` or `EmbeddingCache`."""
+
+    def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
+        """Return the name of a volume's entry."""
+        ...
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One volume of the list.
+
+    Attributes:
+        path: its path or address.
+        rescale: see `read_ct`.
+        key: name of its entry; None if the volume can't be accessed.
+        bytes: total size of its files.
+        problem: why it can't be accessed.
+        searched: whether it was found in a folder instead of being named.
+    """
+
+    path: str
+    rescale: tuple[float, ...] | None
+    key: str | None
+    bytes: int = 0
+    problem: str = ""
+    searched: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return the name of its entry.
+
+        Raises:
+            ValueError: the volume can't be accessed.
+        """
+        if self.key is None:
+            raise ValueError(f"{self.path} has no entry: {self.problem}")
+        return self.key
+
+    def is_passed_over(self, error: str) -> bool:
+        """Return whether this error is not a failure: a file that was found by searching is no CT."""
+        return self.searched and error == NOT_CT
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part of the list that one process works on: every `count`-th volume, starting with number `index` (from 0)."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def choose(cls, text: str | None, environment: Mapping[str, str]) -> "Shard":
+        """Return the part of `--shard 3/16` (1/16 to 16/16) that the rank under `torchrun` or `accelerate launch` has.
+
+        Args:
+            text: the option's value; None is 1/1.
+            environment: the environment variables.
+
+        Raises:
+            ValueError: the text has another form.
+        """
+        number, _, count = (text or "1/1").partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise ValueError(f"--shard {text}: expected a number and how many there are, 1/16 to 16/16.")
+        rank, ranks = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+        return cls((int(number) - 1) * ranks + rank, int(count) * ranks)
+
+    def of(self, volumes: Sequence[Volume]) -> list[Volume]:
+        """Return the volumes of this shard."""
+        return list(volumes[self.index :: self.count])
+
+    def __str__(self) -> str:
+        return f"{self.index + 1}of{self.count}"
+
+
+def inspect_volumes(volumes: Sequence[VolumeKey], store: Store, searched: Collection[str] = ()) -> list[Volume]:
+    """Return the list with the names of its entries, in order; reads the volumes' directories, not their contents.
+
+    Args:
+        volumes: paths with their rescales.
+        store: names the entries.
+        searched: paths that were found in folders instead of being named.
+    """
+
+    def inspect(key: VolumeKey) -> Volume:
+        try:
+            identity = volume_identity(key[0])
+        except CTReadError as error:
+            return Volume(*key, None, problem=str(error), searched=key[0] in searched)
+        name, size = store.key(identity, key[1]), identity_bytes(identity)
+        return Volume(*key, name, size, searched=key[0] in searched)
+
+    with ThreadPoolExecutor(STAT_THREADS) as threads:
+        return list(threads.map(inspect, volumes))

@@ -1,0 +1,267 @@
+"""`samf report`, `samf ask` and `samf info`: scans to reports, answers, and facts about their files."""
+
+import dataclasses
+import glob
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from tqdm import tqdm
+
+from samf.utils.files import write_json
+
+if TYPE_CHECKING:
+    from samf.model.pipeline_samf import SamfReportPipeline
+    from samf.model.report_samf import Report
+
+SOME_FAILED, ALL_FAILED = 1, 2
+
+
+class UsageError(Exception):
+    """An input that nothing can be done with; the message goes to the user as one line."""
+
+
+def find_scans(paths: Sequence[str]) -> list[str]:
+    """Return the scans that paths, globs, folders and addresses name, each once and in order.
+
+    Args:
+        paths: files, DICOM folders, folders with volumes or DICOM folders below them, addresses, or patterns with `*`.
+
+    Raises:
+        UsageError: a path that isn't there, or a folder or pattern without a scan.
+    """
+    from samf.data.volume_discovery import volumes_below
+    from samf.model.ct_download import is_address
+
+    found: dict[str, None] = {}
+    for path in paths:
+        names = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not Path(path).exists() else [path]
+        if not names:
+            raise UsageError(f"{path}: no file fits this pattern.")
+        for name in names:
+            if is_address(name) or Path(name).is_file():
+                found[name] = None
+            elif not Path(name).is_dir():
+                raise UsageError(f"{name}: no such file or folder.")
+            elif not (below := [volume for volume, _ in volumes_below(Path(name))]):
+                raise UsageError(
+                    f"{name}: no scan in it or below it; expected NIfTI, NRRD, MetaImage, NumPy or DICOM files."
+                )
+            else:
+                found |= dict.fromkeys(below)
+    return list(found)
+
+
+def load_reporter(model: str, device: str, revision: str | None) -> "SamfReportPipeline":
+    """Return the pipeline of a model.
+
+    Args:
+        model: folder or Hub id.
+        device: "auto" takes the accelerator where there is one; else a name such as "cpu" or "cuda:0".
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UsageError: the model can't be loaded.
+    """
+    import torch
+
+    from samf import SamfForConditionalGeneration, SamfProcessor
+    from samf.model.pipeline_samf import SamfReportPipeline
+    from samf.utils.distributed import default_device
+
+    place = default_device() if device == "auto" else torch.device(device)
+    dtype = torch.float32 if place.type == "cpu" else "auto"
+    at = {} if revision is None else {"revision": revision}
+    loaded: Any
+    try:
+        loaded = SamfForConditionalGeneration.from_pretrained(model, dtype=dtype, **at)
+        processor = SamfProcessor.from_pretrained(model, **at)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{model}: can't be loaded as a SAMF model: {error}") from error
+    return SamfReportPipeline(model=loaded, processor=processor, device=place)
+
+
+def answer_scans(
+    reporter: "SamfReportPipeline", scans: Sequence[str], questions: Sequence[str], **generation: Any
+) -> Iterator[tuple[str, "list[Report] | str"]]:
+    """Yield each scan with its reports, or with the reason why it has none.
+
+    Args:
+        reporter: the pipeline.
+        scans: paths and addresses.
+        questions: what is asked of each; none = the report.
+        generation: options of `generate`.
+    """
+    from samf.model.ct_volume import CTReadError
+
+    for scan in tqdm(scans, desc="scans", unit="scan", disable=len(scans) < 2):
+        try:
+            reports = reporter(scan, question=list(questions) or None, **generation)
+        except (CTReadError, OSError, ValueError) as error:
+            yield scan, str(error)
+        else:
+            yield scan, reports if isinstance(reports, list) else [reports]
+
+
+def report_names(scans: Sequence[str]) -> dict[str, str]:
+    """Return a file name without an ending for each scan; scans of one name in different folders get numbers."""
+    from samf.data.volume_discovery import VOLUME_SUFFIXES
+
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for scan in scans:
+        stem = Path(scan.rstrip("/")).name
+        ending = max((end for end in VOLUME_SUFFIXES if stem.lower().endswith(end)), key=len, default="")
+        stem = stem[: len(stem) - len(ending)] or "scan"
+        name, number = stem, 2
+        while name in taken:
+            name, number = f"{stem}_{number}", number + 1
+        taken.add(name)
+        names[scan] = name
+    return names
+
+
+def write_reports(
+    reporter: "SamfReportPipeline",
+    scans: Sequence[str],
+    questions: Sequence[str],
+    out: Path | None,
+    as_json: bool,
+    **generation: Any,
+) -> int:
+    """Write the reports of scans to standard output, and into `out` if it is given; return the exit code.
+
+    Args:
+        reporter: the pipeline.
+        scans: paths and addresses.
+        questions: what is asked of each; none = the report.
+        out: folder of a .txt and a .json for each scan. Scans whose .json is there already are left out; failures.json
+            lists those that can't be read.
+        as_json: one JSON object per line on standard output, in place of text.
+        generation: options of `generate`.
+    """
+    names, failures, left = report_names(scans), {}, list(scans)
+    if out is not None:
+        left = [scan for scan in scans if not (out / f"{names[scan]}.json").exists()]
+        if len(left) < len(scans):
+            sys.stderr.write(f"{len(scans) - len(left)} of {len(scans)} scans have their report in {out} already.\n")
+    for scan, outcome in answer_scans(reporter, left, questions, **generation):
+        if isinstance(outcome, str):
+            failures[scan] = outcome
+            sys.stderr.write(f"{outcome}\n")
+            continue
+        if out is not None:
+            save_reports(outcome, out, names[scan])
+        sys.stdout.write(json_lines(outcome) if as_json else plain_text(scan, outcome, len(scans) > 1))
+        sys.stdout.flush()
+    if out is not None and failures:
+        write_json(out / "failures.json", failures)
+    if failures:
+        return ALL_FAILED if len(failures) == len(scans) else SOME_FAILED
+    return 0
+
+
+def save_reports(reports: "Sequence[Report]", folder: Path, name: str) -> None:
+    """Write one report as `name`.txt and .json; several answers about one scan as one .json."""
+    if len(reports) == 1:
+        reports[0].save(folder, name)
+    else:
+        write_json(folder / f"{name}.json", [report.to_dict() for report in reports])
+
+
+def json_lines(reports: "Sequence[Report]") -> str:
+    """Return one JSON object per line."""
+    return "".join(json.dumps(report.to_dict(), ensure_ascii=False) + "\n" for report in reports)
+
+
+def plain_text(scan: str, reports: "Sequence[Report]", with_name: bool) -> str:
+    """Return reports as text for a terminal."""
+    from samf.model.report_samf import DISCLAIMER
+
+    parts = [f"{scan}\n"] if with_name else []
+    for report in reports:
+        asked = f"{report.question}\n" if len(reports) > 1 else ""
+        parts.append(f"{asked}{report.text}\n")
+    return "\n".join([*parts, f"{DISCLAIMER}\n\n"])
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanFacts:
+    """What a file holds as a CT volume.
+
+    Attributes:
+        source: path or address.
+        shape: voxels along X, Y, Z (right, front, top).
+        spacing_mm: voxel size along the same axes.
+        coverage_mm: extent of the volume along the same axes.
+        stored_orientation: directions of the axes as stored.
+        tilt_degrees: largest angle between an axis of the volume and the patient's.
+        hu: minimum, median and maximum, in HU.
+        warnings: what was repaired or found unusual.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    coverage_mm: tuple[float, ...]
+    stored_orientation: str
+    tilt_degrees: float
+    hu: tuple[float, float, float]
+    warnings: tuple[str, ...]
+
+
+def scan_facts(path: str) -> ScanFacts:
+    """Read a scan and return what it is.
+
+    Raises:
+        UsageError: it can't be read as a CT volume.
+    """
+    import numpy as np
+
+    from samf.model.ct_volume import CTReadError, read_ct
+    from samf.model.pipeline_samf import collected_warnings
+
+    try:
+        with collected_warnings() as warnings:
+            volume = read_ct(path)
+    except (CTReadError, OSError) as error:
+        raise UsageError(str(error)) from error
+    directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    tilt = float(np.degrees(np.arccos(np.clip(np.diag(directions), -1, 1))).max())
+    values = volume.hu[::4, ::4, ::4]
+    hu = (float(volume.hu.min()), float(np.median(values)), float(volume.hu.max()))
+    return ScanFacts(
+        source=path,
+        shape=tuple(volume.shape),
+        spacing_mm=tuple(round(float(value), 4) for value in volume.spacing),
+        coverage_mm=tuple(round(float(value), 4) for value in volume.coverage_mm),
+        stored_orientation=volume.stored_orientation,
+        tilt_degrees=round(tilt, 2),
+        hu=hu,
+        warnings=tuple(warnings),
+    )
+
+
+def facts_text(facts: ScanFacts) -> str:
+    """Return the facts as aligned lines."""
+    shown = {
+        "scan": facts.source,
+        "voxels (right, front, top)": " x ".join(map(str, facts.shape)),
+        "voxel size": " x ".join(f"{value:g}" for value in facts.spacing_mm) + " mm",
+        "coverage": " x ".join(f"{value:.0f}" for value in facts.coverage_mm) + " mm",
+        "stored axes": facts.stored_orientation,
+        "tilt": f"{facts.tilt_degrees:g} degrees",
+        "HU (minimum, median, maximum)": ", ".join(f"{value:g}" for value in facts.hu),
+        **{f"warning {number}": text for number, text in enumerate(facts.warnings, start=1)},
+    }
+    width = max(map(len, shown))
+    return "".join(f"{name:<{width}}  {value}\n" for name, value in shown.items())
+
+
+def exit_with(error: Exception) -> typer.Exit:
+    """Write an error as one line and return what ends the command with exit code 2."""
+    sys.stderr.write(f"samf: {' '.join(str(error).split())}\n")
+    return typer.Exit(ALL_FAILED)

@@ -1,0 +1,87 @@
+"""Records from any data source: `load_records`, which all scripts call."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+
+from samf.data.ct_rate.loader import load_ct_rate
+from samf.data.ct_rate.sources import is_hub_name
+from samf.data.patients import PatientRule, settle_patients
+from samf.data.samf_csv import load_samf_csv
+from samf.utils.text_files import open_csv
+
+
+class RecordLoader(Protocol):
+    """A loader of a layout of its own, such as `samf.data.table_columns.TableColumns`."""
+
+    def load(self, source: str | Path, split: str, **options: Any) -> datasets.Dataset:
+        """Return the records of a split; `options` are those of `load_records`."""
+        ...
+
+
+def load_records(
+    source: str | Path,
+    split: str,
+    *,
+    columns: RecordLoader | None = None,
+    patient_rule: PatientRule | None = None,
+    patient_column: str | None = None,
+    **options: Any,
+) -> datasets.Dataset:
+    """Load the records of a split from any known kind of source.
+
+    Args:
+        source: CT-RATE's folder or its name on the Hub, such as ibrahimhamamci/CT-RATE (`load_ct_rate`); or one of the
+            paper's CSVs, or both with a comma between them (`load_samf_csv`), in whose paths "{split}" stands for the
+            split. `image_root` is then the images' folder, by default that of the CSV.
+        split: "train" or "valid".
+        columns: loads a data set in another layout (`samf.data.table_columns.TableColumns`).
+        patient_rule: reads patients from the volumes' paths; see `samf.data.patients`.
+        patient_column: a CSV's column of patients.
+        options: of the loader. CSVs ignore `finding_names`, `vqa_files` and `cache_dir`.
+
+    Raises:
+        FileNotFoundError: an unknown source, or missing files.
+        ValueError: an option that the source doesn't have, or a table without a column that it needs.
+    """
+    if columns is not None:
+        records = columns.load(source, split, **options)
+    else:
+        records = _load_known_layout(source, split, patient_column=patient_column, **options)
+    root = Path(options.get("image_root") or source).expanduser().absolute()
+    return settle_patients(records, str(source), patient_rule, str(root if root.is_dir() else root.parent))
+
+
+def _load_known_layout(source: str | Path, split: str, **options: Any) -> datasets.Dataset:
+    """Load CT-RATE's layout or the paper's CSVs."""
+    named = str(source).replace("{split}", split)
+    path = Path(named).expanduser()
+    files = [path] if path.exists() else [Path(part.strip()).expanduser() for part in named.split(",")]
+    if all(file.suffix == ".csv" and file.is_file() for file in files):
+        return _load_csv_files(files, **options)
+    if path.is_dir() or is_hub_name(named):
+        if options.pop("patient_column", None) is not None:
+            raise ValueError(
+                "patient_column is for tables; in CT-RATE's layout the file names give the patients, or --patient_rule."
+            )
+        return load_ct_rate(named, split, **options)
+    raise FileNotFoundError(
+        f"{path}: no such folder or CSV. Give CT-RATE's folder, one or two of the paper's CSV files, the name of a data "
+        f"set on the Hub (ibrahimhamamci/CT-RATE), or a table in another layout with --volume_column."
+    )
+
+
+def _load_csv_files(files: Sequence[Path], image_root: str | Path | None = None, **options: Any) -> datasets.Dataset:
+    """Load one or both of the paper's CSVs, which are recognised by their columns."""
+    by_kind: dict[bool, Path] = {}
+    for file in files:
+        with open_csv(file) as rows:
+            is_report = "caption" in (rows.fieldnames or [])
+        if is_report in by_kind:
+            kind = "reports" if is_report else "multiple choice"
+            raise ValueError(f"{by_kind[is_report]} and {file} both hold {kind}; give one of each.")
+        by_kind[is_report] = file
+    kept = {name: value for name, value in options.items() if name not in ("finding_names", "vqa_files", "cache_dir")}
+    return load_samf_csv(by_kind.get(True), by_kind.get(False), image_root or files[0].parent, **kept)

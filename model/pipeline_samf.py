@@ -1,0 +1,353 @@
+"""`pipeline("ct-report")`: CT scans to reports, or to the answers of questions about them."""
+
+import contextlib
+import logging as python_logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from .ct_volume import CTReadError, CTVolume, to_ct_volume
+from .report_samf import Provenance, Report, Sentence, split_sentences
+
+TASK = "ct-report"
+SLICE_INPUTS = ("pixel_values", "slice_mask", "slice_planes", "slice_positions")
+REPORT_QUESTION = "Write the radiology report of this chest CT."
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A scan of a list that could not be read.
+
+    Attributes:
+        source: the scan as it was given.
+        error: the reason, with the remedy.
+    """
+
+    source: str
+    error: str
+
+
+@dataclass(frozen=True)
+class EncodedScan:
+    """A scan after the slice encoder: all that any number of questions about it need.
+
+    Attributes:
+        source: the scan as it was given.
+        shape, spacing, orientation: of the volume, as in [`Provenance`].
+        features: `slice_embeddings` float32 (S, D), `slice_planes` and `slice_positions` (S,).
+        findings: probability of each finding by the findings head; empty without one.
+        warnings: what the reader repaired or found unusual.
+    """
+
+    source: str
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    orientation: str
+    features: Mapping[str, np.ndarray]
+    findings: Mapping[str, float]
+    warnings: tuple[str, ...]
+
+
+class SamfReportPipeline(Pipeline):
+    """Write reports of CT scans, or answer questions about them.
+
+    ```python
+    from transformers import pipeline
+
+    reporter = pipeline("ct-report", model="someone/samf", trust_remote_code=True)
+    report = reporter("scan.nii.gz")
+    answers = reporter("scan.nii.gz", question=["Is there a pleural effusion?", "Is the heart enlarged?"])
+    reports = reporter(["a.nii.gz", "dicom_folder"], batch_size=2)
+    ```
+    """
+
+    _load_processor = True  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = False  # type: ignore[assignment]
+    processor: Any
+    model: Any
+
+    def __call__(  # type: ignore[override]
+        self,
+        inputs: Any,
+        question: str | Sequence[str] | None = None,
+        batch_size: int | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Return the report of a scan, or what `question` asks for.
+
+        Args:
+            inputs: a path, folder, zip or address of a scan, a `CTVolume`, an HU array (X, Y, Z) in RAS+, a nibabel or
+                SimpleITK image, or anything else that `samf.read_ct` or the processor takes; or a list of them. (The files
+                of one DICOM series go as a folder, or as a list within the list.)
+            question: None for the report, a question, or several questions: the scan is then encoded once.
+            batch_size: prompts that are answered together; 1 by default.
+            generate_kwargs: of `generate`, such as `max_new_tokens` or `num_beams`.
+
+        Returns:
+            A [`Report`] for one scan and at most one question; for several questions a list of reports. For a list of scans a
+            list with one such entry per scan, and a [`Failure`] for each scan that can't be read.
+
+        Raises:
+            CTReadError: a single scan can't be read.
+        """
+        questions = [question or REPORT_QUESTION] if question is None or isinstance(question, str) else list(question)
+        if not questions:
+            raise ValueError("question is an empty list; leave it out for a report, or pass at least one question.")
+        if not isinstance(inputs, (list, tuple)):
+            (outcome,) = self._answer_scans([self.encode(inputs)], questions, batch_size, generate_kwargs)
+            return self._unwrapped(outcome, question)
+        size = batch_size or self._batch_size or 1
+        results: list[Any] = []
+        for start in range(0, len(inputs), size):  # no more scans than a batch has room for are held at once
+            scans = [self._encode_or_fail(scan) for scan in inputs[start : start + size]]
+            results += self._answer_scans(scans, questions, size, generate_kwargs)
+        return [self._unwrapped(outcome, question) for outcome in results]
+
+    def _answer_scans(
+        self,
+        scans: Sequence["EncodedScan | Failure"],
+        questions: Sequence[str],
+        batch_size: int | None,
+        generate_kwargs: Mapping[str, Any],
+    ) -> list["list[Report] | Failure"]:
+        """Return the reports of each scan, one per question, and failures as they are."""
+        jobs = [(scan, asked) for scan in scans if isinstance(scan, EncodedScan) for asked in questions]
+        size = batch_size or self._batch_size or 1
+        batches = (jobs[start : start + size] for start in range(0, len(jobs), size))
+        answered = iter([report for batch in batches for report in self.answer(batch, **generate_kwargs)])
+        return [scan if isinstance(scan, Failure) else [next(answered) for _ in questions] for scan in scans]
+
+    @staticmethod
+    def _unwrapped(outcome: "list[Report] | Failure", question: str | Sequence[str] | None) -> Any:
+        """Return the only report in place of a list of one, unless the questions came as a list."""
+        single = question is None or isinstance(question, str)
+        return outcome[0] if single and isinstance(outcome, list) else outcome
+
+    def encode(self, scan: Any) -> EncodedScan:
+        """Read a scan and run the slice encoder, aggregator and findings head on it.
+
+        Args:
+            scan: as in `__call__`, or an `EncodedScan`, which is returned as it is.
+
+        Raises:
+            CTReadError: the scan can't be read.
+        """
+        if isinstance(scan, EncodedScan):
+            return scan
+        with collected_warnings() as warnings:
+            volume = to_ct_volume(scan)
+            stack = self.processor.image_processor([volume], return_tensors="pt")
+        tensors = {name: stack[name].to(self.device) for name in SLICE_INPUTS}
+        with torch.inference_mode():
+            outputs = self.model(**tensors)
+        found: Mapping[str, float] = {}
+        if outputs.finding_logits is not None:
+            probabilities = outputs.finding_logits[0].float().sigmoid().tolist()
+            found = dict(zip(self.model.config.finding_names, probabilities, strict=True))
+        features = {
+            "slice_embeddings": outputs.image_outputs.last_hidden_state[0].float().cpu().numpy(),
+            "slice_planes": stack["slice_planes"][0].numpy(),
+            "slice_positions": stack["slice_positions"][0].numpy(),
+        }
+        orientation = volume.stored_orientation
+        return EncodedScan(
+            describe_source(scan), volume.shape, volume.spacing, orientation, features, found, tuple(warnings)
+        )
+
+    def answer(self, jobs: Sequence[tuple[EncodedScan, str]], **generate_kwargs: Any) -> list[Report]:
+        """Answer one question per encoded scan, all in one batch.
+
+        Args:
+            jobs: pairs of a scan and a question.
+            generate_kwargs: of `generate`.
+
+        Returns:
+            One report per pair, in order.
+        """
+        inputs = self._prompts(jobs)
+        asked = {**generate_kwargs, "return_dict_in_generate": True, "output_logits": True}
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, **asked)
+        made = output.sequences[:, inputs["input_ids"].shape[1] :]  # (B, T)
+        scores = self.model.compute_transition_scores(
+            output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True
+        )
+        return [
+            self._report(scan, asked_for, tokens, row, generate_kwargs)
+            for (scan, asked_for), tokens, row in zip(jobs, made.cpu(), scores.float().cpu(), strict=True)
+        ]
+
+    def stream(
+        self, scan: Any, question: str | None = None, timeout: float | None = None, **generate_kwargs: Any
+    ) -> Iterator[str]:
+        """Yield the report of one scan, or the answer to one question, piece by piece as it is written.
+
+        Closing the iterator ends the generation at its next token.
+
+        Args:
+            scan: as in `__call__`.
+            question: None for the report.
+            timeout: seconds to wait for each piece; None = no limit.
+            generate_kwargs: of `generate`.
+
+        Raises:
+            CTReadError: the scan can't be read. Whatever `generate` raises is raised here too.
+        """
+        inputs = self._prompts([(self.encode(scan), question or REPORT_QUESTION)])
+        streamer = TextIteratorStreamer(
+            self.processor.tokenizer, skip_prompt=True, timeout=timeout, skip_special_tokens=True
+        )
+        stop, failure = _Stop(), []
+
+        def work() -> None:
+            try:
+                with torch.inference_mode():
+                    criteria = StoppingCriteriaList([stop])
+                    self.model.generate(**inputs, **generate_kwargs, streamer=streamer, stopping_criteria=criteria)
+            except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
+                failure.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stop.asked = True
+            thread.join()
+        if failure:
+            raise failure[0]
+
+    # What transformers' Pipeline asks of its classes; `__call__` goes its own way, because several questions share a scan.
+
+    def _sanitize_parameters(self, **generate_kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        return {}, generate_kwargs, {}
+
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
+        """Return the encoded scan."""
+        return {"scan": self.encode(input_)}
+
+    def _forward(self, input_tensors: dict[str, Any], **generate_kwargs: Any) -> Any:
+        return self.answer([(input_tensors["scan"], REPORT_QUESTION)], **generate_kwargs)[0]
+
+    def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> Report:
+        """Return the report as it is."""
+        return model_outputs
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the model and the processor into a folder that loads as a pipeline, a model and a processor."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+    def _encode_or_fail(self, scan: Any) -> EncodedScan | Failure:
+        try:
+            return self.encode(scan)
+        except (CTReadError, OSError, TypeError, ValueError) as error:
+            return Failure(describe_source(scan), str(error))
+
+    def _prompts(self, jobs: Sequence[tuple[EncodedScan, str]]) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for pairs of a scan and a question, padded on the left."""
+        conversations = [
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "volume", "volume": dict(scan.features)}, {"type": "text", "text": asked}],
+                }
+            ]
+            for scan, asked in jobs
+        ]
+        inputs = self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+        unread = self.processor.unused_input_names
+        return {name: value.to(self.device) for name, value in inputs.items() if name not in unread}
+
+    def _report(
+        self,
+        scan: EncodedScan,
+        question: str,
+        tokens: torch.Tensor,
+        log_probabilities: torch.Tensor,
+        generate_kwargs: Mapping[str, Any],
+    ) -> Report:
+        """Return the report of one row of generated tokens (T,) with their log-probabilities (T,)."""
+        tokenizer = self.processor.tokenizer
+        ends = self.model.generation_config.eos_token_id
+        stops = torch.isin(tokens, torch.tensor(ends if isinstance(ends, list) else [ends]))
+        count = int(stops.nonzero()[0]) if stops.any() else len(tokens)
+        ids = tokens[:count].tolist()
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        places = [len(tokenizer.decode(ids[:index], skip_special_tokens=True)) for index in range(count)]
+        sentences = []
+        for start, end in split_sentences(text):
+            own = [index for index, place in enumerate(places) if start <= place < end]
+            total = float(log_probabilities[own].sum()) if own else None
+            sentences.append(Sentence(text[start:end], start, end, len(own), total))
+        made_from = Provenance(
+            source=scan.source,
+            shape=scan.shape,
+            spacing=scan.spacing,
+            orientation=scan.orientation,
+            slice_settings=self.processor.image_processor.settings_hash(),
+            model=self.model.config._name_or_path,
+            revision=getattr(self.model.config, "_commit_hash", None),
+            generation={
+                name: value for name, value in generate_kwargs.items() if isinstance(value, (bool, int, float, str))
+            },
+            versions={"transformers": transformers.__version__, "torch": torch.__version__},
+        )
+        limit = not stops.any()
+        return Report(text.strip(), question, tuple(sentences), made_from, scan.findings, limit, scan.warnings)
+
+
+class _Stop(StoppingCriteria):
+    """Ends a generation as soon as `asked` is set."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)
+
+
+@contextlib.contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Yield a list that fills with what this package's loggers warn of, which they also go on to say."""
+    found: list[str] = []
+
+    class Collector(python_logging.Handler):
+        def emit(self, record: python_logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    handler = Collector(python_logging.WARNING)
+    logger = python_logging.getLogger(__name__.rpartition(".")[0])
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+
+
+def describe_source(scan: Any) -> str:
+    """Return a path or address as it is, and for an object in memory its class."""
+    if isinstance(scan, EncodedScan):
+        return scan.source
+    if isinstance(scan, (str, os.PathLike)):
+        return os.fspath(scan)
+    if isinstance(scan, (list, tuple)) and scan and isinstance(scan[0], (str, os.PathLike)):
+        return f"{os.fspath(scan[0])} and {len(scan) - 1} more"
+    return scan.source if isinstance(scan, CTVolume) else type(scan).__name__

@@ -1,0 +1,107 @@
+"""The `samf` command, by its exit codes, its output and the files that it leaves."""
+
+import json
+
+import nibabel
+import numpy as np
+import pytest
+from tiny import model_for, tiny_processor
+from typer.testing import CliRunner
+
+from samf.cli.main import DOORS, app
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder, processor = tmp_path_factory.mktemp("model"), tiny_processor()
+    model_for(processor, finding_names=["Emphysema"]).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Two scans of one name in two folders, as data sets have them."""
+    paths = []
+    for seed in range(2):
+        paths.append(tmp_path / "scans" / str(seed) / "ct_1.5mm.nii.gz")
+        paths[-1].parent.mkdir(parents=True)
+        hu = np.random.default_rng(seed).integers(-1000, 400, (20, 18, 16)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(hu, np.diag([-2.0, -2.0, 3.0, 1.0])), paths[-1])
+    return paths
+
+
+def test_reports_of_a_folder_are_written_and_resumed(model, scans, tmp_path):
+    out = tmp_path / "out"
+    options = ["--model", model, "--out", str(out), "--max-new-tokens", "6"]
+    first = run(app, ["report", str(tmp_path / "scans"), *options])
+    assert first.exit_code == 0 and first.stdout.count("not for diagnosis") == 2
+    names = {"ct_1.5mm.json", "ct_1.5mm.txt", "ct_1.5mm_2.json", "ct_1.5mm_2.txt"}
+    assert {file.name for file in out.iterdir()} == names
+    sources = {json.loads((out / name).read_text())["provenance"]["source"] for name in names if name.endswith("json")}
+    assert sources == set(map(str, scans))
+    (out / "ct_1.5mm_2.json").unlink()
+    again = run(app, ["report", str(tmp_path / "scans"), *options])
+    assert again.exit_code == 0 and again.stdout.count("not for diagnosis") == 1 and "1 of 2 scans" in again.stderr
+
+
+def test_questions_and_json(model, scans):
+    asked = ["--question", "Is there emphysema?", "--question", "Is the heart enlarged?"]
+    done = run(app, ["ask", str(scans[0]), *asked, "--model", model, "--json", "--max-new-tokens", "4"])
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.exit_code == 0 and [answer["question"] for answer in answers] == asked[1::2]
+    assert all(0 < answer["findings"]["Emphysema"] < 1 for answer in answers)
+
+
+def test_a_bad_scan_among_good_ones_is_told_by_the_exit_code(model, scans, tmp_path):
+    bad = tmp_path / "bad.nii.gz"
+    bad.write_bytes(b"no scan")
+    options = ["--model", model, "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
+    some = run(app, ["report", str(scans[0]), str(bad), *options])
+    assert some.exit_code == 1 and "bad.nii.gz" in some.stderr
+    assert list(json.loads((tmp_path / "out" / "failures.json").read_text())) == [str(bad)]
+    assert run(app, ["report", str(bad), *options]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [(["/none.nii.gz"], "no such file"), (["*.none"], "no file fits"), (["."], "no scan in it")],
+)
+def test_what_is_no_scan_is_one_line_and_exit_code_2(paths, message, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(app, ["report", *paths, "--model", model])
+    assert done.exit_code == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_folder_without_a_model_is_one_line(scans, tmp_path):
+    done = run(app, ["report", str(scans[0]), "--model", str(tmp_path)])
+    assert done.exit_code == 2 and str(tmp_path) in done.stderr.splitlines()[-1]
+
+
+def test_info(scans):
+    facts = json.loads(run(app, ["info", str(scans[0]), "--json"]).stdout)
+    hu = np.asarray(nibabel.load(scans[0]).dataobj)
+    assert facts["shape"] == [20, 18, 16] and facts["spacing_mm"] == [2, 2, 3] and facts["coverage_mm"] == [40, 36, 48]
+    assert facts["stored_orientation"] == "LPS" and facts["tilt_degrees"] == 0
+    assert (facts["hu"][0], facts["hu"][2]) == (hu.min(), hu.max())
+    assert "2 x 2 x 3 mm" in run(app, ["info", str(scans[0])]).stdout
+    assert run(app, ["info", "/none.nii.gz"]).exit_code == 2
+
+
+@pytest.mark.parametrize(("degrees", "tilt", "resampled"), [(5, 5, False), (20, 0, True)])
+def test_info_tells_the_tilt_and_what_was_resampled(degrees, tilt, resampled, tmp_path):
+    """Turned about the axis from foot to head."""
+    turned, angle = np.eye(4), np.radians(degrees)
+    turned[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    nibabel.save(nibabel.Nifti1Image(np.zeros((12, 12, 12), np.int16) - 900, turned), tmp_path / "tilted.nii.gz")
+    facts = json.loads(run(app, ["info", str(tmp_path / "tilted.nii.gz"), "--json"]).stdout)
+    assert facts["tilt_degrees"] == tilt
+    assert any("resampled" in warning for warning in facts["warnings"]) == resampled
+
+
+@pytest.mark.parametrize("name", sorted(DOORS))
+def test_doors_hand_over_to_the_scripts(name):
+    done = run(app, [name, "--help"])
+    assert done.exit_code == 0 and "usage:" in done.stdout and "--" in done.stdout
