@@ -41,7 +41,7 @@ def collate(
 
 def mean_auc(prediction: EvalPrediction) -> dict[str, float]:
     """Return the area under the ROC curve, averaged over the labels that have both values."""
-    logits, labels = prediction.predictions, prediction.label_ids
+    logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     occurring = [column for column in range(labels.shape[1]) if 0 < labels[:, column].mean() < 1]
     return {"auc": float(np.mean([roc_auc_score(labels[:, column], logits[:, column]) for column in occurring]))}
 

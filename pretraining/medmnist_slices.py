@@ -47,7 +47,7 @@ class MedMnistSlices(Dataset):
         ValueError: The file has no grey images, or not as many labels.
     """
 
-    label_names = ORGANS
+    label_names: tuple[str, ...] = ORGANS
 
     def __init__(self, file: Path, split: str, folder: Path):
         self.images = np.load(_unpack_member(file, f"{split}_images.npy", folder), mmap_mode="r")  # (N, size, size)

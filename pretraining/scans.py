@@ -8,8 +8,8 @@ import numpy as np
 from samf.cache.slice_cache import SliceCache
 from samf.data.ct_rate.names import VolumeName
 from samf.data.patients import patient_of, refuse_common_patients, refuse_shared_folders, warn_of_unknown
-from samf.data.schema import OnError
 from samf.data.volume_discovery import FoundVolumes, SourceOptions, VolumeKey, find_splits, join_found
+from samf.training.choices import OnErrorOption
 from samf.training.slice_filling import fill_slice_cache
 from samf.utils.distributed import Processes
 
@@ -23,15 +23,15 @@ class Scan:
     volumes: tuple[VolumeKey, ...]
 
 
-def missing_option(on_missing: OnError) -> str:
-    """Return `SourceOptions.on_missing` for "raise" or "skip"."""
+def missing_option(on_missing: OnErrorOption) -> str:
+    """Return the value for `SourceOptions.on_missing`."""
     return "skip" if on_missing == "skip" else SourceOptions.on_missing
 
 
 def find_scans(
     data: Sequence[str],
     *,
-    on_missing: OnError = "raise",
+    on_missing: OnErrorOption = "raise",
     valid_share: float = 0.1,
     options: SourceOptions | None = None,
 ) -> dict[str, list[Scan]]:
@@ -59,8 +59,8 @@ def find_by_split(data: Sequence[str], options: SourceOptions) -> dict[str, Foun
     def search() -> dict[str, FoundVolumes]:
         parts: dict[str, list[FoundVolumes]] = {"train": [], "valid": []}
         for source in data:
-            for split, found in find_splits(source, options).items():
-                parts[split].append(found)
+            for split, part in find_splits(source, options).items():
+                parts[split].append(part)
         found = {split: join_found(own) for split, own in parts.items()}
         unknown = sum(patient is None for own in found.values() for patient in own.patients.values())
         warn_of_unknown(", ".join(data), unknown, sum(len(own.keys) for own in found.values()))
@@ -80,7 +80,7 @@ def split_scans(found: Mapping[str, FoundVolumes], valid_share: float) -> dict[s
 
 
 def readable_scans(
-    data: Sequence[str], cache: SliceCache, *, on_error: OnError, valid_share: float, options: SourceOptions
+    data: Sequence[str], cache: SliceCache, *, on_error: OnErrorOption, valid_share: float, options: SourceOptions
 ) -> dict[str, list[Scan]]:
     """Fill a cache by all processes together, and return the scans whose slices it has then.
 

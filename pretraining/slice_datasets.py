@@ -23,12 +23,12 @@ from torch.utils.data import Dataset
 from samf.cache.manifest import Manifest
 from samf.cache.slice_cache import SliceCache, read_entry
 from samf.data.patients import PatientRule, find_patients, warn_of_unknown
-from samf.data.schema import OnError
 from samf.data.volume_discovery import SourceOptions
 from samf.model.image_processing_samf import PLANES, SamfImageProcessor
 from samf.pretraining.labelled_sets import SliceSets
 from samf.pretraining.medmnist_slices import PACKAGE, download_medmnist, holds_medmnist, medmnist_sets
 from samf.pretraining.scans import Scan, hold_out, missing_option, readable_scans
+from samf.training.choices import OnErrorOption
 from samf.utils.distributed import Processes
 
 SLICES = "_slices"  # the slice cache in an output folder; Trainer doesn't push names that begin with an underscore
@@ -140,8 +140,8 @@ def slice_sets(
     splits: Sequence[str] = ("train",),
     depth_bins: int = 8,
     valid_share: float = 0.1,
-    on_error: OnError = "raise",
-    on_missing: OnError = "raise",
+    on_error: OnErrorOption = "raise",
+    on_missing: OnErrorOption = "raise",
     options: SourceOptions | None = None,
     min_coverage: float = 0.0,
 ) -> SliceSets:

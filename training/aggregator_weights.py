@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from samf.model.configuration_samf import SamfConfig
 from samf.model.hub_samf import publish_weights
+from samf.model.modeling_samf import SamfPreTrainedModel
 from samf.utils.files import atomic_update
 
 WEIGHTS_FILE = "aggregator.safetensors"
@@ -35,7 +35,7 @@ def aggregator_settings(config: SamfConfig) -> dict[str, int | float | str]:
     return settings | {"slice_positions": positions, "slice_dim": config.slice_dim}
 
 
-def save_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
+def save_aggregator(model: SamfPreTrainedModel, folder: str | os.PathLike) -> None:
     """Save the aggregator and slice positions of a model, for `load_aggregator`.
 
     Args:
@@ -56,7 +56,7 @@ def save_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
         publish_weights(temporary)
 
 
-def load_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
+def load_aggregator(model: SamfPreTrainedModel, folder: str | os.PathLike) -> None:
     """Load a warmed-up aggregator and its slice positions into a model, in the model's own precision.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a checkpoint's files lack, told from sizes and headers.
+"""Damaged and missing files of checkpoints, found from sizes and headers.
 
 A killed process, a full disk and a power failure leave files that are missing, empty or cut short. Sizes and headers show
 all of these: the tensors' extents in a safetensors header, the directory at the end of a file of `torch.save`, the extents
@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 STATE = "trainer_state.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
@@ -32,7 +32,7 @@ def _safetensors_damage(file: Path) -> str | None:
         try:
             (length,) = struct.unpack("<Q", stream.read(8))
             if 8 + length > size:
-                return f"cut short: {size} bytes, its header alone has {length}"
+                return f"cut short: {size} bytes, its header has {length}"
             header = json.loads(stream.read(length))
             tensors = [entry for name, entry in header.items() if name != "__metadata__"]
             end = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import datasets
 from transformers import TrainingArguments
@@ -14,7 +14,7 @@ from samf.data.ct_rate.loader import CT_RATE_LABELS, check_patient_overlap, load
 from samf.data.lengths import add_lengths, find_overlong
 from samf.data.mixture import TaskMixture, parse_weights
 from samf.data.patients import PatientRule
-from samf.data.schema import IGNORE_INDEX, OnError
+from samf.data.schema import IGNORE_INDEX, JsonObject, OnError
 from samf.data.table_columns import TableColumns
 from samf.data.volume_discovery import distinct_volumes
 from samf.evaluation.answering.generation import shuffle_volumes
@@ -101,8 +101,8 @@ def load_datasets(
 def _load_splits(
     args: DataArguments, finding_names: list[str], with_valid: bool, output_dir: str
 ) -> dict[str, datasets.Dataset]:
-    options = {"tasks": args.tasks, "finding_names": finding_names, **load_options(args)}
-    vqa_files = {"vqa_files": args.vqa_files} if args.vqa_files else {}
+    options: JsonObject = {"tasks": args.tasks, "finding_names": finding_names, **load_options(args)}
+    vqa_files: JsonObject = {"vqa_files": args.vqa_files} if args.vqa_files else {}
     splits = {"train": vqa_files, "valid": {}} if with_valid else {"train": vqa_files}
     data = {
         name: load_records(args.data, name, **options, **own, counts_file=Path(output_dir, _COUNTS_FILE.format(name)))
@@ -119,7 +119,9 @@ def load_options(args: DataArguments) -> LoadOptions:
     """Return the options of `load_records` that were given; the others keep its defaults."""
     given = {name: getattr(args, name) for name in ("report_sections", "reconstructions", "image_root")}
     options = {name: value for name, value in given.items() if value} | args.record_options()
-    return {**options, "on_missing": "skip"} if args.on_error == "skip" else options
+    if args.on_error == "skip":
+        options["on_missing"] = "skip"
+    return cast("LoadOptions", options)
 
 
 def without_failed(records: datasets.Dataset, cache: SliceCache) -> datasets.Dataset:
@@ -133,7 +135,7 @@ def without_failed(records: datasets.Dataset, cache: SliceCache) -> datasets.Dat
     volumes = Processes().from_first(failed_paths)  # one process decides: all must have the same records
     if not volumes:
         return records
-    unreadable = set(volumes)
+    unreadable: set[str] = set(volumes)
     rows = [index for index, path in enumerate(records["volume"][:]) if path not in unreadable]
     logger.warning(
         "%d of %d records left out: preprocess.py couldn't read their %d volumes (first: %s); failures.jsonl in %s says why",

@@ -108,7 +108,7 @@ class SliceWeights:
             device: For the sums of a process that has added nothing.
             reduce: Sums a tensor over the processes.
         """
-        report = {}
+        report: dict[str, float] = {}
         for name in self.names:  # the same names on every process, for the collective call
             entropy, largest, count = reduce(self.sums.get(name, torch.zeros(3, device=device))).tolist()
             if count:

@@ -50,7 +50,7 @@ class SetEpoch(TrainerCallback):
         sampler: Gets the epoch as its attribute `epoch`.
     """
 
-    def __init__(self, sampler: Sampler):
+    def __init__(self, sampler: "EpochSampler | RecordOrder"):
         self.sampler = sampler
 
     def on_epoch_begin(

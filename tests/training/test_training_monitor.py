@@ -1,4 +1,4 @@
-"""What training measures: operations, throughput, sight, entropies, answers; labels by rules; cut answers."""
+"""What training measures: operations, throughput, grounding, entropies, answers; labels by rules; cut answers."""
 
 import importlib
 import json
@@ -137,7 +137,7 @@ def test_cut_answers_are_counted_across_workers_and_logged(work):
     assert 0 < counts[0] <= counts[1] <= 8
 
 
-# Sight ----------------------------------------------------------------------------------------------------------------
+# Grounding ------------------------------------------------------------------------------------------------------------
 
 
 def test_entropy_is_that_of_numpy():
@@ -221,11 +221,11 @@ def test_answers_are_scored_shown_and_change_nothing(work, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def boards(work) -> Path:
-    """What a run with two reports shown leaves on three boards: runs/, wandb/ and trackio/ below this folder."""
+def trackers(work) -> Path:
+    """What a run that shows two reports leaves in three trackers: runs/, wandb/ and trackio/ below this folder."""
     for name in ("tensorboard", "wandb", "trackio"):
         pytest.importorskip(name)
-    folder = work / "board"
+    folder = work / "trackers"
     options = {"eval_strategy": "steps", "eval_steps": 2, "valid_limit": 8, "generate_samples": 2, "generate_tokens": 5}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": folder, "WANDB_SILENT": "true"}.items():
@@ -233,34 +233,34 @@ def boards(work) -> Path:
         for module in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
             patch.delitem(sys.modules, module)  # it asks for its folder when it is imported
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
-        train_here(work, "board", **options, report_to=("tensorboard", "wandb", "trackio"), run_name="shown")
+        train_here(work, "trackers", **options, report_to=("tensorboard", "wandb", "trackio"), run_name="shown")
     return folder
 
 
-def test_reports_and_slices_go_to_tensorboard(boards):
+def test_reports_and_slices_go_to_tensorboard(trackers):
     accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(next(boards.rglob("events.out.tfevents.*")))).Reload().Tags()
+    events = accumulator.EventAccumulator(str(next(trackers.rglob("events.out.tfevents.*")))).Reload().Tags()
     assert {"samples/report_1_slices", "samples/report_2_slices"} <= set(events["images"])
     assert any(tag.startswith("samples/report_1") for tag in events["tensors"])
     assert "eval/gap" in events["scalars"]
 
 
-def test_reports_and_slices_go_to_wandb(boards):
-    pictures = sorted(boards.glob("wandb/offline-run-*/files/media/images/samples/*.png"))
-    assert [picture.name.split("_slices")[0] for picture in pictures] == ["report_1", "report_2"]
-    drawn = boards / "_samples" / "step_0000002" / "report_1.png"
-    assert pictures[0].read_bytes() == drawn.read_bytes()
-    (text,) = boards.glob("wandb/offline-run-*/files/media/html/samples/report_1_*.html")
+def test_reports_and_slices_go_to_wandb(trackers):
+    images = sorted(trackers.glob("wandb/offline-run-*/files/media/images/samples/*.png"))
+    assert [image.name.split("_slices")[0] for image in images] == ["report_1", "report_2"]
+    drawn = trackers / "_samples" / "step_0000002" / "report_1.png"
+    assert images[0].read_bytes() == drawn.read_bytes()
+    (text,) = trackers.glob("wandb/offline-run-*/files/media/html/samples/report_1_*.html")
     assert "**Reference**" in text.read_text(encoding="utf-8")
 
 
-def test_reports_and_slices_go_to_trackio(boards):
-    with closing(sqlite3.connect(next((boards / "trackio").glob("*.db")))) as database:
+def test_reports_and_slices_go_to_trackio(trackers):
+    with closing(sqlite3.connect(next((trackers / "trackio").glob("*.db")))) as database:
         rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics")]
     shown = [row for row in rows if "samples/report_1" in row]
     assert [row["train/global_step"] for row in shown] == [2]
     assert "**Reference**" in json.dumps(shown[0]["samples/report_1"])
-    assert len(list((boards / "trackio" / "media").rglob("*.png"))) == 2
+    assert len(list((trackers / "trackio" / "media").rglob("*.png"))) == 2
     assert any("eval/gap" in row for row in rows)
 
 
@@ -274,11 +274,11 @@ def test_tensorboards_files_are_not_pushed_with_the_reports_in_them(tmp_path, mo
     assert Path(TensorBoardCallback().logging_dir).relative_to(tmp_path).parts[0].startswith("_")
 
 
-def test_a_board_shows_text_as_it_is():
+def test_a_tracker_shows_text_as_it_is():
     """An answer may hold what HTML would take for a tag."""
-    board = types.SimpleNamespace(Html=str, Image=str, log=lambda row: shown.append(row))
+    tracker = types.SimpleNamespace(Html=str, Image=str, log=lambda row: shown.append(row))
     callback, shown = WandbCallback.__new__(WandbCallback), []
-    callback._wandb = board
+    callback._wandb = tracker
     show_sample([callback], 3, "report_1", "nodule <8 mm & >4 mm")
     assert shown[0].keys() == {"samples/report_1", "train/global_step"}
     assert "nodule &lt;8 mm &amp; &gt;4 mm" in shown[0]["samples/report_1"]
