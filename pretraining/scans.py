@@ -48,12 +48,12 @@ def find_scans(
         FileNotFoundError: There is no volume under one of `data`; says what is looked for.
         ValueError: There are too few patients to hold one out, or a patient is in both splits.
     """
-    return split_scans(
-        find_by_split(data, options or SourceOptions(on_missing=missing_option(on_missing))), valid_share
+    return _split_scans(
+        _find_by_split(data, options or SourceOptions(on_missing=missing_option(on_missing))), valid_share
     )
 
 
-def find_by_split(data: Sequence[str], options: SourceOptions) -> dict[str, FoundVolumes]:
+def _find_by_split(data: Sequence[str], options: SourceOptions) -> dict[str, FoundVolumes]:
     """Return the volumes of all sources with their patients as {"train": …, "valid": …}. One process searches for all."""
 
     def search() -> dict[str, FoundVolumes]:
@@ -69,7 +69,7 @@ def find_by_split(data: Sequence[str], options: SourceOptions) -> dict[str, Foun
     return Processes().from_first(search)
 
 
-def split_scans(found: Mapping[str, FoundVolumes], valid_share: float) -> dict[str, list[Scan]]:
+def _split_scans(found: Mapping[str, FoundVolumes], valid_share: float) -> dict[str, list[Scan]]:
     """Group volumes into scans, and hold patients out where there is no validation split; see `find_scans`."""
     scans = {split: _group(own) for split, own in found.items()}
     if not scans["valid"]:
@@ -96,7 +96,7 @@ def readable_scans(
     Raises:
         ValueError: A split has no readable volume, or as for `find_scans`.
     """
-    found = find_by_split(data, options)
+    found = _find_by_split(data, options)
     everything = join_found([found["train"], found["valid"]])
     kept = fill_slice_cache(cache, everything.keys, on_error, searched=everything.searched)
     readable = {split: own.only(kept) for split, own in found.items()}
@@ -104,7 +104,7 @@ def readable_scans(
         raise ValueError(
             f"{', '.join(data)}: no volume of the split {' and '.join(lost)} can be read; see the log above."
         )
-    scans = split_scans(readable, valid_share)
+    scans = _split_scans(readable, valid_share)
     for split, own in scans.items():
         Processes().check_equal(f"scans ({split})", len(own))
     return scans

@@ -85,7 +85,7 @@ def _is_slice_cache(folder: Path) -> bool:
     return first is not None
 
 
-def cached_sets(
+def _cached_sets(
     folders: Sequence[Path], depth_bins: int, valid_share: float, rule: PatientRule | None = None
 ) -> SliceSets:
     """Return all slices of full caches; patients are held out.
@@ -117,7 +117,7 @@ def cached_sets(
     return SliceSets(parts[0], *parts)
 
 
-def scan_sets(scans: Mapping[str, Sequence[Scan]], cache: SliceCache, depth_bins: int) -> SliceSets:
+def _scan_sets(scans: Mapping[str, Sequence[Scan]], cache: SliceCache, depth_bins: int) -> SliceSets:
     """Return all slices of scans.
 
     Args:
@@ -176,8 +176,8 @@ def slice_sets(
             raise ValueError(f"data={list(data)}: MedMNIST's folder can't be mixed with others; give only that folder.")
         return medmnist_sets(folders[0], splits, image_processor.size, cache_folder / PACKAGE)
     if Processes().from_first(lambda: all(_is_slice_cache(folder) for folder in folders)):
-        return cached_sets(folders, depth_bins, valid_share, options.patient_rule if options else None)
+        return _cached_sets(folders, depth_bins, valid_share, options.patient_rule if options else None)
     cache = SliceCache(cache_folder, image_processor, min_coverage)
     options = options or SourceOptions(on_missing=missing_option(on_missing))
     scans = readable_scans(data, cache, on_error=on_error, valid_share=valid_share, options=options)
-    return scan_sets(scans, cache, depth_bins)
+    return _scan_sets(scans, cache, depth_bins)
