@@ -196,7 +196,7 @@ def test_evaluation_logs_gap_entropies_and_a_warning(work, caplog):
 
 
 def test_answers_are_scored_shown_and_change_nothing(work, monkeypatch):
-    """Nor do losses that are measured: what training draws next stays the same, also where answers are drawn."""
+    """Neither evaluations nor sampled answers change the random numbers of training."""
     answer = samples.generate_predictions
 
     def drawing(*args, **options):
@@ -222,7 +222,7 @@ def test_answers_are_scored_shown_and_change_nothing(work, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trackers(work) -> Path:
-    """What a run that shows two reports leaves in three trackers: runs/, wandb/ and trackio/ below this folder."""
+    """Return the folder of a run that shows two reports in three trackers: runs/, wandb/ and trackio/."""
     for name in ("tensorboard", "wandb", "trackio"):
         pytest.importorskip(name)
     folder = work / "trackers"
@@ -265,7 +265,7 @@ def test_reports_and_slices_go_to_trackio(trackers):
 
 
 def test_tensorboards_files_are_not_pushed_with_the_reports_in_them(tmp_path, monkeypatch):
-    """Trainer pushes its whole output folder but for names that begin with an underscore; a folder that is named stays."""
+    """Trainer pushes its whole output folder except names that begin with an underscore; a folder set by the user stays."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "mine")
     keep_trackers_private(str(tmp_path))
     assert TensorBoardCallback().logging_dir == "mine"
@@ -275,7 +275,7 @@ def test_tensorboards_files_are_not_pushed_with_the_reports_in_them(tmp_path, mo
 
 
 def test_a_tracker_shows_text_as_it_is():
-    """An answer may hold what HTML would take for a tag."""
+    """An answer may have text that HTML would take for a tag."""
     tracker = types.SimpleNamespace(Html=str, Image=str, log=lambda row: shown.append(row))
     callback, shown = WandbCallback.__new__(WandbCallback), []
     callback._wandb = tracker
@@ -316,7 +316,7 @@ def test_random_numbers_go_on_as_if_nothing_had_been_drawn():
 
 
 def test_labels_come_from_reports_where_there_is_no_file(work, tmp_path, caplog):
-    """Phantom reports say plainly what there is, so the rules must find what the label file says."""
+    """Phantom reports name their findings explicitly, so the rules must find what the label file says."""
     (tmp_path / "dataset").mkdir()
     for folder in (work / "phantoms" / "dataset").iterdir():
         if folder.name != "multi_abnormality_labels":
@@ -345,7 +345,7 @@ def test_liger_is_an_error_where_it_cannot_work(work):
 
 
 def test_ligers_kernels_go_to_the_language_model_alone(monkeypatch):
-    """The installed library or a stand-in for it: what it is called with is what counts."""
+    """Only the arguments of the call matter, so a stand-in for the library will do."""
     calls = []
     package = types.ModuleType("liger_kernel.transformers")
     package._apply_liger_kernel_to_instance = lambda **options: calls.append(options)
