@@ -89,7 +89,7 @@ def write_series(
     names: Sequence[str] | None = None,
     **tags: Any,
 ) -> Path:
-    """Write one file per position. A tag whose value is a list of as many items gives each slice its own."""
+    """Write one file per position. A tag whose value is an `EachSlice` has its own value for each slice."""
     folder.mkdir(parents=True, exist_ok=True)
     positions = stack_positions() if positions is None else np.asarray(positions)
     for k, position in enumerate(positions):
@@ -107,7 +107,7 @@ def write_series(
 
 
 class EachSlice(list):
-    """Return the values of a tag for the slices of a series."""
+    """Values of a tag, one for each slice of a series."""
 
 
 def write_enhanced(path: Path, positions: np.ndarray, slopes: Sequence[float], **tags: Any) -> Path:

@@ -153,7 +153,7 @@ class HubStandIn:
     def dataset_tree(
         self, repository: Repository, body: bytes, revision: str, folder: str = ""
     ) -> list[dict[str, Any]]:
-        """Return what `tree` returns, but of one level with its folders unless all levels are asked for; `datasets` walks them."""
+        """Return what `tree` returns, but one level with its folders unless `recursive` is set; `datasets` walks them."""
         entries = self.tree(repository, body, revision, folder)
         if self.query.get("recursive") in (["True"], ["true"]):
             return entries
