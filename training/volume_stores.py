@@ -66,7 +66,7 @@ class OptionalSliceCache(SliceCache):
                 return super().get(path, rescale=rescale, searched=searched)
             except OSError as error:
                 self.is_writable = False
-                logger.warning("%s: %s. Training goes on without adding to the cache.", self.folder, error)
+                logger.warning("%s: %s. Training continues without adding to the cache.", self.folder, error)
         try:
             entry = read_entry(self.entry_path(path, rescale=rescale))
         except OSError as error:
