@@ -16,7 +16,7 @@ import pyarrow as pa
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
-from samf.cache.slice_cache import entry_key
+from samf.cache.entries import entry_key
 from samf.data.load_stats import LoadStats
 from samf.data.schema import JsonObject, Record
 from samf.utils.files import atomic_path
