@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import datasets
 import pyarrow as pa
-from huggingface_hub.utils import WeakFileLock
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # re-exported without a stub
 from tqdm import tqdm
 
 from samf.cache.entries import entry_key
