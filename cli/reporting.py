@@ -224,7 +224,7 @@ def scan_facts(path: str) -> ScanFacts:
     from samf.model.pipeline_samf import collected_warnings
 
     try:
-        with collected_warnings() as warnings:
+        with collected_warnings("samf.model") as warnings:
             volume = read_ct(path)
     except (CTReadError, OSError) as error:
         raise UsageError(str(error)) from error

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .adapters_samf import active_adapter, adapter_base, base_problem, load_full_parts, save_wrapped_adapter
 from .configuration_samf import SamfConfig
 from .model_card import README, CardSettings, hub_id, is_generated, make_card, write_model_card
+from .pipeline_samf import CUSTOM_PIPELINES  # so the library copies the pipeline's code with the model's
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _ModelBase
@@ -240,11 +241,15 @@ class HubModel(PushToHubWithCard, _ModelBase):
         self.config.save_pretrained(folder)
 
     def _name_auto_model(self) -> None:
-        """Enter a whole model as AutoModel's class, also in a configuration of its base model or of older code."""
+        """Enter a whole model as AutoModel's class, also in a configuration of its base model or of older code.
+
+        So is the report pipeline, which `transformers.pipeline` finds by the configuration.
+        """
         auto_map = getattr(self.config, "auto_map", None) or {}
         whole = auto_map.get("AutoModelForImageTextToText")
         if whole and whole.rpartition(".")[2] == type(self).__name__:
             auto_map["AutoModel"] = whole
+            self.config.custom_pipelines = CUSTOM_PIPELINES
 
     @classmethod
     def from_pretrained(

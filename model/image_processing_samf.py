@@ -220,6 +220,13 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):  # type: ignore
         text = json.dumps({"version": EXTRACT_VERSION, **settings}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def read(self, image: Any) -> CTVolume:
+        """Return a volume in any of the accepted forms (see `to_ct_volume`) as a `CTVolume`.
+
+        A pipeline of remote code has classes of its own, and this processor reads what its own classes describe.
+        """
+        return to_ct_volume(image)
+
     def extract(self, volume: Any) -> dict[str, np.ndarray]:
         """Return the slice stack of a volume before rescaling and normalisation: the part worth caching.
 

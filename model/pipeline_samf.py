@@ -13,10 +13,11 @@ import torch
 import transformers
 from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from .ct_volume import CTReadError, CTVolume, to_ct_volume
 from .report_samf import Provenance, Report, Sentence, split_sentences
 
 TASK = "ct-report"
+# For config.json; with exactly one entry `pipeline(model=…)` needs no task.
+CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_samf.SamfReportPipeline", "pt": ["AutoModelForImageTextToText"]}}
 SLICE_INPUTS = ("pixel_values", "slice_mask", "slice_planes", "slice_positions")
 REPORT_QUESTION = "Write the radiology report of this chest CT."
 
@@ -143,9 +144,10 @@ class SamfReportPipeline(Pipeline):
         """
         if isinstance(scan, EncodedScan):
             return scan
-        with collected_warnings() as warnings:
-            volume = to_ct_volume(scan)
-            stack = self.processor.image_processor([volume], return_tensors="pt")
+        reader = self.processor.image_processor
+        with collected_warnings(type(reader).__module__.rpartition(".")[0]) as warnings:
+            volume = reader.read(scan)
+            stack = reader([volume], return_tensors="pt")
         tensors = {name: stack[name].to(self.device) for name in SLICE_INPUTS}
         with torch.inference_mode():
             outputs = self.model(**tensors)
@@ -251,7 +253,7 @@ class SamfReportPipeline(Pipeline):
     def _encode_or_fail(self, scan: Any) -> EncodedScan | Failure:
         try:
             return self.encode(scan)
-        except (CTReadError, OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:  # CTReadError is a ValueError
             return Failure(describe_source(scan), str(error))
 
     def _prompts(self, jobs: Sequence[tuple[EncodedScan, str]]) -> dict[str, torch.Tensor]:
@@ -325,8 +327,12 @@ class _Stop(StoppingCriteria):
 
 
 @contextlib.contextmanager
-def collected_warnings() -> Iterator[list[str]]:
-    """Yield a list that fills with what this package's loggers warn of, which they also go on to say."""
+def collected_warnings(package: str) -> Iterator[list[str]]:
+    """Yield a list that fills with the warnings of a package's loggers; they are also logged as usual.
+
+    Args:
+        package: dotted name of the package.
+    """
     found: list[str] = []
 
     class Collector(python_logging.Handler):
@@ -334,7 +340,7 @@ def collected_warnings() -> Iterator[list[str]]:
             found.append(record.getMessage())
 
     handler = Collector(python_logging.WARNING)
-    logger = python_logging.getLogger(__name__.rpartition(".")[0])
+    logger = python_logging.getLogger(package)
     logger.addHandler(handler)
     try:
         yield found
@@ -350,4 +356,4 @@ def describe_source(scan: Any) -> str:
         return os.fspath(scan)
     if isinstance(scan, (list, tuple)) and scan and isinstance(scan[0], (str, os.PathLike)):
         return f"{os.fspath(scan[0])} and {len(scan) - 1} more"
-    return scan.source if isinstance(scan, CTVolume) else type(scan).__name__
+    return str(getattr(scan, "source", type(scan).__name__))

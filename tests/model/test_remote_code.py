@@ -66,8 +66,15 @@ def load(folder, scan):
         "tokens": [m.generate(**inputs, max_new_tokens=6, do_sample=False).tolist() for m in (model, loaded["AutoModel"])],
         "features_are_equal": torch.equal(*states),
         "hashes": [unused, Hasher.hash(processor), Hasher.hash(AutoProcessor.from_pretrained(folder, trust_remote_code=True))],
+        "report": reported(folder, scan),
         "image_processor": loaded["AutoImageProcessor"].to_dict() == processor.image_processor.to_dict(),
     }
+
+def reported(folder, scan):
+    from transformers import pipeline
+
+    report = pipeline(model=folder, trust_remote_code=True)(scan, max_new_tokens=6, do_sample=False)
+    return [type(report).__module__, report.text, report.provenance.source]
 
 if __name__ == "__main__":
     scan, *folders = sys.argv[1:]
@@ -182,6 +189,9 @@ def test_every_auto_class_loads_a_saved_folder(name, saved, loaded):
     assert all(module.startswith("transformers_modules.") for module, _ in result["classes"].values())
     assert result["tokens"] == [tokens.tolist()] * 2
     assert result["features_are_equal"] and result["image_processor"]
+    module, text, source = result["report"]  # by `pipeline(model=folder, trust_remote_code=True)`
+    assert module.startswith("transformers_modules.") and module.endswith("report_samf")
+    assert isinstance(text, str) and source.endswith("scan.nii.gz")
 
 
 def test_the_file_of_a_checkpoint_fills_a_model(saved):
