@@ -24,7 +24,6 @@ __all__ = [
     "BASELINE_NAMES",
     "TEXT_NAMES",
     "comparison_table",
-    "figure",
     "format_value",
     "generation_table",
     "markdown_table",
@@ -32,8 +31,6 @@ __all__ = [
     "results_table",
     "value_at",
 ]
-
-figure = format_value  # the old name
 
 # How the values of samples are combined over a corpus, and what the reference implementation computes (one pair at a time).
 _POOLED, _MEAN = "counts pooled", "mean of samples"
