@@ -25,7 +25,6 @@ __all__ = [
     "TEXT_NAMES",
     "comparison_table",
     "format_value",
-    "generation_table",
     "markdown_table",
     "position_bias_table",
     "results_table",
@@ -62,11 +61,11 @@ def results_table(results: Results) -> str:
     blocks += [_subgroup_table(task, scores) for task, scores in tasks.items()]
     generation = results.get("generation")
     if answers := results.get("answers") or (generation["tasks"] if generation else None):
-        blocks.append(generation_table(answers))
+        blocks.append(_generation_table(answers))
     return "\n\n".join(block for block in [*blocks, "\n".join(results_notes(results))] if block) + "\n"
 
 
-def generation_table(answers: Mapping[str, AnswerStatistics]) -> str:
+def _generation_table(answers: Mapping[str, AnswerStatistics]) -> str:
     """Return the tokens and times of the answers by task: see `answer_statistics`."""
     header = ["generation", "tokens", "tokens (mean)", "tokens (most)", "s per volume", "of it reading", "tokens/s"]
     names = (
