@@ -298,7 +298,7 @@ def run(only: Sequence[str]) -> str:
         ("text", try_language_model, wanted(LANGUAGE_MODELS)),
         ("vision", try_slice_encoder, wanted(SLICE_ENCODERS)),
     ]
-    rows = {}
+    rows: dict[str, list[dict[str, str]]] = {}
     for part, attempt, names in parts:
         rows[part] = []
         for name in names:

@@ -198,7 +198,8 @@ def run_child(args: argparse.Namespace, stage: str, folder: Path) -> StageOutcom
     child = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     seconds = round(time.monotonic() - started, 1)
     if child.returncode == 0:
-        return {"seconds": seconds, **json.loads(output.read_text(encoding="utf-8"))}
+        outcome: StageOutcome = json.loads(output.read_text(encoding="utf-8"))
+        return {**outcome, "seconds": seconds}
     reason = "was killed, often for lack of memory" if child.returncode == -9 else "failed; its message is above"
     return {"seconds": seconds, "figures": [], "error": f"{stage} {reason} (exit status {child.returncode})"}
 

@@ -60,7 +60,7 @@ def matmul_tasks(sizes: Sequence[int], device: torch.device, dtype: torch.dtype)
     Returns:
         Size, as text → task.
     """
-    tasks = {}
+    tasks: dict[str, Callable[[], Any]] = {}
     for size in sizes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         output = torch.empty_like(left)
@@ -179,7 +179,8 @@ def time_decoding(settings: Settings) -> list[Measurement]:
         batch["slice_embeddings"] = model.get_image_features(pixels).last_hidden_state
     generate(model, batch, 2)  # warm-up: the first call includes allocations and kernel choices
     length = batch["input_ids"].shape[1]
-    prefill, steps = [], []
+    prefill: list[float] = []
+    steps: list[float] = []
     started = time.monotonic()
     while not prefill or (time.monotonic() - started < settings.budget and len(prefill) < 10):
         _, clock = generate(model, batch, sizes.new_tokens)

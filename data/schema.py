@@ -16,7 +16,9 @@ __all__ = [
     "OnError",
     "OnMissing",
     "Record",
+    "Rescale",
     "Task",
+    "VolumeKey",
     "VolumeStore",
 ]
 
@@ -34,6 +36,11 @@ FAILURES_FILE = "failures.jsonl"
 
 # A parsed JSON object whose keys are not known in advance (settings of other libraries, files of users).
 JsonObject: TypeAlias = dict[str, Any]
+
+# Slope and intercept, perhaps with three voxel sizes in mm, as `read_ct` takes them; None = as the file's header says.
+Rescale: TypeAlias = tuple[float, ...] | None
+# The path or address of a volume, and its rescale.
+VolumeKey: TypeAlias = tuple[str, Rescale]
 
 
 class Exchange(TypedDict):

@@ -95,7 +95,7 @@ def _simulated_bleu(rng: np.random.Generator, patients: int, owners: np.ndarray)
 def true_values(seed: int = 99) -> dict[str, float]:
     """Return the values of the metrics in the population that cohorts are drawn from: name → value."""
     rng = np.random.default_rng(seed)
-    sums: dict[str, np.ndarray | float] = dict.fromkeys(METRICS, 0.0)
+    sums = dict.fromkeys(METRICS, np.zeros(1))
     for _ in range(_POPULATIONS):
         cohort, _ = simulated_cohort(rng, _POPULATION)
         sums = {name: sums[name] + metric.samples.sum(axis=0) for name, metric in cohort.items()}
@@ -128,7 +128,7 @@ def coverage_by_metric(
     widths: dict[str, list[float]] = {name: [] for name in truths}
     for _ in range(cohorts):
         cohort, owners = simulated_cohort(rng, patients)
-        for name, bounds in intervals(cohort, owners).items():
+        for name, bounds in intervals(cohort, owners.tolist()).items():
             held[name].append(bounds is not None and bounds[0] <= truths[name] <= bounds[1])
             widths[name].append(np.nan if bounds is None else bounds[1] - bounds[0])
     return {name: (float(np.mean(held[name])), float(np.nanmean(widths[name]))) for name in truths}

@@ -1,6 +1,7 @@
 """The paper's tables with rows of our results, as Markdown."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 from samf.evaluation.markdown import format_value, markdown_table
 from samf.evaluation.report.paper_tables import COLUMNS, PAPER_TABLES, SOURCE, PaperRow, PaperTable
@@ -51,12 +52,13 @@ def _baseline_rows(systems: Sequence[System], table: PaperTable) -> list[list[st
     rows = []
     for system in systems:
         task = system.results["tasks"].get(table.task)
-        baselines = (task or {}).get("baselines") or {}
+        baselines = task.get("baselines", {}) if task else {}
         for name in ("constant_report", "nearest_label_prior", "shuffled"):
             if name in baselines:
-                rows.append(_row(BASELINE_NAMES[name], baselines[name], table, baselines[name].get("intervals")))
+                scores = cast(BaselineScores, baselines[name])
+                rows.append(_row(BASELINE_NAMES[name], scores, table, scores.get("intervals")))
         if "most_frequent_letter" in baselines:
-            letter = baselines["most_frequent_letter"]
+            letter = cast(ChoiceBaseline, baselines["most_frequent_letter"])
             intervals = {f"multiple_choice.{name}": bounds for name, bounds in letter.get("intervals", {}).items()}
             rows.append(_row(f"constant: always ({letter['letter']})", {"multiple_choice": letter}, table, intervals))
     return rows

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from samf.data.schema import JsonObject
 from samf.evaluation.answering.answer_folder import answer_statistics
@@ -20,7 +20,7 @@ from samf.utils.text_files import read_text
 logger = logging.getLogger(__name__)
 
 # Entries of results.json that can't be computed from the predictions.
-_TAKEN_OVER = ("model", "generation", "position_bias")
+_TAKEN_OVER: tuple[Literal["model", "generation", "position_bias"], ...] = ("model", "generation", "position_bias")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def load_system(
     results = score_predictions(path, options, **changes)
     results["notes"] |= notes
     before = _previous_results(path, rows, results)
-    results |= {key: before[key] for key in _TAKEN_OVER if key in before}
+    for key in _TAKEN_OVER:
+        if key in before:
+            results[key] = before[key]
     results["answers"] = before.get("generation", {}).get("tasks") or answer_statistics(rows)
     return System(name, rows, results, judged)
 
@@ -111,7 +113,7 @@ def _load_judged(
             raise FileNotFoundError(f"{file}: no such file; expected the judge.json that samf.evaluation.judge writes.")
         return None
     try:
-        judged = judged_rows(scores, rows)
+        judged = judged_rows(cast(JudgeResults, scores), rows)
     except ValueError as error:
         raise ValueError(f"{file}: {error} Run the judge again, or move the file away.") from error
     if judged is None:

@@ -24,9 +24,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 
 from samf import eval as eval_script
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate.loader import FEATURES, patient_of
 from samf.data.loading import load_records
+from samf.data.patients import patient_of
 from samf.data.prompts import record_prompt
+from samf.data.records import FEATURES
 from samf.evaluation.answering import digests, generation
 from samf.evaluation.answering.answer_folder import AnswerFolder, ResumeError
 from samf.evaluation.answering.batches import make_batches, share_batches
