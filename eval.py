@@ -82,7 +82,7 @@ class EvalArguments(SourceArguments, ScoringArguments):
     permute_options: bool = field(
         default=False, metadata={"help": "also ask multiple choice in every rotation of the options: position bias"}
     )
-    limit: int | None = field(default=None, metadata={"help": "the first so many records of each task only"})
+    limit: int | None = field(default=None, metadata={"help": "records per task, the first ones; default: all"})
     seed: int = field(default=0, metadata={"help": "of the shuffled volumes and of drawn tokens"})
     shuffle_volumes: bool = field(default=False, metadata={"help": "give every question a volume of another patient"})
     dtype: str = field(

@@ -275,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local", help="folder or Hub id of a transformers model, instead of an endpoint")
     parser.add_argument("--tasks", nargs="+", default=["report", "multiple_choice"], choices=list(HIGHEST))
     parser.add_argument("--ranges", type=int, default=3, choices=sorted(RANGES), help="3 as in the paper, or 5")
-    parser.add_argument("--limit", type=int, help="judge only the first so many rows of each task")
+    parser.add_argument("--limit", type=int, help="rows judged per task, the first ones; default: all")
     parser.add_argument("--workers", type=int, default=8, help="concurrent prompts")
     parser.add_argument("--max_tokens", type=int, default=64, help="limit of a reply; more for reasoning models")
     parser.add_argument("--api_key_variable", default="OPENAI_API_KEY", help="environment variable with the key")

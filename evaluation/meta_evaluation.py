@@ -107,7 +107,7 @@ _FINDING_COLUMNS = {
 }
 
 
-def perturbation_table(reports: Sequence[str]) -> str:
+def _perturbation_table(reports: Sequence[str]) -> str:
     """Return `perturbation_scores` as Markdown."""
     rows = [
         [kind, *(format_value(scores.get(name)) for name in (*_COLUMNS, *_FINDING_COLUMNS))]
@@ -119,7 +119,7 @@ def perturbation_table(reports: Sequence[str]) -> str:
 # --- The labeller -----------------------------------------------------------------------------------------------
 
 
-def labeller_table(truth: np.ndarray, found: np.ndarray, first_untouched: int = 0) -> str:
+def _labeller_table(truth: np.ndarray, found: np.ndarray, first_untouched: int = 0) -> str:
     """Return precision, recall and F1 of each label as Markdown.
 
     Args:
@@ -198,7 +198,7 @@ def coverage(simulate: Simulation, *, by_patient: bool = True, cohorts: int = _U
 # --- Predictions of the usual length ----------------------------------------------------------------------------
 
 
-def mixed_predictions(reports: Sequence[str], count: int, seed: int = 0) -> list[PredictionRow]:
+def _mixed_predictions(reports: Sequence[str], count: int, seed: int = 0) -> list[PredictionRow]:
     """Return rows of a predictions file whose references and predictions share about half of their sentences.
 
     Args:
@@ -234,7 +234,7 @@ def mixed_predictions(reports: Sequence[str], count: int, seed: int = 0) -> list
 # --- Command line -----------------------------------------------------------------------------------------------
 
 
-def read_reports(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
+def _read_reports(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """Return the rows of a CSV with a column `report_text` and the given others.
 
     Raises:
@@ -254,10 +254,10 @@ def read_reports(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]
 
 
 def _labeller(args: argparse.Namespace) -> str:
-    rows = read_reports(args.reports, CT_RATE_LABELS)
+    rows = _read_reports(args.reports, CT_RATE_LABELS)
     truth = np.array([[int(float(row[label])) for label in CT_RATE_LABELS] for row in rows])
     found = make_labeller(args.labeller)([row[_TEXT] for row in rows])
-    return labeller_table(truth, found, args.first_untouched)
+    return _labeller_table(truth, found, args.first_untouched)
 
 
 def _sentences(args: argparse.Namespace) -> str:
@@ -265,11 +265,11 @@ def _sentences(args: argparse.Namespace) -> str:
 
 
 def _perturbations(args: argparse.Namespace) -> str:
-    return perturbation_table([row[_TEXT] for row in read_reports(args.reports)])
+    return _perturbation_table([row[_TEXT] for row in _read_reports(args.reports)])
 
 
 def _predictions(args: argparse.Namespace) -> str:
-    rows = mixed_predictions([row[_TEXT] for row in read_reports(args.reports)], args.count, args.seed)
+    rows = _mixed_predictions([row[_TEXT] for row in _read_reports(args.reports)], args.count, args.seed)
     atomic_write(args.output, "".join(json_line(row) for row in rows))
     words = np.mean([len(row["prediction"].split()) for row in rows])
     patients = len({row["scan_id"] for row in rows})

@@ -17,7 +17,6 @@ __all__ = [
     "FIELDS",
     "PredictionSource",
     "PredictionsError",
-    "check_row",
     "first_of_each_task",
     "load_rows",
     "parse_object",
@@ -47,7 +46,7 @@ def load_rows(predictions: PredictionSource) -> tuple[list[PredictionRow], str]:
         return read_predictions(predictions), str(predictions)
     rows = list(predictions)
     for position, row in enumerate(rows):
-        check_row(row, f"row {position}")
+        _check_row(row, f"row {position}")
     if not rows:
         raise PredictionsError("There are no predictions to score.")
     return rows, "the rows"
@@ -65,7 +64,7 @@ def read_predictions(path: str | os.PathLike[str]) -> list[PredictionRow]:
         raise PredictionsError(f"{path}: no such file; expected the predictions.jsonl that eval.py writes.")
     rows = read_json_lines(path)
     for number, row in rows:
-        check_row(row, f"{path}, line {number}")
+        _check_row(row, f"{path}, line {number}")
     if not rows:
         raise PredictionsError(f"{path}: holds no predictions; expected one JSON object per line.")
     return [cast(PredictionRow, row) for _, row in rows]
@@ -155,7 +154,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
 _FREE_TEXT = ("reference", "prediction", "question")
 
 
-def check_row(row: Mapping[str, Any] | PredictionRow, source: str) -> None:
+def _check_row(row: Mapping[str, Any] | PredictionRow, source: str) -> None:
     """Raise PredictionsError unless a row has every field that its task is scored by, each of the right type.
 
     Args:

@@ -24,16 +24,12 @@ __all__ = [
     "BASELINE_NAMES",
     "TEXT_NAMES",
     "comparison_table",
-    "figure",
     "format_value",
-    "generation_table",
     "markdown_table",
     "position_bias_table",
     "results_table",
     "value_at",
 ]
-
-figure = format_value  # the old name
 
 # How the values of samples are combined over a corpus, and what the reference implementation computes (one pair at a time).
 _POOLED, _MEAN = "counts pooled", "mean of samples"
@@ -65,11 +61,11 @@ def results_table(results: Results) -> str:
     blocks += [_subgroup_table(task, scores) for task, scores in tasks.items()]
     generation = results.get("generation")
     if answers := results.get("answers") or (generation["tasks"] if generation else None):
-        blocks.append(generation_table(answers))
+        blocks.append(_generation_table(answers))
     return "\n\n".join(block for block in [*blocks, "\n".join(results_notes(results))] if block) + "\n"
 
 
-def generation_table(answers: Mapping[str, AnswerStatistics]) -> str:
+def _generation_table(answers: Mapping[str, AnswerStatistics]) -> str:
     """Return the tokens and times of the answers by task: see `answer_statistics`."""
     header = ["generation", "tokens", "tokens (mean)", "tokens (most)", "s per volume", "of it reading", "tokens/s"]
     names = (

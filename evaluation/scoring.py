@@ -106,7 +106,7 @@ def score_predictions(
         raise PredictionsError(f"{source}: all {len(rows)} references are empty; there is nothing to compare with.")
     results: Results = {
         "schema": SCHEMA,
-        "code": code_versions(),
+        "code": _code_versions(),
         "settings": options.as_settings(),
         "predictions_digest": predictions_digest(rows),
         "counts": count_rows(rows),
@@ -143,7 +143,7 @@ def _statistics(rows: Sequence[PredictionRow], options: ScoringOptions) -> Stati
     }
 
 
-def code_versions() -> dict[str, str]:
+def _code_versions() -> dict[str, str]:
     """Return the versions of this package and of the libraries that scores are computed with.
 
     `source` is a hash of this package's evaluation code: a checkout has one version number for many states of it.

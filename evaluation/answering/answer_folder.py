@@ -18,7 +18,7 @@ from samf.evaluation.json_lines import json_line, read_complete_lines
 from samf.evaluation.schema import AnswerStatistics
 from samf.utils.files import atomic_write, write_json
 
-__all__ = ["PREDICTIONS", "SETTINGS", "TIMES", "AnswerFolder", "ResumeError", "answer_statistics", "check_ids"]
+__all__ = ["PREDICTIONS", "SETTINGS", "TIMES", "AnswerFolder", "ResumeError", "answer_statistics"]
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "predictions.settings.json"
@@ -29,7 +29,7 @@ class ResumeError(ValueError):
     """An output folder whose predictions were made with other settings."""
 
 
-def check_ids(records: Sequence[Record]) -> None:
+def _check_ids(records: Sequence[Record]) -> None:
     """Raise ValueError for no records, and for an id that is missing or repeated."""
     seen: set[str] = set()
     for number, record in enumerate(records):
@@ -53,11 +53,11 @@ class AnswerFolder:
         rank: this process's number; names its part files.
 
     Raises:
-        ValueError: see `check_ids`.
+        ValueError: no records, or an id that is missing or repeated.
     """
 
     def __init__(self, folder: str | os.PathLike[str], records: Sequence[Record], rank: int = 0):
-        check_ids(records)
+        _check_ids(records)
         self.folder = Path(folder)
         self.rank = rank
         self._order = {record["id"]: position for position, record in enumerate(records)}

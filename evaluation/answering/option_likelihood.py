@@ -17,7 +17,7 @@ from samf.model.modeling_samf import SamfForConditionalGeneration
 __all__ = ["OptionCollator", "answer_log_likelihoods", "option_rows", "option_texts"]
 
 # Records → right-padded tensors with `labels` and `prompt_mask`.
-TrainingCollator: TypeAlias = Callable[[Sequence[Record]], Mapping[str, torch.Tensor]]
+_TrainingCollator: TypeAlias = Callable[[Sequence[Record]], Mapping[str, torch.Tensor]]
 
 
 def option_texts(record: Record) -> list[str]:
@@ -47,7 +47,7 @@ class OptionCollator:
         rows: as many as fit the model at once.
     """
 
-    def __init__(self, collator: TrainingCollator, rows: int):
+    def __init__(self, collator: _TrainingCollator, rows: int):
         self.collator = collator
         self.rows = rows
 

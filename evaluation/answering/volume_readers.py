@@ -21,11 +21,11 @@ __all__ = ["EncodedVolumes", "ReadAhead", "VolumeMemo"]
 
 # Slices or embeddings of a volume by name.
 VolumeArrays: TypeAlias = Mapping[str, np.ndarray]
-Key: TypeAlias = tuple[str, tuple[float, ...]]
+_Key: TypeAlias = tuple[str, tuple[float, ...]]
 T = TypeVar("T")
 
 
-def _key(path: str, rescale: Sequence[float] | None) -> Key:
+def _key(path: str, rescale: Sequence[float] | None) -> _Key:
     return path, tuple(rescale or ())
 
 
@@ -34,16 +34,16 @@ class _Memo(Generic[T]):
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.values: OrderedDict[Key, T] = OrderedDict()
+        self.values: OrderedDict[_Key, T] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Key) -> T | None:
+    def get(self, key: _Key) -> T | None:
         with self._lock:
             if key in self.values:
                 self.values.move_to_end(key)
             return self.values.get(key)
 
-    def put(self, key: Key, value: T) -> None:
+    def put(self, key: _Key, value: T) -> None:
         with self._lock:
             self.values[key] = value
             self.values.move_to_end(key)
@@ -86,7 +86,7 @@ class ReadAhead:
     def __init__(self, store: VolumeStore, threads: int = 2):
         self.store = store
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
-        self._pending: dict[Key, Future[VolumeArrays]] = {}
+        self._pending: dict[_Key, Future[VolumeArrays]] = {}
 
     def start(self, records: Iterable[Record]) -> None:
         """Begin to read the volumes of these records; earlier ones that nothing has asked for are dropped."""
