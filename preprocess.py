@@ -26,6 +26,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import nn
 from transformers import AutoConfig
 
 from samf.cache.embedding_cache import EmbeddingCache
@@ -184,7 +185,8 @@ def build_slice_encoder(args: argparse.Namespace) -> SamfModel:
         model: SamfModel = whole.model
     else:
         model = build_slices_model(args.embeddings, args.dtype)
-    model.slice_encoder.to(args.device or default_device())
+    encoder: nn.Module = model.slice_encoder
+    encoder.to(args.device or default_device())
     return model
 
 

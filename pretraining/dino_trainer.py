@@ -15,7 +15,6 @@ from samf.pretraining.attention_maps import cls_attention, save_attention_image
 from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews
 from samf.pretraining.labelled_sets import LabelledDataset
 from samf.pretraining.neighbours import knn_accuracy
-from samf.pretraining.pixels import normalise_pixels
 from samf.pretraining.row_shares import share_rows
 from samf.training.sampling import order_seed
 from samf.training.trainer_base import ResumableTrainer
@@ -115,7 +114,7 @@ class DinoTrainer(ResumableTrainer):
         return embeddings
 
     def _pixels(self, slices: torch.Tensor) -> torch.Tensor:
-        return normalise_pixels(slices.to(self.args.device), self.image_processor)
+        return self.image_processor.normalize_(slices.to(self.args.device).float())
 
     def _draw_attention(self) -> None:
         slices = torch.stack([self.queries[index] for index in self.shown])

@@ -13,7 +13,6 @@ from samf.model.hub_samf import publish_weights
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.phantoms.findings import DEMO_FINDINGS
 from samf.phantoms.labelled_slices import LabelledSlices
-from samf.pretraining.pixels import normalise_pixels
 from samf.training.trainer_base import StoppableTrainer, train_to_end
 from samf.utils.files import atomic_update
 
@@ -34,7 +33,7 @@ def collate(
     if shift:
         slices = slices.roll(tuple(np.random.randint(-shift, shift + 1, size=2)), dims=(2, 3))
     return {
-        "pixel_values": normalise_pixels(slices, processor),
+        "pixel_values": processor.normalize_(slices),
         "labels": torch.stack([labels for _, labels in rows]),
     }
 

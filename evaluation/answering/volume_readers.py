@@ -10,8 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
-import torch
 
+from samf.cache.embedding_cache import encode_slices
 from samf.data.schema import Record, VolumeStore
 from samf.model.ct_volume import read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
@@ -139,19 +139,10 @@ class EncodedVolumes:
         encoded = self._memo.get(key)
         if encoded is None:
             slices = self.store.get(path, rescale=rescale)
-            encoded = slices if "slice_embeddings" in slices else self._encode(slices)
+            if "slice_embeddings" not in slices:
+                unwrap = getattr(self.model, "get_base_model", None)  # of a model in training that peft has wrapped
+                model = self.model if unwrap is None else unwrap()
+                slices = encode_slices(model.model, self.image_processor, slices)
+            encoded = slices
             self._memo.put(key, encoded)
         return encoded
-
-    @torch.no_grad()
-    def _encode(self, slices: VolumeArrays) -> VolumeArrays:
-        pixels = self.image_processor([slices], return_tensors="pt")  # type: ignore[arg-type]  # slices instead of images
-        names = ("pixel_values", "slice_mask", "slice_planes", "slice_positions")
-        inputs = {name: pixels[name].to(self.model.device) for name in names}
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        embeddings = self.model.get_image_features(**inputs, return_dict=True).last_hidden_state[0]  # type: ignore[index]  # (S, D)
-        return {
-            "slice_embeddings": embeddings.float().cpu().numpy(),
-            "slice_planes": slices["slice_planes"],
-            "slice_positions": slices["slice_positions"],
-        }
