@@ -51,6 +51,10 @@ def parameters(function: Function) -> list[str]:
     return [arg.arg for arg in found if arg.arg not in ("self", "cls")]
 
 
+def _line_count(function: Function) -> int:
+    return (function.end_lineno or function.lineno) - function.lineno + 1
+
+
 def names_all(function: Function) -> bool:
     """Return whether a docstring names every parameter."""
     text = ast.get_docstring(function) or ""
@@ -73,7 +77,7 @@ def imported(path: Path, tree: ast.AST, modules: set[Path]) -> set[Path]:
         if node.level:
             base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
         elif (node.module or "").split(".")[0] == "samf":
-            base = node.module.split(".")[1:]
+            base = (node.module or "").split(".")[1:]
         else:
             continue
         target = Path(*filter(None, base))
@@ -140,7 +144,7 @@ def offenders(root: Path, under: str) -> list[str]:
         if (count := source.count("\n")) > _MAX_FILE:
             found.append(f"{path}: {count} lines")
         for function, public in functions(ast.parse(source)):
-            place, size = f"{path}:{function.lineno}: {function.name}", function.end_lineno - function.lineno + 1
+            place, size = f"{path}:{function.lineno}: {function.name}", _line_count(function)
             if size > _MAX_FUNCTION:
                 found.append(f"{place}: {size} lines")
             if public and len(parameters(function)) >= _MIN_PARAMETERS and not names_all(function):
@@ -157,7 +161,7 @@ def measure(root: Path) -> list[list[str]]:
     trees = {path: ast.parse(source) for path, source in sources.items()}
     lines = {path: source.count("\n") for path, source in sources.items()}
     found = [(path, f, public) for path, tree in trees.items() for f, public in functions(tree)]
-    sizes = sorted(((f.end_lineno - f.lineno + 1, f"{path}:{f.name}") for path, f, _ in found), reverse=True)
+    sizes = sorted(((_line_count(f), f"{path}:{f.name}") for path, f, _ in found), reverse=True)
     wide = [f for _, f, public in found if public and len(parameters(f)) >= _MIN_PARAMETERS]
     cycles = import_cycles({path: imported(path, tree, set(trees)) for path, tree in trees.items()})
     return [

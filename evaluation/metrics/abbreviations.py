@@ -57,7 +57,8 @@ def _write_out(word: str) -> str:
     bare = word.rstrip(",;:")
     if bare in _ABBREVIATIONS:
         return _ABBREVIATIONS[bare] + word[len(bare) :]
-    before, core, after = _TOKEN.match(word).groups()
+    parts = _TOKEN.match(word)
+    before, core, after = parts.groups() if parts else ("", word, "")
     if core in _ABBREVIATIONS:
         return before + _ABBREVIATIONS[core] + after
     if core.endswith("n't") and len(core) > 4:

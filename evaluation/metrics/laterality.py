@@ -44,7 +44,7 @@ def named_sides(text: str, start: int = 0, end: int | None = None) -> list[tuple
     """Return (index, "right" or "left") of every side that `text[start:end]` names; `end` None is the end of the text."""
     sides = []
     for match in _SIDES.finditer(text, start, len(text) if end is None else end):
-        names = _RIGHT_LEFT if match.lastgroup == "both" else (match.lastgroup,)
+        names = _RIGHT_LEFT if match["both"] else ("right",) if match["right"] else ("left",)
         sides += [(match.start(), name) for name in names]
     return sides
 
