@@ -4,7 +4,7 @@ from samf.data.schema import JsonObject
 
 VOCABULARY = 99
 SWITCH = 32  # positions that the tiny longrope models rotate by their short factors
-WINDOW = 16
+_WINDOW = 16
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -18,8 +18,8 @@ SIZES = {
     "bos_token_id": 2,
     "eos_token_id": 3,
 }
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-LONGROPE = {
+_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LONGROPE = {
     "original_max_position_embeddings": SWITCH,
     "rope_scaling": {
         "type": "longrope",
@@ -28,15 +28,15 @@ LONGROPE = {
         "original_max_position_embeddings": SWITCH,
     },
 }
-MSCALE = {**LONGROPE, "rope_scaling": {**LONGROPE["rope_scaling"], "short_mscale": 1.1, "long_mscale": 1.3}}
+_MSCALE = {**_LONGROPE, "rope_scaling": {**_LONGROPE["rope_scaling"], "short_mscale": 1.1, "long_mscale": 1.3}}
 # GPT-2 and related models have other names for their sizes.
-GPT_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 64, "vocab_size": VOCABULARY}
+_GPT_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 64, "vocab_size": VOCABULARY}
 
 # Name → model_type and settings in addition to SIZES.
 LANGUAGE_MODELS: dict[str, tuple[str, JsonObject]] = {
-    "phi3": ("phi3", {"sliding_window": WINDOW}),
-    "phi3, longrope": ("phi3", LONGROPE),
-    "phimoe, longrope": ("phimoe", {**EXPERTS, **MSCALE, "lm_head_bias": True, "output_router_logits": True}),
+    "phi3": ("phi3", {"sliding_window": _WINDOW}),
+    "phi3, longrope": ("phi3", _LONGROPE),
+    "phimoe, longrope": ("phimoe", {**_EXPERTS, **_MSCALE, "lm_head_bias": True, "output_router_logits": True}),
     "phi": ("phi", {"partial_rotary_factor": 0.5}),
     "llama": ("llama", {}),
     "llama, dynamic rope": (
@@ -44,30 +44,30 @@ LANGUAGE_MODELS: dict[str, tuple[str, JsonObject]] = {
         {"max_position_embeddings": SWITCH, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
     ),
     "llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "mistral": ("mistral", {"sliding_window": WINDOW}),
-    "mixtral": ("mixtral", {**EXPERTS, "output_router_logits": True}),
+    "mistral": ("mistral", {"sliding_window": _WINDOW}),
+    "mixtral": ("mixtral", {**_EXPERTS, "output_router_logits": True}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 8}),
-    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 8, "output_router_logits": True}),
-    "gemma2": ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": WINDOW}),
-    "gemma3_text": ("gemma3_text", {"head_dim": 8, "sliding_window": WINDOW}),
+    "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "head_dim": 8, "output_router_logits": True}),
+    "gemma2": ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": _WINDOW}),
+    "gemma3_text": ("gemma3_text", {"head_dim": 8, "sliding_window": _WINDOW}),
     "granite": ("granite", {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
-    "granitemoe": ("granitemoe", {**EXPERTS, "logits_scaling": 8.0, "output_router_logits": True}),
-    "cohere2": ("cohere2", {"logit_scale": 0.25, "sliding_window": WINDOW}),
+    "granitemoe": ("granitemoe", {**_EXPERTS, "logits_scaling": 8.0, "output_router_logits": True}),
+    "cohere2": ("cohere2", {"logit_scale": 0.25, "sliding_window": _WINDOW}),
     "minicpm3": (
         "minicpm3",
         {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8},
     ),
     "olmo2": ("olmo2", {}),
     "glm4": ("glm4", {"head_dim": 8}),
-    "starcoder2": ("starcoder2", {"sliding_window": WINDOW}),
-    "gpt_oss": ("gpt_oss", {**EXPERTS, "head_dim": 8, "sliding_window": WINDOW}),
+    "starcoder2": ("starcoder2", {"sliding_window": _WINDOW}),
+    "gpt_oss": ("gpt_oss", {**_EXPERTS, "head_dim": 8, "sliding_window": _WINDOW}),
     "falcon_h1": (
         "falcon_h1",
         {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
     ),
-    "gpt2": ("gpt2", GPT_SIZES),
-    "gptj": ("gptj", {**GPT_SIZES, "rotary_dim": 8}),
+    "gpt2": ("gpt2", _GPT_SIZES),
+    "gptj": ("gptj", {**_GPT_SIZES, "rotary_dim": 8}),
     "gpt_neox": ("gpt_neox", {}),
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
@@ -87,30 +87,30 @@ LANGUAGE_MODELS: dict[str, tuple[str, JsonObject]] = {
     "xlnet": ("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "max_position_embeddings": None}),
 }
 
-IMAGE = {"image_size": 32, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-IMAGE |= {"intermediate_size": 64}
-STAGES = {"image_size": 32, "depths": [1, 1], "hidden_sizes": [16, 32]}
-WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2}
+_IMAGE = {"image_size": 32, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_IMAGE |= {"intermediate_size": 64}
+_STAGES = {"image_size": 32, "depths": [1, 1], "hidden_sizes": [16, 32]}
+_WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2}
 
 SLICE_ENCODERS: dict[str, tuple[str, JsonObject]] = {
-    "vit": ("vit", IMAGE),
-    "deit": ("deit", IMAGE),
-    "dinov2": ("dinov2", IMAGE),
-    "dinov2_with_registers": ("dinov2_with_registers", IMAGE),
-    "dinov3_vit": ("dinov3_vit", IMAGE),
-    "beit": ("beit", IMAGE),
-    "data2vec-vision": ("data2vec-vision", IMAGE),
-    "vit_mae": ("vit_mae", IMAGE),
-    "vit_msn": ("vit_msn", IMAGE),
-    "ijepa": ("ijepa", IMAGE),
-    "clip_vision_model": ("clip_vision_model", IMAGE),
-    "siglip_vision_model": ("siglip_vision_model", IMAGE),
-    "aimv2_vision_model": ("aimv2_vision_model", IMAGE),
-    "swin": ("swin", WINDOWS),
-    "swinv2": ("swinv2", WINDOWS),
-    "convnext": ("convnext", {**STAGES, "num_stages": 2}),
-    "convnextv2": ("convnextv2", {**STAGES, "num_stages": 2}),
-    "resnet": ("resnet", {**STAGES, "embedding_size": 16, "layer_type": "basic"}),
+    "vit": ("vit", _IMAGE),
+    "deit": ("deit", _IMAGE),
+    "dinov2": ("dinov2", _IMAGE),
+    "dinov2_with_registers": ("dinov2_with_registers", _IMAGE),
+    "dinov3_vit": ("dinov3_vit", _IMAGE),
+    "beit": ("beit", _IMAGE),
+    "data2vec-vision": ("data2vec-vision", _IMAGE),
+    "vit_mae": ("vit_mae", _IMAGE),
+    "vit_msn": ("vit_msn", _IMAGE),
+    "ijepa": ("ijepa", _IMAGE),
+    "clip_vision_model": ("clip_vision_model", _IMAGE),
+    "siglip_vision_model": ("siglip_vision_model", _IMAGE),
+    "aimv2_vision_model": ("aimv2_vision_model", _IMAGE),
+    "swin": ("swin", _WINDOWS),
+    "swinv2": ("swinv2", _WINDOWS),
+    "convnext": ("convnext", {**_STAGES, "num_stages": 2}),
+    "convnextv2": ("convnextv2", {**_STAGES, "num_stages": 2}),
+    "resnet": ("resnet", {**_STAGES, "embedding_size": 16, "layer_type": "basic"}),
     "clip": ("clip", {}),
-    "siglip2_vision_model": ("siglip2_vision_model", {**IMAGE, "num_patches": 4}),
+    "siglip2_vision_model": ("siglip2_vision_model", {**_IMAGE, "num_patches": 4}),
 }

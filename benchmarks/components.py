@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_ID, IMAGE_TOKENS, SLICES = 5, 4, 6
 PROMPT, ANSWER = 20, 16  # 24 positions before the answer, 40 after
-PROCESSES = 2
+_PROCESSES = 2
 
 
 def text_config(name: str) -> transformers.PretrainedConfig:
@@ -222,13 +222,13 @@ def two_steps(config: SamfConfig) -> str:
     try:
         for step in range(2):
             rank = torch.distributed.get_rank()
-            parallel(**volume_batch(answer=ANSWER, seed=PROCESSES * step + rank)).loss.backward()
+            parallel(**volume_batch(answer=ANSWER, seed=_PROCESSES * step + rank)).loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     except RuntimeError as error:
         return str(error).splitlines()[0][:80]
     sums = torch.stack([parameter.detach().double().sum() for parameter in model.parameters()])
-    gathered = [torch.empty_like(sums) for _ in range(PROCESSES)]
+    gathered = [torch.empty_like(sums) for _ in range(_PROCESSES)]
     torch.distributed.all_gather(gathered, sums)
     return "yes" if torch.equal(*gathered) else "the processes' weights differ"
 
@@ -236,7 +236,7 @@ def two_steps(config: SamfConfig) -> str:
 def _train_all(rank: int, port: int, names: Sequence[tuple[str, str]], folder: str) -> None:
     transformers.utils.logging.set_verbosity_error()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=PROCESSES)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=_PROCESSES)
     results = {}
     for part, name in names:
         results[part, name] = two_steps(samf_config(**{part: name}))
@@ -251,7 +251,7 @@ def train_in_processes(names: Sequence[tuple[str, str]]) -> dict[tuple[str, str]
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_train_all, (port, list(names), folder), nprocs=PROCESSES)
+        torch.multiprocessing.spawn(_train_all, (port, list(names), folder), nprocs=_PROCESSES)
         return torch.load(Path(folder) / "results.pt")
 
 
@@ -268,7 +268,7 @@ def table(rows: Sequence[Mapping[str, str]], columns: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-LANGUAGE_COLUMNS = {
+_LANGUAGE_COLUMNS = {
     "model": "language model",
     "class": "class",
     "text": "logits and loss on text, from its own",
@@ -276,7 +276,7 @@ LANGUAGE_COLUMNS = {
     "reload": "after save and load",
     "steps": "two DDP steps",
 }
-ENCODER_COLUMNS = {
+_ENCODER_COLUMNS = {
     "model": "slice encoder",
     "class": "class",
     "pooling": "`slice_pooling` when left out",
@@ -309,7 +309,7 @@ def run(only: Sequence[str]) -> str:
     for part in rows:
         for row in rows[part]:
             row["steps"] = steps.get((part, row["model"]), "")
-    return f"{table(rows['text'], LANGUAGE_COLUMNS)}\n\n{table(rows['vision'], ENCODER_COLUMNS)}\n"
+    return f"{table(rows['text'], _LANGUAGE_COLUMNS)}\n\n{table(rows['vision'], _ENCODER_COLUMNS)}\n"
 
 
 def main() -> None:

@@ -32,16 +32,16 @@ from samf.phantoms.text import join_report
 from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.training.sampling import RecordOrder
 
-VOLUMES = 47_149  # of CT-RATE's training split
-VQA_BYTES = 1_000_000_000
+_VOLUMES = 47_149  # of CT-RATE's training split
+_VQA_BYTES = 1_000_000_000
 MOST_MEMORY = 2.0  # GB, imports included
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
-REAL_REPORTS, REAL_METADATA = "CT-CLIP_text_classifier_val.csv", "CT-RATE_validation_metadata.csv"
-PHANTOM_PATIENTS = 200
+_REAL_REPORTS, _REAL_METADATA = "CT-CLIP_text_classifier_val.csv", "CT-RATE_validation_metadata.csv"
+_PHANTOM_PATIENTS = 200
 IMAGE_TOKENS = 256
-ROWS, STEP_ROWS = 4, 16  # of a micro-batch and of a step whose padding is counted
-PATIENTS_APART = 100_000  # distance of the patient numbers of a row's copies
-TURNS = {
+ROWS, _STEP_ROWS = 4, 16  # of a micro-batch and of a step whose padding is counted
+_PATIENTS_APART = 100_000  # distance of the patient numbers of a row's copies
+_TURNS = {
     "long_answer": ("What is seen in this chest CT?", "Describe the lungs and the mediastinum."),
     "short_answer": ("Is there an effusion?", "Which side is affected?", "How large is the lesion?"),
     "multiple_choice": ("Which statement fits this chest CT?", "What is the most likely finding?"),
@@ -59,14 +59,14 @@ class Templates:
 def find_templates(folder: Path | None = None) -> Templates:
     """Return real rows of `folder` (default: $SAMF_TEST_DATA/reports), or those of phantoms where it lacks them."""
     folder = folder or Path(os.environ.get("SAMF_TEST_DATA", "")) / "reports"
-    if (folder / REAL_REPORTS).is_file() and (folder / REAL_METADATA).is_file():
-        rows = read_rows(folder / REAL_REPORTS, ("report_text", *CT_RATE_LABELS))
+    if (folder / _REAL_REPORTS).is_file() and (folder / _REAL_METADATA).is_file():
+        rows = read_rows(folder / _REAL_REPORTS, ("report_text", *CT_RATE_LABELS))
         reports = [(row["report_text"], [row[name] for name in CT_RATE_LABELS]) for row in rows]
-        return Templates(reports, list(read_rows(folder / REAL_METADATA)))
-    scans = [scan for p in range(PHANTOM_PATIENTS) for scan in plan_patient(PhantomSettings(), "valid", p + 1)]
+        return Templates(reports, list(read_rows(folder / _REAL_METADATA)))
+    scans = [scan for p in range(_PHANTOM_PATIENTS) for scan in plan_patient(PhantomSettings(), "valid", p + 1)]
     no_labels = ["0"] * len(CT_RATE_LABELS)
     reports = [(join_report(scan.statements), no_labels) for scan in scans]
-    names = [f"valid_{p + 1}_a_{k}.nii.gz" for p in range(PHANTOM_PATIENTS) for k in (1, 2)]
+    names = [f"valid_{p + 1}_a_{k}.nii.gz" for p in range(_PHANTOM_PATIENTS) for k in (1, 2)]
     row = {"RescaleSlope": "1", "RescaleIntercept": "-1024", "XYSpacing": "[0.7, 0.7]", "ZSpacing": "1.5"}
     return Templates(reports, [{"VolumeName": name, **row} for name in names])
 
@@ -99,7 +99,7 @@ def _renamed(rows: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
     for number in count():
         for row in rows:
             name = VolumeName.parse(row["VolumeName"])
-            name = VolumeName("train", name.patient + number * PATIENTS_APART, name.scan, name.reconstruction)
+            name = VolumeName("train", name.patient + number * _PATIENTS_APART, name.scan, name.reconstruction)
             yield {**row, "VolumeName": str(name)}
 
 
@@ -118,7 +118,7 @@ def _write_vqa(path: Path, volumes: Iterable[tuple[str, str]], size: int) -> Non
     with path.open("w", encoding="utf-8") as file, tqdm(total=size, unit="B", unit_scale=True, desc="VQA") as progress:
         file.write("[")
         for number, (name, report) in enumerate(volumes):
-            task = rng.choice(list(TURNS))
+            task = rng.choice(list(_TURNS))
             turns = [
                 turn for k in range(rng.choice((1, 1, 1, 3))) for turn in _exchange(rng, task, report, first=not k)
             ]
@@ -134,7 +134,7 @@ def _write_vqa(path: Path, volumes: Iterable[tuple[str, str]], size: int) -> Non
 def _exchange(rng: random.Random, task: str, report: str, first: bool) -> list[dict[str, str]]:
     sentences = report.split(". ")
     answer = rng.choice(sentences) if task != "short_answer" else rng.choice(sentences)[:20]
-    question = rng.choice(TURNS[task])
+    question = rng.choice(_TURNS[task])
     if task == "multiple_choice":
         options = [answer, *rng.choices(sentences, k=3)]
         rng.shuffle(options)
@@ -153,7 +153,7 @@ def _exchange(rng: random.Random, task: str, report: str, first: bool) -> list[d
 
 def write_copy(settings: Settings) -> list[Measurement]:
     """Write the copy to the stage's folder."""
-    volumes, size = (VOLUMES, VQA_BYTES) if settings.size == "full" else (200, 200_000)
+    volumes, size = (_VOLUMES, _VQA_BYTES) if settings.size == "full" else (200, 200_000)
     started = time.monotonic()
     write_ct_rate_copy(settings.folder / "CT-RATE", volumes, size, find_templates())
     return [
@@ -181,7 +181,7 @@ def read_copy(settings: Settings) -> list[Measurement]:
     mixture = TaskMixture(records, {"report": 1, "multiple_choice": 1})
     rows = mixture.epoch_rows(0)
     mixed = time.monotonic()
-    if len(mixture.rows["report"]) != (VOLUMES if settings.size == "full" else 200):
+    if len(mixture.rows["report"]) != (_VOLUMES if settings.size == "full" else 200):
         raise RuntimeError(f"{len(mixture.rows['report'])} reports were read; expected one for each volume.")
     note = f"{len(records)} records of {len(mixture.rows['report'])} reports and a VQA file"
     limit = MOST_MEMORY if settings.size == "full" else None
@@ -210,11 +210,11 @@ def count_padding(settings: Settings) -> list[Measurement]:
     lengths = count_tokens(records, tokenizer) + IMAGE_TOKENS
     orders = {
         "random": RecordOrder(len(rows), 0),
-        "sort_steps": RecordOrder(len(rows), 0, lengths, STEP_ROWS, within_steps=True),
-        "group_by_length": RecordOrder(len(rows), 0, lengths, STEP_ROWS),
+        "sort_steps": RecordOrder(len(rows), 0, lengths, _STEP_ROWS, within_steps=True),
+        "group_by_length": RecordOrder(len(rows), 0, lengths, _STEP_ROWS),
     }
     kind = "real" if real else "phantoms'"
-    note = f"{len(rows)} {kind} records of {lengths.mean():.0f} tokens, {ROWS} per micro-batch, {STEP_ROWS} per step"
+    note = f"{len(rows)} {kind} records of {lengths.mean():.0f} tokens, {ROWS} per micro-batch, {_STEP_ROWS} per step"
     return [
         Measurement(f"padding, {name}", "%", [100 * padding_share(lengths[list(order)], ROWS)], note=note)
         for name, order in orders.items()

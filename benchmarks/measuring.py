@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from samf.training.memory import peak_bytes, peak_resident
 
-MEASURED_PACKAGES = (
+_MEASURED_PACKAGES = (
     *("samf", "torch", "transformers", "accelerate", "peft", "torchao", "safetensors"),
     *("numpy", "nibabel", "isal", "pillow"),
 )
-SHORTEST_SAMPLE = 0.05  # seconds; shorter tasks are called several times per sample
+_SHORTEST_SAMPLE = 0.05  # seconds; shorter tasks are called several times per sample
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 30
 
 
@@ -145,7 +145,7 @@ class Stopwatch:
             Name → seconds, one value per round.
         """
         warm = {name: self._warm_up(task) for name, task in tasks.items()}
-        calls = {name: max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-7))) for name, seconds in warm.items()}
+        calls = {name: max(1, math.ceil(_SHORTEST_SAMPLE / max(seconds, 1e-7))) for name, seconds in warm.items()}
         one_round = max(sum(warm[name] * calls[name] for name in tasks), 1e-7)
         rounds = min(MOST_ROUNDS, max(fewest, int(self.budget / one_round)))
         times: dict[str, list[float]] = {name: [] for name in tasks}
@@ -227,7 +227,7 @@ def _cpu_name() -> str:
 def describe_versions() -> dict[str, str | None]:
     """Return the versions of Python and of the packages that matter; None for one that isn't installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in MEASURED_PACKAGES:
+    for package in _MEASURED_PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -22,9 +22,9 @@ from samf.benchmarks.workloads import (
 )
 from samf.model.modeling_samf import SamfForConditionalGeneration
 
-LORA_TARGETS = r".*language_model.*\.(qkv_proj|o_proj|gate_up_proj|down_proj)"
-TRAINED_PARTS = ("slice_encoder", "slice_position", "aggregator", "fusion")
-BYTES_IN_8_BITS = 1.5  # per weight, on average with the parts that aren't quantised
+_LORA_TARGETS = r".*language_model.*\.(qkv_proj|o_proj|gate_up_proj|down_proj)"
+_TRAINED_PARTS = ("slice_encoder", "slice_position", "aggregator", "fusion")
+_BYTES_IN_8_BITS = 1.5  # per weight, on average with the parts that aren't quantised
 
 
 def save_model(settings: Settings) -> list[Measurement]:
@@ -88,13 +88,13 @@ def _answer_batch(settings: Settings, model: PreTrainedModel) -> tuple[torch.Ten
 
 def quantise_model(settings: Settings) -> list[Measurement]:
     """Load the saved model with its language model in 8 bits, answer the same batch, and save it in 8 bits."""
-    settings.require_memory(BYTES_IN_8_BITS)
+    settings.require_memory(_BYTES_IN_8_BITS)
     started = time.monotonic()
     model = SamfForConditionalGeneration.from_pretrained(
         settings.folder / "saved",
         dtype=settings.dtype,
         device_map=settings.device,
-        quantization_config=eight_bit_config(),
+        quantization_config=_eight_bit_config(),
     ).eval()
     loaded = time.monotonic()
     quantised = quantised_weights(model)
@@ -120,7 +120,7 @@ def reload_quantised(settings: Settings) -> list[Measurement]:
         RuntimeError: it doesn't.
     """
     _require_torchao()
-    settings.require_memory(BYTES_IN_8_BITS)
+    settings.require_memory(_BYTES_IN_8_BITS)
     started = time.monotonic()
     model = SamfForConditionalGeneration.from_pretrained(
         settings.folder / "saved_8bit", dtype=settings.dtype, device_map=settings.device
@@ -141,7 +141,7 @@ def _require_torchao() -> None:
         raise LineSkipped("needs torchao: pip install torchao")
 
 
-def eight_bit_config() -> TorchAoConfig:
+def _eight_bit_config() -> TorchAoConfig:
     """Return the configuration of 8-bit weights; `from_pretrained` quantises only the language model."""
     _require_torchao()
     from torchao.quantization import Int8WeightOnlyConfig  # optional library
@@ -174,7 +174,7 @@ def train_lora(settings: Settings) -> list[Measurement]:
     settings.require_memory(settings.dtype.itemsize)
     model = random_model(SamfForConditionalGeneration, settings.config(), settings.device, settings.dtype)
     lora = LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=0.05, target_modules=LORA_TARGETS, modules_to_save=list(TRAINED_PARTS)
+        r=16, lora_alpha=32, lora_dropout=0.05, target_modules=_LORA_TARGETS, modules_to_save=list(_TRAINED_PARTS)
     )
     model.gradient_checkpointing_enable()
     model = get_peft_model(model, lora).train()

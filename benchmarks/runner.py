@@ -58,15 +58,15 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
     },
     "training": {name: {name: stage} for name, stage in TRAINING_STAGES.items()},
 }
-COMMANDS = {
+_COMMANDS = {
     "model": "parameters, speed and memory of the model",
     "volumes": "from a scan's file to its slices",
     "data": "from CT-RATE's tables to records",
     "training": "a training step",
 }
-ON_A_DEVICE = ("model", "training")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HEADER = ["stage", "quantity", "median", "quartiles", "repeats", "limit", "", "note"]
+_ON_A_DEVICE = ("model", "training")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HEADER = ["stage", "quantity", "median", "quartiles", "repeats", "limit", "", "note"]
 
 
 class StageOutcome(TypedDict):
@@ -103,12 +103,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in COMMANDS.items():
+    for name, what in _COMMANDS.items():
         command, lines = commands.add_parser(name, help=what), ",".join(LINES[name])
         command.add_argument("--lines", default=lines, help=f"some of {lines}")
-        if name in ON_A_DEVICE:
+        if name in _ON_A_DEVICE:
             command.add_argument("--device", default="cpu", help="cpu, or cuda")
-            command.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
+            command.add_argument("--dtype", choices=_DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
         else:
             command.set_defaults(device="cpu", dtype=None)
         command.add_argument("--size", choices=SIZES, default="full", help="tiny shows that everything runs")
@@ -125,7 +125,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.device = torch.device(args.device)
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; omit --device for the CPU")
-    args.dtype = DTYPES[args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")]
+    args.dtype = _DTYPES[args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")]
     return args
 
 
@@ -190,8 +190,8 @@ def run_child(args: argparse.Namespace, stage: str, folder: Path) -> StageOutcom
     output.unlink(missing_ok=True)
     command = [sys.executable, "-m", "samf.benchmarks", args.command, f"--stage={stage}", f"--json={output}"]
     command += [f"--folder={folder}", f"--size={args.size}", f"--budget={args.budget}"]
-    if args.command in ON_A_DEVICE:
-        dtype = next(name for name, dtype in DTYPES.items() if dtype == args.dtype)
+    if args.command in _ON_A_DEVICE:
+        dtype = next(name for name, dtype in _DTYPES.items() if dtype == args.dtype)
         command += [f"--device={args.device}", f"--dtype={dtype}"]
     command += [f"--threads={args.threads}"] if args.threads else []
     started = time.monotonic()
@@ -206,8 +206,8 @@ def run_child(args: argparse.Namespace, stage: str, folder: Path) -> StageOutcom
 
 def table(results: BenchmarkResults) -> str:
     """Return the results as a Markdown table with aligned columns, one row per measurement."""
-    rows = [HEADER, *(row for result in results["stages"] for row in _stage_rows(result))]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
+    rows = [_HEADER, *(row for result in results["stages"] for row in _stage_rows(result))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     rows.insert(1, ["-" * width for width in widths])
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     facts = {"device": results["device"], "dtype": results["dtype"], **results["machine"], **results["versions"]}

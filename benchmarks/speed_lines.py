@@ -49,7 +49,7 @@ def vit_flops(vision: Any, slices: int) -> int:
     return slices * (embed + vision.num_hidden_layers * (projections + attention))
 
 
-def matmul_tasks(sizes: Sequence[int], device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+def _matmul_tasks(sizes: Sequence[int], device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Return one square matrix product per size.
 
     Args:
@@ -76,7 +76,7 @@ def time_vit(settings: Settings) -> list[Measurement]:
     model = random_model(SamfModel, config, settings.device, settings.dtype)
     slices = settings.sizes.slices
     pixels = slice_stack(settings, 1, slices)
-    matmuls = matmul_tasks(settings.sizes.matmuls, settings.device, settings.dtype)
+    matmuls = _matmul_tasks(settings.sizes.matmuls, settings.device, settings.dtype)
     tasks = {
         "one call": lambda: model.encode_slices(pixels),
         "loop": lambda: [model.encode_slices(pixels[:, index, None]) for index in range(slices)],

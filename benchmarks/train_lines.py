@@ -18,10 +18,10 @@ from samf.training.throughput import batch_work
 
 # Rows, slices per volume, and tokens of question and answer: with 256 image tokens the paper's 512.
 SHAPES = {"full": (4, 72, 32, 224), "tiny": (2, 6, 8, 4)}
-WARM_UP, MOST_STEPS = 2, 20
-BYTES_A_WEIGHT = 4.5  # bfloat16; trained parts in float32 with gradients and AdamW's two moments
-CT_RATE_RECORDS = 2 * 47_149  # reports, and as many multiple-choice questions
-PAPER_HOURS = 16  # one A100 with 80 GB
+_WARM_UP, _MOST_STEPS = 2, 20
+_BYTES_A_WEIGHT = 4.5  # bfloat16; trained parts in float32 with gradients and AdamW's two moments
+_CT_RATE_RECORDS = 2 * 47_149  # reports, and as many multiple-choice questions
+_PAPER_HOURS = 16  # one A100 with 80 GB
 
 
 def time_training(settings: Settings) -> list[Measurement]:
@@ -49,8 +49,8 @@ def time_compiled(settings: Settings) -> list[Measurement]:
 def _time_steps(
     settings: Settings, checkpointing: bool = False, liger: bool = False, compiled: bool = False
 ) -> list[Measurement]:
-    settings.require_memory(BYTES_A_WEIGHT)
-    model = build_trained_model(settings, checkpointing, liger)
+    settings.require_memory(_BYTES_A_WEIGHT)
+    model = _build_trained_model(settings, checkpointing, liger)
     flops = StepFlops(model)
     batch = training_batch(settings)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=5e-5)
@@ -65,16 +65,16 @@ def _time_steps(
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    seconds = [settings.stopwatch.seconds(step) for _ in range(WARM_UP)]
-    while len(seconds) < WARM_UP + 3 or (sum(seconds) < settings.budget and len(seconds) < WARM_UP + MOST_STEPS):
+    seconds = [settings.stopwatch.seconds(step) for _ in range(_WARM_UP)]
+    while len(seconds) < _WARM_UP + 3 or (sum(seconds) < settings.budget and len(seconds) < _WARM_UP + _MOST_STEPS):
         seconds.append(settings.stopwatch.seconds(step))
     if not all(map(math.isfinite, losses)):
         raise RuntimeError(f"The losses are {losses}; expected finite values.")
     work = Work(**dict(zip([field.name for field in fields(Work)], batch_work(batch).tolist(), strict=True)))
-    return describe_steps(settings, seconds[WARM_UP:], work, flops(work))
+    return describe_steps(settings, seconds[_WARM_UP:], work, flops(work))
 
 
-def build_trained_model(settings: Settings, checkpointing: bool, liger: bool) -> nn.Module:
+def _build_trained_model(settings: Settings, checkpointing: bool, liger: bool) -> nn.Module:
     """Return a model of random weights whose parts are trained as in recipes/ct_rate.yaml.
 
     Args:
@@ -131,7 +131,7 @@ def describe_steps(settings: Settings, seconds: list[float], work: Work, flops: 
     """
     rows, slices, _, _ = SHAPES[settings.size]
     note = f"{rows} volumes of {slices} slices, {work.tokens / rows:.0f} tokens each, bfloat16 autocast, AdamW"
-    figures = [
+    measurements = [
         Measurement("training step", "s", seconds, note=note),
         Measurement("volumes", "1/s", [work.volumes / value for value in seconds]),
         Measurement("tokens", "1/s", [work.tokens / value for value in seconds]),
@@ -140,12 +140,12 @@ def describe_steps(settings: Settings, seconds: list[float], work: Work, flops: 
     peak = known_peak(torch.cuda.get_device_name(settings.device)) if settings.device.type == "cuda" else None
     if peak is not None:
         shares = [flops / value / (peak * 1e12) for value in seconds]
-        figures.append(Measurement("MFU", "", shares, note=f"of {peak:g} TFLOP/s, dense bfloat16"))
+        measurements.append(Measurement("MFU", "", shares, note=f"of {peak:g} TFLOP/s, dense bfloat16"))
     if settings.size == "full":
-        hours = [CT_RATE_RECORDS / rows * value / 3600 for value in seconds]
-        note = f"{CT_RATE_RECORDS:,} records of this length; the paper: {PAPER_HOURS} h on an A100"
-        figures.append(Measurement("an epoch of CT-RATE", "h", hours, note=note))
-    return figures
+        hours = [_CT_RATE_RECORDS / rows * value / 3600 for value in seconds]
+        note = f"{_CT_RATE_RECORDS:,} records of this length; the paper: {_PAPER_HOURS} h on an A100"
+        measurements.append(Measurement("an epoch of CT-RATE", "h", hours, note=note))
+    return measurements
 
 
 STAGES = {

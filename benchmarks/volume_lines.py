@@ -26,12 +26,12 @@ except ImportError:
     igzip = None
 
 SHAPES = {"full": (512, 512, 300), "tiny": (48, 40, 30)}
-ROUNDS = 5  # at least
-PIECE = 1 << 20
-PHANTOM_MM = {"full": 2.5, "tiny": 8.0}
-REFERENCE_SLICES, REFERENCE_REACH, REFERENCE_SIZE = 24, 72, 224
-MOST_OF_UNPACKING, MOST_WITH_SLABS, LEAST_OF_REFERENCE = 1.5, 2.5, 1.7
-MOST_MEMORY, LEAST_FROM_CACHE = 1.5, 50
+_ROUNDS = 5  # at least
+_PIECE = 1 << 20
+_PHANTOM_MM = {"full": 2.5, "tiny": 8.0}
+_REFERENCE_SLICES, _REFERENCE_REACH, _REFERENCE_SIZE = 24, 72, 224
+_MOST_OF_UNPACKING, _MOST_WITH_SLABS, _LEAST_OF_REFERENCE = 1.5, 2.5, 1.7
+MOST_MEMORY, _LEAST_FROM_CACHE = 1.5, 50
 
 
 # --- The scan ---------------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ def find_source(settings: Settings) -> CTVolume:
     folder = Path(os.environ.get("SAMF_TEST_DATA", "")) / "ct"
     if settings.size == "full" and folder.is_dir() and (files := [file for file in folder.iterdir() if file.is_file()]):
         return read_ct(max(files, key=lambda file: file.stat().st_size))
-    phantom = make_phantom(np.random.default_rng(0), voxel_mm=PHANTOM_MM[settings.size])
+    phantom = make_phantom(np.random.default_rng(0), voxel_mm=_PHANTOM_MM[settings.size])
     return CTVolume(phantom.hu, phantom.spacing, phantom.affine, "a phantom")
 
 
@@ -98,7 +98,7 @@ def _voxel_bytes(path: Path) -> int:
 
 def unpack(path: Path) -> None:
     """Decompress a file piece by piece into one small buffer, by isal if it is installed."""
-    piece = memoryview(bytearray(PIECE))
+    piece = memoryview(bytearray(_PIECE))
     with (igzip or gzip).open(path) as stream:
         while stream.readinto(piece):
             pass
@@ -112,9 +112,9 @@ def reference_slices(path: Path) -> np.ndarray:
     """
     volume = nib.load(path).get_fdata()  # (X, Y, Z)
     middle, last = volume.shape[2] // 2, volume.shape[2] - 1
-    places = np.linspace(max(0, middle - REFERENCE_REACH), min(last, middle + REFERENCE_REACH), REFERENCE_SLICES)
+    places = np.linspace(max(0, middle - _REFERENCE_REACH), min(last, middle + _REFERENCE_REACH), _REFERENCE_SLICES)
     slices = [Image.fromarray(volume[:, :, k].astype(np.int64).astype(np.uint8)) for k in places.astype(int)]
-    return np.stack([np.asarray(s.resize((REFERENCE_SIZE,) * 2, Image.Resampling.BICUBIC)) for s in slices])
+    return np.stack([np.asarray(s.resize((_REFERENCE_SIZE,) * 2, Image.Resampling.BICUBIC)) for s in slices])
 
 
 def time_slices(settings: Settings) -> list[Measurement]:
@@ -128,7 +128,7 @@ def time_slices(settings: Settings) -> list[Measurement]:
         **{slab: lambda slab=slab: slabs[slab].extract(read_ct(path)) for slab in slabs},
         "reference": lambda: reference_slices(path),
     }
-    times = settings.stopwatch.in_turns(tasks, "slices", ROUNDS)
+    times = settings.stopwatch.in_turns(tasks, "slices", _ROUNDS)
     name, over = f"{plain.num_slices} slices", {task: ratios(times[task], times["unpacking"]) for task in tasks}
     library = "isal" if igzip is not None else "zlib, since isal isn't installed"
     return [
@@ -136,18 +136,18 @@ def time_slices(settings: Settings) -> list[Measurement]:
         Measurement(f"file to {name}", "s", times["plain"], note="field full, slab none"),
         *(Measurement(f"file to {name}, {slab}", "s", times[slab], note=f"field body, slab {slab}") for slab in slabs),
         Measurement(
-            "reference implementation", "s", times["reference"], note=f"float64, {REFERENCE_SLICES} slices, one window"
+            "reference implementation", "s", times["reference"], note=f"float64, {_REFERENCE_SLICES} slices, one window"
         ),
-        Measurement(f"{name} / unpacking", "x", over["plain"], at_most=settings.limit(MOST_OF_UNPACKING)),
+        Measurement(f"{name} / unpacking", "x", over["plain"], at_most=settings.limit(_MOST_OF_UNPACKING)),
         *(
-            Measurement(f"{name}, {slab} / unpacking", "x", over[slab], at_most=settings.limit(MOST_WITH_SLABS))
+            Measurement(f"{name}, {slab} / unpacking", "x", over[slab], at_most=settings.limit(_MOST_WITH_SLABS))
             for slab in slabs
         ),
         Measurement(
             f"reference implementation / {name}",
             "x",
             ratios(times["reference"], times["plain"]),
-            settings.limit(LEAST_OF_REFERENCE),
+            settings.limit(_LEAST_OF_REFERENCE),
         ),
     ]
 
@@ -163,10 +163,10 @@ def time_cache(settings: Settings) -> list[Measurement]:
     if not np.array_equal(cache.get(path)["slices"], processor.extract(read_ct(path))["slices"]):
         raise RuntimeError("The cache's slices differ from the file's.")
     tasks = {"cache": lambda: np.array(cache.get(path)["slices"]), "file": lambda: processor.extract(read_ct(path))}
-    times = settings.stopwatch.in_turns(tasks, "cache", ROUNDS)
+    times = settings.stopwatch.in_turns(tasks, "cache", _ROUNDS)
     return [
         Measurement("from the cache", "ms", [1e3 * seconds for seconds in times["cache"]], note="every byte read"),
-        Measurement("file / cache", "x", ratios(times["file"], times["cache"]), settings.limit(LEAST_FROM_CACHE)),
+        Measurement("file / cache", "x", ratios(times["file"], times["cache"]), settings.limit(_LEAST_FROM_CACHE)),
     ]
 
 
@@ -185,7 +185,7 @@ def measure_slab_memory(settings: Settings) -> list[Measurement]:
 
 def _measure_memory(settings: Settings, processor: SamfImageProcessor) -> list[Measurement]:
     path, tiny = scan_file(settings), settings.folder / "tiny.nii.gz"
-    phantom = make_phantom(np.random.default_rng(0), voxel_mm=PHANTOM_MM["tiny"])
+    phantom = make_phantom(np.random.default_rng(0), voxel_mm=_PHANTOM_MM["tiny"])
     nib.save(nib.Nifti1Image(phantom.hu, phantom.affine), tiny)
     processor.extract(read_ct(tiny))
     before = resident()

@@ -19,8 +19,8 @@ from samf.model.configuration_samf import SamfConfig
 from samf.model.modeling_samf import SamfForConditionalGeneration
 
 SAVED_DTYPE = torch.bfloat16  # as language models are published
-FILL_PERIOD = 1_000_003  # a prime, so that no two rows of a weight are equal
-TINY_VISION = {
+_FILL_PERIOD = 1_000_003  # a prime, so that no two rows of a weight are equal
+_TINY_VISION = {
     "model_type": "vit",
     "image_size": 32,
     "hidden_size": 32,
@@ -38,7 +38,7 @@ TINY_TEXT = {
     "pad_token_id": 0,
     "eos_token_id": 2,
 }
-TINY_OPTIONS = {"image_token_id": 120, "num_image_tokens": 4, "volume_dim": 16}
+_TINY_OPTIONS = {"image_token_id": 120, "num_image_tokens": 4, "volume_dim": 16}
 
 
 class Placement(TypedDict):
@@ -156,7 +156,7 @@ class Settings:
         """Return the model's configuration; `options` are arguments of `SamfConfig`."""
         if self.size == "full":
             return SamfConfig(**options)
-        return SamfConfig(**{"vision_config": TINY_VISION, "text_config": TINY_TEXT, **TINY_OPTIONS, **options})
+        return SamfConfig(**{"vision_config": _TINY_VISION, "text_config": TINY_TEXT, **_TINY_OPTIONS, **options})
 
 
 def random_model(
@@ -180,16 +180,16 @@ def random_model(
 def fill(model: nn.Module, std: float = 0.02) -> None:
     """Set norms to one, biases to zero, and every other weight to repeats of one block of normal values."""
     generator = torch.Generator().manual_seed(0)
-    block = torch.randn(FILL_PERIOD, generator=generator) * std
+    block = torch.randn(_FILL_PERIOD, generator=generator) * std
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(float(name.endswith("weight")))
             continue
         values = block.to(parameter.device, parameter.dtype)
         flat = parameter.view(-1)
-        whole = len(flat) // FILL_PERIOD
-        flat[: whole * FILL_PERIOD].view(whole, FILL_PERIOD).copy_(values)
-        flat[whole * FILL_PERIOD :].copy_(values[: len(flat) - whole * FILL_PERIOD])
+        whole = len(flat) // _FILL_PERIOD
+        flat[: whole * _FILL_PERIOD].view(whole, _FILL_PERIOD).copy_(values)
+        flat[whole * _FILL_PERIOD :].copy_(values[: len(flat) - whole * _FILL_PERIOD])
 
 
 def checksums(model: nn.Module) -> dict[str, int]:

@@ -39,7 +39,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPES = REPOSITORY / "recipes" / "demo"
 STAGES = ("1_aggregator", "2_language", "3_report")
 MAX_NEW_TOKENS = 200
-TEXT_QUESTIONS = 20_000
+_TEXT_QUESTIONS = 20_000
 
 
 Volumes = Literal["own", "shuffled"]
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
             train_patients=args.train_patients,
             valid_patients=args.valid_patients,
             settings=PhantomSettings(seed=args.seed),
-            text_questions=TEXT_QUESTIONS,
+            text_questions=_TEXT_QUESTIONS,
         )
     if not (output / "language_model" / "config.json").is_file():
         make_language_model(output / "language_model", data, args.seed)

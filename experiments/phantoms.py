@@ -28,7 +28,7 @@ from samf.utils.files import atomic_write, write_json
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 MAX_NEW_TOKENS = 200
-LOSS_RECORDS = 200  # records of the logged losses: valid_limit of recipes/table3/phantoms.yaml
+_LOSS_RECORDS = 200  # records of the logged losses: valid_limit of recipes/table3/phantoms.yaml
 # Metric of a run of stage 3 → title of its column.
 COLUMNS = {
     "accuracy": "multiple choice",
@@ -232,11 +232,11 @@ def loss_with_answers_hidden(
     Args:
         model: its `fusion_text_scope` is set to "prompt".
         processor: of the model.
-        records: held-out records; the first `LOSS_RECORDS` are used.
+        records: held-out records; the first `_LOSS_RECORDS` are used.
         cache: slices of their volumes.
     """
     model.config.fusion_text_scope = "prompt"
-    records = records.select(range(min(len(records), LOSS_RECORDS))).remove_columns("finding_labels")
+    records = records.select(range(min(len(records), _LOSS_RECORDS))).remove_columns("finding_labels")
     loss, tokens = 0.0, 0
     for batch in DataLoader(records, batch_size=32, collate_fn=SamfCollator(processor, volume_store=cache)):
         count = int((batch["labels"] != -100).sum())

@@ -34,26 +34,26 @@ from samf.pretraining.dino import DinoArguments
 from samf.training.param_groups import PARTS
 from samf.utils.recipe import parse_recipe
 
-DINO_RECIPE, WARMUP_RECIPE = RECIPES / "dino_phantoms.yaml", RECIPES / "warmup_phantoms.yaml"
-STAGE_3 = "slice_tokens"  # of recipes/table3: nothing frozen
-FROZEN: Options = {"train_parts": [part for part in PARTS if part != "slice_encoder"], "cache_embeddings": True}
-SLOW: Options = {"learning_rates": '{"slice_encoder": 1e-4}'}  # a tenth of the rate of the other parts
-RANDOM, STAGE_1, STAGES = "random weights", "stage 1", "stages 1 and 2"
+_DINO_RECIPE, _WARMUP_RECIPE = RECIPES / "dino_phantoms.yaml", RECIPES / "warmup_phantoms.yaml"
+_STAGE_3 = "slice_tokens"  # of recipes/table3: nothing frozen
+_FROZEN: Options = {"train_parts": [part for part in PARTS if part != "slice_encoder"], "cache_embeddings": True}
+_SLOW: Options = {"learning_rates": '{"slice_encoder": 1e-4}'}  # a tenth of the rate of the other parts
+_RANDOM, _STAGE_1, STAGES = "random weights", "stage 1", "stages 1 and 2"
 # Row → what stage 3 starts from, and its options.
 ROWS: dict[str, tuple[str, Options]] = {
-    "scratch": (RANDOM, {}),
-    "scratch_vit_frozen": (RANDOM, FROZEN),
-    "stage_1_vit_frozen": (STAGE_1, FROZEN),
+    "scratch": (_RANDOM, {}),
+    "scratch_vit_frozen": (_RANDOM, _FROZEN),
+    "stage_1_vit_frozen": (_STAGE_1, _FROZEN),
     "stages": (STAGES, {}),
-    "stages_vit_frozen": (STAGES, FROZEN),
-    "stages_vit_slow": (STAGES, SLOW),
+    "stages_vit_frozen": (STAGES, _FROZEN),
+    "stages_vit_slow": (STAGES, _SLOW),
 }
 # What a patient's slices share is less explicit in DINO's embeddings than in those learned from labels: the warm-up takes
 # longer to exceed chance, which at the recipe's rate it doesn't for every seed, and stage 3 needs more steps too.
 STEPS = {"warmup_steps": 1200, "max_steps": 800}
-WARMUP_RATE = 3e-4
+_WARMUP_RATE = 3e-4
 SETTINGS = ("dino_steps", "max_steps", "language_steps", "warmup_steps", "valid_limit")
-STAGE_COLUMNS = {
+_STAGE_COLUMNS = {
     "knn": "kNN accuracy",
     "retrieval_interleaved": "retrieval (every other slice)",
     "retrieval_contiguous": "retrieval (half the field of view)",
@@ -76,7 +76,7 @@ def untrained_encoder(folder: Path, seed: int) -> Path:
     """Save a slice encoder as stage 1 initialises it, with its image processor, unless `folder` has one."""
     if not (folder / "config.json").is_file():
         kinds = (pretrain_encoder.EncoderArguments, DinoArguments, TrainingArguments)
-        args, _, _ = parse_recipe(kinds, ["--config", str(DINO_RECIPE)])
+        args, _, _ = parse_recipe(kinds, ["--config", str(_DINO_RECIPE)])
         set_seed(seed)
         pretrain_encoder.build_image_processor(args).save_pretrained(folder)
         pretrain_encoder.build_encoder(args).save_pretrained(folder)
@@ -88,24 +88,24 @@ def train_stages(args: argparse.Namespace, seed: int) -> dict[str, Metrics]:
     folder, cache = args.output / f"seed{seed}", args.output / "cache"
     common = {"data": [args.data], "slice_cache": cache, "seed": seed, "resume_from_checkpoint": "last"}
     options = {**common, "max_steps": args.dino_steps}
-    encoder = run_stage(pretrain_encoder, [DINO_RECIPE], folder / "1_encoder", options)
-    options = {**common, "slice_encoder": encoder, "max_steps": args.warmup_steps, "learning_rate": WARMUP_RATE}
-    aggregator = run_stage(warmup_aggregator, [WARMUP_RECIPE], folder / "2_aggregator", options)
+    encoder = run_stage(pretrain_encoder, [_DINO_RECIPE], folder / "1_encoder", options)
+    options = {**common, "slice_encoder": encoder, "max_steps": args.warmup_steps, "learning_rate": _WARMUP_RATE}
+    aggregator = run_stage(warmup_aggregator, [_WARMUP_RECIPE], folder / "2_aggregator", options)
     starts = {
-        RANDOM: {"slice_encoder": untrained_encoder(folder / "untrained_encoder", seed)},
-        STAGE_1: {"slice_encoder": encoder},
+        _RANDOM: {"slice_encoder": untrained_encoder(folder / "untrained_encoder", seed)},
+        _STAGE_1: {"slice_encoder": encoder},
         STAGES: {"slice_encoder": encoder, "aggregator": aggregator},
     }
     knn = logged(encoder, "eval_knn_accuracy")  # first before training, last after it
     before, after = (
-        {name: logged(aggregator, f"eval_{name}")[moment] for name in STAGE_COLUMNS if name.startswith("retrieval")}
+        {name: logged(aggregator, f"eval_{name}")[moment] for name in _STAGE_COLUMNS if name.startswith("retrieval")}
         for moment in (0, -1)
     )
-    reached = {RANDOM: {"knn": knn[0]}, STAGE_1: {"knn": knn[-1], **before}, STAGES: {"knn": knn[-1], **after}}
+    reached = {_RANDOM: {"knn": knn[0]}, _STAGE_1: {"knn": knn[-1], **before}, STAGES: {"knn": knn[-1], **after}}
     metrics = {}
     for row in args.rows:
         start, changes = ROWS[row]
-        measured = train_run(args, STAGE_3, folder / f"3_{row}", {**starts[start], **changes, "seed": seed})
+        measured = train_run(args, _STAGE_3, folder / f"3_{row}", {**starts[start], **changes, "seed": seed})
         metrics[row] = {**reached[start], **measured}
     return metrics
 
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in args.seeds:
         for name, metrics in train_stages(args, seed).items():
             results.setdefault(name, []).append(metrics)
-        table = write_table(args.output, results, STAGE_COLUMNS, "stages")
+        table = write_table(args.output, results, _STAGE_COLUMNS, "stages")
     sys.stdout.write(table + "\n")
 
 

@@ -31,7 +31,7 @@ ROWS = (
     *("samf_warmup_aggregator_frozen", "samf_warmup_both_frozen", "ao2d_vit_frozen", "ao2d_aggregator_frozen"),
     *("ao2d_warmup", "ao2d_warmup_both_frozen", "ao2d_both_frozen", "slice_tokens"),
 )
-VARIANT_RECIPE = "samf_warmup_vit_frozen"  # its slice embeddings are computed once
+_VARIANT_RECIPE = "samf_warmup_vit_frozen"  # its slice embeddings are computed once
 SETTINGS = ("max_steps", "language_steps", "encoder_steps", "warmup_steps", "valid_limit")
 
 
@@ -62,9 +62,9 @@ def all_runs() -> dict[str, Run]:
                 name = f"{fusion}{'_scaled' if scaled else '_unscaled'}{'_positions' if positions else ''}"
                 choices = {"fusion_type": fusion, "slice_position_scope": "all" if positions else "none"}
                 if name != "samf_unscaled":  # equals the variants' recipe
-                    runs.append(Run(name, VARIANT_RECIPE, choices | ({"fusion_scale": "rsqrt"} if scaled else {})))
+                    runs.append(Run(name, _VARIANT_RECIPE, choices | ({"fusion_scale": "rsqrt"} if scaled else {})))
     leak = {"fusion_type": "ao2d", "slice_position_scope": "none", "fusion_text_scope": "sequence"}
-    runs.append(Run("ao2d_unscaled_leak", VARIANT_RECIPE, leak))
+    runs.append(Run("ao2d_unscaled_leak", _VARIANT_RECIPE, leak))
     return {run.name: run for run in runs}
 
 

@@ -27,7 +27,7 @@ from samf.scripts.conversion_checks import (
     read_json,
 )
 
-MODEL_FILES = (
+_MODEL_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
@@ -35,7 +35,7 @@ MODEL_FILES = (
     "merged_model.bin",
     "model_with_lora.bin",
 )
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -131,14 +131,14 @@ def choose_file(names: Iterable[str], source: str, file: str | None = None) -> s
         if file not in names:
             raise ConversionError(f"{source}: holds no file {file!r}; it holds {', '.join(names)}.")
         return file
-    usual = [name for name in MODEL_FILES if name in names]
-    weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and name != "training_args.bin"]
+    usual = [name for name in _MODEL_FILES if name in names]
+    weights = [name for name in names if name.endswith(_WEIGHT_SUFFIXES) and name != "training_args.bin"]
     if usual:
         return usual[0]
     if len(weights) != 1:
         raise ConversionError(
             f"{source}: found {len(weights)} weight files ({', '.join(weights) or 'none'}); expected one of "
-            f"{', '.join(MODEL_FILES)}, or a single one. Name it with --file."
+            f"{', '.join(_MODEL_FILES)}, or a single one. Name it with --file."
         )
     return weights[0]
 
@@ -149,7 +149,7 @@ def _indexed(index: Path) -> tuple[tuple[Path, ...], Path, dict[str, str]]:
     return tuple(index.parent / name for name in sorted(set(places.values()))), index.parent, places
 
 
-def read_weights(file: Path) -> tuple[Entries, dict[str, str]]:
+def _read_weights(file: Path) -> tuple[Entries, dict[str, str]]:
     """Return the entries of a weights file, memory-mapped where possible, and a safetensors file's metadata.
 
     Raises:
@@ -199,7 +199,7 @@ def read_checkpoint(checkpoint: Checkpoint, part: Part) -> tuple[Entries, Settin
     weights: dict[str, object] = {}
     settings: Settings = {"text": {}, "vision": {}, "aggregator": {}}
     for file in checkpoint.files:
-        loaded, metadata = read_weights(file)
+        loaded, metadata = _read_weights(file)
         check_indexed(file, loaded, checkpoint.places)
         if part == "model":
             check_tensors({name: value for name, value in loaded.items() if not RECORDED.fullmatch(name)}, file)

@@ -45,7 +45,7 @@ def convert_model(args: ConvertArguments) -> None:
     Raises:
         ConversionError: the source can't be converted, or the folder exists.
     """
-    with new_folder(args.output_dir) as folder:
+    with _new_folder(args.output_dir) as folder:
         checkpoint = find_checkpoint(args)
         weights, settings = read_checkpoint(checkpoint, args.part)
         check_adapter_config(
@@ -94,7 +94,7 @@ def convert_slice_encoder(args: ConvertArguments) -> None:
     Raises:
         ConversionError: the source can't be converted, or the folder exists.
     """
-    with new_folder(args.output_dir) as folder:
+    with _new_folder(args.output_dir) as folder:
         checkpoint = find_checkpoint(args)
         loaded, settings = read_checkpoint(checkpoint, args.part)
         known = settings["text"]  # config.json, here the ViT's
@@ -122,7 +122,7 @@ def convert_slice_encoder(args: ConvertArguments) -> None:
 
 
 @contextmanager
-def new_folder(path: str) -> Iterator[Path]:
+def _new_folder(path: str) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, with its weights published, when the block ends without an error.
 
     Raises:

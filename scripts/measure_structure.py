@@ -17,10 +17,10 @@ from pathlib import Path
 from samf.evaluation.markdown import markdown_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MAX_FUNCTION = 60
-MAX_FILE = 400
-MIN_PARAMETERS = 3
-REPEATED_LINES = 6
+_MAX_FUNCTION = 60
+_MAX_FILE = 400
+_MIN_PARAMETERS = 3
+_REPEATED_LINES = 6
 _UNTYPED = re.compile(r"\b(?:dict|Mapping|MutableMapping|OrderedDict)\[str, (?:Any|object)\]")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -51,6 +51,10 @@ def parameters(function: Function) -> list[str]:
     return [arg.arg for arg in found if arg.arg not in ("self", "cls")]
 
 
+def _line_count(function: Function) -> int:
+    return (function.end_lineno or function.lineno) - function.lineno + 1
+
+
 def names_all(function: Function) -> bool:
     """Return whether a docstring names every parameter."""
     text = ast.get_docstring(function) or ""
@@ -73,7 +77,7 @@ def imported(path: Path, tree: ast.AST, modules: set[Path]) -> set[Path]:
         if node.level:
             base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
         elif (node.module or "").split(".")[0] == "samf":
-            base = node.module.split(".")[1:]
+            base = (node.module or "").split(".")[1:]
         else:
             continue
         target = Path(*filter(None, base))
@@ -116,8 +120,8 @@ def repeated_lines(sources: dict[Path, str]) -> int:
     for path, source in sources.items():
         numbered = [(number, line.strip()) for number, line in enumerate(source.splitlines())]
         lines = [(n, line) for n, line in numbered if len(line) > 3 and not line.startswith(("from ", "import ", "#"))]
-        for start in range(len(lines) - REPEATED_LINES + 1):
-            window = lines[start : start + REPEATED_LINES]
+        for start in range(len(lines) - _REPEATED_LINES + 1):
+            window = lines[start : start + _REPEATED_LINES]
             places[tuple(line for _, line in window)].append([(path, number) for number, _ in window])
     return len({line for found in places.values() if len(found) > 1 for window in found for line in window})
 
@@ -137,13 +141,13 @@ def offenders(root: Path, under: str) -> list[str]:
         if not (path == Path(under) or path.is_relative_to(under)):
             continue
         source = (root / path).read_text(encoding="utf-8")
-        if (count := source.count("\n")) > MAX_FILE:
+        if (count := source.count("\n")) > _MAX_FILE:
             found.append(f"{path}: {count} lines")
         for function, public in functions(ast.parse(source)):
-            place, size = f"{path}:{function.lineno}: {function.name}", function.end_lineno - function.lineno + 1
-            if size > MAX_FUNCTION:
+            place, size = f"{path}:{function.lineno}: {function.name}", _line_count(function)
+            if size > _MAX_FUNCTION:
                 found.append(f"{place}: {size} lines")
-            if public and len(parameters(function)) >= MIN_PARAMETERS and not names_all(function):
+            if public and len(parameters(function)) >= _MIN_PARAMETERS and not names_all(function):
                 found.append(f"{place}: the docstring doesn't name all of {', '.join(parameters(function))}")
         for number, line in enumerate(source.splitlines(), start=1):
             if _UNTYPED.search(line):
@@ -157,25 +161,25 @@ def measure(root: Path) -> list[list[str]]:
     trees = {path: ast.parse(source) for path, source in sources.items()}
     lines = {path: source.count("\n") for path, source in sources.items()}
     found = [(path, f, public) for path, tree in trees.items() for f, public in functions(tree)]
-    sizes = sorted(((f.end_lineno - f.lineno + 1, f"{path}:{f.name}") for path, f, _ in found), reverse=True)
-    wide = [f for _, f, public in found if public and len(parameters(f)) >= MIN_PARAMETERS]
+    sizes = sorted(((_line_count(f), f"{path}:{f.name}") for path, f, _ in found), reverse=True)
+    wide = [f for _, f, public in found if public and len(parameters(f)) >= _MIN_PARAMETERS]
     cycles = import_cycles({path: imported(path, tree, set(trees)) for path, tree in trees.items()})
     return [
         ["lines of Python (without tests)", str(sum(lines.values()))],
         ["Python files", str(len(sources))],
         ["Python files at the root", str(sum(len(path.parts) == 1 for path in sources))],
-        [f"functions over {MAX_FUNCTION} lines", str(sum(size > MAX_FUNCTION for size, _ in sizes))],
+        [f"functions over {_MAX_FUNCTION} lines", str(sum(size > _MAX_FUNCTION for size, _ in sizes))],
         ["longest function", f"{sizes[0][0]} ({sizes[0][1]})"],
-        [f"files over {MAX_FILE} lines", str(sum(count > MAX_FILE for count in lines.values()))],
+        [f"files over {_MAX_FILE} lines", str(sum(count > _MAX_FILE for count in lines.values()))],
         ["longest file", "{1} ({0})".format(*max(lines.items(), key=lambda item: item[1]))],
         ["import cycles", str(cycles)],
         [
-            f"public functions with {MIN_PARAMETERS} or more parameters whose docstring names all",
+            f"public functions with {_MIN_PARAMETERS} or more parameters whose docstring names all",
             f"{sum(map(names_all, wide))} of {len(wide)} ({sum(map(names_all, wide)) / max(len(wide), 1):.0%})",
         ],
         ["summaries that aren't imperative (ruff D401)", ruff_count(root, "D401")],
         ["untyped mappings", str(sum(len(_UNTYPED.findall(source)) for source in sources.values()))],
-        [f"lines repeated in runs of {REPEATED_LINES} or more", str(repeated_lines(sources))],
+        [f"lines repeated in runs of {_REPEATED_LINES} or more", str(repeated_lines(sources))],
     ]
 
 

@@ -9,7 +9,7 @@ _LOBES = {
     for part in ("upper", "middle", "lower")
     for kind in ("l", "ls")
 }
-ABBREVIATIONS: dict[str, str] = _LOBES | {
+_ABBREVIATIONS: dict[str, str] = _LOBES | {
     "e/o": "evidence of",
     "s/o": "suggestive of",
     "c/w": "consistent with",
@@ -55,11 +55,12 @@ _TOKEN = re.compile(r"([\"'\[]*)(.*?)([\"',:;\])]*)\Z", re.DOTALL)
 
 def _write_out(word: str) -> str:
     bare = word.rstrip(",;:")
-    if bare in ABBREVIATIONS:
-        return ABBREVIATIONS[bare] + word[len(bare) :]
-    before, core, after = _TOKEN.match(word).groups()
-    if core in ABBREVIATIONS:
-        return before + ABBREVIATIONS[core] + after
+    if bare in _ABBREVIATIONS:
+        return _ABBREVIATIONS[bare] + word[len(bare) :]
+    parts = _TOKEN.match(word)
+    before, core, after = parts.groups() if parts else ("", word, "")
+    if core in _ABBREVIATIONS:
+        return before + _ABBREVIATIONS[core] + after
     if core.endswith("n't") and len(core) > 4:
         return f"{before}{core[:-3]} not{after}"
     if "/" in core:
@@ -72,7 +73,7 @@ def _write_out_parts(core: str) -> str:
     parts = core.split("/")
     if core == "and/or" or not all(part.isalpha() and len(part) > 2 for part in parts):
         return core
-    return " and ".join(ABBREVIATIONS.get(part, part) for part in parts)
+    return " and ".join(_ABBREVIATIONS.get(part, part) for part in parts)
 
 
 class WrittenOut:

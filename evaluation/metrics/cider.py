@@ -14,7 +14,7 @@ CIDER_IDENTICAL = (
     "0 because all references are the same words: an n-gram that every reference has weighs log(N / N) = 0, so that even a "
     "perfect prediction scores 0."
 )
-SIGMA = 6.0
+_SIGMA = 6.0
 _HAS_WORD = re.compile(r"\w")
 
 
@@ -70,7 +70,7 @@ class _CiderReferences:
                 similarity += float(np.minimum(vector[both], target) @ target) / norm
         # The reference library measures lengths in bigrams.
         difference = max(0, len(words) - 1) - max(0, length - 1)
-        return 10 * similarity / len(ORDERS) * math.exp(-(difference**2) / (2 * SIGMA**2))
+        return 10 * similarity / len(ORDERS) * math.exp(-(difference**2) / (2 * _SIGMA**2))
 
 
 @lru_cache(maxsize=1)  # a system and its baselines are scored against the same references

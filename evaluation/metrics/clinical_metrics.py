@@ -100,7 +100,7 @@ def micro_metrics(counts: np.ndarray) -> dict[str, SampledMetric]:
 # --- CRG --------------------------------------------------------------------------------------------------------
 
 # Every answer wrong: s = -r A - (X - A) = -3 U, so U / (2U + 3U). Every answer right: U / (2U - U).
-CRG_BOUNDS = (0.2, 1.0)
+_CRG_BOUNDS = (0.2, 1.0)
 
 
 def combine_crg(sums: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ def crg_metric(truth: np.ndarray, found: np.ndarray) -> SampledMetric:
     """Return the VLM3D challenge's CRG score of truth and found, both (N, L) of 0 and 1."""
     counts = confusion_counts(truth, found).sum(axis=1)
     cells = np.full((len(counts), 1), np.shape(truth)[1], dtype=np.float64)
-    return SampledMetric(np.concatenate([counts, cells], axis=1), combine_crg, CRG_BOUNDS)
+    return SampledMetric(np.concatenate([counts, cells], axis=1), combine_crg, _CRG_BOUNDS)
 
 
 # --- Laterality and sizes -----------------------------------------------------------------------------------------

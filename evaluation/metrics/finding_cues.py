@@ -27,14 +27,14 @@ SEEN = (
     r"|discern\w+|recogni[sz]\w+|apparent|recorded|delineated|depicted|shown|appreciable"
 )
 # Words at which a new statement begins, whether or not it has a verb.
-EXCEPT = (
+_EXCEPT = (
     r"except(?: for| that)?|excepting|other than|apart from|aside from|besides|with the exception of|save for"
     r"|but for|outside of"
 )
-BREAK = re.compile(
-    rf"\b(?:but(?! for)|however|although|though|whereas|while|nevertheless|nonetheless|yet(?= there)|{EXCEPT})\b"
+_BREAK = re.compile(
+    rf"\b(?:but(?! for)|however|although|though|whereas|while|nevertheless|nonetheless|yet(?= there)|{_EXCEPT})\b"
 )
-_EXCEPTION = re.compile(rf"(?:{EXCEPT})\Z")
+_EXCEPTION = re.compile(rf"(?:{_EXCEPT})\Z")
 # Beginnings of an affirmed noun phrase: after "no effusion, " the words "mild cardiomegaly" affirm.
 FRESH = (
     r"(?:there (?:is|are)|an?|mild\w*|moderate\w*|small(?!-? vessel)|tiny|trace|minimal\w*|minor|marked\w*"
@@ -45,16 +45,18 @@ FRESH = (
     r"|coarse|advanced|heavy|widespread|progress\w+|increas\w+|improv\w+|status post|post)"
 )
 _FRESH_START = re.compile(rf"(?:and |with )?{FRESH}\b")
-JOINT = re.compile(rf"(,\s+|\s+and\s+|\s+with\s+(?={FRESH}\b)|\s+-\s+(?!(?:none|no|absent|present|normal|negative)\b))")
-VERB = re.compile(
+_JOINT = re.compile(
+    rf"(,\s+|\s+and\s+|\s+with\s+(?={FRESH}\b)|\s+-\s+(?!(?:none|no|absent|present|normal|negative)\b))"
+)
+_VERB = re.compile(
     rf"\b(?:is|are|was|were|has|have|had|{SEEN}|shows?|showed|increased|decreased|continues?|measur\w+|persists?"
     r"|normal|natural|unremarkable|clear|appears?|resolved|cleared|absent)\b|:\s*(?:none|no|yes)\b"
 )
-CONTINUES = re.compile(
+_CONTINUES = re.compile(
     r"^(?:which|that|whose|is|are|was|were|has|have|not)\b(?! (?:any|an?|no|mild|small)\b)|^[\d.]+ ?[mc]m (?:on"
     r"|in|at)\b"
 )
-PLACE = re.compile(r"^(?:in|on|at) (?:the|both)\b")
+_PLACE = re.compile(r"^(?:in|on|at) (?:the|both)\b")
 _NONE_HERE = re.compile(r"^(?:none|no|not|nor)\b")
 _OR = re.compile(r"\b(?:or|nor)\b")
 
@@ -70,7 +72,7 @@ def split_clauses(sentence: str) -> list[str]:
 
 def clause_spans(sentence: str) -> list[tuple[int, int]]:
     """Return start and end of each clause of a sentence whose abbreviations are written out."""
-    breaks = [*BREAK.finditer(sentence)]
+    breaks = [*_BREAK.finditer(sentence)]
     starts = [0, *(match.end() for match in breaks)]
     ends = [*(match.start() for match in breaks), len(sentence)]
     spans = []
@@ -101,26 +103,26 @@ def _statements(sentence: str, start: int, end: int) -> list[tuple[int, int]]:
     ("effusion, nodule were not seen"). After a negation, a piece that begins like an affirmed phrase ("mild …", "a …")
     is a statement of its own, unless an "or" shows that the list of negated findings continues.
     """
-    joints = [*JOINT.finditer(sentence, start, end)]
+    joints = [*_JOINT.finditer(sentence, start, end)]
     begins = [start, *(joint.end() for joint in joints)]
     stops = [*(joint.start() for joint in joints), end]
     pieces = [sentence[begin:stop] for begin, stop in zip(begins, stops, strict=True)]
     spans = [(begins[0], stops[0])]
-    complete, negated = bool(VERB.search(pieces[0])), bool(_denies(pieces[0]))
+    complete, negated = bool(_VERB.search(pieces[0])), bool(_denies(pieces[0]))
     is_separate = False
     for number in range(1, len(pieces)):
         piece, joint = pieces[number], joints[number - 1][0]
-        has_verb = bool(VERB.search(piece))
+        has_verb = bool(_VERB.search(piece))
         fresh = negated and _FRESH_START.match(piece) and not _list_goes_on(pieces, number)
         is_new = bool(fresh or piece.startswith("none ") or (complete and _NONE_HERE.match(piece)))
         if is_new:
             belongs = False
         elif " - " in joint:
             belongs = not (complete or negated)
-        elif has_verb and not CONTINUES.match(piece):
+        elif has_verb and not _CONTINUES.match(piece):
             belongs = not complete
         else:
-            belongs = not complete or "and" in joint or negated or CONTINUES.match(piece) or PLACE.match(piece)
+            belongs = not complete or "and" in joint or negated or _CONTINUES.match(piece) or _PLACE.match(piece)
         if belongs:
             spans[-1] = (spans[-1][0], stops[number])
             complete, negated = complete or has_verb, negated or bool(_denies(piece))
@@ -139,7 +141,7 @@ def _list_goes_on(pieces: list[str], number: int) -> bool:
             return False
         if _OR.search(later):
             return True
-        if VERB.search(later):
+        if _VERB.search(later):
             return False
     return False
 

@@ -24,27 +24,27 @@ class Term:
     is_measure: bool = False
 
 
-CALCIFICATION = (
+_CALCIFICATION = (
     r"(?:calcif\w*\b(?! (?:\w+ )?(?:lymph|nod|granulom|pleura|thyroid))|calcium|athero\w*"
     r"|(?<!pleural )plaques?\b(?!-like))"
 )
-AORTA = r"aort(?!o-?pulm|ico-?pulm)\w*"  # not the aortopulmonary window, a lymph node station
-ARTERY = rf"{AORTA}|arter\w*|vascular|vessel\w*|supra-?aortic"
-CORONARY = r"coronar(?:y|ies)|\b(?:lad|rca|lcx|lmca)\b|circumflex|left anterior descending|left main"
-NOT_LUNG = (
+_AORTA = r"aort(?!o-?pulm|ico-?pulm)\w*"  # not the aortopulmonary window, a lymph node station
+_ARTERY = rf"{_AORTA}|arter\w*|vascular|vessel\w*|supra-?aortic"
+_CORONARY = r"coronar(?:y|ies)|\b(?:lad|rca|lcx|lmca)\b|circumflex|left anterior descending|left main"
+_NOT_LUNG = (
     r"thyroid|adrenal|liver|hepat|spleen|splenic|kidney|renal|breast|subcutan|pancrea|periton|omental|mesenter"
     r"|gallbladder|bone|vertebra|goit|isthmus|axilla|skin|lymph(?:atic)? nodul"
 )
-NOT_CHEST = (
+_NOT_CHEST = (
     r"abdom|pelvi|perihepat|perisplen|perirenal|perinephr|periton|bowel|intestin|gallbladder|\bliver|hepat|spleen|renal"
     r"|morrison|bursa|\bjoint|sinus(?:es)?\b|\bknee|shoulder|\bhip\b|subdural|scrot"
 )
-LUNG = r"\blungs?\b|pulmonary|(?:upper|lower|middle) lobe|lingul|parenchym"
-THICK = (
+_LUNG = r"\blungs?\b|pulmonary|(?:upper|lower|middle) lobe|lingul|parenchym"
+_THICK = (
     r"thicken\w*|thickness(?:es)?[- ]increas\w*|thickness(?:es)? (?:is|are|was|were|has|have) increased"
     r"|increase\w* (?:in|of) [a-z ]{0,40}?thickness"
 )
-LARGE = r"(?:enlarg\w+|increas\w+|larger?(?! vess)|greater|above normal|dilated|big(?:ger)?|widened)"
+_LARGE = r"(?:enlarg\w+|increas\w+|larger?(?! vess)|greater|above normal|dilated|big(?:ger)?|widened)"
 
 TERMS: dict[str, tuple[Term, ...]] = {
     "Medical material": (
@@ -69,12 +69,12 @@ TERMS: dict[str, tuple[Term, ...]] = {
         ),
     ),
     "Arterial wall calcification": (
-        Term(CALCIFICATION, near=ARTERY, unless=CORONARY),
+        Term(_CALCIFICATION, near=_ARTERY, unless=_CORONARY),
         Term(
-            CALCIFICATION,
-            near=rf"{AORTA}|vascular(?!:)|supra-?aortic|carotid|iliac|subclavian",
+            _CALCIFICATION,
+            near=rf"{_AORTA}|vascular(?!:)|supra-?aortic|carotid|iliac|subclavian",
         ),
-        Term(r"atherosclerosis|atherosclerotic (?:changes|calcif\w*)", unless=CORONARY),
+        Term(r"atherosclerosis|atherosclerotic (?:changes|calcif\w*)", unless=_CORONARY),
     ),
     "Cardiomegaly": (
         Term(r"cardiomegaly"),
@@ -92,7 +92,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
         ),
         Term(
             r"\b(?:heart|silhouette|contours?)(?: size)? ?(?:is|are|was|were|appears?|seems?|remains?|:|-)"
-            rf" (?:(?!not\b|normal|limits)[\w-]+ ){{0,3}}?(?:not )?(?:\w+ )?(?P<head>{LARGE})",
+            rf" (?:(?!not\b|normal|limits)[\w-]+ ){{0,3}}?(?:not )?(?:\w+ )?(?P<head>{_LARGE})",
             near=r"heart|cardiac",
             is_measure=True,
         ),
@@ -110,7 +110,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
         Term(r"pericardium\b[^;]{0,40}?(?<!pleural )(?P<head>effusion\w*|fluid)"),
         Term(r"(?P<head>pericardial)(?: and| or|-|/) ?(?:[\w-]+ ){0,3}?pleural (?:effusion|fluid)|ha?emopericardium"),
     ),
-    "Coronary artery wall calcification": (Term(CALCIFICATION, near=CORONARY),),
+    "Coronary artery wall calcification": (Term(_CALCIFICATION, near=_CORONARY),),
     "Hiatal hernia": (
         Term(
             r"hiat\w+ herni\w*|herni\w* hiat\w*|(?:diaphragmatic )?hiatus hernia|hiatal sliding hernia"
@@ -153,8 +153,8 @@ TERMS: dict[str, tuple[Term, ...]] = {
     "Lung nodule": (
         Term(
             r"(?:micro|pseudo)?nodul(?:e|es|ar lesions?|ar formations?|ar density|ar densities|ar opacit\w+)\b",
-            unless=NOT_LUNG,
-            despite=LUNG,
+            unless=_NOT_LUNG,
+            despite=_LUNG,
         ),
     ),
     "Lung opacity": (
@@ -185,7 +185,7 @@ TERMS: dict[str, tuple[Term, ...]] = {
             r"(?P<other>pericardial[- ](?:[\w-]+[- ]){0,3}?|(?:joint|knee|shoulder|hip|subdural|peritoneal"
             r"|abdominal|pelvic) (?:\w+ )?)?"
             r"\beffusions?\b(?![\w ,]{0,40}?\b(?:joint|around the heart)|[\w ]{0,40}?\bpericardi(?!\w* (?:effusion|fluid)))",
-            unless=rf"pericardi(?:um|al (?:space|cavity|sac))\b[^;]{{0,40}}effusion|{NOT_CHEST}",
+            unless=rf"pericardi(?:um|al (?:space|cavity|sac))\b[^;]{{0,40}}effusion|{_NOT_CHEST}",
             despite=r"pleura|thora|\blungs?\b|costophren|\b(?:right|left|bilateral)(?:-sided)? (?:\w+ )?effusion",
         ),
         Term(r"effusion\w*", near=r"hemithora\w*|pleura\w*|lung", unless=r"pericardi"),
@@ -194,15 +194,15 @@ TERMS: dict[str, tuple[Term, ...]] = {
     ),
     "Mosaic attenuation pattern": (Term(r"mosaic"),),
     "Peribronchial thickening": (
-        Term(rf"peri-?bronch\w+ (?:\w+ ){{0,5}}?(?P<head>{THICK}|cuff\w+)|(?:cuff\w+)(?= of the (?:\w+ )?bronch)"),
+        Term(rf"peri-?bronch\w+ (?:\w+ ){{0,5}}?(?P<head>{_THICK}|cuff\w+)|(?:cuff\w+)(?= of the (?:\w+ )?bronch)"),
         Term(
-            rf"(?P<head>{THICK}) (?:(?:of|in|is|are|was|were|has|been|observed|seen|noted|detected|present|the"
+            rf"(?P<head>{_THICK}) (?:(?:of|in|is|are|was|were|has|been|observed|seen|noted|detected|present|the"
             rf"|both|bilateral|walls?"
             r"|central|segmental|subsegmental|lobar|main|some|lower|lobe) ){0,9}(?:peri-?bronch\w+|bronch\w+)",
             near=r"peri-?bronch|wall",
         ),
-        Term(rf"(?:bronch\w+|airways?) walls? ?(?:[\w:,-]+ ){{0,6}}?(?P<head>{THICK})"),
-        Term(rf"(?P<head>{THICK})(?: of| in)? (?:the )?(?:\w+ )?(?:bronch\w+|airways?) walls?"),
+        Term(rf"(?:bronch\w+|airways?) walls? ?(?:[\w:,-]+ ){{0,6}}?(?P<head>{_THICK})"),
+        Term(rf"(?P<head>{_THICK})(?: of| in)? (?:the )?(?:\w+ )?(?:bronch\w+|airways?) walls?"),
         Term(r"peri-?bronchial cuff\w*|bronchial cuff\w*"),
     ),
     "Consolidation": (Term(r"consolid\w+"),),
@@ -222,8 +222,8 @@ TERMS: dict[str, tuple[Term, ...]] = {
         ),
     ),
     "Interlobular septal thickening": (
-        Term(rf"sept(?:al|a|um)\b ?(?:[\w:,-]+ ){{0,5}}?(?P<head>{THICK}|prominen\w+)"),
-        Term(rf"(?P<head>{THICK}) (?:\w+ ){{0,5}}?(?:interlobular|sept(?:al|a|um)\b)"),
+        Term(rf"sept(?:al|a|um)\b ?(?:[\w:,-]+ ){{0,5}}?(?P<head>{_THICK}|prominen\w+)"),
+        Term(rf"(?P<head>{_THICK}) (?:\w+ ){{0,5}}?(?:interlobular|sept(?:al|a|um)\b)"),
         Term(r"\bseptal lines?|kerley"),
     ),
 }

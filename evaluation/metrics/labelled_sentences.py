@@ -14,7 +14,7 @@ from samf.evaluation.metrics.finding_labeller import finding_sides, label_report
 from samf.evaluation.metrics.report_sizes import read_sizes
 
 COLUMNS = ("manner", "part", "findings", "lengths", "sentence")
-OPEN_MARKS, NOT_SCORED = "?~", "*"
+_OPEN_MARKS, _NOT_SCORED = "?~", "*"
 SIDES = ("right", "left")
 
 
@@ -75,18 +75,18 @@ def _parse(line: str) -> LabelledSentence:
     any_side: set[str] = set()
     for item in filter(None, findings.split("; ")):
         label, _, side = item.partition(": ")
-        name = label.rstrip(OPEN_MARKS)
+        name = label.rstrip(_OPEN_MARKS)
         named = {word for word in side.split("+") if word}
-        if name not in CT_RATE_LABELS or not named <= {*SIDES, NOT_SCORED}:
+        if name not in CT_RATE_LABELS or not named <= {*SIDES, _NOT_SCORED}:
             raise ValueError(
                 f"{item!r} isn't a finding with a side; expected a label of CT-RATE, right, left, right+left or *."
             )
         (not_scored if label != name else present).add(name)
-        if label != name or NOT_SCORED in named:
+        if label != name or _NOT_SCORED in named:
             any_side.add(name)
         else:
             sides |= {(name, word) for word in named}
-    sizes = None if lengths == NOT_SCORED else tuple(sorted(float(length) for length in lengths.split()))
+    sizes = None if lengths == _NOT_SCORED else tuple(sorted(float(length) for length in lengths.split()))
     text = text.replace("\\n", "\n").replace("\\t", "\t")
     return LabelledSentence(
         manner, part, frozenset(present), frozenset(not_scored), frozenset(sides), frozenset(any_side), sizes, text

@@ -37,14 +37,14 @@ _SHARES_PLACE = re.compile(
 )
 _FRESH_START = re.compile(rf"{FRESH}\b")
 _SIDE_ALONE = re.compile(r"(?:^|\b(?:the|in|of|from|at) )(?:right|left)\Z")
-RIGHT_LEFT = ("right", "left")
+_RIGHT_LEFT = ("right", "left")
 
 
 def named_sides(text: str, start: int = 0, end: int | None = None) -> list[tuple[int, str]]:
     """Return (index, "right" or "left") of every side that `text[start:end]` names; `end` None is the end of the text."""
     sides = []
     for match in _SIDES.finditer(text, start, len(text) if end is None else end):
-        names = RIGHT_LEFT if match.lastgroup == "both" else (match.lastgroup,)
+        names = _RIGHT_LEFT if match["both"] else ("right",) if match["right"] else ("left",)
         sides += [(match.start(), name) for name in names]
     return sides
 

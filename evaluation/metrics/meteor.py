@@ -16,7 +16,7 @@ WORDNET_REMEDY = (
     "METEOR needs WordNet, which nltk does not find. Run `python -m nltk.downloader wordnet` once, or put wordnet.zip "
     "at $NLTK_DATA/corpora/wordnet.zip (a copy, not a link)."
 )
-ALPHA, BETA, GAMMA = 0.9, 3.0, 0.5
+_ALPHA, _BETA, _GAMMA = 0.9, 3.0, 0.5
 _stemmer = PorterStemmer()
 
 
@@ -67,10 +67,10 @@ def _meteor_of_pair(reference: Sequence[str], prediction: Sequence[str]) -> floa
         return 0.0
     matches.sort()
     precision, recall = len(matches) / len(prediction), len(matches) / len(reference)
-    mean = precision * recall / (ALPHA * precision + (1 - ALPHA) * recall)
+    mean = precision * recall / (_ALPHA * precision + (1 - _ALPHA) * recall)
     steps = zip(matches, matches[1:], strict=False)
     chunks = 1 + sum((b[0] - a[0], b[1] - a[1]) != (1, 1) for a, b in steps)
-    return (1 - GAMMA * (chunks / len(matches)) ** BETA) * mean
+    return (1 - _GAMMA * (chunks / len(matches)) ** _BETA) * mean
 
 
 _Words = list[tuple[int, str]]

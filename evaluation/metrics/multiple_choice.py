@@ -193,8 +193,9 @@ def rotated_records(records: Iterable[Record]) -> list[Record]:
     for record in records:
         if record["task"] != "multiple_choice" or _why_not_rotated(record):
             continue
-        choices = list(record["choices"])
-        right = LETTERS.index(settle_answer(record["answer"], choices)[1])
+        choices = list(record["choices"] or ())
+        settled = settle_answer(record["answer"], choices) or ""  # "(b) text": never empty, see `_why_not_rotated`
+        right = LETTERS.index(settled[1])
         for shift in range(len(choices)):
             moved = choices[-shift:] + choices[:-shift] if shift else choices
             place = (right + shift) % len(choices)

@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
 from samf.data.ct_rate.loader import CT_RATE_LABELS
 
 RADBERT = "ibrahimhamamci/CT-RATE"
-RADBERT_FILE = "models/RadBertClassifier.pth"
-RADBERT_BACKBONE = "zzxslp/RadBERT-RoBERTa-4m"
+_RADBERT_FILE = "models/RadBertClassifier.pth"
+_RADBERT_BACKBONE = "zzxslp/RadBERT-RoBERTa-4m"
 # A buffer that old transformers versions saved; it holds 0, 1, 2, … and no weights.
-STALE_KEYS = ("model.embeddings.position_ids",)
-RADBERT_TOKENS = 512
-RADBERT_THRESHOLD = 0.5
+_STALE_KEYS = ("model.embeddings.position_ids",)
+_RADBERT_TOKENS = 512
+_RADBERT_THRESHOLD = 0.5
 
 
 class RadBertClassifier(nn.Module):
@@ -47,20 +47,20 @@ class RadBertLabeller:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: the checkpoint's weights aren't those of this classifier (superfluous `STALE_KEYS` are ignored).
+        ValueError: the checkpoint's weights aren't those of this classifier (superfluous `_STALE_KEYS` are ignored).
     """
 
     def __init__(
         self,
         checkpoint: str | os.PathLike = RADBERT,
         *,
-        backbone: str = RADBERT_BACKBONE,
+        backbone: str = _RADBERT_BACKBONE,
         device: str | None = None,
         batch_size: int = 16,
     ):
         path = find_radbert(checkpoint)
         self.tokenizer = AutoTokenizer.from_pretrained(backbone, do_lower_case=True)
-        self.model = load_radbert(path, AutoConfig.from_pretrained(backbone)).to(device or "cpu").eval()
+        self.model = _load_radbert(path, AutoConfig.from_pretrained(backbone)).to(device or "cpu").eval()
         self.batch_size = batch_size
         self._known: dict[str, np.ndarray] = {}
 
@@ -72,7 +72,7 @@ class RadBertLabeller:
         for start in tqdm(range(0, len(reports), self.batch_size), desc="RadBERT", unit="batch"):
             texts = list(reports[start : start + self.batch_size])
             inputs = self.tokenizer(
-                texts, padding=True, truncation=True, max_length=RADBERT_TOKENS, return_tensors="pt"
+                texts, padding=True, truncation=True, max_length=_RADBERT_TOKENS, return_tensors="pt"
             )
             logits = self.model(inputs["input_ids"].to(device), inputs["attention_mask"].to(device))
             chunks.append(logits.sigmoid().float().cpu().numpy())
@@ -81,7 +81,7 @@ class RadBertLabeller:
     def __call__(self, reports: Sequence[str]) -> np.ndarray:
         """Return labels (N, 18) of 0 and 1; an empty report has none. Results are cached by report."""
         new = [report for report in dict.fromkeys(reports) if report.strip() and report not in self._known]
-        found = (self.probabilities(new) > RADBERT_THRESHOLD).astype(np.int64)
+        found = (self.probabilities(new) > _RADBERT_THRESHOLD).astype(np.int64)
         self._known.update(zip(new, found, strict=True))
         none = np.zeros(self.model.classifier.out_features, dtype=np.int64)
         rows = [self._known.get(report, none) for report in reports]
@@ -101,18 +101,18 @@ def find_radbert(checkpoint: str | os.PathLike) -> Path:
         raise FileNotFoundError(
             f"{path}: no such file; expected RadBertClassifier.pth, or the Hub id of its data set ({RADBERT})."
         )
-    return Path(hf_hub_download(str(checkpoint), RADBERT_FILE, repo_type="dataset"))
+    return Path(hf_hub_download(str(checkpoint), _RADBERT_FILE, repo_type="dataset"))
 
 
-def load_radbert(path: Path, config: PretrainedConfig) -> RadBertClassifier:
+def _load_radbert(path: Path, config: PretrainedConfig) -> RadBertClassifier:
     """Return the classifier with a checkpoint's weights.
 
     Raises:
-        ValueError: weights are missing or superfluous, other than `STALE_KEYS`.
+        ValueError: weights are missing or superfluous, other than `_STALE_KEYS`.
     """
     model = RadBertClassifier(config)
     weights = torch.load(path, map_location="cpu", weights_only=True)
-    for key in STALE_KEYS:
+    for key in _STALE_KEYS:
         weights.pop(key, None)
     try:
         model.load_state_dict(weights)

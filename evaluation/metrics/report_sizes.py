@@ -29,7 +29,7 @@ _IS_INDEX = re.compile(
 )
 _LOOK_BACK = 12
 _PRODUCT = re.compile(r"\s{0,3}(?:x|\*|by)", re.IGNORECASE)
-YEARS = range(1900, 2100)
+_YEARS = range(1900, 2100)
 # Typographic signs that NFKC leaves unchanged, replaced one to one.
 _PLAIN = str.maketrans({"\u00d7": "x", "\u2212": "-", **{chr(code): "-" for code in range(0x2010, 0x2016)}})
 
@@ -60,7 +60,7 @@ def read_sizes(report: str) -> Counter[float]:
 
 
 def _is_length(text: str, value: re.Match[str], *, is_last: bool) -> bool:
-    if value[0].isdigit() and int(value[0]) in YEARS:
+    if value[0].isdigit() and int(value[0]) in _YEARS:
         return False
     if is_last:  # the number directly before the unit
         return True

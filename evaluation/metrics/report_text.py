@@ -187,13 +187,13 @@ def _continues(above: str, line: str, margin: int, is_wrapped: bool, has_capital
 
 # --- Sentences ----------------------------------------------------------------------------------------------------
 
-LONGEST_SENTENCE = 200  # words
-LONGEST_WORD = 60
+_LONGEST_SENTENCE = 200  # words
+_LONGEST_WORD = 60
 _ABBREVIATIONS = (
     r"(?<!\b[rl]t\.)(?<!\bdr\.)(?<!\bvs\.)(?<!\bca\.)(?<!\be\.g\.)(?<!\bi\.e\.)"
     r"(?<!\bincl\.)(?<!approx\.)(?<!\bfig\.)(?<!\bpl\.)"
 )
-SENTENCE_END = re.compile(
+_SENTENCE_END = re.compile(
     rf"[;\n\"{_BULLET}!.](?:(?<!\.)|(?:(?<!\d\.)(?=\s|$|[A-Za-z\"])|(?<=\d\.)(?=\s|$)){_ABBREVIATIONS}|\.+)"
 )
 # "Effusion: none  Consolidation: left base": a statement in a form ends at the next field.
@@ -230,7 +230,7 @@ class Sentence:
 def split_sentences(report: str) -> list[str]:
     """Split a report into sentences in lower case; dates and decimals ("26.02.2015", "4.5 mm", ".5 cm") stay whole.
 
-    Sentences longer than LONGEST_SENTENCE words, as a model in a loop writes them, are cut there.
+    Sentences longer than _LONGEST_SENTENCE words, as a model in a loop writes them, are cut there.
     """
     return [sentence for line in logical_lines(report) for sentence in _line_sentences(line.lower())]
 
@@ -281,8 +281,8 @@ def _section(sentence: str) -> str:
 
 def _line_sentences(line: str) -> list[str]:
     sentences = []
-    for piece in SENTENCE_END.split(_FIELD_END.sub(r"\1;", line)):
-        words = [word[:LONGEST_WORD] for word in piece.split()]
-        starts = range(0, len(words), LONGEST_SENTENCE)
-        sentences += [" ".join(words[start : start + LONGEST_SENTENCE]) for start in starts]
+    for piece in _SENTENCE_END.split(_FIELD_END.sub(r"\1;", line)):
+        words = [word[:_LONGEST_WORD] for word in piece.split()]
+        starts = range(0, len(words), _LONGEST_SENTENCE)
+        sentences += [" ".join(words[start : start + _LONGEST_SENTENCE]) for start in starts]
     return sentences

@@ -101,7 +101,8 @@ def _longest_loop(texts: Sequence[Sequence[str]]) -> Loop:
     for index, text in enumerate(texts):
         runs = _Runs([text])
         if _repeated(runs, best["words"] + 1) is not None:
-            words, place = _longest(len(text) - 1, partial(_repeated, runs))
+            words, start = _longest(len(text) - 1, partial(_repeated, runs))
+            place = start or 0
             best = {"words": words, "text": " ".join(text[place : place + words]), "index": index}
     return best
 

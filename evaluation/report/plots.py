@@ -28,7 +28,7 @@ _SCALE = {"cider": 10.0}
 
 
 def to_png(figure: Figure) -> bytes:
-    """Return a figure as a PNG."""
+    """Return a matplotlib figure as a PNG."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")

@@ -122,7 +122,7 @@ def _case_markdown(systems: Sequence[System]) -> list[str]:
         )
         blocks += ["### The same reports", text, side_by_side(cases, (first.name, second.name))]
     if choices.questions:
-        blocks += ["### The same questions", choice_table(choices, (first.name, second.name))]
+        blocks += ["### The same questions", _choice_table(choices, (first.name, second.name))]
     return blocks
 
 
@@ -131,7 +131,7 @@ def _compared_cases(systems: Sequence[System]) -> tuple[list[Case], ChoiceCompar
     return choose_reports(first, second, _CASES), compare_choices(first, second, _CASES)
 
 
-def choice_table(choices: ChoiceComparison, names: Sequence[str]) -> str:
+def _choice_table(choices: ChoiceComparison, names: Sequence[str]) -> str:
     """Return what `compare_choices` returned as Markdown tables; `names` are those of the two systems."""
     header = [f"{choices.questions} questions", "both right", *(f"only {name}" for name in names), "neither"]
     table = markdown_table(header, [["", choices.both, choices.only_first, choices.only_second, choices.neither]])
@@ -143,7 +143,7 @@ def choice_table(choices: ChoiceComparison, names: Sequence[str]) -> str:
 # --- HTML -------------------------------------------------------------------------------------------------------------
 
 
-def html_sections(
+def _html_sections(
     systems: Sequence[System], comparison: Comparison | None, extremes: ExtremeReports, images: SliceImages
 ) -> list[Section]:
     """Return the sections of the HTML report.
@@ -183,7 +183,7 @@ def _comparison_sections(systems: Sequence[System], comparison: Comparison) -> l
     if cases:
         sections.append(Section("The same reports", [Legend(), *case_blocks(cases, names)]))
     if choices.questions:
-        sections.append(Section("The same questions", markdown_blocks(choice_table(choices, names))))
+        sections.append(Section("The same questions", markdown_blocks(_choice_table(choices, names))))
     return sections
 
 
@@ -241,7 +241,7 @@ def write_scoreboard(
         shown = [row for row, _ in (*extremes.worst, *extremes.best)]
         images = draw_slices(shown, records, output / "pictures")
     title = " and ".join(system.name for system in systems)
-    atomic_write(output / "report.html", render_page(title, html_sections(systems, comparison, extremes, images)))
+    atomic_write(output / "report.html", render_page(title, _html_sections(systems, comparison, extremes, images)))
 
 
 # --- Command line -------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_systems(args: argparse.Namespace) -> tuple[list[System], Comparison | None]:
+def _build_systems(args: argparse.Namespace) -> tuple[list[System], Comparison | None]:
     """Return the scored systems and, with `--against`, their comparison."""
     options = ScoringOptions.from_namespace(args)
     names = [*args.names, "other system"]
@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--card {args.card}: no such file; expected a model card (README.md)")
     output = args.output or args.predictions.with_name("scoreboard")
     try:
-        systems, comparison = build_systems(args)
+        systems, comparison = _build_systems(args)
         # A missing volume becomes a case without an image.
         records = load_records(args.data, args.split, on_missing="keep") if args.data else None
     except (ValueError, OSError, ImportError) as error:

@@ -39,7 +39,7 @@ class Marked:
     missed: tuple[str, ...]
 
 
-def _says(report: str) -> dict[str, bool]:
+def _stated_findings(report: str) -> dict[str, bool]:
     """Return finding → whether the report calls it present (or possible) anywhere; only findings that it mentions."""
     present: dict[str, bool] = {}
     for mention in find_mentions(report):
@@ -54,10 +54,10 @@ def mark_report(report: str, reference: str) -> Marked:
     the other absent, or they differ in its side; it is unsupported where it calls present what the reference doesn't
     mention. A clause with several findings gets the worst of its verdicts.
     """
-    said, sides = _says(reference), finding_sides(reference)
+    stated, sides = _stated_findings(reference), finding_sides(reference)
     verdicts: dict[str, set[Verdict]] = {}
     for mention in find_mentions(report):
-        verdict = _verdict(mention.status is not Status.NEGATED, said.get(mention.label))
+        verdict = _verdict(mention.status is not Status.NEGATED, stated.get(mention.label))
         if verdict == AGREES and _other_side(mention, sides):
             verdict = CONTRADICTS
         if verdict:
@@ -65,7 +65,7 @@ def mark_report(report: str, reference: str) -> Marked:
     worst = {
         clause: next(v for v in (CONTRADICTS, UNSUPPORTED, AGREES) if v in found) for clause, found in verdicts.items()
     }
-    missed = tuple(label for label, present in said.items() if present and label not in _says(report))
+    missed = tuple(label for label, present in stated.items() if present and label not in _stated_findings(report))
     return Marked(_cut(report, worst), missed)
 
 

@@ -30,7 +30,9 @@ def draw_slices(rows: Iterable[PredictionRow], records: Iterable[Record], folder
         Id → path of the image, or the reason why there is none.
     """
     wanted = {row.get("id") for row in rows}
-    volumes = {record["id"]: record for record in records if record["id"] in wanted and record["volume"] is not None}
+    volumes: dict[str | int | None, Record] = {
+        record["id"]: record for record in records if record["id"] in wanted and record["volume"] is not None
+    }
     processor = SamfImageProcessor(
         slices_per_plane=_SLICES_PER_PLANE, hu_windows=(WINDOWS["lung"],), image_mean=0.5, image_std=0.5
     )
