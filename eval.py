@@ -26,6 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from samf.cache.slice_cache import SliceCache
 from samf.data.loading import load_records
+from samf.data.options import check_on_error
 from samf.data.schema import TASKS, JsonObject, Record
 from samf.data.source_arguments import SourceArguments
 from samf.evaluation.answering.generation import (
@@ -37,12 +38,12 @@ from samf.evaluation.answering.generation import (
     generate_predictions,
     shuffle_volumes,
 )
-from samf.evaluation.answering.settings import ChoiceMethod, parse_on_error
+from samf.evaluation.answering.settings import ChoiceMethod
 from samf.evaluation.cohort import RECORD_COUNTS
 from samf.evaluation.judge import REPLIES, Judge, JudgeError, build_judge, judge_predictions, judge_table
 from samf.evaluation.judging.prompts import RANGES
 from samf.evaluation.metrics.multiple_choice import not_rotated, position_bias, rotated_records
-from samf.evaluation.prediction_rows import read_predictions
+from samf.evaluation.prediction_rows import first_of_each_task, read_predictions
 from samf.evaluation.results_table import results_table
 from samf.evaluation.schema import PositionBias, Results
 from samf.evaluation.scoring import write_results
@@ -106,7 +107,7 @@ class EvalArguments(SourceArguments, ScoringArguments):
         unknown = sorted(set(self.tasks) - set(TASKS))
         if unknown:
             raise ValueError(f"tasks names {unknown}; they are {', '.join(TASKS)}.")
-        self.on_error = parse_on_error(self.on_error)
+        self.on_error = check_on_error(self.on_error)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}; it must be at least 1.")
         self.settings()
@@ -157,11 +158,16 @@ def build_model(args: EvalArguments) -> tuple[SamfForConditionalGeneration, Samf
 
 def choose_records(args: EvalArguments) -> Sequence[Record]:
     """Return the records of the split: at most `limit` of each task, with the volumes shuffled if that is asked for."""
-    # With --on_error skip a missing file becomes a listed failure, as any other that can't be read.
-    missing = {"on_missing": "keep"} if args.on_error == "skip" else {}
     counts = Path(args.output_dir) / RECORD_COUNTS if Processes().is_first else None
-    options = {**missing, "counts_file": counts, **args.record_options()}
-    records: Sequence[Record] | datasets.Dataset = load_records(args.data, args.split, tasks=args.tasks, **options)
+    records: Sequence[Record] | datasets.Dataset = load_records(
+        args.data,
+        args.split,
+        tasks=args.tasks,
+        # With --on_error skip a missing file becomes a listed failure, as any other that can't be read.
+        on_missing="keep" if args.on_error == "skip" else "raise",
+        counts_file=counts,
+        **args.record_options(),
+    )
     if args.limit is not None:
         chosen = first_of_each_task(records, args.limit)
         if counts:
@@ -169,17 +175,6 @@ def choose_records(args: EvalArguments) -> Sequence[Record]:
         records = chosen
     logger.info("%d records: %s", len(records), dict(Counter(record["task"] for record in records)))
     return shuffle_volumes(records, args.seed) if args.shuffle_volumes else records
-
-
-def first_of_each_task(records: Sequence[Record], limit: int) -> list[Record]:
-    """Return the first `limit` records of each task."""
-    taken: Counter[str] = Counter()
-    chosen = []
-    for record in records:
-        taken[record["task"]] += 1
-        if taken[record["task"]] <= limit:
-            chosen.append(record)
-    return chosen
 
 
 def count_as_left_out(path: Path, reason: str, count: int) -> None:
@@ -219,7 +214,7 @@ def run(args: EvalArguments) -> Results | None:
     model, processor = build_model(args)
     answering: AnsweringOptions = {
         "volume_store": build_slice_cache(args, processor),
-        "on_error": parse_on_error(args.on_error),
+        "on_error": check_on_error(args.on_error),
         "described_by": {**describe(args), "revision": getattr(model.config, "_commit_hash", None)},
     }
     bias = measure_position_bias(args, model, processor, records, answering) if args.permute_options else None

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from transformers import AutoConfig
 
@@ -179,8 +179,9 @@ def build_image_processor(args: argparse.Namespace) -> SamfImageProcessor:
 def build_slice_encoder(args: argparse.Namespace) -> SamfModel:
     """Return a model with the slice encoder of `--embeddings`, on its device."""
     if AutoConfig.from_pretrained(args.embeddings).model_type == "samf":
-        model = SamfForConditionalGeneration.from_pretrained(args.embeddings, dtype=args.dtype).model
-        model.language_model = None  # frees its memory
+        whole: Any = SamfForConditionalGeneration.from_pretrained(args.embeddings, dtype=args.dtype)
+        whole.model.language_model = None  # frees its memory
+        model: SamfModel = whole.model
     else:
         model = build_slices_model(args.embeddings, args.dtype)
     model.slice_encoder.to(args.device or default_device())

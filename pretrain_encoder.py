@@ -95,7 +95,7 @@ class EncoderArguments(SourceArguments):
         default=150, metadata={"help": "objective labels: other phantoms, for the measured AUC"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choices(self)
         self.check_source()
 

@@ -120,32 +120,61 @@ def build_samples(
     )
 
 
+def configure(training: TrainingArguments, model_args: ModelArguments, data_args: DataArguments, lora: bool) -> None:
+    """Set the arguments that follow from others, before anything is loaded.
+
+    Args:
+        training: Get the checkpoint to resume from and the options of SAMF's batches.
+        model_args: Get the adapter's own base model where an adapter's training resumes.
+        data_args: Name the objective.
+        lora: Whether an adapter is trained.
+    """
+    set_seed(training.seed)
+    training.remove_unused_columns = False
+    training.prediction_loss_only = True
+    # With both names, Trainer would report no loss for evaluation batches that lack one of them.
+    training.label_names = ["finding_targets"] if data_args.objective == "findings" else ["labels"]
+    base = Path(training.output_dir, BASE)
+    training.resume_from_checkpoint = checkpoint_to_resume(training)
+    if lora and training.resume_from_checkpoint and (base / "config.json").is_file():
+        model_args.model = str(base.resolve())
+    # Otherwise ZeRO-3 shards each component as it loads, whatever its zero3_init_flag says; Trainer sets this again.
+    unset_hf_deepspeed_config()
+
+
+def finish(trainer: SamfTrainer, merge: bool) -> None:
+    """Evaluate if training didn't, and save the repository.
+
+    Args:
+        trainer: After training.
+        merge: Whether to also write the model with its adapter merged.
+    """
+    training = trainer.args
+    if training.do_eval and training.eval_strategy == "no":
+        try:
+            trainer.evaluate()  # before the card, which states its losses
+        except Exception:
+            save_repository(trainer)  # a failed evaluation must not lose the trained weights
+            raise
+    save_repository(trainer)
+    if merge and trainer.is_world_process_zero():
+        merge_adapter(training.output_dir, Path(training.output_dir, MERGED))
+
+
 @leaves_processes
 def main(argv: list[str] | None = None) -> None:
     """Train from a recipe and the command line."""
     model_args, data_args, tuning, monitor, training = parse_recipe(ARGUMENTS, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    set_seed(training.seed)
-    training.remove_unused_columns = False
-    training.prediction_loss_only = True
-    findings_only = data_args.objective == "findings"
-    # With both names, Trainer would report no loss for evaluation batches that lack one of them.
-    training.label_names = ["finding_targets"] if findings_only else ["labels"]
-
-    card, base = card_settings(model_args, data_args), Path(training.output_dir, BASE)
-    training.resume_from_checkpoint = checkpoint_to_resume(training)
-    if tuning.lora_rank and training.resume_from_checkpoint and (base / "config.json").is_file():
-        model_args.model = str(base.resolve())  # the adapter's own base model
-    # Otherwise ZeRO-3 shards each component as it loads, whatever its zero3_init_flag says; Trainer sets this again.
-    unset_hf_deepspeed_config()
+    card = card_settings(model_args, data_args)
+    configure(training, model_args, data_args, lora=tuning.lora_rank > 0)
     processor = build_processor(model_args)
     model = build_model(model_args, processor)
-    by_length = data_args.sort_steps or training.train_sampling_strategy == "group_by_length"
     data = load_datasets(
         data_args,
         processor,
         model.config.finding_names,
-        with_lengths=by_length,
+        with_lengths=data_args.sort_steps or training.train_sampling_strategy == "group_by_length",
         with_valid=training.do_eval or training.eval_on_start,
         output_dir=training.output_dir,
     )
@@ -158,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     measured = [data["eval_dataset"]["own"]] if data["eval_dataset"] else []
     volumes = distinct_volumes(data["train_dataset"], *measured) if data_args.slice_cache else []
     store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes, training.device)
+    findings_only = data_args.objective == "findings"
     collator = SamfCollator(processor, volume_store=store, max_length=data_args.max_length, findings_only=findings_only)
     trainer = SamfTrainer(
         card=card,
@@ -173,15 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         **data,
     )
     train_to_end(trainer)
-    if training.do_eval and training.eval_strategy == "no":
-        try:
-            trainer.evaluate()  # before the card, which states its losses
-        except Exception:
-            save_repository(trainer)  # a failed evaluation must not lose the trained weights
-            raise
-    save_repository(trainer)
-    if tuning.merge and trainer.is_world_process_zero():
-        merge_adapter(training.output_dir, Path(training.output_dir, MERGED))
+    finish(trainer, tuning.merge)
 
 
 if __name__ == "__main__":

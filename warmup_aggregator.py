@@ -66,7 +66,7 @@ class WarmupArguments(SourceArguments, AggregatorArguments):
     temperature: float = field(default=0.1)
     dtype: str = field(default="auto", metadata={"help": "of the slice encoder: auto, float32 or bfloat16"})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choices(self)
         self.check_source()
 

@@ -3,10 +3,10 @@
     python -m samf.benchmarks.components                     # the table of docs/reference/components.md, a few minutes
     python -m samf.benchmarks.components --only phi3 siglip  # some of them
 
-A language model is right when SAMF gives its own logits and loss on text alone, the same logits with the cache on as off
-(past every switch of its rotary embedding and past its sliding window), the same logits after save and load, and two
-steps of DistributedDataParallel. A slice encoder is right when its embeddings are what its own class gives, twice the
-same, and in bfloat16; saved and loaded the same; and two steps again. What SAMF can't run it refuses by name.
+A language model passes if SAMF returns its own logits and loss on plain text, the same logits with and without the cache
+(past every switch of its rotary embedding and past its sliding window), the same logits after save and load, and trains
+for two steps of DistributedDataParallel. A slice encoder passes if its embeddings are those of its own class, reproducible,
+finite in bfloat16, the same after save and load, and if it trains for two steps. SAMF refuses models that it can't run.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,125 +23,15 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from samf.benchmarks.component_tables import LANGUAGE_MODELS, SIZES, SLICE_ENCODERS, VOCABULARY
 from samf.model.configuration_samf import SamfConfig
 from samf.model.modeling_samf import SamfForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
-VOCABULARY, IMAGE_ID, IMAGE_TOKENS, SLICES = 99, 5, 4, 6
+IMAGE_ID, IMAGE_TOKENS, SLICES = 5, 4, 6
 PROMPT, ANSWER = 20, 16  # 24 positions before the answer, 40 after
-SWITCH = 32  # positions that the tiny longrope models are rotated for by their short factors
-WINDOW = 16
 PROCESSES = 2
-
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 1,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-}
-EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-LONGROPE = {
-    "original_max_position_embeddings": SWITCH,
-    "rope_scaling": {
-        "type": "longrope",
-        "short_factor": [1.0, 1.05, 1.1, 1.2],
-        "long_factor": [1.0, 4.0, 9.0, 16.0],
-        "original_max_position_embeddings": SWITCH,
-    },
-}
-MSCALE = {**LONGROPE, "rope_scaling": {**LONGROPE["rope_scaling"], "short_mscale": 1.1, "long_mscale": 1.3}}
-# GPT-2 and its like have other names for their sizes.
-GPT_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 64, "vocab_size": VOCABULARY}
-
-# Name → model_type and settings beside SIZES; what is not a matrix in its class stands in the setting's name.
-LANGUAGE_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "phi3": ("phi3", {"sliding_window": WINDOW}),
-    "phi3, longrope": ("phi3", LONGROPE),
-    "phimoe, longrope": ("phimoe", {**EXPERTS, **MSCALE, "lm_head_bias": True, "output_router_logits": True}),
-    "phi": ("phi", {"partial_rotary_factor": 0.5}),
-    "llama": ("llama", {}),
-    "llama, dynamic rope": (
-        "llama",
-        {"max_position_embeddings": SWITCH, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
-    ),
-    "llama, tied": ("llama", {"tie_word_embeddings": True}),
-    "mistral": ("mistral", {"sliding_window": WINDOW}),
-    "mixtral": ("mixtral", {**EXPERTS, "output_router_logits": True}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"head_dim": 8}),
-    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "head_dim": 8, "output_router_logits": True}),
-    "gemma2": ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": WINDOW}),
-    "gemma3_text": ("gemma3_text", {"head_dim": 8, "sliding_window": WINDOW}),
-    "granite": ("granite", {"logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
-    "granitemoe": ("granitemoe", {**EXPERTS, "logits_scaling": 8.0, "output_router_logits": True}),
-    "cohere2": ("cohere2", {"logit_scale": 0.25, "sliding_window": WINDOW}),
-    "minicpm3": (
-        "minicpm3",
-        {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8},
-    ),
-    "olmo2": ("olmo2", {}),
-    "glm4": ("glm4", {"head_dim": 8}),
-    "starcoder2": ("starcoder2", {"sliding_window": WINDOW}),
-    "gpt_oss": ("gpt_oss", {**EXPERTS, "head_dim": 8, "sliding_window": WINDOW}),
-    "falcon_h1": (
-        "falcon_h1",
-        {"head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
-    ),
-    "gpt2": ("gpt2", GPT_SIZES),
-    "gptj": ("gptj", {**GPT_SIZES, "rotary_dim": 8}),
-    "gpt_neox": ("gpt_neox", {}),
-    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True}),
-    "bloom": ("bloom", {"n_layer": 2, "n_head": 4}),
-    "biogpt": ("biogpt", {}),
-    "gemma3n_text": (
-        "gemma3n_text",
-        {
-            "head_dim": 8,
-            "hidden_size_per_layer_input": 8,
-            "num_kv_shared_layers": 0,
-            "layer_types": ["full_attention"] * 2,
-            "activation_sparsity_pattern": [0.0] * 2,
-        },
-    ),
-    "bert": ("bert", {"is_decoder": True}),
-    "bart": ("bart", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}),
-    "xlnet": ("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "max_position_embeddings": None}),
-}
-
-IMAGE = {"image_size": 32, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-IMAGE |= {"intermediate_size": 64}
-STAGES = {"image_size": 32, "depths": [1, 1], "hidden_sizes": [16, 32]}
-WINDOWS = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2}
-
-SLICE_ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit": ("vit", IMAGE),
-    "deit": ("deit", IMAGE),
-    "dinov2": ("dinov2", IMAGE),
-    "dinov2_with_registers": ("dinov2_with_registers", IMAGE),
-    "dinov3_vit": ("dinov3_vit", IMAGE),
-    "beit": ("beit", IMAGE),
-    "data2vec-vision": ("data2vec-vision", IMAGE),
-    "vit_mae": ("vit_mae", IMAGE),
-    "vit_msn": ("vit_msn", IMAGE),
-    "ijepa": ("ijepa", IMAGE),
-    "clip_vision_model": ("clip_vision_model", IMAGE),
-    "siglip_vision_model": ("siglip_vision_model", IMAGE),
-    "aimv2_vision_model": ("aimv2_vision_model", IMAGE),
-    "swin": ("swin", WINDOWS),
-    "swinv2": ("swinv2", WINDOWS),
-    "convnext": ("convnext", {**STAGES, "num_stages": 2}),
-    "convnextv2": ("convnextv2", {**STAGES, "num_stages": 2}),
-    "resnet": ("resnet", {**STAGES, "embedding_size": 16, "layer_type": "basic"}),
-    "clip": ("clip", {}),
-    "siglip2_vision_model": ("siglip2_vision_model", {**IMAGE, "num_patches": 4}),
-}
 
 
 def text_config(name: str) -> transformers.PretrainedConfig:
@@ -164,13 +54,19 @@ def vision_config(name: str) -> transformers.PretrainedConfig:
 
 
 def samf_config(text: str = "llama", vision: str = "vit", **settings: Any) -> SamfConfig:
-    """Return a SamfConfig of a language model and a slice encoder of the table."""
+    """Return a SamfConfig of two models of the tables.
+
+    Args:
+        text: language model.
+        vision: slice encoder.
+        settings: further arguments of `SamfConfig`.
+    """
     options = {"image_token_id": IMAGE_ID, "num_image_tokens": IMAGE_TOKENS, "volume_dim": 16, **settings}
     return SamfConfig(vision_config=vision_config(vision), text_config=text_config(text), **options)
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Give every weight, norms and biases too, a value that a dropped weight would change the logits by."""
+    """Give every weight, norms and biases included, values large enough that losing it changes the logits."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -182,7 +78,13 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def volume_batch(rows: int = 2, answer: int = 0, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Return a prompt with a volume for each row, and with `answer` labels on that many last tokens."""
+    """Return prompts with one volume each.
+
+    Args:
+        rows: number of prompts.
+        answer: number of last tokens with labels; 0 for none.
+        seed: of the values.
+    """
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(6, VOCABULARY, (rows, PROMPT + answer), generator=generator)
     input_ids = torch.cat([torch.full((rows, IMAGE_TOKENS), IMAGE_ID), text], dim=1)
@@ -198,11 +100,18 @@ def volume_batch(rows: int = 2, answer: int = 0, seed: int = 1) -> dict[str, tor
 
 
 def largest(difference: torch.Tensor) -> float:
+    """Return the largest absolute value."""
     return difference.abs().max().item()
 
 
 def from_components(folder: Path, text: PreTrainedModel, **settings: Any) -> SamfForConditionalGeneration:
-    """Save a language model and a tiny ViT, and build SAMF of the two as a user does."""
+    """Save a language model and a tiny ViT, and build SAMF from the two as a user does.
+
+    Args:
+        folder: where they are saved.
+        text: the language model.
+        settings: further arguments of `from_component_pretrained`.
+    """
     text.save_pretrained(folder / "text")
     randomise(AutoModel.from_config(vision_config("vit"))).save_pretrained(folder / "encoder")
     options = {"image_token_id": IMAGE_ID, "num_image_tokens": IMAGE_TOKENS, "volume_dim": 16, **settings}
@@ -212,13 +121,14 @@ def from_components(folder: Path, text: PreTrainedModel, **settings: Any) -> Sam
 
 
 def reloaded(model: SamfForConditionalGeneration, folder: Path) -> SamfForConditionalGeneration:
+    """Save a model and load it again."""
     model.save_pretrained(folder / "samf")
     return SamfForConditionalGeneration.from_pretrained(folder / "samf").eval()
 
 
 @torch.no_grad()
 def text_difference(own: PreTrainedModel, model: SamfForConditionalGeneration) -> float:
-    """Return how far SAMF's logits, loss and router loss on text alone are from the language model's own."""
+    """Return the largest difference of SAMF's logits, loss and router loss on plain text from the language model's own."""
     input_ids = torch.randint(6, VOCABULARY, (2, 50), generator=torch.Generator().manual_seed(3))
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids}
     expected, actual = own(**inputs), model(**inputs)
@@ -229,7 +139,7 @@ def text_difference(own: PreTrainedModel, model: SamfForConditionalGeneration) -
 
 
 def cache_difference(model: SamfForConditionalGeneration) -> float:
-    """Return how far the logits of greedy tokens with the cache are from those without, past every switch."""
+    """Return the largest difference of the logits of greedy tokens with and without the cache, past every switch."""
     batch = volume_batch(rows=1)
     greedy = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False, "suppress_tokens": [IMAGE_ID]}
     greedy |= {"output_logits": True, "return_dict_in_generate": True}
@@ -239,13 +149,13 @@ def cache_difference(model: SamfForConditionalGeneration) -> float:
 
 @torch.no_grad()
 def reload_difference(model: SamfForConditionalGeneration, folder: Path) -> float:
-    """Return how far a volume's logits are from those after save and load."""
+    """Return the largest difference of a volume's logits before and after save and load."""
     batch = volume_batch()
     return largest(model(**batch).logits - reloaded(model, folder)(**batch).logits)
 
 
 def try_language_model(name: str) -> dict[str, str]:
-    """Return a language model's row of the table, without its two steps."""
+    """Return a language model's row of the table, without the training steps."""
     config = text_config(name)
     own = randomise(AutoModelForCausalLM.from_config(config))
     row = {"model": name, "class": type(own).__name__}
@@ -265,7 +175,7 @@ def try_language_model(name: str) -> dict[str, str]:
 
 @torch.no_grad()
 def encoder_difference(own: PreTrainedModel, model: SamfForConditionalGeneration) -> float:
-    """Return how far z_2d is from what the encoder's own class gives for each slice by itself."""
+    """Return the largest difference of z_2d from what the encoder's own class returns slice by slice."""
     pixel_values = volume_batch()["pixel_values"]
     z_2d = model.get_image_features(pixel_values).last_hidden_state.flatten(0, 1)
     options = {}
@@ -281,7 +191,7 @@ def encoder_difference(own: PreTrainedModel, model: SamfForConditionalGeneration
 
 
 def try_slice_encoder(name: str) -> dict[str, str]:
-    """Return a slice encoder's row of the table, without its two steps."""
+    """Return a slice encoder's row of the table, without the training steps."""
     own = randomise(AutoModel.from_config(vision_config(name)))
     row = {"model": name, "class": type(own).__name__}
     try:
@@ -304,7 +214,7 @@ def try_slice_encoder(name: str) -> dict[str, str]:
 
 
 def two_steps(config: SamfConfig) -> str:
-    """Train a new model for two steps under DistributedDataParallel; return "yes" or the error."""
+    """Train a new model for two steps under DistributedDataParallel; return "yes" or what failed."""
     torch.manual_seed(0)
     model = SamfForConditionalGeneration(config).train()
     parallel = nn.parallel.DistributedDataParallel(model)
@@ -346,7 +256,7 @@ def train_in_processes(names: Sequence[tuple[str, str]]) -> dict[tuple[str, str]
 
 
 def table(rows: Sequence[Mapping[str, str]], columns: Mapping[str, str]) -> str:
-    """Return rows as a Markdown table; `columns` gives each key's heading. Refused rows are listed below it."""
+    """Return rows as a Markdown table, and refused models as a list below it; `columns` maps keys to headings."""
     lines = ["| " + " | ".join(columns.values()) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         if "refused" not in row:
@@ -379,16 +289,16 @@ ENCODER_COLUMNS = {
 
 
 def run(only: Sequence[str]) -> str:
-    """Return the two tables of the models whose names contain one of `only` (all, without)."""
+    """Return the two tables; `only` has parts of the names of the models to try, none for all."""
 
-    def wanted(names: Mapping[str, Any]) -> list[str]:
+    def wanted(names: Iterable[str]) -> list[str]:
         return [name for name in names if not only or any(part in name for part in only)]
 
     parts: list[tuple[str, Callable[[str], dict[str, str]], list[str]]] = [
         ("text", try_language_model, wanted(LANGUAGE_MODELS)),
         ("vision", try_slice_encoder, wanted(SLICE_ENCODERS)),
     ]
-    rows = {}
+    rows: dict[str, list[dict[str, str]]] = {}
     for part, attempt, names in parts:
         rows[part] = []
         for name in names:
@@ -403,6 +313,7 @@ def run(only: Sequence[str]) -> str:
 
 
 def main() -> None:
+    """Try the models that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of the models to try")
     parser.add_argument("--output", type=Path, help="write the tables here, for example components_table.md")

@@ -1,7 +1,7 @@
-"""Lines about reading data at CT-RATE's size: a synthetic copy of its tables, read for the first time and again.
+"""Benchmarks of reading data at CT-RATE's size: a synthetic copy of its tables, read without and with the Arrow cache.
 
 The copy has as many volumes as CT-RATE's training split and a VQA file of a gigabyte. Its rows are real ones under new
-names where `$SAMF_TEST_DATA/reports` has them, else phantoms' texts; there are no volumes.
+names where `$SAMF_TEST_DATA/reports` has them, otherwise texts of phantoms; there are no volumes.
 """
 
 import csv
@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from samf.benchmarks.measuring import Figure, peak_memory
+from samf.benchmarks.measuring import Measurement, peak_memory
 from samf.benchmarks.workloads import Settings
 from samf.data.ct_rate.loader import load_ct_rate
 from samf.data.ct_rate.names import VolumeName
@@ -34,13 +34,13 @@ from samf.training.sampling import RecordOrder
 
 VOLUMES = 47_149  # of CT-RATE's training split
 VQA_BYTES = 1_000_000_000
-MOST_MEMORY = 2.0  # GB, what the imports take included
+MOST_MEMORY = 2.0  # GB, imports included
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
 REAL_REPORTS, REAL_METADATA = "CT-CLIP_text_classifier_val.csv", "CT-RATE_validation_metadata.csv"
 PHANTOM_PATIENTS = 200
 IMAGE_TOKENS = 256
 ROWS, STEP_ROWS = 4, 16  # of a micro-batch and of a step whose padding is counted
-PATIENTS_APART = 100_000  # between a row's copies
+PATIENTS_APART = 100_000  # distance of the patient numbers of a row's copies
 TURNS = {
     "long_answer": ("What is seen in this chest CT?", "Describe the lungs and the mediastinum."),
     "short_answer": ("Is there an effusion?", "Which side is affected?", "How large is the lesion?"),
@@ -50,14 +50,14 @@ TURNS = {
 
 @dataclass(frozen=True)
 class Templates:
-    """What the copies are made of: reports with their 18 labels, and metadata rows with their volumes' names."""
+    """Rows that are copied: reports with their 18 labels, and metadata rows with the names of their volumes."""
 
     reports: Sequence[tuple[str, Sequence[str]]]
     metadata: Sequence[dict[str, str]]
 
 
 def find_templates(folder: Path | None = None) -> Templates:
-    """Real rows of `folder` (default: $SAMF_TEST_DATA/reports), or phantoms' where it lacks them."""
+    """Return real rows of `folder` (default: $SAMF_TEST_DATA/reports), or those of phantoms where it lacks them."""
     folder = folder or Path(os.environ.get("SAMF_TEST_DATA", "")) / "reports"
     if (folder / REAL_REPORTS).is_file() and (folder / REAL_METADATA).is_file():
         rows = read_rows(folder / REAL_REPORTS, ("report_text", *CT_RATE_LABELS))
@@ -72,12 +72,12 @@ def find_templates(folder: Path | None = None) -> Templates:
 
 
 def write_ct_rate_copy(root: Path, volumes: int, vqa_bytes: int, templates: Templates) -> None:
-    """The tables of a training split: reports, labels, metadata and questions, but no volumes.
+    """Write the tables of a training split: reports, labels, metadata and questions, but no volumes.
 
     Args:
-        root: CT-RATE's folder; is made.
+        root: CT-RATE's folder; created.
         volumes: rows of the tables.
-        vqa_bytes: size of the VQA file, about.
+        vqa_bytes: approximate size of the VQA file.
         templates: rows that are repeated under new names; reconstructions of a scan share its report.
     """
     rows = list(islice(_renamed(templates.metadata), volumes))
@@ -95,7 +95,7 @@ def write_ct_rate_copy(root: Path, volumes: int, vqa_bytes: int, templates: Temp
 
 
 def _renamed(rows: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
-    """The rows again and again, of ever new patients of the training split."""
+    """Yield the rows repeatedly, each time of new patients of the training split."""
     for number in count():
         for row in rows:
             name = VolumeName.parse(row["VolumeName"])
@@ -112,7 +112,7 @@ def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[str]]
 
 
 def _write_vqa(path: Path, volumes: Iterable[tuple[str, str]], size: int) -> None:
-    """Questions in CT-RATE's form, one to three a record, until the file has `size` bytes."""
+    """Write questions in CT-RATE's format, one to three per record, until the file has `size` bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng, written = random.Random(0), 1
     with path.open("w", encoding="utf-8") as file, tqdm(total=size, unit="B", unit_scale=True, desc="VQA") as progress:
@@ -148,21 +148,23 @@ def _exchange(rng: random.Random, task: str, report: str, first: bool) -> list[d
     ]
 
 
-# ---- stages --------------------------------------------------------------------------------------------------------
+# --- Stages -----------------------------------------------------------------------------------------------------------
 
 
-def write_copy(settings: Settings) -> list[Figure]:
-    """Make the copy in the stage's folder."""
+def write_copy(settings: Settings) -> list[Measurement]:
+    """Write the copy to the stage's folder."""
     volumes, size = (VOLUMES, VQA_BYTES) if settings.size == "full" else (200, 200_000)
     started = time.monotonic()
     write_ct_rate_copy(settings.folder / "CT-RATE", volumes, size, find_templates())
     return [
-        Figure("write the copy", "s", [time.monotonic() - started], note=f"{volumes} volumes, {size / 1e9:g} GB VQA")
+        Measurement(
+            "write the copy", "s", [time.monotonic() - started], note=f"{volumes} volumes, {size / 1e9:g} GB VQA"
+        )
     ]
 
 
-def read_copy(settings: Settings) -> list[Figure]:
-    """Read it into records: the first time from its tables, then from the Arrow file; and choose an epoch's rows.
+def read_copy(settings: Settings) -> list[Measurement]:
+    """Read the copy into records, first from its tables, then from the Arrow file, and choose the rows of an epoch.
 
     Raises:
         RuntimeError: a report is missing.
@@ -180,21 +182,21 @@ def read_copy(settings: Settings) -> list[Figure]:
     rows = mixture.epoch_rows(0)
     mixed = time.monotonic()
     if len(mixture.rows["report"]) != (VOLUMES if settings.size == "full" else 200):
-        raise RuntimeError(f"{len(mixture.rows['report'])} reports are read.")
+        raise RuntimeError(f"{len(mixture.rows['report'])} reports were read; expected one for each volume.")
     note = f"{len(records)} records of {len(mixture.rows['report'])} reports and a VQA file"
     limit = MOST_MEMORY if settings.size == "full" else None
     return [
-        Figure("tables to records", "s", [read - started], note=note),
-        Figure("rows of an epoch", "s", [mixed - read], note=f"{len(rows)} records, reports and choices 1:1"),
+        Measurement("tables to records", "s", [read - started], note=note),
+        Measurement("rows of an epoch", "s", [mixed - read], note=f"{len(rows)} records, reports and choices 1:1"),
         replace(peak_memory(settings.device)[0], name="memory while reading", at_most=limit),
     ]
 
 
-# ---- padding -------------------------------------------------------------------------------------------------------
+# --- Padding ----------------------------------------------------------------------------------------------------------
 
 
-def count_padding(settings: Settings) -> list[Figure]:
-    """How much of micro-batches is padding, with as many reports as questions in each order that training knows."""
+def count_padding(settings: Settings) -> list[Measurement]:
+    """Measure the share of padding in micro-batches, with as many reports as questions, for each order of training."""
     rng, reports = random.Random(0), [report for report, _ in find_templates().reports]
     questions = [_exchange(rng, "multiple_choice", report, first=False) for report in reports]
     rows = [(REPORT_QUESTION, report) for report in reports] + [
@@ -212,14 +214,14 @@ def count_padding(settings: Settings) -> list[Figure]:
         "group_by_length": RecordOrder(len(rows), 0, lengths, STEP_ROWS),
     }
     kind = "real" if real else "phantoms'"
-    note = f"{len(rows)} {kind} records of {lengths.mean():.0f} tokens, {ROWS} a micro-batch, {STEP_ROWS} a step"
+    note = f"{len(rows)} {kind} records of {lengths.mean():.0f} tokens, {ROWS} per micro-batch, {STEP_ROWS} per step"
     return [
-        Figure(f"padding, {name}", "%", [100 * padding_share(lengths[list(order)], ROWS)], note=note)
+        Measurement(f"padding, {name}", "%", [100 * padding_share(lengths[list(order)], ROWS)], note=note)
         for name, order in orders.items()
     ]
 
 
 def padding_share(lengths: np.ndarray, rows: int) -> float:
-    """Share of padding where every `rows` records that follow each other, of `lengths` (N,) tokens, make a batch."""
+    """Return the share of padding if every `rows` consecutive records, of `lengths` (N,) tokens, form a batch."""
     batches = [lengths[start : start + rows] for start in range(0, len(lengths), rows)]
     return 1 - lengths.sum() / sum(batch.max() * len(batch) for batch in batches)

@@ -1,7 +1,7 @@
-"""Figures with their spread and limits, measured in turns; the machine they come from.
+"""Measurements with spread and limits, and the machine that they come from.
 
-Two things are compared only by rounds in which both were timed one after the other: a machine whose speed drifts then
-slows both. Medians and quartiles are stated, never a single time.
+Two tasks are compared only within rounds that time one after the other, so that a drift of the machine's speed affects
+both. Medians and quartiles are reported, never a single time.
 """
 
 import math
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from tqdm import tqdm
@@ -24,18 +24,21 @@ MEASURED_PACKAGES = (
     *("samf", "torch", "transformers", "accelerate", "peft", "torchao", "safetensors"),
     *("numpy", "nibabel", "isal", "pillow"),
 )
-SHORTEST_SAMPLE = 0.05  # seconds; quicker tasks are called several times a sample
+SHORTEST_SAMPLE = 0.05  # seconds; shorter tasks are called several times per sample
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 30
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measurement:
     """One measured quantity.
 
     Args:
-        values: one value a repeat; the median is what counts.
-        at_least, at_most: the limit, None = the figure is only stated.
-        note: what a reader needs to know to repeat it.
+        name: of the quantity.
+        unit: of the values.
+        values: one value per repeat; the median is compared with the limits.
+        at_least: lower limit; None for no limit.
+        note: conditions that a reader needs to repeat it.
+        at_most: upper limit; None for no limit.
     """
 
     name: str
@@ -45,25 +48,55 @@ class Figure:
     note: str = ""
     at_most: float | None = None
 
-    def summary(self) -> dict[str, Any]:
-        """The figure as JSON has it."""
-        result = {"name": self.name, "unit": self.unit, **summarise(self.values)}
-        result |= {"at_least": self.at_least, "at_most": self.at_most, "passed": None}
+    def summary(self) -> "Summary":
+        """Return the measurement as it is written to JSON."""
+        spread = summarise(self.values)
+        passed = None
         if self.at_least is not None:
-            result["passed"] = result["median"] >= self.at_least
+            passed = spread["median"] >= self.at_least
         if self.at_most is not None:
-            result["passed"] = result["median"] <= self.at_most and result["passed"] is not False
-        return {**result, "note": self.note}
+            passed = spread["median"] <= self.at_most and passed is not False
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            **spread,
+            "at_least": self.at_least,
+            "at_most": self.at_most,
+            "passed": passed,
+            "note": self.note,
+        }
 
 
-def summarise(values: Sequence[float]) -> dict[str, float | int]:
-    """Median, quartiles, extremes and number of values.
+class Spread(TypedDict):
+    """Median, quartiles, extremes and number of values."""
+
+    median: float
+    first_quartile: float
+    third_quartile: float
+    minimum: float
+    maximum: float
+    repeats: int
+
+
+class Summary(Spread):
+    """A measurement as JSON holds it; `passed` is None without a limit."""
+
+    name: str
+    unit: str
+    at_least: float | None
+    at_most: float | None
+    passed: bool | None
+    note: str
+
+
+def summarise(values: Sequence[float]) -> Spread:
+    """Return the spread of at least one value.
 
     Raises:
-        ValueError: no values, or one that isn't finite.
+        ValueError: there are no values, or one isn't finite.
     """
     if not values or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"A figure needs finite values; found {list(values)}.")
+        raise ValueError(f"A measurement needs finite values; found {list(values)}.")
     first, _, third = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {
         "median": statistics.median(values),
@@ -80,7 +113,9 @@ class Stopwatch:
     """Times calls on a device, within a time budget.
 
     Args:
-        budget: seconds that `in_turns` may take beside its warm-up; it makes the fewest rounds all the same.
+        device: where the tasks run.
+        budget: seconds that `in_turns` may take after its warm-up; at least the fewest rounds are run.
+        clock: returns seconds.
     """
 
     device: torch.device
@@ -88,7 +123,7 @@ class Stopwatch:
     clock: Callable[[], float] = field(default=time.perf_counter)
 
     def seconds(self, task: Callable[[], Any], calls: int = 1) -> float:
-        """Mean seconds of `calls` calls, until the device has finished."""
+        """Return the mean seconds of `calls` calls, until the device has finished."""
         self._wait()
         started = self.clock()
         for _ in range(calls):
@@ -99,7 +134,16 @@ class Stopwatch:
     def in_turns(
         self, tasks: Mapping[str, Callable[[], Any]], label: str, fewest: int = FEWEST_ROUNDS
     ) -> dict[str, list[float]]:
-        """Seconds of each task, one value a round; every other round runs the tasks in reverse order."""
+        """Time tasks in rounds; every other round runs them in reverse order.
+
+        Args:
+            tasks: name → task.
+            label: of the progress bar.
+            fewest: rounds that are run whatever the budget.
+
+        Returns:
+            Name → seconds, one value per round.
+        """
         warm = {name: self._warm_up(task) for name, task in tasks.items()}
         calls = {name: max(1, math.ceil(SHORTEST_SAMPLE / max(seconds, 1e-7))) for name, seconds in warm.items()}
         one_round = max(sum(warm[name] * calls[name] for name in tasks), 1e-7)
@@ -111,7 +155,7 @@ class Stopwatch:
         return times
 
     def _warm_up(self, task: Callable[[], Any]) -> float:
-        """Seconds of a call. The first also pays for allocations and kernel choices, so a quick task has a second."""
+        """Return the seconds of a call; a short task is called twice, since the first call includes set-up costs."""
         seconds = self.seconds(task)
         return seconds if seconds > 1 else self.seconds(task)
 
@@ -121,28 +165,28 @@ class Stopwatch:
 
 
 def ratios(numerators: Iterable[float], denominators: Iterable[float]) -> list[float]:
-    """Round by round."""
+    """Return the ratios round by round."""
     return [above / below for above, below in zip(numerators, denominators, strict=True)]
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now; the most it has held so far where the system doesn't tell."""
+    """Return the bytes of memory that this process holds now; its peak on systems that don't report it."""
     facts = Path("/proc/self/statm")
     if not facts.is_file():
         return peak_resident()
     return int(facts.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_memory(device: torch.device) -> list[Figure]:
-    """The most memory that this process has held so far: resident, and on the GPU if it uses one."""
-    figures = [Figure("peak resident memory", "GB", [peak_resident() / 1e9])]
+def peak_memory(device: torch.device) -> list[Measurement]:
+    """Return the peak memory of this process so far: resident, and on the GPU if it uses one."""
+    peaks = [Measurement("peak resident memory", "GB", [peak_resident() / 1e9])]
     if device.type == "cuda":
-        figures.append(Figure("peak GPU memory", "GB", [peak_bytes(device) / 1e9]))
-    return figures
+        peaks.append(Measurement("peak GPU memory", "GB", [peak_bytes(device) / 1e9]))
+    return peaks
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be used; infinite where the system doesn't tell."""
+    """Return the bytes that can still be used; infinite on systems that don't report it."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     facts = Path("/proc/meminfo")
@@ -150,10 +194,13 @@ def free_memory(device: torch.device) -> float:
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+Machine = dict[str, str | int | float | None]
+
+
+def describe_machine(device: torch.device) -> Machine:
+    """Return the properties of the machine that measurements depend on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {
+    machine: Machine = {
         "cpu": _cpu_name(),
         "cores": cores,
         "threads": torch.get_num_threads(),
@@ -178,7 +225,7 @@ def _cpu_name() -> str:
 
 
 def describe_versions() -> dict[str, str | None]:
-    """Python and the packages that matter; None = not installed."""
+    """Return the versions of Python and of the packages that matter; None for one that isn't installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in MEASURED_PACKAGES:
         try:

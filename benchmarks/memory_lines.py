@@ -1,4 +1,4 @@
-"""Lines about memory at full size: save, reload, 8 bits, a LoRA step."""
+"""Benchmarks of memory at full size: save, reload, 8 bits, a LoRA step."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TorchAoConfig
 
-from samf.benchmarks.measuring import Figure
+from samf.benchmarks.measuring import Measurement
 from samf.benchmarks.workloads import (
     SAVED_DTYPE,
     LineSkipped,
@@ -24,11 +24,11 @@ from samf.model.modeling_samf import SamfForConditionalGeneration
 
 LORA_TARGETS = r".*language_model.*\.(qkv_proj|o_proj|gate_up_proj|down_proj)"
 TRAINED_PARTS = ("slice_encoder", "slice_position", "aggregator", "fusion")
-BYTES_IN_8_BITS = 1.5  # a weight, the parts that stay whole shared out
+BYTES_IN_8_BITS = 1.5  # per weight, on average with the parts that aren't quantised
 
 
-def save_model(settings: Settings) -> list[Figure]:
-    """Shards in bfloat16, and the sums that the reloaded weights must have."""
+def save_model(settings: Settings) -> list[Measurement]:
+    """Save shards in bfloat16, and the checksums that the reloaded weights must have."""
     settings.require_memory(SAVED_DTYPE.itemsize)
     started = time.monotonic()
     model = random_model(SamfForConditionalGeneration, settings.config(), torch.device("cpu"), SAVED_DTYPE)
@@ -37,22 +37,26 @@ def save_model(settings: Settings) -> list[Figure]:
     saved = time.monotonic()
     (settings.folder / "checksums.json").write_text(json.dumps(checksums(model)), encoding="utf-8")
     return [
-        Figure("build random weights", "s", [built - started]),
-        Figure("save_pretrained", "s", [saved - built], note=f"bfloat16, {settings.sizes.shard_size} shards"),
+        Measurement("build random weights", "s", [built - started]),
+        Measurement("save_pretrained", "s", [saved - built], note=f"bfloat16, {settings.sizes.shard_size} shards"),
         *_describe_shards(settings.folder / "saved"),
     ]
 
 
-def _describe_shards(folder: Path) -> list[Figure]:
+def _describe_shards(folder: Path) -> list[Measurement]:
     shards = list(folder.glob("*.safetensors"))
     return [
-        Figure("shards", "files", [len(shards)]),
-        Figure("size on disk", "GB", [sum(shard.stat().st_size for shard in shards) / 1e9]),
+        Measurement("shards", "files", [len(shards)]),
+        Measurement("size on disk", "GB", [sum(shard.stat().st_size for shard in shards) / 1e9]),
     ]
 
 
-def reload_model(settings: Settings) -> list[Figure]:
-    """from_pretrained, every weight as saved, and one left-padded batch answered from pixels."""
+def reload_model(settings: Settings) -> list[Measurement]:
+    """Load the saved model, compare every weight, and answer one left-padded batch from pixels.
+
+    Raises:
+        RuntimeError: a weight differs.
+    """
     settings.require_memory(settings.dtype.itemsize)
     started = time.monotonic()
     model = SamfForConditionalGeneration.from_pretrained(
@@ -63,27 +67,27 @@ def reload_model(settings: Settings) -> list[Figure]:
     found = checksums(model)
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        raise RuntimeError(f"{len(wrong)} weights differ from those saved, {wrong[0]} first.")
+        raise RuntimeError(f"{len(wrong)} weights differ from those saved, the first of them {wrong[0]}.")
     return [
-        Figure("from_pretrained", "s", [loaded - started], note="every weight as saved"),
+        Measurement("from_pretrained", "s", [loaded - started], note="every weight as saved"),
         *_answer_batch(settings, model)[1],
     ]
 
 
-def _answer_batch(settings: Settings, model: PreTrainedModel) -> tuple[torch.Tensor, list[Figure]]:
+def _answer_batch(settings: Settings, model: PreTrainedModel) -> tuple[torch.Tensor, list[Measurement]]:
     sizes = settings.sizes
     batch = conversation_batch(settings, sizes.saved_volumes, sizes.prompt)
     tokens, clock = generate(model, batch, sizes.new_tokens)
     note = f"{sizes.saved_volumes} volumes of up to {sizes.slices} slices, left-padded to {batch['input_ids'].shape[1]}"
     return tokens, [
-        Figure("pixels to first token", "s", [clock.prefill], note=note),
-        Figure("a further token", "s", clock.steps, note="of each row"),
-        Figure(f"{sizes.new_tokens} tokens", "s", [clock.prefill + sum(clock.steps)]),
+        Measurement("pixels to first token", "s", [clock.prefill], note=note),
+        Measurement("a further token", "s", clock.steps, note="of each row"),
+        Measurement(f"{sizes.new_tokens} tokens", "s", [clock.prefill + sum(clock.steps)]),
     ]
 
 
-def quantise_model(settings: Settings) -> list[Figure]:
-    """The language model alone in 8 bits while it loads; the same batch; saved in 8 bits."""
+def quantise_model(settings: Settings) -> list[Measurement]:
+    """Load the saved model with its language model in 8 bits, answer the same batch, and save it in 8 bits."""
     settings.require_memory(BYTES_IN_8_BITS)
     started = time.monotonic()
     model = SamfForConditionalGeneration.from_pretrained(
@@ -100,15 +104,21 @@ def quantise_model(settings: Settings) -> list[Figure]:
     model.save_pretrained(settings.folder / "saved_8bit", max_shard_size=settings.sizes.shard_size)
     saved = time.monotonic()
     return [
-        Figure("from_pretrained", "s", [loaded - started], note=f"8 bits: {quantised} layers of the language model"),
+        Measurement(
+            "from_pretrained", "s", [loaded - started], note=f"8 bits: {quantised} layers of the language model"
+        ),
         *answered,
-        Figure("save_pretrained", "s", [saved - saving]),
+        Measurement("save_pretrained", "s", [saved - saving]),
         *_describe_shards(settings.folder / "saved_8bit"),
     ]
 
 
-def reload_quantised(settings: Settings) -> list[Figure]:
-    """from_pretrained of the 8-bit folder, which must answer as before it was saved."""
+def reload_quantised(settings: Settings) -> list[Measurement]:
+    """Load the 8-bit folder; the model must answer as before it was saved.
+
+    Raises:
+        RuntimeError: it doesn't.
+    """
     _require_torchao()
     settings.require_memory(BYTES_IN_8_BITS)
     started = time.monotonic()
@@ -119,9 +129,9 @@ def reload_quantised(settings: Settings) -> list[Figure]:
     quantised = quantised_weights(model)
     tokens, answered = _answer_batch(settings, model)
     if not torch.equal(tokens.cpu(), torch.load(settings.folder / "tokens.pt", weights_only=True)):
-        raise RuntimeError("The reloaded 8-bit model answers otherwise than before it was saved.")
+        raise RuntimeError("The reloaded 8-bit model gives other answers than before it was saved.")
     return [
-        Figure("from_pretrained", "s", [loaded - started], note=f"{quantised} layers; the same answers"),
+        Measurement("from_pretrained", "s", [loaded - started], note=f"{quantised} layers; the same answers"),
         *answered,
     ]
 
@@ -132,7 +142,7 @@ def _require_torchao() -> None:
 
 
 def eight_bit_config() -> TorchAoConfig:
-    """8-bit weights; from_pretrained leaves all but the language model as it is."""
+    """Return the configuration of 8-bit weights; `from_pretrained` quantises only the language model."""
     _require_torchao()
     from torchao.quantization import Int8WeightOnlyConfig  # optional library
 
@@ -140,10 +150,10 @@ def eight_bit_config() -> TorchAoConfig:
 
 
 def quantised_weights(model: PreTrainedModel) -> int:
-    """How many weights are quantised.
+    """Count the quantised weights.
 
     Raises:
-        RuntimeError: one outside the language model is, or a linear layer of the language model isn't.
+        RuntimeError: a weight outside the language model is quantised, or a linear layer of the language model isn't.
     """
     count = 0
     for name, module in model.named_modules():
@@ -151,13 +161,13 @@ def quantised_weights(model: PreTrainedModel) -> int:
             continue
         quantised = type(module.weight).__module__.startswith("torchao")
         if quantised != name.startswith("model.language_model."):
-            raise RuntimeError(f"{name} is {'' if quantised else 'not '}quantised; the language model alone should be.")
+            raise RuntimeError(f"{name} is {'' if quantised else 'not '}quantised; only the language model should be.")
         count += quantised
     return count
 
 
-def train_lora(settings: Settings) -> list[Figure]:
-    """Two steps: the second's backward holds the optimizer's state, as every later one does."""
+def train_lora(settings: Settings) -> list[Measurement]:
+    """Train for two steps: from the second on, the backward pass shares memory with the optimizer's state."""
     from peft import LoraConfig, get_peft_model  # imports much that the other lines don't need
 
     sizes = settings.sizes
@@ -176,22 +186,26 @@ def train_lora(settings: Settings) -> list[Figure]:
     batch["labels"][:, : -sizes.lora_answer] = -100
     losses, passes, updates = [], [], []
 
-    def passing() -> None:
+    def forward_backward() -> None:
         loss = model(**batch).loss
         loss.backward()
         losses.append(loss.item())
 
     for _ in range(2):
-        passes.append(settings.stopwatch.seconds(passing))
+        passes.append(settings.stopwatch.seconds(forward_backward))
         updates.append(settings.stopwatch.seconds(optimizer.step))
         optimizer.zero_grad()
     if not all(map(math.isfinite, losses)):
         raise RuntimeError(f"The losses are {losses}.")
-    note = f"{sizes.lora_batch} x {batch['input_ids'].shape[1]} tokens, {sizes.slices} slices a volume, gradient checkpointing"
+    note = (
+        f"{sizes.lora_batch} x {batch['input_ids'].shape[1]} tokens, {sizes.slices} slices each, gradient checkpointing"
+    )
     whole = [seconds + update for seconds, update in zip(passes, updates, strict=True)]
     return [
-        Figure("trained weights", "million", [sum(weight.numel() for weight in trained) / 1e6], note="LoRA and parts"),
-        Figure("forward and backward", "s", passes, note=note),
-        Figure("optimizer step", "s", updates, note="AdamW"),
-        Figure("whole step", "s", whole),
+        Measurement(
+            "trained weights", "million", [sum(weight.numel() for weight in trained) / 1e6], note="LoRA and parts"
+        ),
+        Measurement("forward and backward", "s", passes, note=note),
+        Measurement("optimizer step", "s", updates, note="AdamW"),
+        Measurement("whole step", "s", whole),
     ]

@@ -1,13 +1,13 @@
-"""Measure the model, training, or the reading of data: speed and memory, with their spread and, where there are any, limits.
+"""Measure speed and memory of the model, of training and of reading data, with spread and limits.
 
-    python benchmark.py model                                   # every line at full size: about 20 GB of memory
-    python benchmark.py model --lines vit,fusion --device cuda --json figures.json
-    SAMF_TEST_DATA=FOLDER python benchmark.py volumes           # a scan of 512 x 512 x 300: 2 GB, four minutes
-    SAMF_TEST_DATA=FOLDER python benchmark.py data              # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
-    python benchmark.py training --device cuda                  # a step as recipes/ct_rate.yaml has it
+    python -m samf.benchmarks model                               # every line at full size: about 20 GB of memory
+    python -m samf.benchmarks model --lines vit,fusion --device cuda --json figures.json
+    SAMF_TEST_DATA=FOLDER python -m samf.benchmarks volumes       # a scan of 512 x 512 x 300: 2 GB, four minutes
+    SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data          # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
+    python -m samf.benchmarks training --device cuda              # a step as in recipes/ct_rate.yaml
 
-FOLDER has real scans in ct/, reports in reports/ and Phi-3's tokenizer in tokenizers/phi3; what is missing, phantoms stand for.
-Each stage of a line runs in a process of its own. The exit status is 1 when a limit is missed or a stage failed.
+FOLDER has real scans in ct/, reports in reports/ and Phi-3's tokenizer in tokenizers/phi3; phantoms replace what is missing.
+Each stage of a line runs in its own process. The exit status is 1 when a limit is missed or a stage fails.
 """
 
 import argparse
@@ -18,13 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from tqdm import tqdm
 
 from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
-from samf.benchmarks.measuring import Figure, describe_machine, describe_versions, peak_memory
+from samf.benchmarks.measuring import Machine, Measurement, Summary, describe_machine, describe_versions, peak_memory
 from samf.benchmarks.memory_lines import quantise_model, reload_model, reload_quantised, save_model, train_lora
 from samf.benchmarks.speed_lines import count_parameters, time_decoding, time_fusion, time_vit
 from samf.benchmarks.train_lines import STAGES as TRAINING_STAGES
@@ -32,8 +32,8 @@ from samf.benchmarks.volume_lines import measure_memory, measure_slab_memory, ti
 from samf.benchmarks.workloads import SIZES, LineSkipped, Settings
 from samf.utils.files import write_json
 
-Stage = Callable[[Settings], list[Figure]]
-# Each command's lines; each line's stages, which share a folder.
+Stage = Callable[[Settings], list[Measurement]]
+# Command → line → its stages, which share a folder.
 LINES: dict[str, dict[str, dict[str, Stage]]] = {
     "model": {
         "parameters": {"parameters": count_parameters},
@@ -66,10 +66,41 @@ COMMANDS = {
 }
 ON_A_DEVICE = ("model", "training")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HEADER = ["stage", "figure", "median", "quartiles", "repeats", "limit", "", "note"]
+HEADER = ["stage", "quantity", "median", "quartiles", "repeats", "limit", "", "note"]
+
+
+class StageOutcome(TypedDict):
+    """What the process of a stage writes; `figures` are its measurements."""
+
+    figures: list[Summary]
+    skipped: NotRequired[str]  # the reason
+    machine: NotRequired[Machine]
+    seconds: NotRequired[float]  # of the whole process
+    error: NotRequired[str]
+
+
+class StageResult(StageOutcome):
+    """The outcome of a stage of a line."""
+
+    line: str
+    stage: str
+
+
+class BenchmarkResults(TypedDict):
+    """The content of the file of --json."""
+
+    command: str
+    size: str
+    device: str
+    dtype: str
+    machine: Machine
+    versions: dict[str, str | None]
+    stages: list[StageResult]
+    passed: bool
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
@@ -81,11 +112,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         else:
             command.set_defaults(device="cpu", dtype=None)
         command.add_argument("--size", choices=SIZES, default="full", help="tiny shows that everything runs")
-        command.add_argument("--budget", type=float, default=60, help="seconds that a stage's repeats may take, about")
-        command.add_argument("--threads", type=int, help="CPU threads; default: as torch chooses")
-        command.add_argument("--folder", type=Path, help="where large files may lie for a while; default: the system's")
-        command.add_argument("--json", type=Path, help="write the figures here too")
-        command.add_argument("--stage", help=argparse.SUPPRESS)  # a child's: LINE/STAGE, its figures to --json
+        command.add_argument("--budget", type=float, default=60, help="approximate seconds for a stage's repeats")
+        command.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+        command.add_argument("--folder", type=Path, help="for large temporary files; default: the system's")
+        command.add_argument("--json", type=Path, help="also write the measurements here")
+        command.add_argument("--stage", help=argparse.SUPPRESS)  # a child process: LINE/STAGE, its outcome to --json
     args = parser.parse_args(argv)
     args.lines = [line for line in args.lines.split(",") if line]
     unknown = sorted(set(args.lines) - set(LINES[args.command]))
@@ -93,36 +124,37 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--lines names {unknown}; the lines are {', '.join(LINES[args.command])}")
     args.device = torch.device(args.device)
     if args.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here; leave --device away for the CPU")
+        parser.error("--device cuda: torch finds no GPU here; omit --device for the CPU")
     args.dtype = DTYPES[args.dtype or ("float32" if args.device.type == "cpu" else "bfloat16")]
     return args
 
 
-# One stage, in this process -------------------------------------------------------------------------------------------
+# --- One stage, in this process ---------------------------------------------------------------------------------------
 
 
-def run_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of `args.stage` as JSON has them, with this process's peak memory."""
+def run_stage(args: argparse.Namespace) -> StageOutcome:
+    """Measure `args.stage` and this process's peak memory."""
     line, _, stage = args.stage.partition("/")
     settings = Settings(args.size, args.device, args.dtype, args.budget, args.folder)
     try:
-        figures = LINES[args.command][line][stage](settings)
+        measurements = LINES[args.command][line][stage](settings)
     except LineSkipped as reason:
         return {"figures": [], "skipped": str(reason)}
     return {
-        "figures": [figure.summary() for figure in figures + peak_memory(args.device)],
+        "figures": [measurement.summary() for measurement in measurements + peak_memory(args.device)],
         "machine": describe_machine(args.device),
     }
 
 
-# All stages, each in a process of its own -------------------------------------------------------------------------------
+# --- All stages, each in its own process ------------------------------------------------------------------------------
 
 
-def run_lines(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the lines' stages one after the other; returns what --json gets."""
+def run_lines(args: argparse.Namespace) -> BenchmarkResults:
+    """Run the stages of the lines one after the other."""
     lines = LINES[args.command]
     stages = [(line, stage) for line in args.lines for stage in lines[line]]
-    results, progress = [], tqdm(stages)
+    results: list[StageResult] = []
+    progress = tqdm(stages)
     for line, stage in progress:
         progress.set_description(stage)
         if stage == next(iter(lines[line])):
@@ -130,7 +162,7 @@ def run_lines(args: argparse.Namespace) -> dict[str, Any]:
         results.append({"line": line, "stage": stage, **run_child(args, f"{line}/{stage}", Path(folder.name))})
         if stage == list(lines[line])[-1]:
             folder.cleanup()
-    verdicts = [figure["passed"] for result in results for figure in result["figures"]]
+    verdicts = [summary["passed"] for result in results for summary in result["figures"]]
     return {
         "command": args.command,
         "size": args.size,
@@ -143,8 +175,17 @@ def run_lines(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run_child(args: argparse.Namespace, stage: str, folder: Path) -> dict[str, Any]:
-    """A stage's figures, its seconds as a whole, and an `error` where it failed."""
+def run_child(args: argparse.Namespace, stage: str, folder: Path) -> StageOutcome:
+    """Run a stage in its own process.
+
+    Args:
+        args: the command line.
+        stage: LINE/STAGE.
+        folder: shared by the stages of the line.
+
+    Returns:
+        The outcome with the process's seconds, and an `error` where it failed.
+    """
     output = folder / "figures.json"
     output.unlink(missing_ok=True)
     command = [sys.executable, "-m", "samf.benchmarks", args.command, f"--stage={stage}", f"--json={output}"]
@@ -155,15 +196,16 @@ def run_child(args: argparse.Namespace, stage: str, folder: Path) -> dict[str, A
     command += [f"--threads={args.threads}"] if args.threads else []
     started = time.monotonic()
     child = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
-    result: dict[str, Any] = {"seconds": round(time.monotonic() - started, 1)}
+    seconds = round(time.monotonic() - started, 1)
     if child.returncode == 0:
-        return result | json.loads(output.read_text(encoding="utf-8"))
-    reason = "was killed, often for want of memory" if child.returncode == -9 else "failed; its message is above"
-    return result | {"figures": [], "error": f"{stage} {reason} (exit status {child.returncode})"}
+        outcome: StageOutcome = json.loads(output.read_text(encoding="utf-8"))
+        return {**outcome, "seconds": seconds}
+    reason = "was killed, often for lack of memory" if child.returncode == -9 else "failed; its message is above"
+    return {"seconds": seconds, "figures": [], "error": f"{stage} {reason} (exit status {child.returncode})"}
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results for a reader: a line a figure, in aligned columns that markdown reads too."""
+def table(results: BenchmarkResults) -> str:
+    """Return the results as a Markdown table with aligned columns, one row per measurement."""
     rows = [HEADER, *(row for result in results["stages"] for row in _stage_rows(result))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     rows.insert(1, ["-" * width for width in widths])
@@ -172,23 +214,24 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", ", ".join(f"{name} {fact}" for name, fact in facts.items() if fact is not None), ""])
 
 
-def _stage_rows(result: dict[str, Any]) -> list[list[str]]:
+def _stage_rows(result: StageResult) -> list[list[str]]:
     missing = result.get("error") or result.get("skipped")
     if missing:
         return [[result["stage"], "FAILED" if "error" in result else "skipped", *[""] * 5, missing]]
     rows = []
-    for figure in result["figures"]:
-        limits = (("at_least", ">="), ("at_most", "<="))
-        limit = " ".join(f"{sign} {figure[name]:g}" for name, sign in limits if figure[name] is not None)
-        verdict = {None: "", True: "pass", False: "MISSED"}[figure["passed"]]
-        spread = f"{figure['first_quartile']:.4g} to {figure['third_quartile']:.4g}" if figure["repeats"] > 1 else ""
-        median = f"{figure['median']:.4g} {figure['unit']}"
-        name = [result["stage"], figure["name"]]
-        rows.append([*name, median, spread, str(figure["repeats"]), limit, verdict, figure["note"]])
+    for found in result["figures"]:
+        limits = ((found["at_least"], ">="), (found["at_most"], "<="))
+        limit = " ".join(f"{sign} {value:g}" for value, sign in limits if value is not None)
+        verdict = {None: "", True: "pass", False: "MISSED"}[found["passed"]]
+        spread = f"{found['first_quartile']:.4g} to {found['third_quartile']:.4g}" if found["repeats"] > 1 else ""
+        median = f"{found['median']:.4g} {found['unit']}"
+        name = [result["stage"], found["name"]]
+        rows.append([*name, median, spread, str(found["repeats"]), limit, verdict, found["note"]])
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what the command line asks for and print a table; return the exit status."""
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,4 +1,4 @@
-"""Lines about speed: parameters, slice encoder, fusion, prefill and decoding.
+"""Benchmarks of the model: parameters, and speed of slice encoder, fusion, prefill and decoding.
 
 Shapes: B volumes, S slices, T tokens, d = d_proj.
 """
@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 
-from samf.benchmarks.measuring import Figure, ratios
+from samf.benchmarks.measuring import Measurement, ratios
 from samf.benchmarks.workloads import TINY_TEXT, Settings, conversation_batch, fill, generate, random_model, slice_stack
 from samf.model.image_tokens_samf import place_image_tokens
 from samf.model.modeling_samf import SamfForConditionalGeneration, SamfModel
 from samf.model.modules_samf import SamfFusion, attend, masked_mean
 
 
-def count_parameters(settings: Settings) -> list[Figure]:
-    """Parameters of each part, from a model without memory."""
+def count_parameters(settings: Settings) -> list[Measurement]:
+    """Count the parameters of each part, in a model without memory.
+
+    Raises:
+        RuntimeError: the parts don't add up to the model.
+    """
     with torch.device("meta"):
         model = SamfForConditionalGeneration(settings.config())
     parts = {
@@ -32,11 +36,11 @@ def count_parameters(settings: Settings) -> list[Figure]:
     total = sum(weight.numel() for weight in model.parameters())
     if sum(counts.values()) != total:
         raise RuntimeError(f"The parts have {sum(counts.values())} parameters, the model {total}: a part is missing.")
-    return [Figure(name, "million", [count / 1e6]) for name, count in {**counts, "whole model": total}.items()]
+    return [Measurement(name, "million", [count / 1e6]) for name, count in {**counts, "whole model": total}.items()]
 
 
 def vit_flops(vision: Any, slices: int) -> int:
-    """Floating-point operations of the ViT's matrix products; a product of (m, k) and (k, n) counts 2·m·k·n."""
+    """Return the floating-point operations of the ViT's matrix products; (m, k) by (k, n) counts 2·m·k·n."""
     dim, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
     tokens = patches + 1
     embed = 2 * patches * dim * vision.num_channels * vision.patch_size**2
@@ -46,8 +50,17 @@ def vit_flops(vision: Any, slices: int) -> int:
 
 
 def matmul_tasks(sizes: Sequence[int], device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """One square product a size, named by it."""
-    tasks = {}
+    """Return one square matrix product per size.
+
+    Args:
+        sizes: of the matrices.
+        device: where they are.
+        dtype: of the matrices.
+
+    Returns:
+        Size, as text → task.
+    """
+    tasks: dict[str, Callable[[], Any]] = {}
     for size in sizes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         output = torch.empty_like(left)
@@ -56,9 +69,9 @@ def matmul_tasks(sizes: Sequence[int], device: torch.device, dtype: torch.dtype)
 
 
 @torch.inference_mode()
-def time_vit(settings: Settings) -> list[Figure]:
-    """All slices in one call against one slice at a time, and against the fastest square matrix product."""
-    # The slice encoder alone counts here: a small language model leaves the memory to it.
+def time_vit(settings: Settings) -> list[Measurement]:
+    """Time all slices in one call against one slice at a time and against the fastest square matrix product."""
+    # Only the slice encoder is measured; a tiny language model saves memory.
     config = settings.config(text_config=TINY_TEXT, image_token_id=120)
     model = random_model(SamfModel, config, settings.device, settings.dtype)
     slices = settings.sizes.slices
@@ -76,12 +89,12 @@ def time_vit(settings: Settings) -> list[Figure]:
     over_loop = ratios(times["loop"], times["one call"])
     share = [100 * part for part in ratios(vit, rates[fastest])]
     return [
-        Figure("all slices in one call", "s", times["one call"], note=f"{slices} slices"),
-        Figure("one slice at a time", "s", times["loop"]),
-        Figure("loop / one call", "x", over_loop, settings.limit(8, on=("cuda",)), "limit on a GPU: 8"),
-        Figure("one call", "GFLOP/s", [rate / 1e9 for rate in vit]),
-        Figure("fastest matrix product", "GFLOP/s", [rate / 1e9 for rate in rates[fastest]], note=f"{fastest}²"),
-        Figure("share of that product's speed", "%", share, settings.limit(70)),
+        Measurement("all slices in one call", "s", times["one call"], note=f"{slices} slices"),
+        Measurement("one slice at a time", "s", times["loop"]),
+        Measurement("loop / one call", "x", over_loop, settings.limit(8, on=("cuda",)), "limit on a GPU: 8"),
+        Measurement("one call", "GFLOP/s", [rate / 1e9 for rate in vit]),
+        Measurement("fastest matrix product", "GFLOP/s", [rate / 1e9 for rate in rates[fastest]], note=f"{fastest}²"),
+        Measurement("share of that product's speed", "%", share, settings.limit(70)),
     ]
 
 
@@ -94,9 +107,19 @@ def repeated_fusion(
     text_mask: torch.Tensor,
     repeats: int,
 ) -> torch.Tensor:
-    """Ao2D as the published code computes it: every part stands `repeats` times, and W_fusion multiplies all the rows.
+    """Compute Ao2D like the reference implementation: every part is repeated, and W_fusion multiplies all equal rows.
 
-    Arguments of [`SamfFusion.forward`]; returns (B, repeats, text width), all rows of a volume equal.
+    Args:
+        fusion: the module whose weights are used.
+        slices: z_2d, (B, S, slice width).
+        volume: z_3d, (B, volume width).
+        text: embeddings of the prompt, (B, T, text width).
+        slice_mask: (B, S), True = keep.
+        text_mask: (B, T), True = keep.
+        repeats: rows per volume.
+
+    Returns:
+        (B, repeats, text width); all rows of a volume are equal.
     """
     slices, text = fusion.project_slices(slices), fusion.project_text(text)
     volume = fusion.project_volume(volume).unsqueeze(1)  # (B, 1, d)
@@ -108,8 +131,8 @@ def repeated_fusion(
 
 
 @torch.inference_mode()
-def time_fusion(settings: Settings) -> list[Figure]:
-    """The fusion and the placing of its tokens against the form that multiplies equal rows."""
+def time_fusion(settings: Settings) -> list[Measurement]:
+    """Time the fusion and the placement of its tokens against the form that multiplies equal rows."""
     sizes, config = settings.sizes, settings.config(fusion_type="ao2d")
     batch, tokens = sizes.fusion_batch, config.num_image_tokens
     with torch.device(settings.device):
@@ -136,14 +159,16 @@ def time_fusion(settings: Settings) -> list[Figure]:
     times = settings.stopwatch.in_turns({"once": once, "repeated": repeated}, "fusion")
     shape = f"B {batch}, S {sizes.fusion_slices}, T {sizes.fusion_text}, d {config.fusion_dim}, {tokens} image tokens"
     return [
-        Figure("fused once, then placed", "ms", [1e3 * seconds for seconds in times["once"]], note=shape),
-        Figure(f"{tokens} equal rows", "ms", [1e3 * seconds for seconds in times["repeated"]]),
-        Figure("equal rows / once", "x", ratios(times["repeated"], times["once"]), settings.limit(8), "same result"),
+        Measurement("fused once, then placed", "ms", [1e3 * seconds for seconds in times["once"]], note=shape),
+        Measurement(f"{tokens} equal rows", "ms", [1e3 * seconds for seconds in times["repeated"]]),
+        Measurement(
+            "equal rows / once", "x", ratios(times["repeated"], times["once"]), settings.limit(8), "same result"
+        ),
     ]
 
 
-def time_decoding(settings: Settings) -> list[Figure]:
-    """generate() from slice embeddings, one volume: the prompt's tokens per second, then the new ones'."""
+def time_decoding(settings: Settings) -> list[Measurement]:
+    """Time `generate` from slice embeddings of one volume: tokens per second of the prompt and of the answer."""
     sizes, config = settings.sizes, settings.config()
     settings.require_memory(settings.dtype.itemsize)
     model = random_model(SamfForConditionalGeneration, config, settings.device, settings.dtype)
@@ -152,9 +177,10 @@ def time_decoding(settings: Settings) -> list[Figure]:
     pixels = batch.pop("pixel_values")
     with torch.inference_mode():
         batch["slice_embeddings"] = model.get_image_features(pixels).last_hidden_state
-    generate(model, batch, 2)  # the first call pays for allocations and kernel choices
+    generate(model, batch, 2)  # warm-up: the first call includes allocations and kernel choices
     length = batch["input_ids"].shape[1]
-    prefill, steps = [], []
+    prefill: list[float] = []
+    steps: list[float] = []
     started = time.monotonic()
     while not prefill or (time.monotonic() - started < settings.budget and len(prefill) < 10):
         _, clock = generate(model, batch, sizes.new_tokens)
@@ -163,7 +189,7 @@ def time_decoding(settings: Settings) -> list[Figure]:
     weights = sum(weight.numel() * weight.element_size() for weight in model.model.language_model.parameters())
     note = f"{config.num_image_tokens} image and {sizes.prompt} prompt tokens, from slice embeddings"
     return [
-        Figure("prefill", "tokens/s", [length / seconds for seconds in prefill], note=note),
-        Figure("decode", "tokens/s", [1 / seconds for seconds in steps], note="one volume, greedy, cache on"),
-        Figure("decode, weights read", "GB/s", [weights / seconds / 1e9 for seconds in steps]),
+        Measurement("prefill", "tokens/s", [length / seconds for seconds in prefill], note=note),
+        Measurement("decode", "tokens/s", [1 / seconds for seconds in steps], note="one volume, greedy, cache on"),
+        Measurement("decode, weights read", "GB/s", [weights / seconds / 1e9 for seconds in steps]),
     ]

@@ -1,4 +1,4 @@
-"""Lines about stage 3 as the paper trains: LoRA beside full parts, with and without checkpointing, Liger and compile."""
+"""Benchmarks of stage 3 as in the paper: LoRA and fully trained parts, with and without checkpointing, Liger and compile."""
 
 import math
 from dataclasses import fields
@@ -6,7 +6,7 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from samf.benchmarks.measuring import Figure
+from samf.benchmarks.measuring import Measurement
 from samf.benchmarks.workloads import SAVED_DTYPE, LineSkipped, Settings, random_model
 from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.training.adapter import add_lora, cast_trained
@@ -16,39 +16,39 @@ from samf.training.flops import StepFlops, Work, known_peak
 from samf.training.param_groups import PARTS, train_parts
 from samf.training.throughput import batch_work
 
-# Rows, slices a volume, and tokens of question and answer: with 256 image tokens the paper's 512.
+# Rows, slices per volume, and tokens of question and answer: with 256 image tokens the paper's 512.
 SHAPES = {"full": (4, 72, 32, 224), "tiny": (2, 6, 8, 4)}
 WARM_UP, MOST_STEPS = 2, 20
-BYTES_A_WEIGHT = 4.5  # bfloat16, and what is trained in float32 with its gradient and AdamW's two moments
+BYTES_A_WEIGHT = 4.5  # bfloat16; trained parts in float32 with gradients and AdamW's two moments
 CT_RATE_RECORDS = 2 * 47_149  # reports, and as many multiple-choice questions
 PAPER_HOURS = 16  # one A100 with 80 GB
 
 
-def time_training(settings: Settings) -> list[Figure]:
-    """Steps as they are."""
+def time_training(settings: Settings) -> list[Measurement]:
+    """Time training steps."""
     return _time_steps(settings)
 
 
-def time_checkpointing(settings: Settings) -> list[Figure]:
-    """Steps with gradient checkpointing."""
+def time_checkpointing(settings: Settings) -> list[Measurement]:
+    """Time training steps with gradient checkpointing."""
     return _time_steps(settings, checkpointing=True)
 
 
-def time_liger(settings: Settings) -> list[Figure]:
-    """Steps with Liger's kernels in the language model."""
+def time_liger(settings: Settings) -> list[Measurement]:
+    """Time training steps with Liger's kernels in the language model."""
     if settings.device.type != "cuda":
         raise LineSkipped("Liger's kernels need a GPU")
     return _time_steps(settings, liger=True)
 
 
-def time_compiled(settings: Settings) -> list[Figure]:
-    """Steps of a model that torch.compile has compiled."""
+def time_compiled(settings: Settings) -> list[Measurement]:
+    """Time training steps of a compiled model."""
     return _time_steps(settings, compiled=True)
 
 
 def _time_steps(
     settings: Settings, checkpointing: bool = False, liger: bool = False, compiled: bool = False
-) -> list[Figure]:
+) -> list[Measurement]:
     settings.require_memory(BYTES_A_WEIGHT)
     model = build_trained_model(settings, checkpointing, liger)
     flops = StepFlops(model)
@@ -69,13 +69,22 @@ def _time_steps(
     while len(seconds) < WARM_UP + 3 or (sum(seconds) < settings.budget and len(seconds) < WARM_UP + MOST_STEPS):
         seconds.append(settings.stopwatch.seconds(step))
     if not all(map(math.isfinite, losses)):
-        raise RuntimeError(f"The losses are {losses}.")
+        raise RuntimeError(f"The losses are {losses}; expected finite values.")
     work = Work(**dict(zip([field.name for field in fields(Work)], batch_work(batch).tolist(), strict=True)))
     return describe_steps(settings, seconds[WARM_UP:], work, flops(work))
 
 
 def build_trained_model(settings: Settings, checkpointing: bool, liger: bool) -> nn.Module:
-    """Random weights, trained as recipes/ct_rate.yaml says."""
+    """Return a model of random weights whose parts are trained as in recipes/ct_rate.yaml.
+
+    Args:
+        settings: size, device and precision.
+        checkpointing: whether to use gradient checkpointing.
+        liger: whether to use Liger's kernels.
+
+    Raises:
+        LineSkipped: Liger isn't installed.
+    """
     model = random_model(SamfForConditionalGeneration, settings.config(), settings.device, SAVED_DTYPE)
     if liger:
         try:
@@ -92,7 +101,7 @@ def build_trained_model(settings: Settings, checkpointing: bool, liger: bool) ->
 
 
 def training_batch(settings: Settings) -> dict[str, torch.Tensor]:
-    """Volumes in front of questions with answers; pixel_values (B, S, C, H, W), all else (B, T)."""
+    """Return volumes with questions and answers: pixel_values (B, S, C, H, W), everything else (B, T)."""
     rows, slices, prompt, answer = SHAPES[settings.size]
     config, generator = settings.config(), torch.Generator().manual_seed(3)
     vision = config.vision_config
@@ -111,24 +120,31 @@ def training_batch(settings: Settings) -> dict[str, torch.Tensor]:
     return {name: value.to(settings.device) for name, value in batch.items()}
 
 
-def describe_steps(settings: Settings, seconds: list[float], work: Work, flops: float) -> list[Figure]:
-    """Figures of steps that took `seconds` each."""
+def describe_steps(settings: Settings, seconds: list[float], work: Work, flops: float) -> list[Measurement]:
+    """Return the measurements of training steps.
+
+    Args:
+        settings: size and device.
+        seconds: of each step.
+        work: of one step.
+        flops: of one step.
+    """
     rows, slices, _, _ = SHAPES[settings.size]
     note = f"{rows} volumes of {slices} slices, {work.tokens / rows:.0f} tokens each, bfloat16 autocast, AdamW"
     figures = [
-        Figure("training step", "s", seconds, note=note),
-        Figure("volumes", "1/s", [work.volumes / value for value in seconds]),
-        Figure("tokens", "1/s", [work.tokens / value for value in seconds]),
-        Figure("model operations", "TFLOP/s", [flops / value / 1e12 for value in seconds]),
+        Measurement("training step", "s", seconds, note=note),
+        Measurement("volumes", "1/s", [work.volumes / value for value in seconds]),
+        Measurement("tokens", "1/s", [work.tokens / value for value in seconds]),
+        Measurement("model operations", "TFLOP/s", [flops / value / 1e12 for value in seconds]),
     ]
     peak = known_peak(torch.cuda.get_device_name(settings.device)) if settings.device.type == "cuda" else None
     if peak is not None:
         shares = [flops / value / (peak * 1e12) for value in seconds]
-        figures.append(Figure("MFU", "", shares, note=f"of {peak:g} TFLOP/s, dense bfloat16"))
+        figures.append(Measurement("MFU", "", shares, note=f"of {peak:g} TFLOP/s, dense bfloat16"))
     if settings.size == "full":
         hours = [CT_RATE_RECORDS / rows * value / 3600 for value in seconds]
-        note = f"{CT_RATE_RECORDS:,} records, all as long as these; the paper: {PAPER_HOURS} h on an A100"
-        figures.append(Figure("an epoch of CT-RATE", "h", hours, note=note))
+        note = f"{CT_RATE_RECORDS:,} records of this length; the paper: {PAPER_HOURS} h on an A100"
+        figures.append(Measurement("an epoch of CT-RATE", "h", hours, note=note))
     return figures
 
 

@@ -1,12 +1,12 @@
-"""What the lines of `benchmark.py model` share: sizes, random models and their inputs.
+"""Sizes, random models and inputs of the benchmarks.
 
-Weights are random: speed and memory don't depend on their values.
+Weights are random, since speed and memory don't depend on their values.
 """
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from samf.model.configuration_samf import SamfConfig
 from samf.model.modeling_samf import SamfForConditionalGeneration
 
 SAVED_DTYPE = torch.bfloat16  # as language models are published
-FILL_PERIOD = 1_000_003  # a prime: no two rows of a weight are equal
+FILL_PERIOD = 1_000_003  # a prime, so that no two rows of a weight are equal
 TINY_VISION = {
     "model_type": "vit",
     "image_size": 32,
@@ -41,13 +41,20 @@ TINY_TEXT = {
 TINY_OPTIONS = {"image_token_id": 120, "num_image_tokens": 4, "volume_dim": 16}
 
 
+class Placement(TypedDict):
+    """Device and dtype of a tensor."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
 class LineSkipped(RuntimeError):
-    """A stage that can't run here; the message says what is missing."""
+    """A stage can't run here; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of the lines' inputs."""
+    """Shapes of the inputs."""
 
     slices: int
     matmuls: tuple[int, ...]
@@ -98,8 +105,12 @@ SIZES = {"full": FULL, "tiny": TINY}
 class Settings:
     """How a stage runs.
 
-    Args:
-        folder: shared by the stages of one line.
+    Attributes:
+        size: a key of `SIZES`.
+        device: where the model is.
+        dtype: of its weights.
+        budget: approximate seconds for repeats.
+        folder: shared by the stages of a line.
     """
 
     size: str
@@ -110,25 +121,28 @@ class Settings:
 
     @property
     def sizes(self) -> Sizes:
+        """Return the shapes of the inputs."""
         return SIZES[self.size]
 
     @property
     def stopwatch(self) -> Stopwatch:
+        """Return a stopwatch for the device."""
         return Stopwatch(self.device, self.budget)
 
     @property
-    def where(self) -> dict[str, Any]:
+    def placement(self) -> Placement:
+        """Return device and dtype as keywords of `Tensor.to`."""
         return {"device": self.device, "dtype": self.dtype}
 
     def limit(self, value: float, on: tuple[str, ...] = ("cpu", "cuda")) -> float | None:
-        """A limit that holds at full size on these devices; None elsewhere."""
+        """Return a limit that applies at full size on the devices `on`; None elsewhere."""
         return value if self.size == "full" and self.device.type in on else None
 
     def require_memory(self, bytes_per_weight: float) -> None:
-        """Stop before the system would kill this process, or others.
+        """Check that the full model fits into memory, before the system would kill this process or others.
 
         Raises:
-            LineSkipped: the model's weights don't fit in the memory that is free.
+            LineSkipped: the weights need more than the free memory.
         """
         with torch.device("meta"):
             weights = SamfForConditionalGeneration(self.config()).num_parameters()
@@ -139,6 +153,7 @@ class Settings:
             )
 
     def config(self, **options: Any) -> SamfConfig:
+        """Return the model's configuration; `options` are arguments of `SamfConfig`."""
         if self.size == "full":
             return SamfConfig(**options)
         return SamfConfig(**{"vision_config": TINY_VISION, "text_config": TINY_TEXT, **TINY_OPTIONS, **options})
@@ -147,7 +162,14 @@ class Settings:
 def random_model(
     model_class: type[PreTrainedModel], config: SamfConfig, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A model of cheap random weights: the library's initialisation of four billion takes minutes."""
+    """Build a model with cheap random weights: the library's initialisation of four billion takes minutes.
+
+    Args:
+        model_class: class of the model.
+        config: its configuration.
+        device: where it is built.
+        dtype: of its weights.
+    """
     with torch.device(device), init.no_init_weights():
         model = model_class._from_config(config, dtype=dtype)
     fill(model)
@@ -156,7 +178,7 @@ def random_model(
 
 @torch.no_grad()
 def fill(model: nn.Module, std: float = 0.02) -> None:
-    """Norms to one, biases to zero, every other weight to repeats of one block of normal values."""
+    """Set norms to one, biases to zero, and every other weight to repeats of one block of normal values."""
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(FILL_PERIOD, generator=generator) * std
     for name, parameter in model.named_parameters():
@@ -171,7 +193,7 @@ def fill(model: nn.Module, std: float = 0.02) -> None:
 
 
 def checksums(model: nn.Module) -> dict[str, int]:
-    """An exact sum over the bits of each weight as it would be saved."""
+    """Return an exact sum over the bits of each weight, as it would be saved."""
     sums = {}
     for name, parameter in model.named_parameters():
         chunks = parameter.detach().reshape(-1).split(2**22)
@@ -180,15 +202,27 @@ def checksums(model: nn.Module) -> dict[str, int]:
 
 
 def slice_stack(settings: Settings, rows: int, slices: int) -> torch.Tensor:
-    """pixel_values (rows, slices, C, H, W)."""
+    """Return pixel_values (rows, slices, C, H, W).
+
+    Args:
+        settings: size, device and precision.
+        rows: number of volumes.
+        slices: slices per volume.
+    """
     vision = settings.config().vision_config
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(rows, slices, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
-    return pixels.to(**settings.where)
+    return pixels.to(**settings.placement)
 
 
 def conversation_batch(settings: Settings, rows: int, prompt: int) -> dict[str, torch.Tensor]:
-    """Left-padded prompts of different lengths, each with a volume of a different number of slices."""
+    """Return left-padded prompts of different lengths, each with a volume of a different number of slices.
+
+    Args:
+        settings: size, device and precision.
+        rows: number of prompts.
+        prompt: tokens of the longest prompt, without image tokens.
+    """
     config, slices = settings.config(), settings.sizes.slices
     generator = torch.Generator().manual_seed(2)
     text = torch.randint(3, config.image_token_id, (rows, prompt), generator=generator)
@@ -197,7 +231,9 @@ def conversation_batch(settings: Settings, rows: int, prompt: int) -> dict[str, 
     attention_mask, slice_mask = torch.ones_like(input_ids), torch.ones(rows, slices, dtype=torch.bool)
     for row in range(rows):
         padding = row * prompt // (2 * rows)
-        input_ids[row] = input_ids[row].roll(padding)  # the text's end comes first, and is padding now
+        input_ids[row] = input_ids[row].roll(
+            padding
+        )  # the end of the text moves to the front, where padding replaces it
         input_ids[row, :padding] = config.text_config.pad_token_id
         attention_mask[row, :padding] = 0
         slice_mask[row, slices - row * slices // (2 * rows) :] = False
@@ -207,32 +243,42 @@ def conversation_batch(settings: Settings, rows: int, prompt: int) -> dict[str, 
 
 
 class TokenClock(BaseStreamer):
-    """When generate() has the prompt, and then each new token."""
+    """Record when `generate` receives the prompt and produces each new token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
+        """Record the time of a token."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """Do nothing at the end."""
 
     @property
     def prefill(self) -> float:
-        """Seconds from the prompt to the first token."""
+        """Return the seconds from the prompt to the first token."""
         return self.times[1] - self.times[0]
 
     @property
     def steps(self) -> list[float]:
-        """Seconds of each further token."""
+        """Return the seconds of each further token."""
         return [later - earlier for earlier, later in zip(self.times[1:], self.times[2:], strict=False)]
 
 
 def generate(
     model: PreTrainedModel, batch: dict[str, torch.Tensor], new_tokens: int
 ) -> tuple[torch.Tensor, TokenClock]:
-    """Greedy, exactly `new_tokens` a row: (rows, new_tokens) and their times."""
+    """Generate exactly `new_tokens` per row, greedily.
+
+    Args:
+        model: the model.
+        batch: inputs of `generate`.
+        new_tokens: tokens per row.
+
+    Returns:
+        Tokens (rows, new_tokens), and their times.
+    """
     clock = TokenClock()
     tokens = model.generate(
         **batch,

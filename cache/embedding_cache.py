@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from samf.cache.entries import Arrays, VolumeCache, entry_key, read_entry, write_entry
+from samf.cache.entries import Arrays, VolumeCache, entry_key, write_entry
 from samf.cache.slice_cache import SliceCache
 from samf.cache.volume_identity import Identity
-from samf.data.volume_discovery import VolumeKey
+from samf.data.schema import VolumeKey
 from samf.model.image_processing_samf import PIXEL_SETTINGS, SamfImageProcessor
 from samf.model.modeling_samf import SamfModel
 from samf.utils.distributed import Processes
@@ -68,14 +68,14 @@ class EmbeddingCache(VolumeCache):
             FileNotFoundError: there is no entry, and this copy of the cache was unpickled without its model.
             CTReadError: the volume can't be read.
         """
-        entry_path = self.entry_path(path, rescale=rescale)
-        arrays = read_entry(entry_path)
-        if arrays is None:
+
+        def make() -> Arrays:
             if self._model is None:
+                entry_path = self.entry_path(path, rescale=rescale)
                 raise FileNotFoundError(f"{path} has no embeddings at {entry_path}; call fill() before training.")
-            arrays = self.encode(self.slices.get(path, rescale=rescale))
-            write_entry(entry_path, arrays)
-        return arrays
+            return self.encode(self.slices.get(path, rescale=rescale))
+
+        return self._get(path, rescale, make)
 
     def fill(self, volumes: Sequence[VolumeKey], num_workers: int | None = None) -> None:
         """Compute the missing entries.

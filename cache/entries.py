@@ -6,7 +6,8 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias, TypedDict
 
@@ -14,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from samf.cache.volume_identity import Identity, volume_identity
+from samf.model.ct_volume import CTReadError
 from samf.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -34,8 +36,8 @@ class _ArrayHeader(TypedDict):
     data_offsets: tuple[int, int]
 
 
-class VolumeCache:
-    """Base of the caches: names the entries of a directory by volume and settings, and looks them up.
+class VolumeCache(ABC):
+    """Base of the caches: names the entries of a directory by volume and settings, looks them up and adds missing ones.
 
     Args:
         folder: the cache directory; it is created when the first entry is written.
@@ -44,9 +46,9 @@ class VolumeCache:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
 
+    @abstractmethod
     def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
         """Return the name of a volume's entry: equal exactly when everything that it depends on is equal."""
-        raise NotImplementedError
 
     def entry_path(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Path:
         """Return the file of the entry of the volume at `path`, whether it exists or not."""
@@ -54,15 +56,28 @@ class VolumeCache:
 
     def has(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> bool:
         """Return whether there is an intact entry of the volume at `path`, read with this rescale."""
-        return self.find(path, rescale=rescale) is not None
+        return read_entry(self.entry_path(path, rescale=rescale)) is not None
 
-    def find(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Arrays | None:
-        """Return the arrays of the entry of the volume at `path`, as read-only memory maps; None without an intact entry.
+    def _get(
+        self, path: str | os.PathLike, rescale: Sequence[float] | None, make: Callable[[], Mapping[str, np.ndarray]]
+    ) -> Arrays:
+        """Return read-only memory maps of an entry's arrays; without an intact entry, write what `make` returns first.
 
         Raises:
-            OSError: the entry can't be read at the moment.
+            CTReadError: the volume changed meanwhile. No entry is written.
+            OSError: the entry can't be written or read.
         """
-        return read_entry(self.entry_path(path, rescale=rescale))
+        entry_path = self.entry_path(path, rescale=rescale)
+        arrays = read_entry(entry_path)
+        if arrays is None:
+            made = make()
+            if self.entry_path(path, rescale=rescale) != entry_path:  # it would be stored under the old file's name
+                raise CTReadError(f"{path}: changed while it was read. Wait until it is written, then try again.")
+            write_entry(entry_path, made)
+            arrays = read_entry(entry_path)
+        if arrays is None:
+            raise OSError(f"{entry_path}: the entry that was just written can't be read. Is the disk full or faulty?")
+        return arrays
 
 
 def entry_key(*parts: object) -> str:
@@ -147,5 +162,5 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
     """Return the checksum of the arrays' bytes, in the order of their names."""
     value = 0
     for _, array in sorted(arrays.items()):
-        value = zlib.crc32(array.reshape(-1).view(np.uint8), value)
+        value = zlib.crc32(array.reshape(-1).view(np.uint8).data, value)
     return f"{value:08x}"

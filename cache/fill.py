@@ -257,7 +257,7 @@ class _FillRun:
     def retry_timed_out(self, at_once: int) -> None:
         """Retry volumes that timed out, together with a volume that is known to be readable.
 
-        A volume that hangs its reader can't be told from a volume on a disk that stalls, as file servers do when they
+        A volume that hangs its reader can't be distinguished from one on a disk that stalls, as file servers do when they
         restart. It is noted as failed if it times out again while the readable one is read. Otherwise it is left to the
         next run.
 

@@ -119,7 +119,7 @@ def _measure_encoder(embeddings: EmbeddingCache) -> tuple[float, int]:
     """Return the seconds that the encoder takes for one volume and the bytes of an entry, measured on black slices."""
     processor = embeddings.slices.image_processor
     count = processor.num_slices
-    slices = {
+    slices: dict[str, np.ndarray] = {
         "slices": np.zeros((count, processor.num_channels, processor.size, processor.size), np.uint8),
         "slice_planes": np.zeros(count, np.int64),
         "slice_positions": np.zeros(count, np.float32),

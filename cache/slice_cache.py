@@ -14,7 +14,7 @@ from samf.cache.entries import Arrays, VolumeCache, check_entry, entry_file, ent
 from samf.cache.screening import refuse_mask
 from samf.cache.volume_identity import Identity, volume_identity
 from samf.model.ct_download import not_kept
-from samf.model.ct_volume import CTReadError, CTVolume, read_ct
+from samf.model.ct_volume import CTVolume, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 
 __all__ = [
@@ -66,17 +66,7 @@ class SliceCache(VolumeCache):
             CTReadError: the volume can't be read, or changed meanwhile. No entry is written.
             OSError: the entry can't be written or read.
         """
-        entry_path = self.entry_path(path, rescale=rescale)
-        arrays = read_entry(entry_path)
-        if arrays is None:
-            extracted = self.extract(path, rescale=rescale, searched=searched)
-            if self.entry_path(path, rescale=rescale) != entry_path:  # it would be stored under the old file's name
-                raise CTReadError(f"{path}: changed while it was read. Wait until it is written, then try again.")
-            write_entry(entry_path, extracted)
-            arrays = read_entry(entry_path)
-        if arrays is None:
-            raise OSError(f"{entry_path}: the entry that was just written can't be read. Is the disk full or faulty?")
-        return arrays
+        return self._get(path, rescale, lambda: self.extract(path, rescale=rescale, searched=searched))
 
     def extract(
         self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None, searched: bool = False
@@ -106,8 +96,7 @@ class SliceCache(VolumeCache):
             CTReadError: the volume can't be read, or covers less than `min_coverage`.
             NotCTError: a searched volume may be a mask.
         """
-        coverage = {"min_coverage": self.min_coverage} if self.min_coverage else {}
-        volume = read_ct(path, rescale=rescale, **coverage)
+        volume = read_ct(path, rescale=rescale, min_coverage=self.min_coverage)
         if searched:
             refuse_mask(volume)
         return volume

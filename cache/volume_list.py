@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from samf.cache.volume_identity import Identity, identity_bytes, volume_identity
-from samf.data.volume_discovery import VolumeKey
+from samf.data.schema import VolumeKey
 from samf.model.ct_volume import CTReadError, NotCTError
 
 STAT_THREADS = 16  # on a network file system they mostly wait

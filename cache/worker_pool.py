@@ -21,8 +21,10 @@ from samf.utils.parallel import one_thread
 
 logger = logging.getLogger(__name__)
 
-# fork shares the libraries' memory among workers and replaces a worker in milliseconds.
-_START = "fork" if sys.platform == "linux" else "spawn"
+if sys.platform == "linux":  # fork shares the libraries' memory among workers and replaces a worker in milliseconds
+    _CONTEXT = multiprocessing.get_context("fork")
+else:
+    _CONTEXT = multiprocessing.get_context("spawn")
 _POLL = 1.0  # seconds after which an idle worker checks whether its parent is alive
 
 Job = TypeVar("Job")
@@ -100,12 +102,11 @@ class _Worker(Generic[Job, Result]):
 
     def __init__(self, work: Callable[[Job], Result], timeout: float | None):
         self.timeout = timeout
-        context = multiprocessing.get_context(_START)
-        self.connection, theirs = context.Pipe()
+        self.connection, theirs = _CONTEXT.Pipe()
         # For the process's temporary files, which it can't remove when it is killed.
         self.folder = tempfile.mkdtemp(prefix="samf-")
         arguments = (theirs, work, timeout, os.getpid(), self.folder)
-        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()  # only the worker has it now, so that its death closes the connection
 

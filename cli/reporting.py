@@ -33,7 +33,7 @@ def find_scans(paths: Sequence[str]) -> list[str]:
     Raises:
         UsageError: a path that isn't there, or a folder or pattern without a scan.
     """
-    from samf.data.volume_discovery import volumes_below
+    from samf.data.volume_discovery import search_volumes
     from samf.model.ct_download import is_address
 
     found: dict[str, None] = {}
@@ -46,12 +46,11 @@ def find_scans(paths: Sequence[str]) -> list[str]:
                 found[name] = None
             elif not Path(name).is_dir():
                 raise UsageError(f"{name}: no such file or folder.")
-            elif not (below := [volume for volume, _ in volumes_below(Path(name))]):
-                raise UsageError(
-                    f"{name}: no scan in it or below it; expected NIfTI, NRRD, MetaImage, NumPy or DICOM files."
-                )
             else:
-                found |= dict.fromkeys(below)
+                try:
+                    found |= dict.fromkeys(path for path, _ in search_volumes([name]).keys)
+                except FileNotFoundError as error:
+                    raise UsageError(f"{name}: no scan in it or below it: {error}") from error
     return list(found)
 
 

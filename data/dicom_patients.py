@@ -8,7 +8,7 @@ from pathlib import Path
 
 from samf.data.file_kinds import has_volume_suffix, is_dicom_file
 from samf.model.ct_dicom_files import walk_once
-from samf.model.ct_dicom_pixels import PARSE_ERRORS, pydicom
+from samf.model.ct_dicom_storage import PARSE_ERRORS, pydicom
 from samf.model.ct_download import is_address
 
 logger = logging.getLogger(__name__)
@@ -25,10 +25,10 @@ def dicom_patients(paths: Iterable[str]) -> dict[str, str | None]:
     """
     asked = [path for path in dict.fromkeys(paths) if not is_address(path) and not has_volume_suffix(path)]
     with ThreadPoolExecutor(_THREADS) as threads:
-        return dict(zip(asked, threads.map(dicom_patient, asked), strict=True))
+        return dict(zip(asked, threads.map(_dicom_patient, asked), strict=True))
 
 
-def dicom_patient(path: str) -> str | None:
+def _dicom_patient(path: str) -> str | None:
     """Return a digest of the PatientID of a DICOM file or folder; None where there is no PatientID, or no DICOM file."""
     if pydicom is None or is_address(path):
         return None

@@ -17,7 +17,13 @@ class RecordLoader(Protocol):
     """A loader of a layout of its own, such as `samf.data.table_columns.TableColumns`."""
 
     def load(self, source: str | Path, split: str, **options: Any) -> datasets.Dataset:
-        """Return the records of a split; `options` are those of `load_records`."""
+        """Return the records of a split.
+
+        Args:
+            source: the data set.
+            split: "train" or "valid".
+            options: those of `load_records`.
+        """
         ...
 
 
@@ -34,8 +40,8 @@ def load_records(
 
     Args:
         source: CT-RATE's folder or its name on the Hub, such as ibrahimhamamci/CT-RATE (`load_ct_rate`); or one of the
-            paper's CSVs, or both with a comma between them (`load_samf_csv`), in whose paths "{split}" stands for the
-            split. `image_root` is then the images' folder, by default that of the CSV.
+            paper's CSVs, or both with a comma between them (`load_samf_csv`); "{split}" in their paths is replaced by the
+            split, and `image_root` is the images' folder, by default that of the CSV.
         split: "train" or "valid".
         columns: loads a data set in another layout (`samf.data.table_columns.TableColumns`).
         patient_rule: reads patients from the volumes' paths; see `samf.data.patients`.

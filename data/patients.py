@@ -171,9 +171,9 @@ def settle_patients(
     """Return the records with `patient_id` filled in where the patient can be known; a warning counts the others.
 
     Args:
-        records: their `patient_id` is what the table or CT-RATE's names say. Those without a volume keep it.
+        records: with the `patient_id` of the table or CT-RATE's names. Records without a volume keep it.
         source: where the records are from, for the warning.
-        rule: takes precedence over what the records say.
+        rule: takes precedence over the records' own.
         root: the folder from which `rule` counts.
     """
     volumes, known = records.data.column("volume"), records.data.column(PATIENT_COLUMN)

@@ -28,7 +28,7 @@ _FORMAT = 2  # bump when the same tables give other records
 CACHED_FROM = 32 << 20  # bytes of tables; smaller ones are read again in a second or two
 ROWS_PER_CHUNK = 20_000
 
-MakeRecords: TypeAlias = Callable[[LoadStats], Iterator[Record]]
+_MakeRecords: TypeAlias = Callable[[LoadStats], Iterator[Record]]
 
 
 def default_cache() -> Path:
@@ -37,7 +37,7 @@ def default_cache() -> Path:
 
 
 def load_or_make(
-    make: MakeRecords,
+    make: _MakeRecords,
     features: datasets.Features,
     tables: Sequence[Path],
     options: JsonObject,
@@ -85,7 +85,7 @@ def build_once(path: Path, build: Callable[[Path], None]) -> None:
             build(temporary)
 
 
-def _write(partial: Path, make: MakeRecords, features: datasets.Features, options: JsonObject) -> None:
+def _write(partial: Path, make: _MakeRecords, features: datasets.Features, options: JsonObject) -> None:
     load_stats, count = LoadStats(), 0
     schema = features.arrow_schema
     with (

@@ -29,7 +29,7 @@ FEATURES = datasets.Features(
 RESCALED_FEATURES = datasets.Features({**FEATURES, "rescale": datasets.List(datasets.Value("float64"))})
 
 
-class UniqueIds:
+class _UniqueIds:
     """A function that makes repeated ids unique: x, x#2, x#3, … in order of appearance."""
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class RecordBuilder:
         self.load_stats = load_stats
         self._volumes, self._tasks = volumes, tasks
         self._labels, self._rescale, self._unknown = labels, rescale, list(unknown)
-        self._unique = UniqueIds()
+        self._unique = _UniqueIds()
 
     def record(self, name: str | None, record_id: str, exchange: Exchange, patient: str | None = None) -> Record | None:
         """Return a complete record, or None where its task or its volume isn't used.

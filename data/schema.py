@@ -1,4 +1,4 @@
-"""Types of what flows through the system: records, predictions, and the values that options may take."""
+"""Types of what flows through the system: records, volumes, and the values that options may take."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypeAlias, TypedDict, get_args
@@ -15,9 +15,10 @@ __all__ = [
     "JsonObject",
     "OnError",
     "OnMissing",
-    "Prediction",
     "Record",
+    "Rescale",
     "Task",
+    "VolumeKey",
     "VolumeStore",
 ]
 
@@ -35,6 +36,11 @@ FAILURES_FILE = "failures.jsonl"
 
 # A parsed JSON object whose keys are not known in advance (settings of other libraries, files of users).
 JsonObject: TypeAlias = dict[str, Any]
+
+# Slope and intercept, perhaps with three voxel sizes in mm, as `read_ct` takes them; None = as the file's header says.
+Rescale: TypeAlias = tuple[float, ...] | None
+# The path or address of a volume, and its rescale.
+VolumeKey: TypeAlias = tuple[str, Rescale]
 
 
 class Exchange(TypedDict):
@@ -58,25 +64,6 @@ class Record(Exchange):
         Sequence[float] | None
     ]  # slope, intercept and voxel size for `read_ct`; None = the file holds HU
     length: NotRequired[int]  # tokens of question, choices and answer, where `add_lengths` has counted them
-
-
-class Prediction(TypedDict):
-    """One line of predictions.jsonl; scoring needs the keys up to `prediction`, and `patient_id` if there is one."""
-
-    id: str
-    scan_id: str
-    task: Task
-    question: str
-    choices: list[str] | None
-    reference: str
-    prediction: str
-    patient_id: NotRequired[str | None]
-    volume: NotRequired[str | None]  # file name of the volume that was read, which shuffling changes
-    volume_digest: NotRequired[str | None]
-    tokens: NotRequired[int]
-    truncated: NotRequired[bool]
-    option_log_likelihoods: NotRequired[list[float]]
-    option_tokens: NotRequired[list[int]]
 
 
 class VolumeStore(Protocol):

@@ -79,7 +79,7 @@ class TableColumns:
 
         Args:
             source: owner/name of a data set on the Hub, a folder (`save_to_disk`'s, or one that `load_dataset` reads), or a
-                .csv, .tsv, .json, .jsonl or .parquet file; "{split}" in it stands for the split.
+                .csv, .tsv, .json, .jsonl or .parquet file; "{split}" in it is replaced by the split.
             split: "train" or "valid".
             tasks: some of TASKS; None takes all that the columns give.
             on_missing: as for `load_ct_rate`.

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TypeAlias
 
 import datasets
 
@@ -21,16 +20,26 @@ from samf.data.file_kinds import VOLUME_SUFFIXES, has_volume_suffix, is_dicom_fi
 from samf.data.loading import load_records
 from samf.data.options import check_on_missing
 from samf.data.patients import PATIENT_COLUMN, PatientRule, find_patients
-from samf.data.schema import OnMissing
+from samf.data.schema import OnMissing, Rescale, VolumeKey
 from samf.data.table_columns import TableColumns
 from samf.model.ct_dicom_files import walk_once
 from samf.model.ct_download import file_path, is_address
 from samf.utils.text_files import read_lines
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "SPLITS",
+    "VOLUME_SUFFIXES",
+    "FoundVolumes",
+    "SourceOptions",
+    "VolumeKey",
+    "distinct_volumes",
+    "find_splits",
+    "find_volumes",
+    "join_found",
+    "search_volumes",
+]
 
-Rescale: TypeAlias = tuple[float, ...] | None  # slope, intercept and voxel size for `read_ct`; None = as the file says
-VolumeKey: TypeAlias = tuple[str, Rescale]  # a path or address, and its rescale
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")
 _MASK = "8-bit masks or images"  # why a file is passed over
@@ -182,7 +191,7 @@ def _volumes_by_split(source: str, options: SourceOptions) -> dict[str, FoundVol
     }
 
 
-def volumes_below(
+def _volumes_below(
     root: Path, patterns: Sequence[str] = (), passed_over: Counter[str] | None = None
 ) -> Iterator[VolumeKey]:
     """Find volume files and DICOM folders in and below a folder, ordered by path; no folder is visited twice.
@@ -195,13 +204,13 @@ def volumes_below(
     passed_over = Counter() if passed_over is None else passed_over
     for folder, files in walk_once(root, on_error=_log_unlisted):
         names = [name for name in files if has_volume_suffix(name) and name[0] != "."]
-        volumes = [os.path.join(folder, name) for name in map(file_path, names)]
+        volumes = [os.path.join(folder, name) for name in names]
         others = [name for name in files if name not in set(names)]
         if any(_is_dicom(Path(folder, name)) for name in others[:_DICOM_SAMPLE]):
             volumes = sorted([*volumes, folder])
         for path in map(os.path.normpath, volumes):
             if patterns and not _fits(os.path.relpath(path, root), patterns):
-                passed_over["not of the pattern"] += 1
+                passed_over["not matching the pattern"] += 1
             elif mask_by_header(path):
                 passed_over[_MASK] += 1
             else:
@@ -234,7 +243,7 @@ def _volumes_of(source: str, options: SourceOptions) -> FoundVolumes:
 
 def _folder_volumes(root: Path, options: SourceOptions) -> FoundVolumes:
     passed_over: Counter[str] = Counter()
-    found = list(volumes_below(root, options.patterns, passed_over))
+    found = list(_volumes_below(root, options.patterns, passed_over))
     folders = _ct_rate_folders(root, options.splits)
     if any(folder.layout == "v1" for folder in folders) and any(VolumeName.find(path) for path, _ in found):
         raise FileNotFoundError(

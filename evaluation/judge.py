@@ -29,7 +29,7 @@ from samf.evaluation.judging.prompts import HIGHEST, PROMPT_VERSION, RANGES, is_
 from samf.evaluation.metrics.bootstrap import patient_intervals
 from samf.evaluation.metrics.sampled_metric import SampledMetric, patient_keys
 from samf.evaluation.metrics.significance import paired_randomisation
-from samf.evaluation.prediction_rows import read_predictions
+from samf.evaluation.prediction_rows import first_of_each_task, read_predictions
 from samf.evaluation.schema import Difference, JudgedAnswer, JudgeResults, JudgeTaskScores, PredictionRow
 from samf.utils.files import write_json
 
@@ -300,15 +300,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _choose(rows: Sequence[PredictionRow], tasks: Sequence[str], limit: int | None) -> list[PredictionRow]:
-    taken: Counter[str] = Counter()
-    chosen = []
-    for row in rows:
-        taken[row["task"]] += 1
-        if row["task"] in tasks and (limit is None or taken[row["task"]] <= limit):
-            chosen.append(row)
+    chosen = [row for row in rows if row["task"] in tasks]
     if not chosen:
         raise ValueError(f"The predictions hold none of the tasks {', '.join(tasks)}.")
-    return chosen
+    return chosen if limit is None else first_of_each_task(chosen, limit)
 
 
 if __name__ == "__main__":

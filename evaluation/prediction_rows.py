@@ -4,11 +4,12 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
-from samf.data.schema import TASKS, JsonObject
+from samf.data.schema import TASKS, JsonObject, Record
 from samf.evaluation.schema import PredictionRow
 from samf.utils.text_files import TextEncodingError, read_lines
 
@@ -17,6 +18,7 @@ __all__ = [
     "PredictionSource",
     "PredictionsError",
     "check_row",
+    "first_of_each_task",
     "load_rows",
     "parse_object",
     "predictions_digest",
@@ -26,6 +28,7 @@ __all__ = [
 
 FIELDS = ("id", "scan_id", "task", "question", "choices", "reference", "prediction")
 
+Row = TypeVar("Row", PredictionRow, Record)
 # A predictions file, or its rows.
 PredictionSource: TypeAlias = str | os.PathLike[str] | Iterable[PredictionRow]
 
@@ -99,6 +102,17 @@ def predictions_digest(rows: Iterable[PredictionRow]) -> str:
     """Return a hash of what was predicted for which record, in any order, by which other files refer to these rows."""
     lines = sorted(json.dumps([row["task"], str(row.get("id")), row["prediction"]]) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def first_of_each_task(rows: Iterable[Row], limit: int) -> list[Row]:
+    """Return the first `limit` rows of each task, in their order."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for row in rows:
+        taken[row["task"]] += 1
+        if taken[row["task"]] <= limit:
+            chosen.append(row)
+    return chosen
 
 
 # --- Field types ------------------------------------------------------------------------------------------------

@@ -7,54 +7,9 @@ from typing import Literal, NotRequired, TypeAlias, TypedDict
 
 from samf.data.schema import JsonObject, Task
 
-__all__ = [
-    "AnswerStatistics",
-    "BaselineScores",
-    "ChoiceBaseline",
-    "ChoiceScores",
-    "Cohort",
-    "Collapse",
-    "CollapsePair",
-    "Comparison",
-    "Counts",
-    "Difference",
-    "EffusionSide",
-    "Exclusion",
-    "Failure",
-    "FindingScores",
-    "FindingValues",
-    "GenerationReport",
-    "Interval",
-    "Intervals",
-    "JudgeIdentity",
-    "JudgeResults",
-    "JudgeStatus",
-    "JudgeTaskScores",
-    "JudgedAnswer",
-    "Loop",
-    "MetricWithInterval",
-    "PerFinding",
-    "PositionBias",
-    "PrecisionRecallF1",
-    "PredictionRow",
-    "Results",
-    "ScoringSettings",
-    "Statistics",
-    "SubgroupRow",
-    "SupportedScores",
-    "TaskScores",
-    "TextScores",
-    "TextSummary",
-    "TimesLine",
-    "WordRun",
-]
-
-# [low, high]; None where there is no interval.
-Interval: TypeAlias = list[float] | None
-# Metric name → value; None where it is undefined or not available.
-TextScores: TypeAlias = dict[str, float | None]
-# Metric path ("text.bleu_4") → interval.
-Intervals: TypeAlias = dict[str, Interval]
+Interval: TypeAlias = list[float] | None  # [low, high]
+Intervals: TypeAlias = dict[str, Interval]  # by metric path, e.g. "text.bleu_4"
+TextScores: TypeAlias = dict[str, float | None]  # by metric; None where it is undefined or not available
 
 
 class PredictionRow(TypedDict):
@@ -229,8 +184,7 @@ class MetricWithInterval(TypedDict):
     interval: Interval
 
 
-# One row of `subgroup_table`: "by", "group", "count", "patients", and metric path → MetricWithInterval.
-SubgroupRow: TypeAlias = JsonObject
+SubgroupRow: TypeAlias = JsonObject  # "by", "group", "count", "patients", and metric path → MetricWithInterval
 
 
 class TaskScores(TypedDict):

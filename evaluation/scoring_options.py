@@ -63,7 +63,9 @@ class ScoringOptions(ScoringArguments):
 
     device: str | None = field(default=None, metadata={"help": "for BERTScore and RadBERT, e.g. cuda"})
     seed: int = field(default=0, metadata={"help": "of the shuffled baseline and of the test of two systems"})
-    baselines: bool = field(default=True, metadata={"help": "score baselines that read no image too"})
+    baselines: bool = field(
+        default=True, metadata={"help": "baselines that read no image; --no_baselines leaves them out"}
+    )
 
     @classmethod
     def from_namespace(cls, namespace: argparse.Namespace) -> "ScoringOptions":

@@ -1,9 +1,9 @@
-"""The whole system on phantoms: make them, train a tiny SAMF in stages, evaluate it, write a report.
+"""The whole system on phantoms: draw them, train a tiny SAMF in stages, evaluate it, write a report.
 
-    python demo.py                      # or: make demo
-    python demo.py --ct scan.nii.gz     # and a report for that file or DICOM folder; or: make demo CT=scan.nii.gz
+    python -m samf.experiments.demo                    # or: make demo
+    python -m samf.experiments.demo --ct scan.nii.gz   # also a report for a file or DICOM folder; make demo CT=scan.nii.gz
 
-What is finished under `--output` is kept: a second run goes on where the first one stopped.
+Finished stages under `--output` are kept: an interrupted run resumes.
 """
 
 import argparse
@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
+from datasets import Dataset
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -26,7 +27,10 @@ from samf.cache.slice_cache import SliceCache
 from samf.data.loading import load_records
 from samf.data.prompts import REPORT_QUESTION, record_conversation, record_prompt
 from samf.evaluation.answering.generation import GenerationSettings, evaluate, shuffle_volumes
-from samf.evaluation.scoring import ScoringOptions, markdown_table, read_predictions
+from samf.evaluation.markdown import format_value, markdown_table
+from samf.evaluation.prediction_rows import read_predictions
+from samf.evaluation.schema import Results
+from samf.evaluation.scoring_options import ScoringOptions
 from samf.phantoms.dataset import DEMO_FINDINGS, PhantomSettings, write_dataset
 from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.reporting.slice_view import save_slice_image
@@ -38,24 +42,30 @@ MAX_NEW_TOKENS = 200
 TEXT_QUESTIONS = 20_000
 
 
+Volumes = Literal["own", "shuffled"]
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "runs" / "demo", help="folder of all that is made")
+    parser.add_argument("--output", type=Path, default=REPOSITORY / "runs" / "demo", help="folder for all output")
     parser.add_argument("--train_patients", type=int, default=400)
     parser.add_argument("--valid_patients", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of phantoms, weights and batches")
-    parser.add_argument("--max_steps", type=int, help="train each stage for so many steps: to see that everything runs")
+    parser.add_argument("--max_steps", type=int, help="steps of each stage; a few to check that everything runs")
     parser.add_argument("--ct", type=Path, help="CT file or DICOM folder to write a report for at the end")
     return parser.parse_args(argv)
 
 
 def say(text: str) -> None:
+    """Print a text at once."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 @contextmanager
 def step(name: str) -> Iterator[None]:
+    """Print when a step begins and how long it takes."""
     say(f"\n=== {name}")
     started = time.monotonic()
     yield
@@ -63,7 +73,13 @@ def step(name: str) -> Iterator[None]:
 
 
 def make_language_model(folder: Path, data: Path, seed: int) -> None:
-    """A Phi-3 of 0.7 million random weights, and a tokenizer whose words are those of the phantoms' training texts."""
+    """Save a Phi-3 of 0.7 million random weights, and a tokenizer trained on the phantoms' training texts.
+
+    Args:
+        folder: where they are saved.
+        data: folder of the phantoms.
+        seed: of the weights.
+    """
     records = load_records(str(data), "train", tasks=("report", "multiple_choice"), finding_names=DEMO_FINDINGS)
     texts = [text for record in records for text in (record_prompt(record), record["answer"])]
     tokenizer = train_small_tokenizer(texts)
@@ -76,7 +92,7 @@ def make_language_model(folder: Path, data: Path, seed: int) -> None:
         num_hidden_layers=3,
         num_attention_heads=4,
         tie_word_embeddings=True,
-        initializer_range=0.08,  # about 1/sqrt(width): 0.02 suits the width of a real model, and learns slowly here
+        initializer_range=0.08,  # about 1/sqrt(width); 0.02 suits real widths and trains slowly here
         max_position_embeddings=1024,
         original_max_position_embeddings=1024,
         bos_token_id=tokenizer.bos_token_id,
@@ -92,12 +108,22 @@ def make_language_model(folder: Path, data: Path, seed: int) -> None:
 
 
 def train_stages(output: Path, data: Path, seed: int, max_steps: int | None) -> Path:
-    """Run the three recipes one after the other; returns the folder of the last one's model."""
+    """Run the three recipes one after the other, except finished ones.
+
+    Args:
+        output: folder for all output.
+        data: folder of the phantoms.
+        seed: of weights and batches.
+        max_steps: steps of each stage; None for the recipes'.
+
+    Returns:
+        Folder of the last stage's model.
+    """
     previous = None
     for stage in STAGES:
         folder = output / ("model" if stage == STAGES[-1] else stage)
         if not (folder / "trainer_state.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
+            shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
             options = {"data": data, "output_dir": folder, "seed": seed, **stage_inputs(stage, output, data, previous)}
             if max_steps is not None:
                 options["max_steps"] = max_steps
@@ -109,7 +135,14 @@ def train_stages(output: Path, data: Path, seed: int, max_steps: int | None) -> 
 
 
 def stage_inputs(stage: str, output: Path, data: Path, previous: Path | None) -> dict[str, Path]:
-    """What a stage starts from: the components or the model before it, and its slices or texts."""
+    """Return the recipe keys of what a stage starts from and reads.
+
+    Args:
+        stage: name of the recipe.
+        output: folder for all output.
+        data: folder of the phantoms.
+        previous: model of the stage before; None for the first.
+    """
     if previous is None:
         start = {"slice_encoder": RECIPES / "slice_encoder", "text_model": output / "language_model"}
     else:
@@ -119,13 +152,23 @@ def stage_inputs(stage: str, output: Path, data: Path, previous: Path | None) ->
     return {**start, "slice_cache": output / "cache"}
 
 
-def evaluate_twice(model, processor: SamfProcessor, output: Path, data: Path) -> dict[str, dict[str, Any]]:
-    """Scores on held-out patients with each patient's own volume ("own") and with another patient's ("shuffled")."""
+def evaluate_twice(
+    model: SamfForConditionalGeneration, processor: SamfProcessor, output: Path, data: Path
+) -> dict[Volumes, Results]:
+    """Score held-out patients with each patient's own volume ("own") and with another patient's ("shuffled").
+
+    Args:
+        model: trained on phantoms.
+        processor: of the model.
+        output: folder for all output.
+        data: folder of the phantoms.
+    """
     records = load_records(str(data), "valid", tasks=("report", "multiple_choice"), finding_names=DEMO_FINDINGS)
     volumes = EmbeddingCache(output / "cache", SliceCache(output / "cache", processor.image_processor), model.model)
     settings = GenerationSettings(batch_size=32, max_new_tokens=MAX_NEW_TOKENS)
-    results = {}
-    for name, asked in (("own", records), ("shuffled", shuffle_volumes(records))):
+    results: dict[Volumes, Results] = {}
+    asked_records: dict[Volumes, Dataset] = {"own": records, "shuffled": shuffle_volumes(records)}
+    for name, asked in asked_records.items():
         results[name] = evaluate(
             model,
             processor,
@@ -138,9 +181,9 @@ def evaluate_twice(model, processor: SamfProcessor, output: Path, data: Path) ->
     return results
 
 
-def results_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """One row a figure: its name, with right volumes, with shuffled ones."""
-    own, shuffled = (results[name]["tasks"] for name in ("own", "shuffled"))
+def results_rows(results: Mapping[Volumes, Results]) -> list[list[str]]:
+    """Return one row per metric: its name, its value with own volumes, its value with shuffled ones."""
+    own, shuffled = results["own"]["tasks"], results["shuffled"]["tasks"]
     findings = [tasks["report"]["findings"] for tasks in (own, shuffled)]
     rows = [["reports: findings, macro-F1", *(found["macro"]["f1"] for found in findings)]]
     for name in DEMO_FINDINGS:
@@ -148,13 +191,20 @@ def results_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     choices = [tasks["multiple_choice"]["multiple_choice"] for tasks in (own, shuffled)]
     rows.append(["multiple choice: accuracy (chance 0.25)", *(choice["accuracy"] for choice in choices)])
     rows.append(["reports: BLEU-4", *(tasks["report"]["text"]["bleu_4"] for tasks in (own, shuffled))])
-    return [[name, *("n/a" if figure is None else f"{figure:.3f}" for figure in figures)] for name, *figures in rows]
+    return [[name, *map(format_value, values)] for name, *values in rows]
 
 
-def write_report(model, processor: SamfProcessor, ct: Path, picture: Path) -> str:
-    """The model's report for a CT file or folder; the slices it read are saved as `picture`."""
+def write_report(model: SamfForConditionalGeneration, processor: SamfProcessor, ct: Path, image: Path) -> str:
+    """Return the model's report for a CT, and save an image of the slices that it read.
+
+    Args:
+        model: trained model.
+        processor: of the model.
+        ct: file or DICOM folder.
+        image: PNG to write.
+    """
     slices = processor.image_processor.extract(read_ct(ct))
-    save_slice_image(slices, picture, image_processor=processor.image_processor, window=1)
+    save_slice_image(slices, image, image_processor=processor.image_processor, window=1)
     conversation = record_conversation({"question": REPORT_QUESTION, "choices": None}, slices)
     inputs = processor.apply_chat_template(
         conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -165,6 +215,7 @@ def write_report(model, processor: SamfProcessor, ct: Path, picture: Path) -> st
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the demo."""
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     transformers_logging.set_verbosity_error()
@@ -193,9 +244,9 @@ def main(argv: list[str] | None = None) -> None:
         f"\nReport for {volume.name}:\n  {report}\nReference:\n  {example['reference']}\nIts slices: {output / 'slices.png'}"
     )
     if args.ct:
-        picture = output / f"{args.ct.name}.png"
-        report = write_report(model, processor, args.ct, picture)
-        say(f"\nReport for {args.ct}, by a model that has only ever seen phantoms:\n  {report}\nIts slices: {picture}")
+        image = output / f"{args.ct.name}.png"
+        report = write_report(model, processor, args.ct, image)
+        say(f"\nReport for {args.ct}, by a model trained only on phantoms:\n  {report}\nIts slices: {image}")
     say(
         f"\nThe model: {folder}. Load it with AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)."
     )

@@ -1,12 +1,12 @@
-"""The paper's three stages on phantoms, over several seeds: does each stage do what it is for?
+"""The paper's three stages on phantoms, over several seeds: does each stage serve its purpose?
 
     python -m samf.phantoms.dataset runs/phantoms --patients 500
     python -m samf.experiments.stages --data runs/phantoms --seeds 0 1 2 --output runs/stages
 
-Stage 1 trains a slice encoder by DINO (nearest neighbours before and after), stage 2 warms an aggregator up over it
-(retrieval before and after), stage 3 starts from both, from stage 1 alone, or from random weights, by as many steps. It
-trains everything, everything but the slice encoder, or everything and the slice encoder at a lower rate. What is finished
-is kept, so a broken call goes on where it ended. `stages.md` has means and standard deviations over the seeds.
+Stage 1 trains a slice encoder by DINO (kNN accuracy before and after), stage 2 warms up an aggregator (retrieval before and
+after), stage 3 starts from both, from stage 1 only, or from random weights, for the same number of steps. It trains
+everything, everything but the slice encoder, or everything with a lower rate for the slice encoder. Finished stages are
+kept, so that an interrupted experiment resumes. `stages.md` has means and standard deviations over the seeds.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from samf import pretrain_encoder, warmup_aggregator
 from samf.experiments.phantoms import (
     COLUMNS,
     RECIPES,
-    Figures,
+    Metrics,
+    Options,
     add_common_arguments,
     logged,
     open_output,
@@ -35,10 +36,11 @@ from samf.utils.recipe import parse_recipe
 
 DINO_RECIPE, WARMUP_RECIPE = RECIPES / "dino_phantoms.yaml", RECIPES / "warmup_phantoms.yaml"
 STAGE_3 = "slice_tokens"  # of recipes/table3: nothing frozen
-FROZEN = {"train_parts": [part for part in PARTS if part != "slice_encoder"], "cache_embeddings": True}
-SLOW = {"learning_rates": '{"slice_encoder": 1e-4}'}  # a tenth of the other parts'
+FROZEN: Options = {"train_parts": [part for part in PARTS if part != "slice_encoder"], "cache_embeddings": True}
+SLOW: Options = {"learning_rates": '{"slice_encoder": 1e-4}'}  # a tenth of the rate of the other parts
 RANDOM, STAGE_1, STAGES = "random weights", "stage 1", "stages 1 and 2"
-ROWS = {  # what stage 3 starts from, and options of it
+# Row → what stage 3 starts from, and its options.
+ROWS: dict[str, tuple[str, Options]] = {
     "scratch": (RANDOM, {}),
     "scratch_vit_frozen": (RANDOM, FROZEN),
     "stage_1_vit_frozen": (STAGE_1, FROZEN),
@@ -46,20 +48,21 @@ ROWS = {  # what stage 3 starts from, and options of it
     "stages_vit_frozen": (STAGES, FROZEN),
     "stages_vit_slow": (STAGES, SLOW),
 }
-# DINO's embeddings hold what a patient's slices share less openly than those learned from labels: over them the warm-up
-# takes longer to leave chance, and at the recipe's rate it doesn't from every seed. Stage 3 needs longer to read them, too.
+# What a patient's slices share is less explicit in DINO's embeddings than in those learned from labels: the warm-up takes
+# longer to exceed chance, which at the recipe's rate it doesn't for every seed, and stage 3 needs more steps too.
 STEPS = {"warmup_steps": 1200, "max_steps": 800}
 WARMUP_RATE = 3e-4
 SETTINGS = ("dino_steps", "max_steps", "language_steps", "warmup_steps", "valid_limit")
 STAGE_COLUMNS = {
     "knn": "kNN accuracy",
     "retrieval_interleaved": "retrieval (every other slice)",
-    "retrieval_contiguous": "retrieval (half the field)",
+    "retrieval_contiguous": "retrieval (half the field of view)",
     **{name: title for name, title in COLUMNS.items() if not name.startswith(("alpha", "gamma", "hidden"))},
 }
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m samf.experiments.stages", description="The paper's three stages, on phantoms."
     )
@@ -70,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def untrained_encoder(folder: Path, seed: int) -> Path:
-    """A slice encoder as stage 1 begins with it, and the image processor it would get."""
+    """Save a slice encoder as stage 1 initialises it, with its image processor, unless `folder` has one."""
     if not (folder / "config.json").is_file():
         kinds = (pretrain_encoder.EncoderArguments, DinoArguments, TrainingArguments)
         args, _, _ = parse_recipe(kinds, ["--config", str(DINO_RECIPE)])
@@ -80,8 +83,8 @@ def untrained_encoder(folder: Path, seed: int) -> Path:
     return folder
 
 
-def train_stages(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
-    """Figures of one seed, by row."""
+def train_stages(args: argparse.Namespace, seed: int) -> dict[str, Metrics]:
+    """Train the stages with one seed; return row → metrics."""
     folder, cache = args.output / f"seed{seed}", args.output / "cache"
     common = {"data": [args.data], "slice_cache": cache, "seed": seed, "resume_from_checkpoint": "last"}
     options = {**common, "max_steps": args.dino_steps}
@@ -93,28 +96,29 @@ def train_stages(args: argparse.Namespace, seed: int) -> dict[str, Figures]:
         STAGE_1: {"slice_encoder": encoder},
         STAGES: {"slice_encoder": encoder, "aggregator": aggregator},
     }
-    knn = logged(encoder, "eval_knn_accuracy")  # before training, …, after it
+    knn = logged(encoder, "eval_knn_accuracy")  # first before training, last after it
     before, after = (
         {name: logged(aggregator, f"eval_{name}")[moment] for name in STAGE_COLUMNS if name.startswith("retrieval")}
         for moment in (0, -1)
     )
     reached = {RANDOM: {"knn": knn[0]}, STAGE_1: {"knn": knn[-1], **before}, STAGES: {"knn": knn[-1], **after}}
-    figures = {}
+    metrics = {}
     for row in args.rows:
-        start, options = ROWS[row]
-        measured = train_run(args, STAGE_3, folder / f"3_{row}", {**starts[start], **options, "seed": seed})
-        figures[row] = {**reached[start], **measured}
-    return figures
+        start, changes = ROWS[row]
+        measured = train_run(args, STAGE_3, folder / f"3_{row}", {**starts[start], **changes, "seed": seed})
+        metrics[row] = {**reached[start], **measured}
+    return metrics
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the experiment and print its table."""
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     open_output(args, SETTINGS)
-    results: dict[str, list[Figures]] = {}
+    results: dict[str, list[Metrics]] = {}
     for seed in args.seeds:
-        for name, figures in train_stages(args, seed).items():
-            results.setdefault(name, []).append(figures)
+        for name, metrics in train_stages(args, seed).items():
+            results.setdefault(name, []).append(metrics)
         table = write_table(args.output, results, STAGE_COLUMNS, "stages")
     sys.stdout.write(table + "\n")
 

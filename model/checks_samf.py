@@ -1,10 +1,11 @@
 """Checks of the model's inputs: each raises an error that says what was found, what was expected and what to do."""
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
-from transformers import PretrainedConfig
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import logging
+from transformers.utils.generic import TransformersKwargs
 from transformers.utils.import_utils import is_torchdynamo_exporting, torch_compilable_check
 
 from .configuration_samf import IGNORE_INDEX, SamfConfig
@@ -29,7 +30,7 @@ def check(condition: torch.Tensor, message: str | Callable[[], str], compiled_me
         RuntimeError: in a compiled graph.
     """
     if torch.compiler.is_compiling() and not is_torchdynamo_exporting():
-        torch._assert_async(condition.all(), compiled_message or message)
+        torch._assert_async(condition.all(), compiled_message or cast(str, message))
     else:
         torch_compilable_check(condition, message)
 
@@ -57,7 +58,7 @@ def check_slice_places(planes: torch.Tensor | None, positions: torch.Tensor | No
         raise ValueError(f"{given} came without {missing}. Pass both, as the processor returns them, or neither.")
     if positions is not None and positions.dtype in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"slice_positions are {positions.dtype}, which rounds away where neighbouring slices lie. Keep them float32 "
+            f"slice_positions are {positions.dtype}, too coarse to tell neighbouring slices apart. Keep them float32 "
             "(the processor's outputs do under .to(device, dtype)), or pass the bits: positions.float().view(torch.int32)."
         )
 
@@ -115,7 +116,7 @@ def check_placeholders(config: SamfConfig, image_mask: torch.Tensor, slice_mask:
             "placeholder, and don't truncate its output. (Placeholders after the end of prompt_mask don't count: "
             "pad it with the ids.)"
         ),
-        "Image features and image tokens do not match: the prompts hold other numbers of placeholders than the volumes give",
+        "Image features and image tokens do not match: the volumes don't have as many image tokens as the prompts placeholders",
     )
 
 
@@ -178,9 +179,7 @@ def check_resize(config: SamfConfig, rows: int, new_rows: int | None) -> None:
     )
 
 
-def check_text_is_known(
-    config: PretrainedConfig, prompt: PromptInputs, training: bool, length: int, cached: int
-) -> None:
+def check_text_is_known(config: SamfConfig, prompt: PromptInputs, training: bool, length: int, cached: int) -> None:
     """Raise ValueError if the fusion's text would have to be guessed.
 
     In training the answer is among the tokens, and a non-empty cache hides the tokens before the volume.

@@ -23,9 +23,7 @@ def build_language_model(config: PretrainedConfig) -> PreTrainedModel:
         ValueError: the library has no causal language model for `config`, or SAMF can't run it; the message says why.
     """
     if config.get_text_config() is not config:
-        raise _refused(
-            type(config).__name__, "it is a multimodal model; give the configuration of its text model alone"
-        )
+        raise _refused(type(config).__name__, "it is a multimodal model; pass only the configuration of its text model")
     try:
         causal = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:

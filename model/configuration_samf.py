@@ -1,16 +1,19 @@
-"""What a SAMF model is made of: slice encoder, aggregator, fusion, language model.
+"""Configuration of a SAMF model: slice encoder, aggregator, fusion, language model.
 
 Paper: "From Slices to Volumes: Multi-Scale Fusion of 2D and 3D Features for CT Scan Report Generation", MICCAI 2025.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.activations import ACT2CLS
 
-# Every class that a saved folder can be loaded as. Kept whole in each saved configuration: `save_pretrained` alone would
-# only enter the class that was saved.
+# A sub-model's settings by name, with its `model_type`; which names exist depends on the type.
+SubConfig: TypeAlias = dict[str, Any]
+
+# Every class that a saved folder can be loaded as. Each saved configuration has all of them; `save_pretrained` by itself
+# would enter only the class that was saved.
 AUTO_MAP = {
     "AutoConfig": "configuration_samf.SamfConfig",
     "AutoModel": "modeling_samf.SamfForConditionalGeneration",
@@ -20,21 +23,28 @@ AUTO_MAP = {
     "AutoImageProcessor": "image_processing_samf.SamfImageProcessor",
 }
 
-# ViT-B/16 at 224 pixels, as DINO trains it (LayerNorm eps 1e-6, not the library's 1e-12).
-DEFAULT_VISION_CONFIG = {"model_type": "vit", "layer_norm_eps": 1e-6}
+# ViT-B/16 at 224 pixels as DINO trains it: LayerNorm eps 1e-6, not the library's 1e-12.
+DEFAULT_VISION_CONFIG: SubConfig = {"model_type": "vit", "layer_norm_eps": 1e-6}
 # Phi-3-mini-4k-instruct.
-DEFAULT_TEXT_CONFIG = {"model_type": "phi3", "sliding_window": 2047}
+DEFAULT_TEXT_CONFIG: SubConfig = {"model_type": "phi3", "sliding_window": 2047}
 
-# The label of what has no loss: tokens of a prompt, findings that nobody has read.
+# Label of tokens without a loss (a prompt's) and of unknown findings.
 IGNORE_INDEX = -100
 
-CHOICES = {
-    "fusion_type": ("samf", "ao2d", "slice_tokens"),
-    "fusion_scale": (None, "rsqrt"),
-    "fusion_text_scope": ("prompt", "sequence"),
-    "aggregator_norm": ("post", "pre"),
-    "slice_position_scope": ("none", "aggregator", "all"),
-    "slice_pooling": (None, "cls", "mean", "pooler"),
+FusionType = Literal["samf", "ao2d", "slice_tokens"]
+FusionScale = Literal["rsqrt"]
+TextScope = Literal["prompt", "sequence"]
+AggregatorNorm = Literal["post", "pre"]
+PositionScope = Literal["none", "aggregator", "all"]
+Pooling = Literal["cls", "mean", "pooler"]
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "fusion_type": get_args(FusionType),
+    "fusion_scale": (None, *get_args(FusionScale)),
+    "fusion_text_scope": get_args(TextScope),
+    "aggregator_norm": get_args(AggregatorNorm),
+    "slice_position_scope": get_args(PositionScope),
+    "slice_pooling": (None, *get_args(Pooling)),
 }
 
 
@@ -42,37 +52,43 @@ class SamfConfig(PretrainedConfig):
     r"""Configuration of [`SamfModel`] and [`SamfForConditionalGeneration`].
 
     Args:
-        vision_config (`PretrainedConfig | dict`, *optional*): the slice encoder f_2d; ViT-B/16 at 224 pixels by default.
-        text_config (`PretrainedConfig | dict`, *optional*): the language model; Phi-3-mini-4k by default.
-        image_token_id (`int`, defaults to 32011): the placeholder's id, a spare embedding row of Phi-3.
-        num_image_tokens (`int`, defaults to 256): tokens that stand for the fused vector in the prompt. `slice_tokens`
-            has one token a slice instead and doesn't read this.
+        vision_config (`PretrainedConfig | dict`, *optional*): the slice encoder f_2d. Default: ViT-B/16 at 224 pixels.
+        text_config (`PretrainedConfig | dict`, *optional*): the language model. Default: Phi-3-mini-4k.
+        image_token_id (`int`, defaults to 32011): id of the image placeholder; a spare embedding row of Phi-3.
+        num_image_tokens (`int`, defaults to 256): image tokens in the prompt, all with the fused vector. Ignored by
+            `slice_tokens`, which has one for each slice.
         slice_pooling (`str`, *optional*): z_2d is the encoder's `"cls"` token, the `"mean"` over all tokens, or its own
-            `"pooler"`. `None` = the CLS token; for an encoder without one its own pooler, or else the mean. A model sets
-            what holds for its encoder.
-        slice_position_scope (`str`, defaults to `"aggregator"`): who sees the plane and depth embeddings: the
-            `"aggregator"`, `"all"` (the fusion's slices too) or `"none"` (the paper: shuffling the slices changes nothing).
-        aggregator_num_layers, aggregator_num_heads, aggregator_ffn_dim, aggregator_activation, aggregator_dropout,
-            aggregator_layer_norm_eps: the transformer encoder f_3d, as published 2, 8, 1024, `"relu"`, 0.1 and 1e-5.
-        aggregator_norm (`str`, defaults to `"post"`): LayerNorm after (paper) or before (`"pre"`) each block.
+            `"pooler"`. `None` = the CLS token; for an encoder without one its own pooler, or else the mean. Building a model
+            replaces `None` by the choice for its encoder.
+        slice_position_scope (`str`, defaults to `"aggregator"`): which modules see the plane and depth embeddings: the
+            `"aggregator"`, `"all"` (the fusion's slices too) or `"none"` (the paper: the order of the slices has no effect).
+        aggregator_num_layers (`int`, defaults to 2): layers of the transformer encoder f_3d. This and the next five
+            defaults are those of the reference implementation.
+        aggregator_num_heads (`int`, defaults to 8): attention heads; must divide the slice encoder's width.
+        aggregator_ffn_dim (`int`, defaults to 1024): width of the feed-forward blocks.
+        aggregator_activation (`str`, defaults to `"relu"`): activation of the feed-forward blocks.
+        aggregator_dropout (`float`, defaults to 0.1): probability of dropout.
+        aggregator_layer_norm_eps (`float`, defaults to 1e-5): epsilon of the LayerNorms.
+        aggregator_norm (`str`, defaults to `"post"`): LayerNorm after (`"post"`, paper) or before (`"pre"`) each block.
         volume_dim (`int`, defaults to 256): width of the volume embedding z_3d.
         fusion_type (`str`, defaults to `"ao2d"`): `"samf"` (eq. 10), `"ao2d"` (eq. 12) or `"slice_tokens"` (one image
-            token a slice, each with its own slice and text part).
-        fusion_dim (`int`, *optional*): d_proj; the language model's width by default.
+            token for each slice, with that slice and the text that it attends to; not in the paper).
+        fusion_dim (`int`, *optional*): d_proj. Default: the language model's width.
         fusion_scale (`str`, *optional*): `None` leaves the scores unscaled (paper), `"rsqrt"` divides them by sqrt(d_proj).
-        fusion_text_scope (`str`, defaults to `"prompt"`): `"prompt"` lets the fusion read prompt tokens alone.
-            `"sequence"` reads every token, answer and padding included: what the published code does, and only for
-            running the published checkpoints.
+        fusion_text_scope (`str`, defaults to `"prompt"`): `"prompt"` lets the fusion read only prompt tokens. `"sequence"`
+            reads every token, including answer and padding, as the reference implementation does; only for running its
+            checkpoints.
         project_text (`bool`, defaults to `True`): whether W_text projects the prompt's embeddings. `False` needs
             `fusion_dim` to be the language model's width.
         finding_names (`Sequence[str]`, defaults to `()`): labels of the optional findings head on z_3d; empty = no head.
-        finding_loss_weight (`float`, defaults to 1.0): factor of the findings' loss beside the language model's.
-        extra_sources (`Mapping[str, int]`, *optional*): further modalities of the fusion by name, each with the width of
-            its vector: `{"prior_volume": 256, "age_sex": 2}` for a prior scan's volume embedding and a patient's data.
-            Each is projected to d_proj and joins the concatenation of eqs. 10 and 12; one that a patient lacks is masked.
-            Kept in the order of their names. With none the model is the paper's.
-        vision_chunk_size (`int`, *optional*): the most slices that the slice encoder reads in one call; `None` = all.
+        finding_loss_weight (`float`, defaults to 1.0): factor of the findings' loss next to the language model's.
+        extra_sources (`Mapping[str, int]`, *optional*): further inputs of the fusion by name, each with the width of its
+            vector: `{"prior_volume": 256, "age_sex": 2}` for an earlier scan's volume embedding and patient data. Each is
+            projected to d_proj and joins the concatenation of eqs. 10 and 12; one that a patient lacks is masked. Stored in
+            the order of their names. Default: none, the paper's model.
+        vision_chunk_size (`int`, *optional*): largest number of slices in one call of the slice encoder; `None` = all.
         initializer_range (`float`, defaults to 0.02): standard deviation of new weights.
+        **kwargs: further arguments of `PretrainedConfig`.
 
     Raises:
         ValueError: a choice that doesn't exist (the message lists those that do), or widths that don't fit together.
@@ -81,7 +97,7 @@ class SamfConfig(PretrainedConfig):
     model_type = "samf"
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
     has_no_defaults_at_init = False
-    # What Trainer's predict and compute_metrics get is then the logits alone.
+    # Trainer's predict and compute_metrics then get only the logits.
     keys_to_ignore_at_inference = [
         "cache",
         "past_key_values",
@@ -96,24 +112,24 @@ class SamfConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vision_config: PretrainedConfig | dict[str, Any] | None = None,
-        text_config: PretrainedConfig | dict[str, Any] | None = None,
+        vision_config: PretrainedConfig | SubConfig | None = None,
+        text_config: PretrainedConfig | SubConfig | None = None,
         image_token_id: int = 32011,
         num_image_tokens: int = 256,
-        slice_pooling: str | None = None,
-        slice_position_scope: str = "aggregator",
+        slice_pooling: Pooling | None = None,
+        slice_position_scope: PositionScope = "aggregator",
         aggregator_num_layers: int = 2,
         aggregator_num_heads: int = 8,
         aggregator_ffn_dim: int = 1024,
         aggregator_activation: str = "relu",
         aggregator_dropout: float = 0.1,
         aggregator_layer_norm_eps: float = 1e-5,
-        aggregator_norm: str = "post",
+        aggregator_norm: AggregatorNorm = "post",
         volume_dim: int = 256,
-        fusion_type: str = "ao2d",
+        fusion_type: FusionType = "ao2d",
         fusion_dim: int | None = None,
-        fusion_scale: str | None = None,
-        fusion_text_scope: str = "prompt",
+        fusion_scale: FusionScale | None = None,
+        fusion_text_scope: TextScope = "prompt",
         project_text: bool = True,
         finding_names: Sequence[str] = (),
         finding_loss_weight: float = 1.0,
@@ -143,7 +159,7 @@ class SamfConfig(PretrainedConfig):
         self.project_text = project_text
         self.finding_names = list(finding_names)
         self.finding_loss_weight = finding_loss_weight
-        self.extra_sources = dict(sorted((extra_sources or {}).items()))  # as a saved configuration orders them
+        self.extra_sources = dict(sorted((extra_sources or {}).items()))  # the order of a saved configuration
         self.vision_chunk_size = vision_chunk_size
         self.initializer_range = initializer_range
         self._check()
@@ -154,9 +170,9 @@ class SamfConfig(PretrainedConfig):
 
     @property
     def slice_dim(self) -> int:
-        """Width of z_2d: that of the slice encoder's last features."""
+        """Return the width of z_2d, that of the slice encoder's last features."""
         width = getattr(self.vision_config, "hidden_size", None)
-        if width is None:  # ConvNeXt and ResNet list one a stage
+        if width is None:  # ConvNeXt and ResNet list one for each stage
             width = (getattr(self.vision_config, "hidden_sizes", None) or [None])[-1]
         if not isinstance(width, int):
             raise ValueError(
@@ -166,7 +182,8 @@ class SamfConfig(PretrainedConfig):
         return width
 
     def _check(self) -> None:
-        for name, choices in CHOICES.items():
+        """Raise ValueError for a choice that doesn't exist, or widths that don't fit together."""
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"SamfConfig.{name} is {getattr(self, name)!r}; it must be one of {choices}.")
         if self.num_image_tokens < 1:
@@ -193,8 +210,8 @@ class SamfConfig(PretrainedConfig):
             )
 
 
-def _as_config(config: PretrainedConfig | dict[str, Any] | None, default: dict[str, Any]) -> PretrainedConfig:
-    """A sub-model's configuration from an object, a dict with `model_type`, or nothing (`default`)."""
+def _as_config(config: PretrainedConfig | SubConfig | None, default: SubConfig) -> PretrainedConfig:
+    """Return a sub-model's configuration from an object, a dict with `model_type`, or None (`default`)."""
     if isinstance(config, PretrainedConfig):
         return config
     config = dict(default if config is None else config)

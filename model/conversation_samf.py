@@ -23,6 +23,9 @@ _EXPECTED = (
 )
 
 
+_Fields: TypeAlias = Mapping[str, Any]  # of a message or block as it was given
+
+
 class VolumeHandle(str):
     """Opaque holder of a content block's volume: a chat template's clean-up would convert arrays and dataclasses.
 
@@ -185,7 +188,7 @@ def _read_block(item: Any, place: str) -> TextBlock | VolumeBlock:
     raise ValueError(f"{place} {found} (keys {sorted(map(str, block))}); {_EXPECTED}.")
 
 
-def _read_text_block(block: Mapping[str, object], place: str) -> TextBlock:
+def _read_text_block(block: _Fields, place: str) -> TextBlock:
     text, volumes = block.get("text"), [key for key in VOLUME_KEYS if key in block]
     if not isinstance(text, str) or volumes:
         found = f"a volume under {volumes[0]!r}" if volumes else f"as its text {_kind(text)}"
@@ -193,7 +196,7 @@ def _read_text_block(block: Mapping[str, object], place: str) -> TextBlock:
     return {"type": "text", "text": text}
 
 
-def _read_volume_block(block: Mapping[str, object], place: str) -> VolumeBlock:
+def _read_volume_block(block: _Fields, place: str) -> VolumeBlock:
     given = [key for key in VOLUME_KEYS if key in block]
     unknown = sorted(str(key) for key in block if key not in VOLUME_KEYS and key not in _HINT_KEYS)
     if unknown or len(given) > 1:
@@ -215,7 +218,7 @@ def _source(value: Any, place: str) -> Any:
     return value
 
 
-def _as_mapping(item: Any, place: str) -> Mapping[str, Any]:
+def _as_mapping(item: Any, place: str) -> _Fields:
     if isinstance(item, Mapping):
         return item
     if dataclasses.is_dataclass(item) and not isinstance(item, type):

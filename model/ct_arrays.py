@@ -8,7 +8,7 @@ from typing import IO, Literal
 import numpy as np
 
 from .ct_common import CTReadError, StoredVolume, check_dtype, squeezed_shape
-from .ct_streams import check_claim, damage_named, unpack
+from .ct_streams import check_claim, damage_named, decompress
 
 
 def read_npy(path: Path) -> StoredVolume:
@@ -82,5 +82,5 @@ def _array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.nd
     with archive.open(info) as stream:
         shape, order, dtype = _header(stream)
         check_dtype(dtype, str(path))
-        expected = check_claim(path, shape, dtype, 0, info.file_size, packed=True)
-        return unpack(path, stream, expected).view(dtype).reshape(shape, order=order)
+        expected = check_claim(path, shape, dtype, 0, info.file_size, compressed=True)
+        return decompress(path, stream, expected).view(dtype).reshape(shape, order=order)

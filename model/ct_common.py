@@ -51,7 +51,7 @@ class VolumeRef:
 
     @classmethod
     def of(cls, path: "str | os.PathLike[str] | VolumeRef", rescale: Sequence[float] | None = None) -> "VolumeRef":
-        """Return the reference of a path and its rescaling; a reference stays what it is.
+        """Return the reference of a path and its rescaling; a reference is returned unchanged.
 
         Args:
             path: path, address or reference.
@@ -105,13 +105,13 @@ def is_disk_error(error: BaseException) -> bool:
     """Return whether the operating system refused to read or write.
 
     Damaged data is no such error: those of gzip and bzip2 have no errno, and EINVAL is what a seek to a negative offset
-    gives, where the numbers of a damaged file lead.
+    gives, as in damaged files.
     """
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 def system_message(error: BaseException) -> str:
-    """Return the operating system's own words for an error, or the error's type."""
+    """Return the operating system's message of an error, or the error's type."""
     return getattr(error, "strerror", None) or type(error).__name__
 
 

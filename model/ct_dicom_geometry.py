@@ -210,7 +210,7 @@ def _even_indices(source: str, locations: np.ndarray, notes: list[str]) -> np.nd
     notes.append(
         f"uneven distances between slices, {steps.min():.2f} to {steps.max():.2f} mm (median {median:.2f}): interpolated "
         f"onto {count} slices {even[1] - even[0]:.2f} mm apart; {filled:.1f} of {locations[-1] - locations[0]:.1f} mm are in "
-        f"{int(uneven.sum())} odd gaps"
+        f"{int(uneven.sum())} uneven gaps"
     )
     return indices
 

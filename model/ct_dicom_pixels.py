@@ -1,6 +1,6 @@
 """The voxels of DICOM files, frame by frame, as they are stored.
 
-Native voxels are read straight from the file. SimpleITK (GDCM) unpacks JPEG, JPEG-LS, JPEG 2000, HTJ2K and RLE in a process
+Native voxels are read straight from the file. SimpleITK (GDCM) decodes JPEG, JPEG-LS, JPEG 2000, HTJ2K and RLE in a process
 of its own: damaged streams can crash, hang or flood a decoder, and here each of these becomes an error.
 """
 
@@ -31,17 +31,17 @@ _JPEG_2000 = {f"1.2.840.10008.1.2.4.{n}" for n in (90, 91)} | _HTJ2K
 _GDCM = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81)} | {_RLE} | _JPEG_2000
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _MAX_FRAME_PIXELS = 1 << 26  # 8192 x 8192: a compressed frame may claim any size
-_BATCH = 1 << 28  # bytes of voxels that one process unpacks
+_BATCH = 1 << 28  # bytes of voxels that one process decodes
 _BATCH_FILES = 256
-_SECONDS_A_PROCESS, _SECONDS_A_FRAME = 15, 5  # half a second and a tenth are usual
+_SECONDS_PER_PROCESS, _SECONDS_PER_FRAME = 15, 5  # half a second and a tenth are usual
 # Each thread's stack would count against the process's memory limit.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1")
 _NO_SIMPLEITK, _DISK_FULL, _OLD_SIMPLEITK = 3, 4, 5  # exit codes of the script
 _DAMAGE: tuple[type[Exception], ...] = (*PARSE_ERRORS, MemoryError)
 _FREE_SPACE = "Free space there or set $TMPDIR."
-# Each frame is a file of its own; the output of one that cannot be unpacked is missing afterwards. The process ends with its
+# Each frame is a file of its own; the output of one that cannot be decoded is missing afterwards. The process ends with its
 # parent, even one that is killed or that ignores SIGTERM, and in any case after its seconds of CPU time.
-_UNPACK_SCRIPT = """
+_DECODE_SCRIPT = """
 import os, signal, sys
 parent, seconds, *names = sys.argv[1:]
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -92,7 +92,7 @@ class Frames:
 
     def __enter__(self) -> "Frames":
         self._folder = tempfile.TemporaryDirectory(prefix="samf-")
-        self._packed: tuple[Path | None, list[bytes]] = (None, [])
+        self._fragments: tuple[Path | None, list[bytes]] = (None, [])
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,15 +106,15 @@ class Frames:
 
     def _compressed(self, i: int) -> np.ndarray:
         pixels = self.pieces[i][0]
-        unpacked = Path(f"{self._file(i)}.npy")
-        if not unpacked.is_file():
-            self._unpack_from(i)
-        if not unpacked.is_file():
+        decoded = Path(f"{self._file(i)}.npy")
+        if not decoded.is_file():
+            self._decode_from(i)
+        if not decoded.is_file():
             raise CTReadError(f"{pixels.file}: its compressed voxels are damaged. {EXPORT_AGAIN}")
-        stored = np.load(unpacked)
-        unpacked.unlink()
+        stored = np.load(decoded)
+        decoded.unlink()
         if stored.size != pixels.rows * pixels.columns or stored.dtype.kind not in "iu":
-            raise CTReadError(f"{pixels.file}: unpacks to shape {stored.shape} of {stored.dtype}. {EXPORT_AGAIN}")
+            raise CTReadError(f"{pixels.file}: decodes to shape {stored.shape} of {stored.dtype}. {EXPORT_AGAIN}")
         kind = np.dtype(f"{'i' if pixels.signed else 'u'}{pixels.allocated // 8}")
         stored = stored.reshape(pixels.rows, pixels.columns).astype(kind)
         return _meaningful_bits(stored, pixels.stored, pixels.stored - 1)
@@ -123,18 +123,18 @@ class Frames:
         kind = "htj2k" if self.pieces[i][0].syntax in _HTJ2K else "dcm"
         return Path(self._folder.name, f"{i:06d}.{kind}")
 
-    def _unpack_from(self, i: int) -> None:
-        """Unpack frame i and as many of the following ones as make a batch."""
+    def _decode_from(self, i: int) -> None:
+        """Decode frame i and as many of the following ones as make a batch."""
         first = self.pieces[i][0].file
         batch = self._write_batch(i)
-        seconds = _SECONDS_A_PROCESS + _SECONDS_A_FRAME * len(batch)
+        seconds = _SECONDS_PER_PROCESS + _SECONDS_PER_FRAME * len(batch)
         limits = [str(os.getpid()), str(math.ceil(seconds))]
-        command = [sys.executable or "python3", "-P", "-c", _UNPACK_SCRIPT, *limits, *batch]
+        command = [sys.executable or "python3", "-P", "-c", _DECODE_SCRIPT, *limits, *batch]
         environment = {**os.environ, **_ONE_THREAD}
         try:
             done = subprocess.run(command, env=environment, capture_output=True, timeout=seconds, check=False)
         except subprocess.TimeoutExpired as error:
-            raise CTReadError(f"{first}: unpacking its voxels takes far too long. {EXPORT_AGAIN}") from error
+            raise CTReadError(f"{first}: decoding its voxels takes far too long. {EXPORT_AGAIN}") from error
         self._check_exit(done.returncode, first)
         for file in batch:
             Path(file).unlink()
@@ -160,11 +160,11 @@ class Frames:
             raise CTReadError(f"{file}: compressed voxels need SimpleITK: pip install SimpleITK")
         if code == _OLD_SIMPLEITK:
             raise CTReadError(
-                f"{file}: its voxels are packed as HTJ2K, which SimpleITK unpacks from version 2.5 on: "
+                f"{file}: its voxels are compressed as HTJ2K, which SimpleITK decodes from version 2.5 on: "
                 f"pip install -U 'SimpleITK>=2.5', or export the series uncompressed."
             )
         if code == _DISK_FULL:
-            raise CTReadError(f"{file}: cannot be unpacked into {self._folder.name}. {_FREE_SPACE}")
+            raise CTReadError(f"{file}: cannot be decoded into {self._folder.name}. {_FREE_SPACE}")
 
     def _stream(self, pixels: DicomPixels, frame: int) -> bytes:
         """Return a frame's compressed bytes once their own size is known to be the header's."""
@@ -173,16 +173,16 @@ class Frames:
                 f"{pixels.file}: transfer syntax {pixels.syntax[:64]}; expected native, RLE, JPEG, JPEG-LS, "
                 f"JPEG 2000 or HTJ2K voxels. Export the series uncompressed (Explicit VR Little Endian)."
             )
-        if self._packed[0] != pixels.file:
+        if self._fragments[0] != pixels.file:
             with contents(pixels.file) as (stream, _):
                 stream.seek(pixels.offset)
                 data = stream.read(pixels.file.stat().st_size)
             _check_fragments(pixels, data)
             with quiet_pydicom():
-                self._packed = (pixels.file, list(generate_frames(data, number_of_frames=pixels.frames)))
-        packed = self._packed[1][frame]
-        _check_codestream(pixels, packed)
-        return packed
+                self._fragments = (pixels.file, list(generate_frames(data, number_of_frames=pixels.frames)))
+        fragment = self._fragments[1][frame]
+        _check_codestream(pixels, fragment)
+        return fragment
 
 
 def _check_readable(pixels: DicomPixels) -> None:
@@ -204,11 +204,11 @@ def _damage_named(pixels: DicomPixels) -> Iterator[None]:
     except _DAMAGE as error:
         if is_disk_error(error):
             raise CTReadError(
-                f"{pixels.file}: cannot be read, or unpacked into {tempfile.gettempdir()} ({system_message(error)}). "
+                f"{pixels.file}: cannot be read, or decoded into {tempfile.gettempdir()} ({system_message(error)}). "
                 f"{_FREE_SPACE}"
             ) from error
         raise CTReadError(
-            f"{pixels.file}: its voxels cannot be unpacked ({type(error).__name__}, transfer syntax "
+            f"{pixels.file}: its voxels cannot be decoded ({type(error).__name__}, transfer syntax "
             f"{pixels.syntax[:64]}): damaged or cut short. {EXPORT_AGAIN}"
         ) from error
 

@@ -167,7 +167,7 @@ def contents(path: Path) -> Iterator[tuple[Any, str]]:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         data = inflater.decompress(mapped[144 + int(meta.FileMetaInformationGroupLength) :], _MAX_INFLATED)
         if inflater.unconsumed_tail:
-            raise ValueError("unpacks to more than a gigabyte")
+            raise ValueError("inflates to more than a gigabyte")
         yield BytesIO(data), EXPLICIT_LITTLE
 
 

@@ -123,7 +123,7 @@ def local_copy(address: str) -> Path:
 
 
 # Where files of the Hub go within `not_kept`: below $TMPDIR. Not into the cache, where another process could be reading them.
-_passing: ContextVar[str | None] = ContextVar("_passing", default=None)
+_download_folder: ContextVar[str | None] = ContextVar("_download_folder", default=None)
 
 
 @contextmanager
@@ -137,11 +137,11 @@ def not_kept(address: Any) -> Iterator[None]:
         yield
         return
     with tempfile.TemporaryDirectory(prefix="samf-") as folder:
-        token = _passing.set(folder)
+        token = _download_folder.set(folder)
         try:
             yield
         finally:
-            _passing.reset(token)
+            _download_folder.reset(token)
 
 
 def _limit() -> int:
@@ -213,7 +213,7 @@ def _save(address: str, response: Any, folder: Path) -> None:
         with open(temporary, "wb") as out:
             size = _copy(address, response, out)
         if expected is not None and size != expected:
-            raise CTReadError(f"{redacted(address)}: {size} of {expected} bytes came. Try again.")
+            raise CTReadError(f"{redacted(address)}: received {size} of {expected} bytes. Try again.")
     headers = response.headers
     entry: _CacheEntry = {"size": size, "etag": headers.get("etag"), "last-modified": headers.get("last-modified")}
     with atomic_path(folder / "record.json") as temporary:
@@ -255,7 +255,7 @@ def _from_hub(address: str) -> Path:
     file = _hub_file(address)
     try:
         _check_size(address, _hub_size(file))
-        folder = _passing.get()
+        folder = _download_folder.get()
         if folder is not None and not isinstance(try_to_load_from_cache(**file), str):
             return Path(hf_hub_download(**file, local_dir=folder))
         return Path(hf_hub_download(**file))

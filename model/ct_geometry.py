@@ -27,7 +27,7 @@ _NAMES = {"L": "left", "R": "right", "P": "back", "A": "front", "I": "foot", "S"
 MAX_OBLIQUE_DEGREES = 10.0
 MAX_SHEAR_DEGREES = 0.5
 _MAX_REPAIRED_SHEAR_DEGREES = 40.0  # gantries tilt up to 30°
-_MAX_UPRIGHT, _MAX_GROWTH = 50_000_000, 20  # voxels, and times as many as before: the size of a resampled volume
+_MAX_RESAMPLED, _MAX_GROWTH = 50_000_000, 20  # voxels, and times as many as before: the size of a resampled volume
 _ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 
 
@@ -111,7 +111,7 @@ def usable_affine(stored: StoredVolume, shape: Sequence[int], given: GivenGeomet
             stored.source,
         )
     if stored.affines[0] is not usable[0]:
-        logger.warning("%s: its first affine is NaN or singular; takes the next (qform, spacing).", stored.source)
+        logger.warning("%s: its first affine is NaN or singular; uses the next (qform, spacing).", stored.source)
     return usable[0]
 
 
@@ -167,7 +167,7 @@ def _log_assumed(stored: StoredVolume, sizes: np.ndarray, known: str, valid: boo
     logger.warning(
         "%s: %s; assumes voxels of %s mm with axes pointing %s. Check left and right, or pass axes=.",
         stored.source,
-        found if valid else f"{found}, and voxel sizes that are no lengths",
+        found if valid else f"{found}, and its voxel sizes are invalid",
         " x ".join(f"{value:g}" for value in sizes),
         _in_words(given.axes or known),
     )
@@ -261,15 +261,15 @@ def resample(
         )
     if affine_transform is None:
         raise CTReadError(f"{source}: oblique or tilted ({max(oblique, shear):.1f}°); needs scipy: pip install scipy")
-    target, counts = _upright_grid(hu.shape, affine)
-    limit = min(max(_MAX_UPRIGHT, _MAX_GROWTH * hu.size), MAX_VOXELS - hu.size)  # both are in memory
+    target, counts = _resampled_grid(hu.shape, affine)
+    limit = min(max(_MAX_RESAMPLED, _MAX_GROWTH * hu.size), MAX_VOXELS - hu.size)  # both are in memory
     if counts.prod() > limit:
         raise CTReadError(
-            f"{source}: {counts.prod():.3g} voxels once turned upright; expected at most {limit:.3g}. Its header is "
+            f"{source}: {counts.prod():.3g} voxels after resampling; expected at most {limit:.3g}. Its header is "
             f"damaged, or crop or coarsen the scan."
         )
     mapping = np.linalg.inv(affine) @ target
-    upright = affine_transform(
+    resampled = affine_transform(
         hu,
         mapping[:3, :3],
         mapping[:3, 3],
@@ -284,14 +284,14 @@ def resample(
         source,
         oblique,
         f", {shear:.1f}° off a right angle (tilted gantry)" if shear > MAX_SHEAR_DEGREES else "",
-        " x ".join(str(n) for n in upright.shape),
+        " x ".join(str(n) for n in resampled.shape),
         " x ".join(f"{mm:g}" for mm in np.diag(target)[:3].round(3)),
     )
-    return upright, target
+    return resampled, target
 
 
-def _upright_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the affine (4, 4) and the shape (3,), as floats, of the upright box around a volume."""
+def _resampled_grid(shape: Sequence[int], affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the affine (4, 4) and the shape (3,), as floats, of the box along the patient's axes around a volume."""
     axes, _ = _nearest_axes(affine)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)[axes]
     corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)]) * (np.array(shape) - 1)

@@ -178,7 +178,7 @@ def _nibabel_array(image: Any, source: str, lazy: bool) -> np.ndarray:
         check_dtype(proxy.dtype, source)
         size = math.prod(squeezed_shape(image.shape, source)) * proxy.dtype.itemsize
     try:
-        # A header that claims more than deflate can pack is wrong, and nibabel would take the memory for it.
+        # A header that claims more than deflate can compress is wrong, and nibabel would take the memory for it.
         if lazy and name and size > DEFLATE_MAX_RATIO * os.path.getsize(name):
             raise EOFError
         return np.asanyarray(proxy.get_unscaled() if lazy else proxy)

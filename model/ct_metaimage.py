@@ -9,7 +9,7 @@ import numpy as np
 
 from .ct_common import EXPORT_AGAIN, LPS_TO_RAS, CTReadError, StoredVolume, squeezed_shape
 from .ct_headers import MAX_HEADER_LINES, MAX_VALUE, check_fields, detached_file, header_units, trusted_units
-from .ct_streams import DEFLATE_MAX_RATIO, ZlibStream, check_claim, damage_named, unpack
+from .ct_streams import DEFLATE_MAX_RATIO, ZlibStream, check_claim, damage_named, decompress
 
 _TYPES = {
     "MET_CHAR": "i1",
@@ -94,10 +94,10 @@ def _array(path: Path, start: int, fields: Mapping[str, str], dtype: np.dtype, s
         start = size - expected if skip == -1 else start + skip
         check_claim(path, shape, dtype, start, size)
         return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(math.prod(shape),))
-    check_claim(path, shape, dtype, 0, size * DEFLATE_MAX_RATIO, packed=True)
+    check_claim(path, shape, dtype, 0, size * DEFLATE_MAX_RATIO, compressed=True)
     with open(path, "rb") as stream:
         stream.seek(start + max(skip, 0))
-        return unpack(path, ZlibStream(stream), expected).view(dtype)
+        return decompress(path, ZlibStream(stream), expected).view(dtype)
 
 
 def _affine(path: Path, fields: Mapping[str, str], dimension: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 from .ct_common import EXPORT_AGAIN, CTReadError, StoredVolume, check_dtype, squeezed_shape
 from .ct_headers import trusted_units
 from .ct_signatures import GZIP_MAGIC, describe_bytes, nifti_header_size, other_half, read_head
-from .ct_streams import DEFLATE_MAX_RATIO, check_claim, damage_named, open_gzip, skip_bytes, unpack
+from .ct_streams import DEFLATE_MAX_RATIO, check_claim, damage_named, decompress, open_gzip, skip_bytes
 
 try:
     import nibabel as nib
@@ -29,7 +29,7 @@ def read_nifti(path: Path, compressed: bool) -> StoredVolume:
 
     Args:
         path: the file, or the `.hdr` of a pair.
-        compressed: by gzip; such voxels are unpacked into memory, others are mapped.
+        compressed: by gzip; such voxels are decompressed into memory, others are mapped.
 
     Raises:
         CTReadError: damaged, not one 3-D volume, or without its other half.
@@ -100,11 +100,11 @@ def _array(path: Path, stream: BinaryIO, header: Any, position: int, compressed:
         raise CTReadError(
             f"{path}: voxels from byte {offset:.0f} on, inside its own header of {position}. {EXPORT_AGAIN}"
         )
-    expected = check_claim(path, shape, dtype, offset, limit, packed=compressed)
+    expected = check_claim(path, shape, dtype, offset, limit, compressed=compressed)
     if not compressed:
         return np.memmap(path, dtype=dtype, mode="r", offset=int(offset), shape=shape, order="F")
     skip_bytes(stream, int(offset) - position)
-    return unpack(path, stream, expected).view(dtype).reshape(shape, order="F")
+    return decompress(path, stream, expected).view(dtype).reshape(shape, order="F")
 
 
 def _scaling(path: Path, header: Any) -> tuple[float, float]:

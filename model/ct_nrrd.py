@@ -13,7 +13,7 @@ import numpy as np
 
 from .ct_common import EXPORT_AGAIN, MAX_VOXELS, CTReadError, StoredVolume, squeezed_shape
 from .ct_headers import MAX_HEADER_LINES, MAX_VALUE, check_fields, detached_file, header_units, trusted_units
-from .ct_streams import DEFLATE_MAX_RATIO, check_claim, damage_named, open_gzip, skip_bytes, unpack
+from .ct_streams import DEFLATE_MAX_RATIO, check_claim, damage_named, decompress, open_gzip, skip_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -187,9 +187,9 @@ def _array(path: Path, start: int, fields: Mapping[str, str], layout: _Layout) -
         if encoding == "ascii":  # at least one byte per number
             check_claim(path, sizes, np.dtype("u1"), stream.tell(), min(size, _MAX_TEXT))
             return np.array(stream.read(_MAX_TEXT).split()[: math.prod(sizes)], dtype=np.float64)
-        unpacked = open_gzip(stream) if encoding == "gzip" else bz2.BZ2File(stream)
-        # bzip2 packs up to about 45,000 times: there only the limit of memory holds.
+        decompressed = open_gzip(stream) if encoding == "gzip" else bz2.BZ2File(stream)
+        # bzip2 compresses up to about 45,000 times: there only the limit of memory holds.
         limit = size * DEFLATE_MAX_RATIO if encoding == "gzip" else math.inf
-        check_claim(path, sizes, dtype, max(skip, 0), limit, packed=True)
-        skip_bytes(unpacked, skip)
-        return unpack(path, unpacked, expected).view(dtype)
+        check_claim(path, sizes, dtype, max(skip, 0), limit, compressed=True)
+        skip_bytes(decompressed, skip)
+        return decompress(path, decompressed, expected).view(dtype)

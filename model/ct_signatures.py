@@ -67,7 +67,7 @@ def other_half(path: Path) -> Path | None:
         return None
     suffix = "img" if match[2].lower() == "hdr" else "hdr"
     suffix = suffix.upper() if match[2].isupper() else suffix
-    names = [f"{match[1]}.{suffix}{packed}" for packed in dict.fromkeys((match[3] or "", "", ".gz"))]
+    names = [f"{match[1]}.{suffix}{gz}" for gz in dict.fromkeys((match[3] or "", "", ".gz"))]
     return next((file for name in names if (file := path.with_name(name)).is_file()), None)
 
 

@@ -1,6 +1,6 @@
-"""The entrance of `read_ct`: a path, an address, a zip, an open file, a pydicom dataset or a row becomes local files.
+"""Resolve what callers pass to `read_ct` (paths, addresses, zips, open files, pydicom datasets, rows) into local files.
 
-This is the only place that resolves them; readers see files on this machine and nothing else.
+Nothing below resolves anything: readers see only files on this machine.
 """
 
 import inspect
@@ -147,7 +147,7 @@ def _temporary_paths_replaced(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def _on_disk(image: Any, path: Path, name: str) -> Path:
-    """Write an open file, bytes or a dataset to `path` and return it; a path stays what it is. `name`: in messages."""
+    """Write an open file, bytes or a dataset to `path` and return it; a path is returned unchanged. `name`: in messages."""
     if isinstance(image, (str, os.PathLike)):
         return Path(image)
     if is_dataset(image):

@@ -29,11 +29,11 @@ except ImportError:
     HeaderDataError = ValueError  # type: ignore[assignment,misc]
 
 DEFLATE_MAX_RATIO = 1032  # deflate cannot compress more tightly, so that a header that claims more is wrong
-_MAX_MEMORY = 4 << 30  # bytes: an unpacked file and the int16 volume made of it
+_MAX_MEMORY = 4 << 30  # bytes: a decompressed file and the int16 volume made of it
 _CHUNK = 1 << 20  # fits in the processor's cache
 # isal declares its exception class as an instance.
 _DAMAGE: tuple[type[Exception], ...] = (  # type: ignore[assignment]
-    *(EOFError, OSError, zlib.error, isal_zlib.error, lzma.LZMAError, zipfile.BadZipFile),  # while unpacking
+    *(EOFError, OSError, zlib.error, isal_zlib.error, lzma.LZMAError, zipfile.BadZipFile),  # while decompressing
     *(ValueError, KeyError, IndexError, TypeError, OverflowError, SyntaxError, TokenError, struct.error),  # of headers
     HeaderDataError,
 )
@@ -75,7 +75,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_claim(
-    path: Path, shape: Sequence[int], dtype: np.dtype, start: float, limit: float, packed: bool = False
+    path: Path, shape: Sequence[int], dtype: np.dtype, start: float, limit: float, compressed: bool = False
 ) -> int:
     """Return how many bytes of voxels a header declares.
 
@@ -84,8 +84,8 @@ def check_claim(
         shape: of the array that the header declares.
         dtype: of its voxels.
         start: offset of the first voxel in bytes.
-        limit: bytes that the file holds at most, once unpacked.
-        packed: the voxels are unpacked into memory, where other types are converted to a second array of int16.
+        limit: bytes that the file holds at most, once decompressed.
+        compressed: the voxels are decompressed into memory, where other types are converted to a second array of int16.
 
     Raises:
         CTReadError: more than the file can hold, or more memory than 4 GiB.
@@ -97,20 +97,20 @@ def check_claim(
             f"the file holds {path.stat().st_size} bytes. It was cut short: download or export it again."
         )
     needed = expected + (0 if dtype == np.int16 else 2 * math.prod(shape))
-    if packed and needed > _MAX_MEMORY:
+    if compressed and needed > _MAX_MEMORY:
         raise CTReadError(
-            f"{path}: {' x '.join(map(str, shape))} voxels of type {dtype} take {needed / 2**30:.1f} GiB once unpacked; "
+            f"{path}: {' x '.join(map(str, shape))} voxels of type {dtype} take {needed / 2**30:.1f} GiB once decompressed; "
             f"expected at most {_MAX_MEMORY >> 30}. Save them as int16 HU, or uncompressed so that they can be mapped."
         )
     return expected
 
 
-def unpack(path: Path, stream: Readable, expected: int) -> np.ndarray:
+def decompress(path: Path, stream: Readable, expected: int) -> np.ndarray:
     """Return the next bytes of a stream and read the rest of it, whose end holds checksums.
 
     Args:
         path: the file, for messages.
-        stream: an unpacking stream.
+        stream: a decompressing stream.
         expected: number of bytes.
 
     Returns:
@@ -129,14 +129,14 @@ def unpack(path: Path, stream: Readable, expected: int) -> np.ndarray:
     while chunk := stream.read(_CHUNK):
         rest += len(chunk)
         if rest > _MAX_MEMORY:
-            raise CTReadError(f"{path}: unpacks to far more than the {expected} bytes it declares. {EXPORT_AGAIN}")
+            raise CTReadError(f"{path}: decompresses to far more than the {expected} bytes it declares. {EXPORT_AGAIN}")
     return buffer
 
 
 def _fill(stream: Readable, buffer: np.ndarray) -> int:
-    """Read a stream into a buffer (N,) of uint8; return how many bytes came.
+    """Read a stream into a buffer (N,) of uint8; return the number of bytes read.
 
-    A second thread copies, because touching new memory takes about as long as unpacking into it.
+    A second thread copies, because touching new memory takes about as long as decompressing into it.
     """
     done = 0
     with ThreadPoolExecutor(1) as copier:
@@ -161,7 +161,7 @@ def open_gzip(file: Any) -> Any:
 
 
 class ZlibStream(io.RawIOBase):
-    """The unpacked content of a zlib stream, as a file."""
+    """The decompressed content of a zlib stream, as a file."""
 
     def __init__(self, stream: Readable):
         self.stream, self.inflater = stream, isal_zlib.decompressobj()
@@ -171,18 +171,18 @@ class ZlibStream(io.RawIOBase):
         return True
 
     def read(self, size: int = -1, /) -> bytes:
-        """Return up to `size` unpacked bytes."""
+        """Return up to `size` decompressed bytes."""
         return super().read(size) or b""
 
     def readinto(self, target: Any) -> int:
-        """Fill a buffer from its start; return how many bytes came."""
+        """Fill a buffer from its start; return the number of bytes read."""
         while not self.inflater.eof:
-            packed = self.inflater.unconsumed_tail or self.stream.read(1 << 16)
+            chunk = self.inflater.unconsumed_tail or self.stream.read(1 << 16)
             # The inflater may hold output back even without more input.
-            data = self.inflater.decompress(packed, len(target))
+            data = self.inflater.decompress(chunk, len(target))
             if data:
                 target[: len(data)] = data
                 return len(data)
-            if not packed:
+            if not chunk:
                 raise EOFError("the compressed stream has no end")
         return 0

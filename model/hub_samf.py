@@ -1,49 +1,50 @@
-"""How SAMF's classes are saved and shared: folders that load as a whole, pushes with a model card.
-
-A Hub repository carries this file beside the classes, so it imports nothing of ours but `model_card.py`.
-"""
+"""Save and share SAMF's classes: folders that load without this package, and pushes with a model card."""
 
 import contextlib
 import copy
-import json
 import os
 import stat
 import sys
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PureWindowsPath
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCard
-from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import is_peft_available, logging
+from transformers.utils import logging
 
-from .model_card import README, hub_id, is_generated, make_card, write_model_card
+from .adapters_samf import active_adapter, adapter_base, base_problem, load_full_parts, save_wrapped_adapter
+from .configuration_samf import SamfConfig
+from .model_card import README, CardSettings, hub_id, is_generated, make_card, write_model_card
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _ModelBase
+else:
+    _ModelBase = object  # the models inherit PreTrainedModel themselves
 
 logger = logging.get_logger(__name__)
 
-# What quantisation leaves whole: every part but the language model, and its head.
-WHOLE_PARTS = ("slice_encoder", "slice_position", "aggregator", "fusion", "finding_head", "lm_head")
-
-WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*")
+# What quantisation leaves as it is: every part except the language model's layers.
+_WHOLE_PARTS = ("slice_encoder", "slice_position", "aggregator", "fusion", "finding_head", "lm_head")
+_HUB_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "token", "revision", "tags")
 
 
 class PushToHubWithCard:
-    """`push_to_hub` with the library's arguments that leaves alone a card that somebody wrote.
+    """`push_to_hub` with the library's arguments, which never overwrites a model card that a person wrote or changed.
 
-    The library's own gives a new repository an empty form as its card, and then keeps it. Here `model_card` makes the
-    card of a repository that has none, or has one that nobody has changed since it was made.
+    The library's own puts an empty form into a new repository, and then keeps it. Here `model_card` makes the card of a
+    repository that has none, or whose card is generated and unchanged.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Let remote code be found by its name.
+        """Register the module of remote code in its package.
 
-        The library loads the module of a remote class without entering it in its package. dill, and so `datasets` when it
-        hashes a function that uses the class, then doesn't find the class and takes it apart, without end.
+        The library loads the module of a remote class without doing so. dill, and so `datasets` when it hashes a function
+        that uses the class, then doesn't find the class by name and pickles it by value, without end.
         """
         super().__init_subclass__(**kwargs)
         package, _, name = cls.__module__.rpartition(".")
@@ -51,7 +52,12 @@ class PushToHubWithCard:
             setattr(sys.modules[package], name, sys.modules[cls.__module__])
 
     def model_card(self, repository: str | None = None, tags: Sequence[str] = ()) -> ModelCard | None:
-        """The card for what this object is; None = it is no model, and gives a repository no card."""
+        """Return the card of this object; None = it is no model, and its repository gets no card.
+
+        Args:
+            repository: the repository's Hub id.
+            tags: added to those of the card.
+        """
         return None
 
     def push_to_hub(
@@ -64,23 +70,24 @@ class PushToHubWithCard:
         token: bool | str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
+        max_shard_size: int | str | None = "50GB",
         tags: list[str] | None = None,
     ) -> CommitInfo:
         """Save into a temporary folder and upload it, as the library does.
 
         Args:
-            repo_id: the repository's name, with or without its namespace; it is made when there is none.
-            commit_message, commit_description: of the commit; the message is "Upload" and the class's name by default.
+            repo_id: the repository's name, with or without its namespace; created if it doesn't exist.
+            commit_message: None = "Upload" and the class's name.
+            commit_description: the commit's description.
             private: whether a new repository is private.
             token: of the Hub; None = the one you are logged in with.
-            revision: the branch to push to; it is made when there is none.
-            create_pr: make a pull request instead of a commit.
+            revision: the branch to push to; created if it doesn't exist.
+            create_pr: open a pull request instead of a commit.
             max_shard_size: the largest file of weights.
             tags: added to those of a generated card.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            cast(Any, self).save_pretrained(folder, max_shard_size=max_shard_size)
             return self._push_folder(
                 folder,
                 repo_id,
@@ -117,7 +124,7 @@ class PushToHubWithCard:
             write_model_card(folder, card)
         return api.upload_folder(
             repo_id=repo_id,
-            folder_path=folder,
+            folder_path=Path(folder),
             revision=revision,
             ignore_patterns=ignored,
             commit_message=commit_message or f"Upload {type(self).__name__}",
@@ -125,60 +132,86 @@ class PushToHubWithCard:
         )
 
 
-def language_model_alone(quantization_config: Any) -> Any:
-    """A copy of a TorchAoConfig, BitsAndBytesConfig or the like that skips all parts but the language model.
+def restrict_to_language_model(quantization_config: Any) -> Any:
+    """Return a copy of a quantisation configuration that skips all parts except the language model.
 
-    One that names what it skips, or that isn't known to be able to, comes back as it is.
+    A configuration that already names what it skips, or has no known setting for it, is returned as it is.
+
+    Args:
+        quantization_config: a TorchAoConfig, BitsAndBytesConfig or the like.
     """
     for name in ("modules_to_not_convert", "llm_int8_skip_modules"):  # bitsandbytes has the other name
         if getattr(quantization_config, name, "unknown") is None:
             quantization_config = copy.copy(quantization_config)
-            setattr(quantization_config, name, [f"{prefix}{part}" for part in WHOLE_PARTS for prefix in ("", "model.")])
+            skipped = [f"{prefix}{part}" for part in _WHOLE_PARTS for prefix in ("", "model.")]
+            setattr(quantization_config, name, skipped)
             break
     return quantization_config
 
 
-class HubModel(PushToHubWithCard):
-    """Of the models: what they save is a whole repository, an adapter's folder included."""
+class HubModel(PushToHubWithCard, _ModelBase):
+    """Mixin of the models: what they save is a whole repository, also an adapter's folder."""
 
-    def model_card(self, repository: str | None = None, tags: Sequence[str] = (), **settings: Any) -> ModelCard:
-        """The card of this model or its adapter. `settings` are arguments of `make_card` that it can't know by itself."""
-        adapter = self._adapter()
+    config: SamfConfig
+
+    def model_card(
+        self, repository: str | None = None, tags: Sequence[str] = (), **settings: Unpack[CardSettings]
+    ) -> ModelCard:
+        """Return the card of this model or its adapter.
+
+        Args:
+            repository: the repository's Hub id.
+            tags: added to those of the card.
+            **settings: further arguments of `make_card`, which the model doesn't know itself.
+        """
+        adapter = active_adapter(self)
         parts = (self.config.vision_config, self.config.text_config)
-        whole = adapter.base_model_name_or_path if adapter else self.config._name_or_path
-        bases = [whole] if hub_id(whole) else [part._name_or_path for part in parts]
-        settings = {"base_models": bases, "adapter": adapter is not None, **settings}
-        return make_card(self.config, repository=repository, tags=tags, **settings)
+        whole = self.config._name_or_path if adapter is None else adapter.base_model_name_or_path
+        known: CardSettings = {
+            "base_models": [whole] if hub_id(whole) else [part._name_or_path for part in parts],
+            "adapter": adapter is not None,
+        }
+        known.update(settings)
+        return make_card(self.config, repository=repository, tags=tags, **known)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # further arguments are in kwargs
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
-        state_dict: dict[str, Any] | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """The library's, and: a model card where the folder has none, and config.json and the code beside an adapter.
+        """Save as the library does, with a model card, and for an adapter with config.json and the code.
 
         A model that peft has wrapped (`get_peft_model`) saves its adapter too: `peft_model.get_base_model()`'s
-        `save_pretrained` and `push_to_hub` write a folder that loads as a whole, peft's own write the adapter alone.
+        `save_pretrained` and `push_to_hub` write a folder that loads as a whole; peft's own write only the adapter.
+
+        Args:
+            save_directory: created if it doesn't exist; a model card that is already there is kept.
+            is_main_process: whether this process writes.
+            state_dict: the weights to save; None = the model's.
+            push_to_hub: upload the files that were written.
+            **kwargs: as in the library; with `push_to_hub` also `repo_id` and the other arguments of a push.
+
+        Raises:
+            ValueError: `push_to_hub` of an adapter whose base model isn't on the Hub.
         """
-        names = ("repo_id", "commit_message", "create_pr", "private", "token", "revision", "tags")
-        hub = {name: kwargs.pop(name) for name in names if push_to_hub and name in kwargs}
+        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if push_to_hub and name in kwargs}
         before = _modified(save_directory)
-        adapter = self._adapter()
+        adapter = active_adapter(self)
         self._name_auto_model()
         if adapter is None or self._hf_peft_config_loaded:
             super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         elif is_main_process:
-            self._save_wrapped_adapter(Path(save_directory), state_dict)
+            save_wrapped_adapter(self, Path(save_directory), state_dict)
         if not is_main_process:
             return
         publish_weights(save_directory)
         if adapter is not None:
             self.save_config_and_code(save_directory)
             if hub_id(adapter.base_model_name_or_path) is None:
-                logger.warning_once(f"Saved an adapter that others can't load yet: {_base_problem(adapter)}")
+                logger.warning_once(f"Saved an adapter that others can't load yet: {base_problem(adapter)}")
         if not (Path(save_directory) / README).exists():
             write_model_card(save_directory, self.model_card())
         if push_to_hub:
@@ -187,19 +220,27 @@ class HubModel(PushToHubWithCard):
             repo_id = hub.pop("repo_id", None) or Path(save_directory).resolve().name
             self._push_folder(save_directory, repo_id, allow_patterns=[*written, README], **hub)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
-        """See [`PushToHubWithCard.push_to_hub`]. Raises ValueError for an adapter whose base model isn't on the Hub."""
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:  # type: ignore[override]
+        """Push as [`PushToHubWithCard.push_to_hub`] does.
+
+        Args:
+            repo_id: the repository's name.
+            **kwargs: its further arguments.
+
+        Raises:
+            ValueError: this is an adapter whose base model isn't on the Hub.
+        """
         self._check_pushable()
         return super().push_to_hub(repo_id, **kwargs)
 
     def save_config_and_code(self, folder: str | os.PathLike) -> None:
-        """Write config.json with all Auto classes, and the code: what a folder needs beside weights or an adapter."""
+        """Write config.json with all Auto classes, and the code: what a folder needs in addition to weights."""
         self._name_auto_model()
-        custom_object_save(self, folder, config=self.config)
+        custom_object_save(self, folder, config=self.config)  # type: ignore[arg-type]  # takes a configuration too
         self.config.save_pretrained(folder)
 
     def _name_auto_model(self) -> None:
-        """Enter a whole model as AutoModel's, also where its base model was saved before or older code wrote the folder."""
+        """Enter a whole model as AutoModel's class, also in a configuration of its base model or of older code."""
         auto_map = getattr(self.config, "auto_map", None) or {}
         whole = auto_map.get("AutoModelForImageTextToText")
         if whole and whole.rpartition(".")[2] == type(self).__name__:
@@ -209,16 +250,26 @@ class HubModel(PushToHubWithCard):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
     ) -> "HubModel":
-        """The library's; the folder of an adapter loads its base model, and the adapter on it.
+        """Load a model as the library does; from an adapter's folder, its base model with the adapter.
 
-        The library takes a folder with both config.json and adapter_config.json for a base model that has its weights
-        beside its adapter.
+        The library takes a folder with both config.json and adapter_config.json for a base model whose weights are in
+        the folder too.
 
-        A `quantization_config` that doesn't name the modules to leave whole quantises the language model alone: it has
-        nearly all of the weights, and the small parts before it lose more than they save.
+        A `quantization_config` that doesn't name the modules to skip quantises only the language model: it has nearly all
+        of the weights, and the small parts before it lose more than they save.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder of a model or an adapter.
+            *args: as in the library.
+            **kwargs: as in the library.
+
+        Raises:
+            ImportError: the folder holds an adapter, and peft is missing.
+            ValueError: the adapter names no base model.
+            FileNotFoundError: the adapter's base model was a folder that no longer exists.
         """
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = language_model_alone(kwargs["quantization_config"])
+            kwargs["quantization_config"] = restrict_to_language_model(kwargs["quantization_config"])
         base = adapter_base(pretrained_model_name_or_path)
         if base is not None:
             adapter = {"_adapter_model_path": str(pretrained_model_name_or_path)}
@@ -229,32 +280,32 @@ class HubModel(PushToHubWithCard):
     def load_adapter(
         self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """The library's, and the parts trained in full beside the adapter, which older transformers leave out."""
-        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        """Load an adapter as the library does, with the parts trained in full, which older transformers leave out.
+
+        Args:
+            peft_model_id: Hub id or folder of the adapter.
+            adapter_name: its name in the model; None = "default".
+            *args: as in the library.
+            **kwargs: as in the library.
+        """
+        info = cast(Any, super().load_adapter(peft_model_id, adapter_name, *args, **kwargs))
         if any(".modules_to_save." in key for key in info.missing_keys):
-            try:
-                from peft import load_peft_weights, set_peft_model_state_dict
-            except ImportError as error:
-                raise ImportError(f"{peft_model_id} is an adapter: pip install peft") from error
-            weights = kwargs.get("adapter_state_dict")
-            if weights is None:
-                names = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-                hub = {name: value for name, value in (kwargs.get("adapter_kwargs") or {}).items() if name in names}
-                weights = load_peft_weights(str(peft_model_id), device="cpu", **hub)
-            prefix = "base_model.model."
-            if not hasattr(self, self.base_model_prefix):  # the adapter of a model with its head, on one without
-                prefix += f"{self.base_model_prefix}."
-            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-            missing = set_peft_model_state_dict(self, weights, adapter_name or "default").missing_keys
+            weights, options = kwargs.get("adapter_state_dict"), kwargs.get("adapter_kwargs") or {}
+            missing = load_full_parts(self, peft_model_id, adapter_name or "default", weights, options)
             info.missing_keys = {key for key in info.missing_keys if key in missing}
         return info
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """torch's, which also understands the names that `save_pretrained` writes.
+        """Load weights as torch does, also under the names that `save_pretrained` writes.
 
-        The library writes the weights of some slice encoders, ViT's among them, under other names than they have in the
-        model. `from_pretrained` knows that; Trainer, which resumes and fetches its best model by this method, doesn't,
-        and would leave those weights as they are.
+        The library saves the weights of some slice encoders, ViT's among them, under other names than they have in the
+        model. `from_pretrained` translates them; Trainer, which resumes and reloads its best model by this method,
+        doesn't, and would leave those weights unchanged.
+
+        Args:
+            state_dict: weights by either kind of name.
+            strict: as in torch.
+            assign: as in torch.
         """
         own = {name: torch.empty(tensor.shape, device="meta") for name, tensor in self.state_dict().items()}
         names = {id(tensor): name for name, tensor in own.items()}
@@ -263,56 +314,21 @@ class HubModel(PushToHubWithCard):
             state_dict = {saved.get(name, name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _adapter(self) -> Any:
-        """The peft configuration of the adapter in use, or None; from `add_adapter` as from `get_peft_model`."""
-        configs = getattr(self, "peft_config", None) or {}
-        # A merged adapter can leave its configuration behind, but no wrapped layer.
-        layers = (module for module in self.modules() if hasattr(module, "base_layer")) if configs else ()
-        for layer in layers:
-            name = layer.active_adapter
-            return configs[name if isinstance(name, str) else name[0]]
-        return None
-
-    def _save_wrapped_adapter(self, folder: Path, state_dict: dict[str, Any] | None) -> None:
-        """What peft's `PeftModel.save_pretrained` writes, but its card."""
-        try:
-            from peft import get_peft_model_state_dict
-        except ImportError as error:
-            raise ImportError("This model has an adapter: pip install peft") from error
-        folder.mkdir(parents=True, exist_ok=True)
-        config = copy.copy(self._adapter())
-        name = next(name for name, found in self.peft_config.items() if found is self._adapter())
-        weights = get_peft_model_state_dict(self, state_dict, adapter_name=name)
-        # Cloned, for peft may give views of shared memory, which safetensors refuses.
-        weights = {f"base_model.model.{key}": value.detach().clone().contiguous() for key, value in weights.items()}
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config.inference_mode = True
-        config.save_pretrained(folder)
-
     def _check_pushable(self) -> None:
-        adapter = self._adapter()
+        adapter = active_adapter(self)
         if adapter is not None and hub_id(adapter.base_model_name_or_path) is None:
-            raise ValueError(f"An adapter can't be pushed: {_base_problem(adapter)}")
-
-
-def _base_problem(adapter: Any) -> str:
-    base = adapter.base_model_name_or_path
-    found = f"the folder {base} of this machine" if base else "not known by any name"
-    return (
-        f"its base model is {found}. Push the base model first, load it by its Hub id and train the adapter on that, or set "
-        "peft_config[...].base_model_name_or_path to that id."
-    )
+            raise ValueError(f"An adapter can't be pushed: {base_problem(adapter)}")
 
 
 def publish_weights(folder: str | os.PathLike) -> None:
     """Give a folder's safetensors files the permissions that a new file there gets.
 
-    safetensors 0.8 makes files that only their owner can read; on a disk that several people share, others may have to.
+    safetensors 0.8 makes files that only their owner can read, which is wrong on a shared disk.
     """
     files = [file for file in Path(folder).glob("*.safetensors") if not file.is_symlink()]
     if not files:
         return
-    probe = Path(folder) / f".{uuid.uuid4().hex}.tmp"  # tells the umask, and what the folder passes on
+    probe = Path(folder) / f".{uuid.uuid4().hex}.tmp"  # shows the umask and the permissions that the folder passes on
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         mode = stat.S_IMODE(probe.stat().st_mode)
@@ -321,45 +337,18 @@ def publish_weights(folder: str | os.PathLike) -> None:
     for file in files:
         found = stat.S_IMODE(file.stat().st_mode)
         if found | mode != found:
-            with contextlib.suppress(PermissionError):  # another's file, which was there before
+            with contextlib.suppress(PermissionError):  # another user's file, which was there before
                 file.chmod(found | mode)
 
 
-def adapter_base(folder: str | os.PathLike | None) -> str | None:
-    """The base model of a local folder that holds an adapter and no model; None for anything else.
-
-    A base model's folder within the adapter's, or for a run's checkpoint beside it, counts before the path that was noted:
-    the whole may have been moved or copied.
-
-    Raises:
-        ImportError: it is such a folder, and peft is missing.
-        ValueError: the adapter names no base model.
-        FileNotFoundError: its base model was a folder that isn't there any more.
-    """
-    config = Path(folder or "") / "adapter_config.json"
-    if folder is None or not config.is_file() or any(any(Path(folder).glob(pattern)) for pattern in WEIGHTS):
-        return None
-    if not is_peft_available():
-        raise ImportError(f"{folder} holds an adapter: pip install peft")
-    base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{config}: base_model_name_or_path is missing; set it to the base model's Hub id or folder.")
-    own = Path(folder).resolve()
-    name = PureWindowsPath(base).name  # the last part of either kind of path
-    places = [own, own.parent] if own.name.startswith("checkpoint-") else [own]
-    moved = next((place / name for place in places if (place / name / "config.json").is_file()), None)
-    if moved is not None and hub_id(base) is None:
-        return str(moved)
-    if hub_id(base) is None and not Path(base).is_dir():
-        raise FileNotFoundError(
-            f"{config}: its base model is {base}, which isn't there, and neither is {own / name}. Put the base model's "
-            "folder there, or set base_model_name_or_path to its new place or Hub id."
-        )
-    return base
-
-
 def has_own_card(repo_id: str, revision: str | None = None, token: bool | str | None = None) -> bool:
-    """Whether the repository on the Hub has a card that somebody wrote or changed."""
+    """Return whether a repository on the Hub has a card that a person wrote or changed.
+
+    Args:
+        repo_id: the repository's Hub id.
+        revision: branch, tag or commit; None = main.
+        token: of the Hub; None = the one you are logged in with.
+    """
     api = HfApi(token=token)
     if not api.file_exists(repo_id, README, revision=revision):
         return False
@@ -367,8 +356,8 @@ def has_own_card(repo_id: str, revision: str | None = None, token: bool | str | 
     return not is_generated(path.read_text(encoding="utf-8"))
 
 
-def _modified(folder: str | os.PathLike) -> Mapping[str, int]:
-    """When each file of a folder was written; nothing for a folder that isn't there."""
+def _modified(folder: str | os.PathLike) -> dict[str, int]:
+    """Return when each file of a folder was written, in nanoseconds; nothing for a folder that doesn't exist."""
     if not Path(folder).is_dir():
         return {}
-    return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(folder) if entry.is_file()}
+    return {path.name: path.stat().st_mtime_ns for path in Path(folder).iterdir() if path.is_file()}

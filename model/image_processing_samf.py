@@ -28,7 +28,6 @@ from .hub_samf import PushToHubWithCard
 from .published_slices import PUBLISHED_CHANNELS, extract_published
 from .slice_geometry import (
     FIELDS,
-    ORIENTATION_LABELS,
     PLANE_AXES,
     PLANES,
     Box,
@@ -41,10 +40,12 @@ from .slice_geometry import (
 )
 from .slice_resampling import SLABS, Slab, SquareResampler, apply_windows, reduce_slabs, run_parallel
 from .slice_settings import (
+    DESCRIPTIONS,
     PRESETS,
     Preset,
     Window,
     check_choice,
+    check_descriptions,
     checked_channel_values,
     checked_counts,
     checked_planes,
@@ -76,14 +77,6 @@ _EXTRACT_SETTINGS = ("planes", "slices_per_plane", "hu_windows", "field", "slab"
 PIXEL_SETTINGS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 # Keys of saved files that transformers writes.
 _LIBRARY_KEYS = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map"}
-# Properties that can't be set, by preset: saved for readers of the file. Files with other texts are refused.
-_DESCRIPTIONS: dict[str, dict[str, str | dict[Plane, str]]] = {
-    "orientation": {"default": ORIENTATION_LABELS, "published": "as stored"},
-    "pixel_spacing": {
-        "default": "square: the longer side of the field in mm, over size",
-        "published": "as stored: the shorter side over size",
-    },
-}
 _SLICE_KEYS = ("slice_planes", "slice_positions", "slice_indices", "slice_mm")
 
 
@@ -178,7 +171,7 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):  # type: ignore
         version: int = EXTRACT_VERSION,
         **kwargs: Any,
     ):
-        described = {key: kwargs.pop(key) for key in _DESCRIPTIONS if key in kwargs}
+        described = {key: kwargs.pop(key) for key in DESCRIPTIONS if key in kwargs}
         unknown = [key for key in kwargs if key not in _LIBRARY_KEYS and not key.startswith("_")]
         if unknown:
             known = ", ".join((*_EXTRACT_SETTINGS, *PIXEL_SETTINGS, "preset"))
@@ -204,7 +197,7 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):  # type: ignore
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std={self.image_std}; expected positive numbers")
         _check_version(version)
-        _check_descriptions(described)
+        check_descriptions(described)
 
     @property
     def num_slices(self) -> int:
@@ -313,7 +306,7 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):  # type: ignore
         """Return the settings and transformers' keys; other attributes of the object would be refused on loading."""
         known = {*_EXTRACT_SETTINGS, *PIXEL_SETTINGS, "preset", *_LIBRARY_KEYS}
         settings = {key: value for key, value in super().to_dict().items() if key in known}
-        described = {key: texts.get(self.preset, texts["default"]) for key, texts in _DESCRIPTIONS.items()}
+        described = {key: texts.get(self.preset, texts["default"]) for key, texts in DESCRIPTIONS.items()}
         return {**settings, "version": EXTRACT_VERSION, **described}
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
@@ -390,13 +383,3 @@ def _check_version(version: int) -> None:
             version,
             EXTRACT_VERSION,
         )
-
-
-def _check_descriptions(described: Mapping[str, object]) -> None:
-    """Raise ValueError if saved settings describe images that this code doesn't make."""
-    for key, found in described.items():
-        known = list(_DESCRIPTIONS[key].values())
-        if found not in known:
-            raise ValueError(
-                f"{key}={found!r}; this code supports only {' or '.join(map(repr, known))}. Leave it out: it can't be set."
-            )

@@ -1,8 +1,13 @@
 """The tensors that enter the model, in two groups that both `forward` methods share."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+
+# Arguments of forward by name; which ones there are, beyond those below, depends on the language model.
+ModelInputs: TypeAlias = Mapping[str, Any]
+StepInputs: TypeAlias = dict[str, Any]  # of one step of generate()
 
 
 class VolumeInputs(NamedTuple):

@@ -7,13 +7,15 @@ as `lm_head`, and leaves the rest to the class of the causal language model.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
+
+from .inputs_samf import StepInputs
 
 CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 KEPT_OUTPUTS = ("last_hidden_state", *CACHE_NAMES, "hidden_states", "attentions", "router_logits")
@@ -21,7 +23,7 @@ KEPT_OUTPUTS = ("last_hidden_state", *CACHE_NAMES, "hidden_states", "attentions"
 _GENERATION_FACTS = ("_is_stateful", "_can_compile_fullgraph")
 
 # Settings of a rotary embedding as a configuration holds them; the keys depend on the type.
-RopeParameters = Mapping[str, Any]
+RopeParameters: TypeAlias = Mapping[str, Any]
 
 
 # --- Rotary embeddings ------------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def rope_sets(config: PretrainedConfig, length: int) -> list[int]:
 
 
 def rope_stretch(config: PretrainedConfig) -> float:
-    """Return the factor of `max_position_embeddings` up to which the rotary embeddings are made."""
+    """Return the factor by which "dynamic" rotary embeddings extend `max_position_embeddings`; 1 for other types."""
     factors = [parameters["factor"] for parameters in _rope_parameters(config) if _is_dynamic(parameters)]
     return min(factors, default=1.0)
 
@@ -115,13 +117,17 @@ class _Given:
         return getattr(self._language_model, name)
 
 
+# The modules and the loss function that stand in for the class's own.
+_Part: TypeAlias = nn.Module | _Given | Callable[..., torch.Tensor]
+
+
 class _Runner:
     """The `self` of a causal language model's own forward: its class's attributes, with SAMF's modules in place of its own.
 
     One for each call, since two threads may generate with one model.
     """
 
-    def __init__(self, causal: PreTrainedModel, parts: Mapping[str, object]):
+    def __init__(self, causal: PreTrainedModel, parts: Mapping[str, _Part]):
         self._causal = causal
         for name, part in parts.items():
             setattr(self, name, part)
@@ -182,7 +188,11 @@ class CausalLanguageModel:
         Returns:
             The class's own output: logits (B, kept, vocabulary), with labels the loss, with experts `aux_loss`.
         """
-        parts = {self.base_name: _Given(language_model, output), self.head_name: head, "loss_function": loss_function}
+        parts: dict[str, _Part] = {
+            self.base_name: _Given(language_model, output),
+            self.head_name: head,
+            "loss_function": loss_function,
+        }
         options = {"output_router_logits": output_router_logits} if self.takes_router_logits else {}
         return type(self.causal).forward(
             _Runner(self.causal, parts),
@@ -194,7 +204,7 @@ class CausalLanguageModel:
             **options,
         )
 
-    def prepare_inputs(self, head: nn.Module, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], bool]:
+    def prepare_inputs(self, head: nn.Module, *args: Any, **kwargs: Any) -> tuple[StepInputs, bool]:
         """Prepare the inputs of a step of `generate()` as the class does.
 
         Args:
@@ -221,8 +231,8 @@ class CausalLanguageModel:
             inputs = self._prepare(*args, **without_cache)
         return inputs, rebuilt
 
-    def _prepare(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        prepare: Callable[..., dict[str, Any]] = self.causal.prepare_inputs_for_generation
+    def _prepare(self, *args: Any, **kwargs: Any) -> StepInputs:
+        prepare = cast(Callable[..., StepInputs], self.causal.prepare_inputs_for_generation)
         return prepare(*args, **kwargs)
 
     def _outgrows_cache(self, cache: Any, input_ids: torch.Tensor | None, position_ids: torch.Tensor | None) -> bool:

@@ -1,13 +1,11 @@
 """The findings' loss, and how it adds to the language model's over accumulated micro-batches."""
 
-from collections.abc import MutableMapping
-from typing import Any
-
 import torch
 from torch.nn import functional as F
 from transformers.utils import logging
 
 from .configuration_samf import IGNORE_INDEX
+from .inputs_samf import StepInputs
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +59,7 @@ def finding_weights(
     return items.to(targets.device) / torch.as_tensor(total, device=targets.device)
 
 
-def take_finding_targets(targets: torch.Tensor | None, others: MutableMapping[str, Any]) -> torch.Tensor | None:
+def take_finding_targets(targets: torch.Tensor | None, others: StepInputs) -> torch.Tensor | None:
     """Return `finding_targets`, also if it was passed under its old name.
 
     Args:

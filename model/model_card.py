@@ -1,4 +1,4 @@
-"""The model card. A Hub repository carries this file, since its classes write cards: it imports nothing else of ours."""
+"""Make the model card of a repository or an adapter, and recognise a card that was made here and is unchanged."""
 
 import hashlib
 import json
@@ -6,24 +6,26 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
 
+from .configuration_samf import SamfConfig
 from .files_samf import atomic_path
 
 README = "README.md"
-FUSIONS = {
-    "samf": "the volume, its slices and the prompt become one vector, which stands for the volume in the prompt",
-    "ao2d": "the volume, its slices, the prompt and the slices as the prompt sees them become one vector, which stands "
-    "for the volume in the prompt",
-    "slice_tokens": "each slice becomes a vector of its own, with the volume and the part of the prompt that it attends to",
+Fact = str | int | float | os.PathLike | None
+_FUSIONS = {
+    "samf": "the volume, its slices and the prompt become one vector, which fills every image token of the prompt",
+    "ao2d": "the volume, its slices, the prompt and the slices that the prompt attends to become one vector, which fills "
+    "every image token of the prompt",
+    "slice_tokens": "each slice becomes one image token, with the volume and the part of the prompt that it attends to",
 }
-TAGS = ("medical", "radiology", "computed-tomography", "report-generation", "samf")
-CARD = """\
+_TAGS = ("medical", "radiology", "computed-tomography", "report-generation", "samf")
+_CARD = """\
 # {title}
 
 > **For research only. Not a medical device, not for diagnosis.** Every text this model writes may be wrong.
@@ -65,16 +67,16 @@ print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_spe
 
 ## Intended use
 
-Research on writing reports and answering questions from chest CT. Not for patients, not for triage, and not as a second
-reader: nothing about it has been shown to be safe or useful in care.
+Research on report generation and question answering from chest CT. Not for patient care, triage or second reading: neither
+safety nor clinical benefit has been shown.
 
 ## Limits
 
-- It invents findings and misses findings, in fluent sentences. Reports that call everything normal are common in its
-  kind of training data, and score well on text metrics.
-- It reads a fixed number of slices of each volume: what lies between them it may not see.
-- It knows no anatomy but the chest, and has no earlier scan, history or laboratory value unless it is given one.
-- Other scanners, protocols, populations and languages than those of its training data may give worse texts.
+- It invents and misses findings, in fluent sentences. Reports without abnormal findings are common in such training
+  data, and score well on text metrics.
+- It reads a fixed number of slices of each volume, and may miss what is only visible between them.
+- It covers only the chest, and knows earlier scans, history and laboratory values only if the prompt contains them.
+- With other scanners, protocols, populations or languages than those of its training data, texts may be worse.
 
 ## Data
 
@@ -86,33 +88,43 @@ reader: nothing about it has been shown to be safe or useful in care.
 
 ## Licence
 
-The code is under Apache-2.0. The weights are also subject to the terms of what they were made from: the base models and
-the training data.
+The code is under Apache-2.0. The weights are also subject to the terms of the base models and of the training
+data.
 """
 _MARK = re.compile(r"<!-- samf-card ([0-9a-f]{16}) -->\s*")
 
 
+class CardSettings(TypedDict, total=False):
+    """What a model's card says beyond the model itself; arguments of `make_card`."""
+
+    base_models: Sequence[str | None]
+    adapter: bool
+    facts: Mapping[str, Fact]
+    data: str | None
+    metrics: Mapping[str, float] | None
+
+
 def make_card(
-    config: Any,
+    config: SamfConfig,
     *,
     repository: str | None = None,
     base_models: Sequence[str | None] = (),
     adapter: bool = False,
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Fact] | None = None,
     data: str | None = None,
     metrics: Mapping[str, float] | None = None,
     tags: Sequence[str] = (),
 ) -> ModelCard:
-    """The card of a model or adapter.
+    """Return the card of a model or adapter.
 
     Args:
-        config: the model's `SamfConfig`.
+        config: the model's configuration.
         repository: its Hub id, for the example; None = not known yet.
-        base_models: what it was made from. Hub ids are named in the metadata; local folders aren't.
-        adapter: an adapter of `base_models`, not a whole model.
-        facts: further rows of the table; a folder among the values is told by its name alone.
+        base_models: what it was made from. The metadata names Hub ids and leaves out local folders.
+        adapter: whether it is an adapter of `base_models`, not a whole model.
+        facts: further rows of the table; of a folder among the values only the name is written.
         data: name of the training data.
-        metrics: figures on the validation part of `data`; they also go into the metadata's model-index.
+        metrics: values on the validation part of `data`; they also enter the metadata's model-index.
         tags: added to the usual ones.
     """
     bases = list(dict.fromkeys(base for base in map(hub_id, base_models) if base and base != repository))
@@ -128,28 +140,28 @@ def make_card(
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=list(dict.fromkeys((*TAGS, *(("peft",) if adapter else ()), *tags))),
+        tags=list(dict.fromkeys((*_TAGS, *(("peft",) if adapter else ()), *tags))),
         base_model=bases or None,
         base_model_relation="adapter" if adapter and bases else None,
         model_name=(repository or "samf").split("/")[-1] if metrics else None,
         eval_results=_eval_results(metrics, data) if metrics else None,
     )
-    text = CARD.format(
+    text = _CARD.format(
         title=("Adapter of SAMF" if adapter else "SAMF") + ": reports and answers from chest CT volumes",
         fusion_type=config.fusion_type,
-        fusion=FUSIONS[config.fusion_type],
+        fusion=_FUSIONS[config.fusion_type],
         facts="\n".join(f"| {name} | {public_name(str(value))} |" for name, value in rows.items()),
         requirements=" peft" if adapter else "",
         repository=repository or "USER/REPOSITORY",
-        data=f"Trained on {public_name(data)}." if data else "What it was trained on has not been recorded here.",
-        metrics=_metrics_table(metrics, data) if metrics else "None have been recorded here.",
+        data=f"Trained on {public_name(data)}." if data else "The training data are not recorded here.",
+        metrics=_metrics_table(metrics, data) if metrics else "No metrics are recorded here.",
     )
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n<!-- samf-card {_digest(card)} -->\n\n{text}")
 
 
 def write_model_card(folder: str | os.PathLike, card: ModelCard) -> bool:
-    """Write `folder/README.md`, unless a card stands there that somebody wrote or changed; returns whether it was."""
+    """Write `folder/README.md` and return True, unless a person wrote or changed the card that is there."""
     path = Path(folder) / README
     if path.is_file() and not is_generated(path.read_text(encoding="utf-8")):
         return False
@@ -159,28 +171,34 @@ def write_model_card(folder: str | os.PathLike, card: ModelCard) -> bool:
 
 
 def is_generated(card: str) -> bool:
-    """Whether `make_card` made this card and nobody has changed it since, metadata included."""
+    """Return whether `make_card` made this card and it is unchanged since, including its metadata."""
     card = card.replace("\r\n", "\n")
     mark = _MARK.search(card)
     if mark is None:
         return False
     try:
         return mark[1] == _digest(ModelCard(_MARK.sub("", card), ignore_metadata_errors=True))
-    except (ValueError, yaml.YAMLError):  # metadata that can't be read: nothing that make_card writes
+    except (ValueError, yaml.YAMLError):  # metadata that can't be parsed, which make_card never writes
         return False
 
 
 def _digest(card: ModelCard) -> str:
-    """Of what a card says: writing its metadata anew, as the library does, changes nothing."""
+    """Return a digest of a card's content; rewriting its metadata, as the library does, doesn't change it."""
     content = json.dumps([card.data.to_dict(), card.text.strip()], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def _eval_results(metrics: Mapping[str, float], data: str | None) -> list[EvalResult]:
     name = f"{public_name(data)}, validation" if data else "validation"
-    place = {"task_type": "image-text-to-text", "dataset_type": _slug(name), "dataset_name": name}
     return [
-        EvalResult(metric_type=_slug(metric), metric_name=metric, metric_value=value, **place)
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=_slug(name),
+            dataset_name=name,
+            metric_type=_slug(metric),
+            metric_name=metric,
+            metric_value=value,
+        )
         for metric, value in metrics.items()
     ]
 
@@ -196,12 +214,12 @@ def _metrics_table(metrics: Mapping[str, float], data: str | None) -> str:
 
 
 def public_name(source: str) -> str:
-    """A Hub id, or any other text, as it is; of a local folder its name alone, since its path means nothing to others."""
+    """Return a Hub id or any other text as it is; of a local folder only the name, since its path is private."""
     return Path(source).resolve().name if os.path.exists(source) or os.path.isabs(source) else source
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name` if it can be a Hub id, user/model; None for a local folder, or for nothing."""
+    """Return `name` if it can be a Hub id, user/model; None for a local folder or None."""
     if not name or "/" not in name or os.path.exists(name):
         return None
     try:

@@ -7,7 +7,7 @@ prompts), S slices, T tokens, L findings.
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack, cast
 
 import torch
 from torch import nn
@@ -15,9 +15,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 from .checks_samf import (
     check_finding_targets,
@@ -38,7 +36,7 @@ from .extra_sources_samf import SourceVector, pack_sources
 from .generation_samf import SamfGenerationMixin, cached_tokens, warn_of_length
 from .hub_samf import HubModel
 from .image_tokens_samf import FusionText, find_fusion_text, place_image_tokens
-from .inputs_samf import PromptInputs, VolumeInputs
+from .inputs_samf import ModelInputs, PromptInputs, VolumeInputs
 from .language_model_samf import KEPT_OUTPUTS, CausalLanguageModel, forget_longest_sequence, takes_positions
 from .losses_samf import LOSS_COUNTS, finding_loss, finding_weights, take_finding_targets
 from .modules_samf import SamfAggregator, SamfFusion, SlicePositionEmbedding, default_slice_places
@@ -51,6 +49,7 @@ _RECORDED = ("output_attentions", "output_hidden_states")  # asked of the slice 
 class SamfPreTrainedModel(HubModel, PreTrainedModel):
     """What SAMF's models have in common: initialisation, saving, and what the library asks of a model class."""
 
+    config: SamfConfig
     config_class = SamfConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")  # type: ignore[assignment]  # as in the library's own models
@@ -99,7 +98,9 @@ class SamfModel(SamfPreTrainedModel):
         self.aggregator = SamfAggregator(config)
         self.fusion = SamfFusion(config)
         self.finding_head = nn.Linear(config.volume_dim, len(config.finding_names)) if config.finding_names else None
-        self.language_model = language_model or build_language_model(config.text_config).base_model
+        self.language_model = language_model or cast(
+            PreTrainedModel, build_language_model(config.text_config).base_model
+        )
         self._takes_positions = takes_positions(self.language_model)
         self.post_init()
 
@@ -171,7 +172,7 @@ class SamfModel(SamfPreTrainedModel):
             outputs = BaseModelOutputWithPooling(last_hidden_state=slice_embeddings.to(self.aggregator.cls_token.dtype))
         else:
             raise ValueError("Pass exactly one of pixel_values and slice_embeddings.")
-        slices = outputs.last_hidden_state
+        slices = cast(torch.Tensor, outputs.last_hidden_state)
         check_slice_places(slice_planes, slice_positions)
         check_slice_shapes(slices, slice_mask=slice_mask, slice_planes=slice_planes, slice_positions=slice_positions)
         slices = self._add_positions(slices, slice_planes, slice_positions)
@@ -185,7 +186,7 @@ class SamfModel(SamfPreTrainedModel):
         if self.slice_position is None:
             return slices
         if planes is None or positions is None:
-            planes, positions = default_slice_places(*slices.shape[:2], slices.device)
+            planes, positions = default_slice_places(slices.shape[0], slices.shape[1], slices.device)
         return slices + self.slice_position(planes, positions).to(slices.device, slices.dtype)
 
     def pack_extra_sources(self, rows: Sequence[Mapping[str, SourceVector | None] | None]) -> dict[str, torch.Tensor]:
@@ -259,10 +260,9 @@ class SamfModel(SamfPreTrainedModel):
         prompt = PromptInputs(input_ids, inputs_embeds, attention_mask, position_ids, prompt_mask, prefix_ids, labels)
         check_inputs(prompt, volume)
         image_outputs, finding_logits = self._read_volume(volume, kwargs)
-        language, attentions = {}, None
-        if input_ids is not None or inputs_embeds is not None:
-            embeds, attentions = self._embed_prompt(prompt, volume, image_outputs, kwargs)
-            language = self._run_language_model(embeds, prompt, kwargs)
+        has_text = input_ids is not None or inputs_embeds is not None
+        embeds, attentions = self._embed_prompt(prompt, volume, image_outputs, kwargs) if has_text else (None, None)
+        language = {} if embeds is None else self._run_language_model(embeds, prompt, kwargs)
         return SamfModelOutputWithPast(
             **language,
             image_outputs=image_outputs,
@@ -271,7 +271,7 @@ class SamfModel(SamfPreTrainedModel):
         )
 
     def _read_volume(
-        self, volume: VolumeInputs, others: Mapping[str, Any]
+        self, volume: VolumeInputs, others: ModelInputs
     ) -> tuple[BaseModelOutputWithPooling | None, torch.Tensor | None]:
         """Return the volume's embeddings and the findings' logits (B, L); None where there is no volume or no head."""
         if volume.pixel_values is None and volume.slice_embeddings is None:
@@ -294,7 +294,7 @@ class SamfModel(SamfPreTrainedModel):
         prompt: PromptInputs,
         volume: VolumeInputs,
         image_outputs: BaseModelOutputWithPooling | None,
-        others: Mapping[str, Any],
+        others: ModelInputs,
     ) -> tuple[torch.Tensor, SamfSliceAttentions | None]:
         """Return the prompts' embeddings (B, T, text width) with the image tokens in place, and the fusion's weights."""
         embed, inputs_embeds = self.get_input_embeddings(), prompt.inputs_embeds
@@ -322,7 +322,8 @@ class SamfModel(SamfPreTrainedModel):
         image_outputs: BaseModelOutputWithPooling,
     ) -> tuple[torch.Tensor, SamfSliceAttentions]:
         """Return the embeddings (B, T, text width) with the image tokens in place, and the fusion's weights."""
-        slices, volume_embedding = image_outputs.last_hidden_state, image_outputs.pooler_output[:, 0]
+        slices = cast(torch.Tensor, image_outputs.last_hidden_state)
+        volume_embedding = cast(torch.Tensor, image_outputs.pooler_output)[:, 0]
         if self.config.slice_position_scope == "all":
             slices = self._add_positions(slices, volume.slice_planes, volume.slice_positions)
         slice_mask = volume.slice_mask
@@ -342,8 +343,8 @@ class SamfModel(SamfPreTrainedModel):
         return place_image_tokens(inputs_embeds, text.image_mask, tokens, slice_mask), attentions
 
     def _run_language_model(
-        self, inputs_embeds: torch.Tensor, prompt: PromptInputs, others: Mapping[str, Any]
-    ) -> dict[str, Any]:
+        self, inputs_embeds: torch.Tensor, prompt: PromptInputs, others: ModelInputs
+    ) -> Mapping[str, Any]:
         """Return the fields of the language model's output that SAMF's has too."""
         positions = {"position_ids": prompt.position_ids} if self._takes_positions else {}
         forget_longest_sequence(self.language_model, self.config.text_config)
@@ -356,9 +357,9 @@ class SamfModel(SamfPreTrainedModel):
 class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
     """SAMF with its language modelling head: writes the report of a volume, or answers a question about it.
 
-    `forward` adds `config.finding_loss_weight` times the binary cross-entropy of `finding_targets` to the text's loss, each
-    row weighted by its share of the label tokens; with a volume and no text it is the whole loss. (The name has no "label"
-    in it: Trainer would ask every evaluation batch for it. The old name, `finding_labels`, still works.)
+    `forward` adds `config.finding_loss_weight` times the binary cross-entropy of `finding_targets` to the text's loss, with
+    the row weights of [`~losses_samf.finding_weights`]; with a volume and no text it is the whole loss. (The name has no
+    "label" in it: Trainer would ask every evaluation batch for it. The old name, `finding_labels`, still works.)
 
     Args:
         config: the model's configuration.
@@ -369,7 +370,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
     def __init__(self, config: SamfConfig):
         super().__init__(config)
         causal = build_language_model(config.text_config)
-        self.model = SamfModel(config, causal.base_model)
+        self.model = SamfModel(config, cast(PreTrainedModel, causal.base_model))
         self.lm_head = causal.get_output_embeddings()
         self.causal_lm = CausalLanguageModel(causal)
         self._tied_weights_keys = self.causal_lm.tied_weights_keys("model.language_model")
@@ -517,7 +518,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
         outputs: SamfModelOutputWithPast,
         prompt: PromptInputs,
         logits_to_keep: int | torch.Tensor,
-        others: Mapping[str, Any],
+        others: ModelInputs,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return the logits, the text's loss and its experts' part; None where there is no text or no labels."""
         if outputs.last_hidden_state is None:

@@ -5,8 +5,8 @@ Equation numbers are the paper's. Shapes: B volumes (and prompts), S slices, T t
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ DEPTH_FREQUENCIES = 16
 
 
 class SlicePositionEmbedding(nn.Module):
-    """Where a slice comes from: its plane, and its position along the plane's normal.
+    """Embedding of a slice's origin: its plane, and its position along the plane's normal.
 
     The position in [0, 1] enters as sines and cosines, so that a volume may have any number of slices.
 
@@ -54,7 +54,7 @@ class SlicePositionEmbedding(nn.Module):
 
 
 def default_slice_places(batch: int, slices: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return planes and positions of slices that come without: equal thirds, one for each plane, evenly spaced.
+    """Return default planes and positions of slices: equal thirds, one for each plane, evenly spaced.
 
     This is the order in which the image processor returns slices by default.
 
@@ -288,7 +288,8 @@ class SamfFusion(nn.Module):
         check_source_names(self.extra_sources)
         self.project_extra = nn.ModuleDict({name: nn.Linear(width, dim) for name, width in self.extra_sources.items()})
         parts = (4 if config.fusion_type == "ao2d" else 3) + len(self.extra_sources)
-        self.mix = FewRowsLinear(dim * parts, text_dim)  # W_fusion, eqs. 10 and 12
+        # W_fusion, eqs. 10 and 12. Saved weights and optimizer states have it under this name.
+        self.mix = FewRowsLinear(dim * parts, text_dim)
 
     def forward(
         self,
@@ -337,7 +338,8 @@ class SamfFusion(nn.Module):
         """Return each extra source's projected vector (B, 1, d), zero where the source is absent."""
         extra = []
         sources = split_sources(self.extra_sources, volume, values, mask)
-        for layer, (vector, absent) in zip(self.project_extra.values(), sources, strict=True):
+        layers = cast(Iterable[nn.Linear], self.project_extra.values())
+        for layer, (vector, absent) in zip(layers, sources, strict=True):
             # Filled before and after the layer: a NaN in place of an unknown value must not reach its gradient.
             projected = layer(vector.masked_fill(absent, 0).to(layer.weight.dtype)).masked_fill(absent, 0)
             extra.append(projected.unsqueeze(1))

@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -175,8 +175,7 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
             answers = find_answers(
                 output["input_ids"], self._answer_header(), self.answer_end(), pad, self.image_token_id
             )
-            if answers is not None:
-                output["prompt_mask"] = mask_prompt(output, answers, self.image_token_id)
+            self._add_prompt_mask(output, answers)
         return output
 
     def prepare_inputs_layout(  # type: ignore[override]  # no videos, no audio
@@ -265,8 +264,7 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
         """Render a conversation, or convert it to model inputs (`tokenize=True, return_dict=True`).
 
         A volume is a content block: `{"type": "volume", "path": "scan.nii.gz"}`, or under `"volume"` anything that
-        `__call__` takes, or the list of the files of one DICOM series. OpenAI's names (`input_image`, `image_url`,
-        `input_text`) are accepted too.
+        `__call__` takes, or the files of one DICOM series. OpenAI's names (`input_image`, `image_url`, `input_text`) work too.
 
         Args:
             conversation: a list of messages, or a list of conversations; see `read_conversations`.
@@ -280,9 +278,8 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
         Returns:
             The text or texts, the `input_ids`, or with `return_dict=True` the model inputs with `prompt_mask` (B, T), True
             for the prompt's text: the tokens of system and user turns before the first assistant token after the volume,
-            without image tokens and padding. The fusion reads only these tokens, so that an answer in the conversation
-            can't leak into the image tokens. If a template has no `{% generation %}`, answers can't be told from the
-            prompt, and a conversation that holds an answer gets no `prompt_mask`.
+            without image tokens and padding. The fusion reads only these, so that no answer leaks into the image tokens.
+            A conversation with an answer gets no `prompt_mask` if the template has no `{% generation %}` to mark answers.
 
         Raises:
             ValueError: a content block, role or `tools` that the template doesn't render; the message says which.
@@ -307,15 +304,18 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
             processor_kwargs=processor_kwargs,
             **kwargs,
         )
-        if not want_mask:
-            return output
         if library_marks:
             answers = output["assistant_masks"] if return_assistant_tokens_mask else output.pop("assistant_masks")
-        else:
-            answers = find_marked_answers(output, rendered, tokenized, self.tokenizer, self.image_token_id)
-        if answers is not None:
-            output["prompt_mask"] = mask_prompt(output, answers, self.image_token_id)
+            self._add_prompt_mask(output, answers)
+        elif want_mask:
+            found = find_marked_answers(output, rendered, tokenized, self.tokenizer, self.image_token_id)
+            self._add_prompt_mask(output, found)
         return output
+
+    def _add_prompt_mask(self, inputs: BatchFeature, answers: Iterable[Any] | None) -> None:
+        """Add `prompt_mask` to the inputs, unless it is unknown where the answers are."""
+        if answers is not None:
+            inputs["prompt_mask"] = mask_prompt(inputs, answers, self.image_token_id)
 
     def answer_end(self) -> int | None:
         """Return the id of the token that ends an answer, the last one that the chat template marks; None if it marks none."""

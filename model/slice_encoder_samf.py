@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import inspect
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
-from .configuration_samf import SamfConfig
+from .configuration_samf import Pooling, SamfConfig
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +26,7 @@ _RANDOMLY_MASKED = ("vit_mae",)  # drop most patches, also in inference
 _DEFAULT_IMAGE_SIZE = 224
 
 
-def pool_slices(output: BaseModelOutputWithPooling, pooling: str | None) -> torch.Tensor:
+def pool_slices(output: BaseModelOutputWithPooling, pooling: Pooling | None) -> torch.Tensor:
     """Return one embedding for each slice, (N, D).
 
     Args:
@@ -34,15 +34,15 @@ def pool_slices(output: BaseModelOutputWithPooling, pooling: str | None) -> torc
         pooling: `"cls"` the first token, `"mean"` over all tokens or places, `"pooler"` the encoder's own.
     """
     if pooling == "pooler":
-        return output.pooler_output.flatten(1)
-    tokens = output.last_hidden_state
+        return cast(torch.Tensor, output.pooler_output).flatten(1)
+    tokens = cast(torch.Tensor, output.last_hidden_state)
     if pooling == "cls":
         return tokens[:, 0]
     return tokens.mean(dim=1) if tokens.ndim == 3 else tokens.flatten(2).mean(dim=2)
 
 
 def encode_pixels(encoder: PreTrainedModel, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-    """Run a slice encoder; one that would order its patches at random keeps them in order.
+    """Run a slice encoder, with patches in their order even if the encoder would shuffle them.
 
     Args:
         encoder: the slice encoder.
@@ -66,7 +66,7 @@ class SliceReadout:
         unused: names of the weights that z_2d doesn't depend on.
     """
 
-    pooling: str
+    pooling: Pooling
     unused: tuple[str, ...]
 
 
@@ -92,9 +92,8 @@ def prepare_slice_encoder(encoder: PreTrainedModel, config: SamfConfig) -> None:
         encoder.config.mask_ratio = 0.0
     drops_pooler = "add_pooling_layer" in inspect.signature(type(encoder).__init__).parameters
     asked = config.slice_pooling
-    readout = _find_readout(
-        type(encoder), encoder.config.to_json_string(use_diff=False), asked, drops_pooler, config.slice_dim
-    )
+    settings = encoder.config.to_json_string(use_diff=False)
+    readout = _find_readout(type(encoder), settings, asked, drops_pooler, config.slice_dim)  # type: ignore[arg-type]
     if asked is None and readout.pooling != "cls":
         logger.warning_once(
             f"{type(encoder).__name__} has no CLS token: slice_pooling={readout.pooling!r}, which is "
@@ -114,7 +113,7 @@ def prepare_slice_encoder(encoder: PreTrainedModel, config: SamfConfig) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _find_readout(
-    encoder_class: type[PreTrainedModel], settings: str, asked: str | None, drops_pooler: bool, dim: int
+    encoder_class: type[PreTrainedModel], settings: str, asked: Pooling | None, drops_pooler: bool, dim: int
 ) -> SliceReadout:
     """Run an encoder of these settings on the meta device, and return what z_2d is and depends on."""
     name = encoder_class.__name__
@@ -125,13 +124,13 @@ def _find_readout(
     with torch.device("meta"), init.no_init_weights(), torch.inference_mode(False), torch.enable_grad():
         encoder = encoder_class(config).eval()
         if drops_pooler and asked != "pooler":
-            encoder.pooler = None  # type: ignore[assignment]
+            encoder.pooler = None
         size = getattr(config, "image_size", None) or _DEFAULT_IMAGE_SIZE
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         output = encode_pixels(encoder, torch.zeros(1, getattr(config, "num_channels", 3), height, width))
-        tokens, pooled = output.last_hidden_state, getattr(output, "pooler_output", None)
+        tokens, pooled = cast(torch.Tensor, output.last_hidden_state), getattr(output, "pooler_output", None)
         has_cls = tokens.ndim == 3 and _reaches_cls_token(encoder, tokens)
-        pooling = asked or ("cls" if has_cls else "pooler" if pooled is not None else "mean")
+        pooling: Pooling = asked or ("cls" if has_cls else "pooler" if pooled is not None else "mean")
         _check_pooling(name, pooling, has_cls, pooled is not None)
         slices = pool_slices(output, pooling)
         if slices.shape[-1] != dim:
@@ -167,7 +166,7 @@ def _check_inputs(encoder_class: type[PreTrainedModel]) -> None:
         )
 
 
-def _check_pooling(name: str, pooling: str, has_cls: bool, has_pooler: bool) -> None:
+def _check_pooling(name: str, pooling: Pooling, has_cls: bool, has_pooler: bool) -> None:
     """Raise ValueError if an encoder doesn't have what `slice_pooling` reads."""
     if pooling == "cls" and not has_cls:
         raise ValueError(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, TypedDict
 
-from .slice_geometry import PLANES, Plane
+from .slice_geometry import ORIENTATION_LABELS, PLANES, Plane
 
 Preset = Literal["triplanar", "paper", "published"]
 Window: TypeAlias = tuple[float, float]  # lowest and highest HU of a channel
@@ -25,6 +25,15 @@ PRESETS: dict[Preset, PresetDefaults] = {
     "published": {"planes": ("axial",), "hu_windows": None, "do_normalize": False},
 }
 
+# Properties that can't be set, by preset: saved for readers of the file. Files with other texts are refused.
+DESCRIPTIONS: dict[str, dict[str, str | dict[Plane, str]]] = {
+    "orientation": {"default": ORIENTATION_LABELS, "published": "as stored"},
+    "pixel_spacing": {
+        "default": "square: the longer side of the field in mm, over size",
+        "published": "as stored: the shorter side over size",
+    },
+}
+
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError if a setting is not one of its choices.
@@ -36,6 +45,16 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name}={value!r}; expected one of {', '.join(choices)}")
+
+
+def check_descriptions(described: Mapping[str, object]) -> None:
+    """Raise ValueError if saved settings describe images that this code doesn't make."""
+    for key, found in described.items():
+        known = list(DESCRIPTIONS[key].values())
+        if found not in known:
+            raise ValueError(
+                f"{key}={found!r}; this code supports only {' or '.join(map(repr, known))}. Leave it out: it can't be set."
+            )
 
 
 def checked_planes(planes: str | Sequence[str]) -> tuple[Plane, ...]:

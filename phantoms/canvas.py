@@ -114,7 +114,7 @@ class Canvas:
         if orientation is not None:
             offset = [sum(np.float32(row[k]) * offset[k] for k in range(3)) for row in orientation]
         radius = np.sqrt(sum((part / np.float32(axis)) ** 2 for part, axis in zip(offset, axes, strict=True)))
-        return (radius - 1) * np.float32(min(axes))
+        return (radius - 1) * np.float32(np.min(axes))
 
     def distance_to_line(self, start: Point, end: Point, box: Box) -> np.ndarray:
         """Return the distance in mm to a line segment.
@@ -126,7 +126,7 @@ class Canvas:
         """
         first, line = np.asarray(start, np.float32), np.asarray(end, np.float32) - np.asarray(start, np.float32)
         dx, dy, dz = self.x[box] - first[0], self.y[box] - first[1], self.z[box] - first[2]
-        along = np.clip((dx * line[0] + dy * line[1] + dz * line[2]) / np.float32(max(line @ line, 1e-6)), 0, 1)
+        along = np.clip((dx * line[0] + dy * line[1] + dz * line[2]) / np.float32(max(float(line @ line), 1e-6)), 0, 1)
         return np.sqrt((dx - along * line[0]) ** 2 + (dy - along * line[1]) ** 2 + (dz - along * line[2]) ** 2)
 
     def paint_tube(self, points: np.ndarray, radius: float, value: float) -> None:
@@ -139,7 +139,7 @@ class Canvas:
         """
         share = min(1.0, (2.2 * radius / self.voxel) ** 2)
         for start, end in pairwise(points):
-            box = self.around((start + end) / 2, np.linalg.norm(end - start) / 2 + radius + self.voxel)
+            box = self.around((start + end) / 2, float(np.linalg.norm(end - start)) / 2 + radius + self.voxel)
             self.paint(self.soft(self.distance_to_line(start, end, box) - radius) * share, value, box)
 
     def smooth_noise(self, rng: np.random.Generator, cell: float) -> np.ndarray:

@@ -75,17 +75,17 @@ def sample_findings(
     consolidation_lobe, nodule_lobe = (LOBES[k] for k in rng.permutation(len(LOBES))[:2])
     atelectasis_lobe = ("right lower lobe", "left lower lobe")[rng.integers(2)]
     size_mm = int(rng.integers(nodule_mm[0], nodule_mm[1] + 1))
-    details = {
-        "Pleural effusion": {"side": side},
-        "Lung nodule": {"lobe": nodule_lobe, "size_mm": size_mm},
-        "Consolidation": {"lobe": consolidation_lobe},
-        "Atelectasis": {"lobe": atelectasis_lobe},
+    drawn = {
+        "Pleural effusion": Finding("Pleural effusion", side=side),
+        "Lung nodule": Finding("Lung nodule", lobe=nodule_lobe, size_mm=size_mm),
+        "Consolidation": Finding("Consolidation", lobe=consolidation_lobe),
+        "Atelectasis": Finding("Atelectasis", lobe=atelectasis_lobe),
     }
-    return index_findings(
-        Finding(name, **details.get(name, {}))
+    return {
+        name: drawn[name] if name in drawn else Finding(name)
         for name, is_present in zip(FINDING_NAMES, present, strict=True)
         if is_present
-    )
+    }
 
 
 def index_findings(findings: Iterable[Finding]) -> dict[str, Finding]:

@@ -1,6 +1,5 @@
 """Slices of phantoms with labels from their masks: which finding is in which quarter of the image."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,7 +11,7 @@ from tqdm import tqdm
 from samf.model.ct_volume import CTVolume
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.phantoms.volume import Phantom, make_phantom
-from samf.utils.parallel import process_pool
+from samf.utils.parallel import process_pool, usable_cores
 
 _MASK_HU = 1000
 # Pixels of a finding's mask in a quarter from which the quarter is labelled with it.
@@ -42,7 +41,7 @@ class LabelledSlices(Dataset):
         workers: int | None = None,
     ):
         draw = partial(_draw, seed=seed, image_processor=image_processor, finding_names=tuple(finding_names))
-        with process_pool(workers or os.cpu_count()) as pool:
+        with process_pool(workers or usable_cores()) as pool:
             drawn = list(tqdm(pool.map(draw, range(patients), chunksize=4), total=patients, desc="drawing phantoms"))
         self.slices = np.concatenate([slices for slices, _ in drawn])
         self.labels = np.concatenate([labels for _, labels in drawn])

@@ -68,7 +68,7 @@ def paint_calcium(chest: Chest, distance: np.ndarray, line: np.ndarray) -> None:
 
 def paint_consolidation(chest: Chest) -> None:
     """Fill a part of a lobe, with a ragged border and open bronchi (air bronchograms) in it."""
-    if (finding := chest.findings.get("Consolidation")) is None:
+    if (finding := chest.findings.get("Consolidation")) is None or finding.lobe is None:
         return
     c, rng = chest.canvas, chest.rng_of("Consolidation")
     centre, axes = chest.lobe_centre(finding.lobe, rng, 8), rng.uniform(29, 38, 3)
@@ -111,19 +111,19 @@ def paint_pleural_effusion(chest: Chest) -> None:
 
 def paint_nodule(chest: Chest) -> None:
     """Paint a nearly spherical nodule at a place of the lobe that is free of everything else."""
-    if (finding := chest.findings.get("Lung nodule")) is None:
+    if (finding := chest.findings.get("Lung nodule")) is None or finding.lobe is None or finding.size_mm is None:
         return
-    c, rng = chest.canvas, chest.rng_of("Lung nodule")
+    c, rng, radius = chest.canvas, chest.rng_of("Lung nodule"), finding.size_mm / 2
     free = chest.lung_fraction * chest.lobe_fraction(finding.lobe)
-    centre, best = None, -1.0
+    centre, best = np.zeros(3), -1.0
     for jitter in np.linspace(12, 30, 16):
         candidate = chest.lobe_centre(finding.lobe, rng, jitter)
-        share = _share_in_ball(chest, free, candidate, finding.size_mm / 2 + 3)
+        share = _share_in_ball(chest, free, candidate, radius + 3)
         if share > best:
             centre, best = candidate, share
         if best > 0.97:
             break
-    axes = finding.size_mm / 2 * rng.uniform(0.93, 1.07, 3)
+    axes = radius * rng.uniform(0.93, 1.07, 3)
     box = c.around(centre, axes.max())
     fraction = c.soft(c.distance_to_ellipsoid(centre, axes, box))
     c.paint(fraction, rng.uniform(30, 60), box)
@@ -141,7 +141,7 @@ def _share_in_ball(chest: Chest, fraction: np.ndarray, centre: np.ndarray, radiu
 
 def paint_atelectasis(chest: Chest) -> None:
     """Paint a thin plate of collapsed lung above the diaphragm."""
-    if (finding := chest.findings.get("Atelectasis")) is None:
+    if (finding := chest.findings.get("Atelectasis")) is None or finding.lobe is None:
         return
     a, c, rng = chest.anatomy, chest.canvas, chest.rng_of("Atelectasis")
     side = 1 if finding.lobe.startswith("right") else -1

@@ -152,7 +152,7 @@ def paint_aorta(chest: Chest) -> None:
     line = np.concatenate([[(4, 16, -8), (14, 22, 16)], curve, descent])
     distance = np.full(c.shape, 99, dtype=np.float32)
     for p, q in pairwise(line):
-        box = c.around((p + q) / 2, np.linalg.norm(q - p) / 2 + a.aorta_radius + 2 * c.voxel)
+        box = c.around((p + q) / 2, float(np.linalg.norm(q - p)) / 2 + a.aorta_radius + 2 * c.voxel)
         distance[box] = np.minimum(distance[box], c.distance_to_line(p, q, box))
     aorta = c.soft(distance - a.aorta_radius)
     c.paint(aorta, BLOOD)

@@ -1,4 +1,4 @@
-"""Questions about phantoms, whose options are all equally likely."""
+"""Questions about phantoms; the options of a multiple-choice question are all equally likely."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,9 +111,9 @@ def ask(
         return _ask_side(rng, findings.get("Pleural effusion"), prevalence)
     questions = []
     for name in ("Consolidation", "Lung nodule"):
-        if name in present:
-            others = shuffled(rng, [lobe for lobe in LOBES if lobe != findings[name].lobe])[:3]
-            questions.append(_compose(rng, family, [findings[name].lobe, *others], [name]))
+        if name in present and (right_lobe := findings[name].lobe) is not None:
+            others = shuffled(rng, [lobe for lobe in LOBES if lobe != right_lobe])[:3]
+            questions.append(_compose(rng, family, [right_lobe, *others], [name]))
     return questions
 
 

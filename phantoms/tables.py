@@ -100,7 +100,7 @@ def _metadata_rows(root: Path, scans: Iterable[Scan]) -> Iterator[Row]:
             "StudyDate": f"2021{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}",
         }
         for volume in scan.volumes:
-            image = nib.load(root / scan.path(volume))
+            image = nib.Nifti1Image.from_filename(root / scan.path(volume))
             order = nib.orientations.io_orientation(image.affine)[:, 0].astype(int)  # stored axis → x, y or z
             size, zooms = [0] * 3, [0.0] * 3
             for stored, axis in enumerate(order):

@@ -25,7 +25,7 @@ PHRASES = {
     "Peribronchial thickening": "peribronchial thickening",
 }
 
-#: The order of a report: a finding's name stands for its statement, any other entry for one of NORMAL's sentences.
+#: The order of a report: for a finding, its statement; for any other entry, one of NORMAL's sentences.
 ORDER = (
     "trachea",
     "vessels",

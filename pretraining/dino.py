@@ -27,7 +27,7 @@ except ImportError:
     DINOLoss = None
 
 
-def require_lightly() -> None:
+def _require_lightly() -> None:
     """Raise ImportError where lightly is missing; recipes can be read without it."""
     if DINOLoss is None:
         raise ImportError("DINO needs lightly: pip install 'lightly>=1.6'")
@@ -84,7 +84,7 @@ class DinoViews(Dataset):
     def __init__(
         self, slices: Dataset, args: DinoArguments, size: int, mean: Sequence[float], std: Sequence[float], seed: int
     ):
-        require_lightly()
+        _require_lightly()
         self.slices, self.seed = slices, seed
         self.transform = DINOTransform(
             global_crop_size=size,
@@ -163,7 +163,7 @@ class DinoModel(nn.Module):
     """
 
     def __init__(self, encoder: PreTrainedModel, args: DinoArguments):
-        require_lightly()
+        _require_lightly()
         super().__init__()
         for name, parameter in encoder.named_parameters():
             if "mask_token" in name:  # for other objectives; DDP waits for the gradient of every trained weight

@@ -13,7 +13,7 @@ from samf.model.hub_samf import publish_weights
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.pretraining.attention_maps import cls_attention, save_attention_image
 from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews
-from samf.pretraining.labelled_sets import LabelledSet
+from samf.pretraining.labelled_sets import LabelledDataset
 from samf.pretraining.neighbours import knn_accuracy
 from samf.pretraining.pixels import normalise_pixels
 from samf.pretraining.row_shares import share_rows
@@ -51,8 +51,8 @@ class DinoTrainer(ResumableTrainer):
         dino_args: DinoArguments,
         *,
         slices: Dataset,
-        bank: LabelledSet,
-        queries: LabelledSet,
+        bank: LabelledDataset,
+        queries: LabelledDataset,
         image_processor: SamfImageProcessor,
         neighbours: int = 20,
         attention_slices: int = 0,
@@ -93,7 +93,7 @@ class DinoTrainer(ResumableTrainer):
             {f"{metric_key_prefix}_knn_accuracy": accuracy, f"{metric_key_prefix}_embedding_spread": spread}
         )
 
-    def embed(self, slices: Dataset) -> np.ndarray:
+    def embed(self, slices: LabelledDataset) -> np.ndarray:
         """Return the teacher's CLS embeddings, float32 (N, D), of whole slices; each process computes its share."""
         encoder = self.dino.teacher.encoder
 

@@ -2,33 +2,47 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset
 
 
-@dataclass(frozen=True)
-class SliceSets:
-    """Slices to learn from, and two labelled sets for nearest neighbours, of which `queries` is held out.
+class LabelledDataset(Protocol):
+    """A data set of slices uint8 (3, H, W) with labels.
 
-    Each set gives uint8 (3, H, W) and has `labels`, int64 (N,), indices into `label_names`.
+    Attributes:
+        labels: int64 (N,), indices into `label_names`.
+        label_names: Names of the labels.
     """
 
+    labels: np.ndarray
+    label_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class SliceSets:
+    """Slices to learn from, uint8 (3, H, W), and two labelled sets for nearest neighbours, of which `queries` is held out."""
+
     train: Dataset
-    bank: "LabelledSet"
-    queries: "LabelledSet"
+    bank: LabelledDataset
+    queries: LabelledDataset
 
 
 class LabelledSet(Dataset):
     """The slices of a labelled data set at some indices.
 
     Args:
-        slices: A data set with `labels` and `label_names`.
+        slices: All slices.
         indices: Of the slices to keep, int64 (N,).
     """
 
-    def __init__(self, slices: Dataset, indices: np.ndarray):
+    def __init__(self, slices: LabelledDataset, indices: np.ndarray):
         self.slices, self.indices = slices, indices
         self.labels, self.label_names = slices.labels[indices], slices.label_names
 
@@ -52,11 +66,11 @@ class JoinedSets(ConcatDataset):
         self.label_names = parts[0].label_names
 
 
-def some_slices(slices: Dataset, most: int, seed: int = 0) -> LabelledSet:
+def some_slices(slices: LabelledDataset, most: int, seed: int = 0) -> LabelledSet:
     """Return a random choice of slices in their order.
 
     Args:
-        slices: A data set with `labels` and `label_names`.
+        slices: All slices.
         most: Largest number of slices.
         seed: Of the choice.
     """

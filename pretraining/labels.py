@@ -39,9 +39,9 @@ def collate(
     }
 
 
-def mean_auc(prediction: EvalPrediction) -> dict[str, float]:
+def _mean_auc(prediction: EvalPrediction) -> dict[str, float]:
     """Return the area under the ROC curve, averaged over the labels that have both values."""
-    logits, labels = prediction.predictions, prediction.label_ids
+    logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     occurring = [column for column in range(labels.shape[1]) if 0 < labels[:, column].mean() < 1]
     return {"auc": float(np.mean([roc_auc_score(labels[:, column], logits[:, column]) for column in occurring]))}
 
@@ -95,7 +95,7 @@ def train_on_labels(
         args=training,
         train_dataset=train,
         eval_dataset=valid,
-        compute_metrics=mean_auc,
+        compute_metrics=_mean_auc,
         image_processor=image_processor,
     )
     train_to_end(trainer)

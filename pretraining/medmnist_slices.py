@@ -23,16 +23,16 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = "medmnist"  # as `data`: let the package of this name download the files
 # Stems of the files, in the order of PLANES. The file of 28 pixels has no size in its name.
-ORGAN_SETS = {"axial": "organamnist", "coronal": "organcmnist", "sagittal": "organsmnist"}
-ORGANS = (
+_ORGAN_SETS = {"axial": "organamnist", "coronal": "organcmnist", "sagittal": "organsmnist"}
+_ORGANS = (
     *("bladder", "femur-left", "femur-right", "heart", "kidney-left", "kidney-right"),
     *("liver", "lung-left", "lung-right", "pancreas", "spleen"),
 )
 # MedMNIST's paper says "transformed into gray-scale with an abdominal window" without numbers; 400 HU around 40 is the
 # usual one. All three channels have the same grey image.
 MEDMNIST_WINDOWS = ((-160, 240),) * 3
-MEDMNIST_SPLITS = ("train", "val", "test")
-MEDMNIST_SIZES = (28, 64, 128, 224)
+_SPLITS = ("train", "val", "test")
+_SIZES = (28, 64, 128, 224)
 
 
 class MedMnistSlices(Dataset):
@@ -47,7 +47,7 @@ class MedMnistSlices(Dataset):
         ValueError: The file has no grey images, or not as many labels.
     """
 
-    label_names = ORGANS
+    label_names: tuple[str, ...] = _ORGANS
 
     def __init__(self, file: Path, split: str, folder: Path):
         self.images = np.load(_unpack_member(file, f"{split}_images.npy", folder), mmap_mode="r")  # (N, size, size)
@@ -86,21 +86,21 @@ def _unpack_member(file: Path, member: str, folder: Path) -> Path:
 
 def holds_medmnist(data: Iterable[str]) -> bool:
     """Return whether one of `data` is MedMNIST: the name of its package, or a folder with one of its organ sets."""
-    stems = ORGAN_SETS.values()
+    stems = _ORGAN_SETS.values()
     return any(root == PACKAGE or any(any(Path(root).glob(f"{stem}*.npz")) for stem in stems) for root in data)
 
 
-def medmnist_files(folder: Path, size: int) -> list[Path]:
+def _medmnist_files(folder: Path, size: int) -> list[Path]:
     """Return the organ sets of `size` pixels in a folder, axial first.
 
     Raises:
         ValueError: MedMNIST has no images of this size.
         FileNotFoundError: The folder has none of the files.
     """
-    if size not in MEDMNIST_SIZES:
-        raise ValueError(f"image_size={size}; MedMNIST's slices have {', '.join(map(str, MEDMNIST_SIZES))} pixels.")
-    ending = "" if size == MEDMNIST_SIZES[0] else f"_{size}"
-    files = [folder / f"{stem}{ending}.npz" for stem in ORGAN_SETS.values()]
+    if size not in _SIZES:
+        raise ValueError(f"image_size={size}; MedMNIST's slices have {', '.join(map(str, _SIZES))} pixels.")
+    ending = "" if size == _SIZES[0] else f"_{size}"
+    files = [folder / f"{stem}{ending}.npz" for stem in _ORGAN_SETS.values()]
     found = [file for file in files if file.is_file()]
     if not found:
         raise FileNotFoundError(
@@ -117,7 +117,7 @@ def download_medmnist(folder: Path, size: int) -> Path:
     if medmnist is None:
         raise ImportError("data: medmnist needs the package of that name: pip install medmnist")
     folder.mkdir(parents=True, exist_ok=True)
-    for stem in ORGAN_SETS.values():
+    for stem in _ORGAN_SETS.values():
         dataset = getattr(medmnist, medmnist.INFO[stem]["python_class"])
         dataset(split="train", size=size, root=str(folder), download=True)
     return folder
@@ -136,14 +136,14 @@ def medmnist_sets(folder: Path, splits: Sequence[str], size: int, unpacked: Path
         ValueError: Unknown splits or size, or a file that isn't MedMNIST's.
         FileNotFoundError: The folder has none of the files.
     """
-    splits = MEDMNIST_SPLITS if list(splits) == ["all"] else splits
-    if not splits or not set(splits) <= set(MEDMNIST_SPLITS):
-        raise ValueError(f"splits={list(splits)}; expected some of {', '.join(MEDMNIST_SPLITS)}, or all.")
-    files = medmnist_files(folder, size)
+    splits = _SPLITS if list(splits) == ["all"] else splits
+    if not splits or not set(splits) <= set(_SPLITS):
+        raise ValueError(f"splits={list(splits)}; expected some of {', '.join(_SPLITS)}, or all.")
+    files = _medmnist_files(folder, size)
     with Processes().main_process_first():
         by_split = {
             split: JoinedSets([MedMnistSlices(file, split, unpacked) for file in files])
-            for split in MEDMNIST_SPLITS
+            for split in _SPLITS
             if split in {*splits, "train", "val"}
         }
     return SliceSets(ConcatDataset([by_split[split] for split in splits]), by_split["train"], by_split["val"])

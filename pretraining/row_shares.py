@@ -11,7 +11,7 @@ def share_rows(compute: Callable[[list[int]], np.ndarray], rows: int) -> np.ndar
 
     Args:
         compute: Returns the results (n, …) for n row numbers.
-        rows: Number of rows; row i is computed by process i modulo the number of processes.
+        rows: Number of rows, at least 1; row i is computed by process i modulo the number of processes.
 
     Returns:
         The results (rows, …) in the order of the rows.
@@ -20,12 +20,13 @@ def share_rows(compute: Callable[[list[int]], np.ndarray], rows: int) -> np.ndar
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share = list(range(rank, rows, world))
-    part = compute(share) if share else None
     if world == 1:
-        return part
+        return compute(share)
     parts: list[np.ndarray | None] = [None] * world
-    torch.distributed.all_gather_object(parts, part)
-    joined = np.empty((rows, *parts[0].shape[1:]), dtype=parts[0].dtype)
-    for start, other in enumerate(parts):
-        joined[start::world] = 0 if other is None else other
+    torch.distributed.all_gather_object(parts, compute(share) if share else None)
+    first = parts[0]  # process 0 has row 0
+    joined = np.empty((rows, *first.shape[1:]), dtype=first.dtype)
+    for start, part in enumerate(parts):
+        if part is not None:
+            joined[start::world] = part
     return joined

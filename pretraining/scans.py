@@ -9,8 +9,8 @@ from samf.cache.slice_cache import SliceCache
 from samf.data.ct_rate.names import VolumeName
 from samf.data.patient_splits import refuse_common_patients, refuse_shared_folders
 from samf.data.patients import patient_of, warn_of_unknown
-from samf.data.schema import OnError
 from samf.data.volume_discovery import FoundVolumes, SourceOptions, VolumeKey, find_splits, join_found
+from samf.training.choices import OnErrorOption
 from samf.training.slice_filling import fill_slice_cache
 from samf.utils.distributed import Processes
 
@@ -24,15 +24,15 @@ class Scan:
     volumes: tuple[VolumeKey, ...]
 
 
-def missing_option(on_missing: OnError) -> str:
-    """Return `SourceOptions.on_missing` for "raise" or "skip"."""
+def missing_option(on_missing: OnErrorOption) -> str:
+    """Return the value for `SourceOptions.on_missing`."""
     return "skip" if on_missing == "skip" else SourceOptions.on_missing
 
 
 def find_scans(
     data: Sequence[str],
     *,
-    on_missing: OnError = "raise",
+    on_missing: OnErrorOption = "raise",
     valid_share: float = 0.1,
     options: SourceOptions | None = None,
 ) -> dict[str, list[Scan]]:
@@ -49,19 +49,19 @@ def find_scans(
         FileNotFoundError: There is no volume under one of `data`; says what is looked for.
         ValueError: There are too few patients to hold one out, or a patient is in both splits.
     """
-    return split_scans(
-        find_by_split(data, options or SourceOptions(on_missing=missing_option(on_missing))), valid_share
+    return _split_scans(
+        _find_by_split(data, options or SourceOptions(on_missing=missing_option(on_missing))), valid_share
     )
 
 
-def find_by_split(data: Sequence[str], options: SourceOptions) -> dict[str, FoundVolumes]:
+def _find_by_split(data: Sequence[str], options: SourceOptions) -> dict[str, FoundVolumes]:
     """Return the volumes of all sources with their patients as {"train": …, "valid": …}. One process searches for all."""
 
     def search() -> dict[str, FoundVolumes]:
         parts: dict[str, list[FoundVolumes]] = {"train": [], "valid": []}
         for source in data:
-            for split, found in find_splits(source, options).items():
-                parts[split].append(found)
+            for split, part in find_splits(source, options).items():
+                parts[split].append(part)
         found = {split: join_found(own) for split, own in parts.items()}
         unknown = sum(patient is None for own in found.values() for patient in own.patients.values())
         warn_of_unknown(", ".join(data), unknown, sum(len(own.keys) for own in found.values()))
@@ -70,7 +70,7 @@ def find_by_split(data: Sequence[str], options: SourceOptions) -> dict[str, Foun
     return Processes().from_first(search)
 
 
-def split_scans(found: Mapping[str, FoundVolumes], valid_share: float) -> dict[str, list[Scan]]:
+def _split_scans(found: Mapping[str, FoundVolumes], valid_share: float) -> dict[str, list[Scan]]:
     """Group volumes into scans, and hold patients out where there is no validation split; see `find_scans`."""
     scans = {split: _group(own) for split, own in found.items()}
     if not scans["valid"]:
@@ -81,7 +81,7 @@ def split_scans(found: Mapping[str, FoundVolumes], valid_share: float) -> dict[s
 
 
 def readable_scans(
-    data: Sequence[str], cache: SliceCache, *, on_error: OnError, valid_share: float, options: SourceOptions
+    data: Sequence[str], cache: SliceCache, *, on_error: OnErrorOption, valid_share: float, options: SourceOptions
 ) -> dict[str, list[Scan]]:
     """Fill a cache by all processes together, and return the scans whose slices it has then.
 
@@ -97,7 +97,7 @@ def readable_scans(
     Raises:
         ValueError: A split has no readable volume, or as for `find_scans`.
     """
-    found = find_by_split(data, options)
+    found = _find_by_split(data, options)
     everything = join_found([found["train"], found["valid"]])
     kept = fill_slice_cache(cache, everything.keys, on_error, searched=everything.searched)
     readable = {split: own.only(kept) for split, own in found.items()}
@@ -105,7 +105,7 @@ def readable_scans(
         raise ValueError(
             f"{', '.join(data)}: no volume of the split {' and '.join(lost)} can be read; see the log above."
         )
-    scans = split_scans(readable, valid_share)
+    scans = _split_scans(readable, valid_share)
     for split, own in scans.items():
         Processes().check_equal(f"scans ({split})", len(own))
     return scans

@@ -22,12 +22,12 @@ from torch.utils.data import Dataset
 from samf.cache.manifest import Manifest
 from samf.cache.slice_cache import SliceCache, read_entry
 from samf.data.patients import PatientRule, find_patients, warn_of_unknown
-from samf.data.schema import OnError
 from samf.data.volume_discovery import SourceOptions
 from samf.model.image_processing_samf import PLANES, SamfImageProcessor
 from samf.pretraining.labelled_sets import SliceSets
 from samf.pretraining.medmnist_slices import PACKAGE, download_medmnist, holds_medmnist, medmnist_sets
 from samf.pretraining.scans import Scan, hold_out, missing_option, readable_scans
+from samf.training.choices import OnErrorOption
 from samf.utils.distributed import Processes
 
 SLICES = "_slices"  # the slice cache in an output folder; Trainer doesn't push names that begin with an underscore
@@ -84,7 +84,7 @@ def _is_slice_cache(folder: Path) -> bool:
     return first is not None
 
 
-def cached_sets(
+def _cached_sets(
     folders: Sequence[Path], depth_bins: int, valid_share: float, rule: PatientRule | None = None
 ) -> SliceSets:
     """Return all slices of full caches; patients are held out.
@@ -116,7 +116,7 @@ def cached_sets(
     return SliceSets(parts[0], *parts)
 
 
-def scan_sets(scans: Mapping[str, Sequence[Scan]], cache: SliceCache, depth_bins: int) -> SliceSets:
+def _scan_sets(scans: Mapping[str, Sequence[Scan]], cache: SliceCache, depth_bins: int) -> SliceSets:
     """Return all slices of scans.
 
     Args:
@@ -139,8 +139,8 @@ def slice_sets(
     splits: Sequence[str] = ("train",),
     depth_bins: int = 8,
     valid_share: float = 0.1,
-    on_error: OnError = "raise",
-    on_missing: OnError = "raise",
+    on_error: OnErrorOption = "raise",
+    on_missing: OnErrorOption = "raise",
     options: SourceOptions | None = None,
     min_coverage: float = 0.0,
 ) -> SliceSets:
@@ -175,8 +175,8 @@ def slice_sets(
             raise ValueError(f"data={list(data)}: MedMNIST's folder can't be mixed with others; give only that folder.")
         return medmnist_sets(folders[0], splits, image_processor.size, cache_folder / PACKAGE)
     if Processes().from_first(lambda: all(_is_slice_cache(folder) for folder in folders)):
-        return cached_sets(folders, depth_bins, valid_share, options.patient_rule if options else None)
+        return _cached_sets(folders, depth_bins, valid_share, options.patient_rule if options else None)
     cache = SliceCache(cache_folder, image_processor, min_coverage)
     options = options or SourceOptions(on_missing=missing_option(on_missing))
     scans = readable_scans(data, cache, on_error=on_error, valid_share=valid_share, options=options)
-    return scan_sets(scans, cache, depth_bins)
+    return _scan_sets(scans, cache, depth_bins)

@@ -100,7 +100,7 @@ def load_tokenizer(checkpoint: Checkpoint, args: ConvertArguments) -> PreTrained
         if not folder.is_dir():
             folder = Path(snapshot_download(args.tokenizer, allow_patterns=list(TOKENIZER_FILES)))
     found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()] if folder else []
-    if not any(path.name in ("tokenizer.json", "tokenizer.model") for path in found):
+    if folder is None or not any(path.name in ("tokenizer.json", "tokenizer.model") for path in found):
         if args.tokenizer is not None:
             raise ConversionError(f"{args.tokenizer}: holds neither tokenizer.json nor tokenizer.model.")
         return None

@@ -4,10 +4,10 @@ import argparse
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -167,6 +167,7 @@ def read_weights(file: Path) -> tuple[Entries, dict[str, str]]:
 def _read_pickle(file: Path) -> Entries:
     # Facebook's DINO checkpoints also hold the command line and numpy numbers: plain data.
     scalar, array = np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]
+    plain: list[Callable[..., Any] | tuple[Callable[..., Any], str]]
     plain = [argparse.Namespace, np.dtype, np.ndarray, type(np.dtype(np.float64)), type(np.dtype(np.int64))]
     for module in ("numpy._core.multiarray", "numpy.core.multiarray"):
         plain += [(scalar, f"{module}.scalar"), (array, f"{module}._reconstruct")]

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from tqdm import tqdm
@@ -103,7 +103,7 @@ def backbone_weights(loaded: Entries, branch: Branch | None, source: str) -> Ent
     while inner := next((k for k in (*branches, "state_dict", "model") if isinstance(loaded.get(k), Mapping)), None):
         left_out += [name for name in loaded if name != inner]
         branches = () if inner in branches else branches
-        loaded = loaded[inner]
+        loaded = cast(Entries, loaded[inner])
     names = {name: _strip(name, _WRAPPERS) for name in loaded}
     found = {match[1] for name in names.values() if (match := re.match(r"(teacher|student)[._]", name))}
     chosen = next((name for name in branches if name in found), None)

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from samf.evaluation.results_table import markdown_table
+from samf.evaluation.markdown import markdown_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAX_FUNCTION = 60

@@ -1,6 +1,6 @@
 """Run a script under `accelerate launch` on CPUs although the launcher's recipe names GPUs: DeepSpeed and FSDP2 for real.
 
-accelerate chooses the backend by the GPUs that it sees. Here it is told gloo, with the CPU as its device.
+accelerate chooses the backend by the GPUs that it sees. Here it gets gloo, with the CPU as its device.
 
     DS_ACCELERATOR=cpu ACCELERATE_TORCH_DEVICE=cpu accelerate launch --config_file recipes/accelerate/fsdp2.yaml \
         --num_processes 2 tests/cpu_shards.py train.py --config …
@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 
 
 def prepare_backend(self: Any, *args: Any, **kwargs: Any) -> tuple[str | None, DistributedType]:
-    """What accelerate would choose with a GPU for each process, but over gloo."""
+    """Return what accelerate would choose with a GPU for each process, but over gloo."""
     if int(os.environ.get("LOCAL_RANK", "-1")) == -1:
         return None, DistributedType.NO
     return "gloo", DistributedType.MULTI_GPU

@@ -1,4 +1,4 @@
-"""DICOM files for tests, written by pydicom from arrays whose every voxel says where it lies."""
+"""DICOM files for tests, written by pydicom from arrays in which every voxel encodes its position."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +22,12 @@ GRADIENT = np.array([11.0, -7.0, 5.0])  # HU for each mm to the left, back and h
 
 
 def world_hu(lps: np.ndarray) -> np.ndarray:
-    """HU that grow linearly through the room: linear interpolation gives them exactly, wherever it is asked."""
+    """Return HU that grow linearly in space, which linear interpolation reproduces exactly everywhere."""
     return lps @ GRADIENT
 
 
 def slice_hu(position: Sequence[float], cosines: Sequence[float] = AXIAL) -> np.ndarray:
-    """(rows, columns) of the slice whose first pixel lies at `position`."""
+    """Return HU (rows, columns) of the slice whose first pixel is at `position`."""
     cosines = np.asarray(cosines, dtype=float)
     rows, columns = np.mgrid[:ROWS, :COLUMNS]
     places = (
@@ -43,7 +43,7 @@ def stack_positions(count: int = 6, step: float = 2.5, axis: Sequence[float] = (
 
 
 def slice_dataset(hu: np.ndarray, position: Sequence[float], slope: float = 1, intercept: int = -1024, **tags: Any):
-    """A CT slice that stores (hu - intercept) / slope in 16 bits. `tags` by keyword; None leaves one out."""
+    """Return a CT slice that stores (hu - intercept) / slope in 16 bits. `tags` by keyword; None leaves one out."""
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID = tags.get("SOPClassUID", CT_STORAGE)
@@ -89,7 +89,7 @@ def write_series(
     names: Sequence[str] | None = None,
     **tags: Any,
 ) -> Path:
-    """One file a position. A tag whose value is a list as long as the positions' goes to each slice its own."""
+    """Write one file per position. A tag whose value is an `EachSlice` has its own value for each slice."""
     folder.mkdir(parents=True, exist_ok=True)
     positions = stack_positions() if positions is None else np.asarray(positions)
     for k, position in enumerate(positions):
@@ -107,11 +107,11 @@ def write_series(
 
 
 class EachSlice(list):
-    """Values of a tag for the slices of a series, one each."""
+    """Values of a tag, one for each slice of a series."""
 
 
 def write_enhanced(path: Path, positions: np.ndarray, slopes: Sequence[float], **tags: Any) -> Path:
-    """One multi-frame file: a frame a position, each with its own slope, in the order given."""
+    """Write one multi-frame file: one frame per position, each with its own slope, in the given order."""
     frames = [slice_hu(position) for position in positions]
     dataset = slice_dataset(frames[0], positions[0], SOPClassUID=ENHANCED_CT, **tags)
     for keyword in ("RescaleSlope", "RescaleIntercept", "PixelSpacing", "SliceThickness"):

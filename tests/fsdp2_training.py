@@ -1,4 +1,4 @@
-"""A process of a run under torchrun: a model that `fully_shard` has sharded trains on the CPU and is saved by SamfTrainer."""
+"""One process under torchrun: train a model that `fully_shard` has sharded on the CPU, and save it by SamfTrainer."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ TARGETS = r".*language_model.*\.(qkv_proj|o_proj|gate_up_proj|down_proj)"
 
 
 def build(with_adapter: bool):
-    """A tiny model, by its seed the same on every process."""
+    """Return a tiny model, the same on every process by its seed."""
     model = tiny_model(finding_names=["a", "b"], aggregator_dropout=0.0)
     if with_adapter:
         torch.manual_seed(1)

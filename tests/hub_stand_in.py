@@ -30,7 +30,7 @@ NO_COMMIT = "0" * 40
 
 
 class HubError(Exception):
-    """An answer that isn't a success: its status, and the code by which the client picks its exception."""
+    """An answer that isn't a success, with its status and the code by which the client chooses its exception."""
 
     def __init__(self, status: int, code: str = "", message: str = "", **headers: str):
         super().__init__(message)
@@ -66,7 +66,7 @@ def is_lfs(path: str) -> bool:
 
 
 def content_oid(path: str, content: bytes) -> str:
-    """What the client compares with its own file: SHA-256 of an LFS file, the Git blob's SHA-1 of another."""
+    """Return the hash that the client compares with its own file: SHA-256 of an LFS file, else the Git blob's SHA-1."""
     if is_lfs(path):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -97,7 +97,7 @@ class HubStandIn:
         self.server.server_close()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Variables of a process that shall take this server for the Hub, with its cache under `home`."""
+        """Return the variables of a process that uses this server as the Hub, with its cache under `home`."""
         options = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, **options}
 
@@ -106,7 +106,7 @@ class HubStandIn:
         return repository.commits[repository.oid(revision)]
 
     def history(self, name: str) -> list[tuple[str, str]]:
-        """(oid, message) of every commit, oldest first."""
+        """Return (oid, message) of every commit, oldest first."""
         return list(self.repositories[name].messages.items())
 
     # --- the API: each method answers one route with JSON ---------------------------------------------------------
@@ -137,7 +137,7 @@ class HubStandIn:
         return {"id": repository.name, "sha": oid, "private": repository.private, "tags": [], "siblings": siblings}
 
     def tree(self, repository: Repository, body: bytes, revision: str, folder: str = "") -> list[dict[str, Any]]:
-        """All files under `folder`, at any depth: what `recursive` asks for."""
+        """Return all files under `folder`, at any depth, as for `recursive`."""
         files = self.files(repository.name, revision)
         found = {path: data for path, data in files.items() if not folder or path.startswith(f"{folder}/")}
         if folder and not found:
@@ -153,7 +153,7 @@ class HubStandIn:
     def dataset_tree(
         self, repository: Repository, body: bytes, revision: str, folder: str = ""
     ) -> list[dict[str, Any]]:
-        """As `tree`, but of one level with its folders, unless all levels are asked for: `datasets` walks them."""
+        """Return what `tree` returns, but one level with its folders unless `recursive` is set; `datasets` walks them."""
         entries = self.tree(repository, body, revision, folder)
         if self.query.get("recursive") in (["True"], ["true"]):
             return entries
@@ -267,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, *args: Any) -> None:
-        """Nothing on stderr."""
+        """Log nothing to stderr."""
 
     def _answer(self) -> None:
         path, body = urlsplit(self.path).path, self._body()
@@ -315,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repository
 
     def _resolve(self, repository: str, revision: str, path: str) -> None:
-        """The file itself, or for LFS files a redirection to the storage, as on the Hub."""
+        """Send the file, or for LFS files a redirection to the storage, as the Hub does."""
         repo = self._repository(repository)
         if repo.gated:
             status, reason = (403, "not in the authorized list") if self._is_known() else (401, "must be authenticated")

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, alone or several under torchrun, for tests of what one process can't show."""
+"""Scripts in their own processes, one or several under torchrun, for tests of what a single process can't show."""
 
 import json
 import os
@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def command(script: str, processes: int, options: dict) -> list[str]:
-    """`python script`, or torchrun on this machine, with `--key=value` for each option."""
+    """Return the command `python script`, or torchrun on this machine, with `--key=value` for each option."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     flags = [
         part
@@ -24,11 +24,12 @@ def command(script: str, processes: int, options: dict) -> list[str]:
 
 
 def environment() -> dict[str, str]:
+    """Return the environment with one thread per process."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def run_script(script: str, processes: int, options: dict) -> None:
-    """Run to the end; a failure shows the script's last lines."""
+    """Run a script to its end; a failure shows its last lines."""
     done = subprocess.run(
         command(script, processes, options), env=environment(), capture_output=True, text=True, encoding="utf-8"
     )
@@ -36,7 +37,7 @@ def run_script(script: str, processes: int, options: dict) -> None:
 
 
 def kill_script(script: str, processes: int, options: dict, when: Path, timeout: float = 240.0) -> None:
-    """Start a script and kill -9 it with all its processes as soon as the path `when` is there."""
+    """Start a script and kill it with all its processes (SIGKILL) as soon as the path `when` exists."""
     process = subprocess.Popen(
         command(script, processes, options),
         env=environment(),
@@ -47,7 +48,7 @@ def kill_script(script: str, processes: int, options: dict, when: Path, timeout:
     try:
         while not when.exists() and process.poll() is None and time.monotonic() - started < timeout:
             time.sleep(0.02)
-        assert when.exists() and process.poll() is None, f"{when} didn't come before the script's end"
+        assert when.exists() and process.poll() is None, f"{when} didn't appear before the script's end"
     finally:
         parent = psutil.Process(process.pid)
         for child in (*parent.children(recursive=True), parent):  # torchrun's workers have process groups of their own
@@ -56,6 +57,6 @@ def kill_script(script: str, processes: int, options: dict, when: Path, timeout:
 
 
 def logged(folder: Path, name: str = "loss") -> list[float]:
-    """What a finished run logged under `name`, in the order of its steps."""
+    """Return the values that a finished run logged under `name`, in the order of its steps."""
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     return [row[name] for row in state["log_history"] if name in row]

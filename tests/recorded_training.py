@@ -1,4 +1,4 @@
-"""train.py, with the ids of every batch that its process makes appended to `$RECORD.{rank}`, a line a batch."""
+"""Run train.py and append the ids of every batch that a process makes to `$RECORD.{rank}`, one line per batch."""
 
 import os
 import sys

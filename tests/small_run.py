@@ -1,4 +1,4 @@
-"""train.py on a few phantoms of coarse voxels with a tiny model, for the tests of training."""
+"""Runs of train.py on a few phantoms of coarse voxels with a tiny model, for the tests of training."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from samf.phantoms.tokenizer import train_small_tokenizer
 
 
 def prepare(folder: Path) -> Path:
-    """Phantoms of 10 mm voxels, and the components of a tiny model."""
+    """Write phantoms with 10 mm voxels and the components of a tiny model, and return their folder."""
     write_dataset(
         folder / "phantoms",
         train_patients=6,
@@ -43,7 +43,7 @@ def prepare(folder: Path) -> Path:
 
 
 def options_of(work: Path, output: str, **options: Any) -> dict[str, Any]:
-    """What train.py is told, as a mapping from keys to values or lists."""
+    """Return the arguments of train.py as a mapping from keys to values or lists."""
     settings = {
         "slice_encoder": work / "encoder",
         "text_model": work / "text",
@@ -74,11 +74,11 @@ def train_here(work: Path, output: str, **options: Any) -> None:
 
 
 def run(work: Path, output: str, **options: Any) -> SamfForConditionalGeneration:
-    """Run train.py in this process; the model that it saved."""
+    """Run train.py in this process and return the model that it saved."""
     train_here(work, output, **options)
     return SamfForConditionalGeneration.from_pretrained(work / output)
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    """The log of a run."""
+    """Return the log of a run."""
     return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]

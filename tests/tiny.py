@@ -13,12 +13,13 @@ TEXTS = [
     "Heart size is normal. Pericardial effusion was not observed. A consolidation is seen in the right lower lobe.",
 ]
 FUSION_TYPES = ("samf", "ao2d", "slice_tokens")
-SLICES = 6  # two a plane
+SLICES = 6  # two per plane
 IMAGE_TOKENS = 4
 IMAGE_ID = 5
 
 
 def tiny_config(**options: Any) -> SamfConfig:
+    """Return the configuration of a model of width 32."""
     vision = {
         "model_type": "vit",
         "image_size": 32,
@@ -46,7 +47,7 @@ def tiny_config(**options: Any) -> SamfConfig:
 
 
 def tiny_model(seed: int = 0, **options: Any) -> SamfForConditionalGeneration:
-    """Weights large enough that no part of the model is close to a constant function."""
+    """Return a model whose weights are so large that no part of it is close to a constant function."""
     torch.manual_seed(seed)
     model = SamfForConditionalGeneration(tiny_config(**options)).eval()
     with torch.no_grad():
@@ -57,11 +58,12 @@ def tiny_model(seed: int = 0, **options: Any) -> SamfForConditionalGeneration:
 
 
 def image_tokens(fusion_type: str) -> int:
+    """Return the number of image tokens per volume."""
     return SLICES if fusion_type == "slice_tokens" else IMAGE_TOKENS
 
 
 def tiny_batch(fusion_type: str, rows: int = 2, prompt: int = 7, answer: int = 5, seed: int = 1) -> dict[str, Any]:
-    """input_ids: image tokens, `prompt` tokens, `answer` tokens; labels on the answer. Right-padding free."""
+    """Return a batch without padding: image tokens, `prompt` tokens and `answer` tokens, with labels on the answer."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.full((rows, image_tokens(fusion_type)), IMAGE_ID)
     text = torch.randint(6, 99, (rows, prompt + answer), generator=generator)
@@ -77,12 +79,13 @@ def tiny_batch(fusion_type: str, rows: int = 2, prompt: int = 7, answer: int = 5
 
 
 def tiny_processor(num_image_tokens: int | None = IMAGE_TOKENS, **settings: Any) -> SamfProcessor:
+    """Return a processor with a small tokenizer; `settings` are the image processor's."""
     image_processor = SamfImageProcessor(**{"slices_per_plane": 2, "size": 32, **settings})
     return SamfProcessor(image_processor, train_small_tokenizer(TEXTS, 400), num_image_tokens=num_image_tokens)
 
 
 def model_for(processor: SamfProcessor, seed: int = 0, **options: Any) -> SamfForConditionalGeneration:
-    """A tiny model whose vocabulary and image tokens are the processor's."""
+    """Return a tiny model with the processor's vocabulary and image tokens."""
     tokenizer = processor.tokenizer
     text = {
         "vocab_size": len(tokenizer),

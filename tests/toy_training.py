@@ -1,6 +1,6 @@
-"""A Trainer of one linear layer on a few numbers, for tests of what is common to all stages; runs under torchrun too.
+"""A Trainer of one linear layer on a few numbers, for tests of what all stages share; also runs under torchrun.
 
-toy_training.py OUTPUT_DIR KIND      # KIND: what goes wrong on the last process, see `Numbers`
+toy_training.py OUTPUT_DIR KIND      # KIND: the failure on the last process, see `Numbers`
 """
 
 import os
@@ -45,14 +45,14 @@ class Numbers(Dataset):
 
 
 class Orderly(StoppableTrainer):
-    """Rows in their order."""
+    """Trains on the rows in their order."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def toy(folder: Path, kind: str = "", bad: int = -1, **options: Any) -> Orderly:
-    """A trainer of two rows a step: step n has rows 2n - 2 and 2n - 1, on two processes one each."""
+    """Return a trainer of two rows per step: step n has rows 2n - 2 and 2n - 1, on two processes one each."""
     torch.manual_seed(0)
     settings = {"output_dir": str(folder), "max_steps": 6, "save_steps": 2, "logging_steps": 100, "report_to": "none"}
     settings |= {"per_device_train_batch_size": 2, "use_cpu": True, "learning_rate": 1e-2, "seed": 1, **options}
@@ -64,7 +64,7 @@ def toy(folder: Path, kind: str = "", bad: int = -1, **options: Any) -> Orderly:
 
 
 if __name__ == "__main__":
-    # Row 9 is the second of step 5: the last process's.
+    # Row 9 is the second row of step 5, which the last process has.
     options = {"per_device_train_batch_size": 2 // int(os.environ.get("WORLD_SIZE", "1"))}
     options["dataloader_num_workers"] = int(os.environ.get("WORKERS", "0"))
     train_to_end(toy(Path(sys.argv[1]), sys.argv[2], bad=9, **options))

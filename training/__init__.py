@@ -1,1 +1,1 @@
-"""Stage 3: what train.py is made of."""
+"""Stage 3, training on reports and questions, and what all stages of training share."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from samf.model.hub_samf import adapter_base
+from samf.model.adapters_samf import adapter_base
 from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.model.processing_samf import SamfProcessor
 from samf.training.arguments import TuningArguments

@@ -5,14 +5,14 @@ import os
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from samf.model.configuration_samf import SamfConfig
 from samf.model.hub_samf import publish_weights
+from samf.model.modeling_samf import SamfPreTrainedModel
 from samf.utils.files import atomic_update
 
-WEIGHTS_FILE = "aggregator.safetensors"
-SETTINGS_FILE = "aggregator_config.json"
+_WEIGHTS_FILE = "aggregator.safetensors"
+_SETTINGS_FILE = "aggregator_config.json"
 _MODULES = ("aggregator", "slice_position")
 # With equal weights but another value of one of these, the aggregator would compute something else.
 _SETTINGS = (
@@ -27,7 +27,7 @@ _SETTINGS = (
 )
 
 
-def aggregator_settings(config: SamfConfig) -> dict[str, int | float | str]:
+def _aggregator_settings(config: SamfConfig) -> dict[str, int | float | str]:
     """Return the values of a configuration that the meaning of the aggregator's weights depends on."""
     settings = {name: getattr(config, name) for name in _SETTINGS}
     # "aggregator" and "all" give the aggregator the same input.
@@ -35,7 +35,7 @@ def aggregator_settings(config: SamfConfig) -> dict[str, int | float | str]:
     return settings | {"slice_positions": positions, "slice_dim": config.slice_dim}
 
 
-def save_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
+def save_aggregator(model: SamfPreTrainedModel, folder: str | os.PathLike) -> None:
     """Save the aggregator and slice positions of a model, for `load_aggregator`.
 
     Args:
@@ -49,14 +49,14 @@ def save_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
         if getattr(base, module) is not None
         for name, tensor in getattr(base, module).state_dict().items()
     }
-    settings = json.dumps(aggregator_settings(model.config), indent=2) + "\n"
+    settings = json.dumps(_aggregator_settings(model.config), indent=2) + "\n"
     with atomic_update(folder) as temporary:
-        save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        (temporary / SETTINGS_FILE).write_text(settings, encoding="utf-8")
+        save_file(weights, temporary / _WEIGHTS_FILE, metadata={"format": "pt"})
+        (temporary / _SETTINGS_FILE).write_text(settings, encoding="utf-8")
         publish_weights(temporary)
 
 
-def load_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
+def load_aggregator(model: SamfPreTrainedModel, folder: str | os.PathLike) -> None:
     """Load a warmed-up aggregator and its slice positions into a model, in the model's own precision.
 
     Args:
@@ -68,13 +68,13 @@ def load_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
         ValueError: The model's aggregator has other settings; names each of them.
     """
     folder = Path(folder)
-    for name in (SETTINGS_FILE, WEIGHTS_FILE):
+    for name in (_SETTINGS_FILE, _WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no {name}; expected the output folder of warmup_aggregator.py.")
-    stored = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    stored = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))
     differing = [
         f"{name}: {stored.get(name)!r} there, {value!r} here"
-        for name, value in aggregator_settings(model.config).items()
+        for name, value in _aggregator_settings(model.config).items()
         if stored.get(name) != value
     ]
     if differing:
@@ -82,7 +82,7 @@ def load_aggregator(model: nn.Module, folder: str | os.PathLike) -> None:
             f"{folder}: the warmed-up aggregator doesn't fit this model ({'; '.join(differing)}). Use the same settings in "
             f"warmup_aggregator.py and here."
         )
-    weights = load_file(folder / WEIGHTS_FILE)
+    weights = load_file(folder / _WEIGHTS_FILE)
     for name in _MODULES:
         module, prefix = getattr(model.base_model, name), f"{name}."
         if module is not None:

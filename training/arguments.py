@@ -45,7 +45,7 @@ class ModelArguments(AggregatorArguments):
         default_factory=lambda: list(PARTS), metadata={"help": f"parts that are trained, of {', '.join(PARTS)}"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choices(self)
         check_parts(self.train_parts, "train_parts")
 
@@ -110,7 +110,7 @@ class DataArguments(SourceArguments):
         default=None, metadata={"help": "most validation records that the loss is measured on"}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.check_source()
         check_choices(self)
         if self.min_coverage and self.slice_cache is None:
@@ -150,7 +150,7 @@ class TuningArguments:
         metadata={"help": 'by part, e.g. \'{"fusion": 1e-4, "language_model": 2e-4}\'; others: learning_rate'},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choices(self)
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank is {self.lora_rank}; it must be 0 (no adapter) or positive.")

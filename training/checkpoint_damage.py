@@ -1,4 +1,4 @@
-"""What a checkpoint's files lack, told from sizes and headers.
+"""Damaged and missing files of checkpoints, found from sizes and headers.
 
 A killed process, a full disk and a power failure leave files that are missing, empty or cut short. Sizes and headers show
 all of these: the tensors' extents in a safetensors header, the directory at the end of a file of `torch.save`, the extents
@@ -14,16 +14,16 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-STATE = "trainer_state.json"
-WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_STATE = "trainer_state.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # Files of FSDP: a folder of shards, or one file.
-FSDP_WEIGHTS, FSDP_OPTIMIZER = ("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"), ("optimizer_0", "optimizer.bin")
-SHARDS_METADATA = ".metadata"
+_FSDP_WEIGHTS, _FSDP_OPTIMIZER = ("pytorch_model_fsdp_0", "pytorch_model_fsdp.bin"), ("optimizer_0", "optimizer.bin")
+_SHARDS_METADATA = ".metadata"
 # Files of DeepSpeed: one that names the folder `global_step…`, which holds the states of all processes.
-DEEPSPEED_TAG, DEEPSPEED_FOLDERS = "latest", "global_step*"
+_DEEPSPEED_TAG, _DEEPSPEED_FOLDERS = "latest", "global_step*"
 
 
 def _safetensors_damage(file: Path) -> str | None:
@@ -32,7 +32,7 @@ def _safetensors_damage(file: Path) -> str | None:
         try:
             (length,) = struct.unpack("<Q", stream.read(8))
             if 8 + length > size:
-                return f"cut short: {size} bytes, its header alone has {length}"
+                return f"cut short: {size} bytes, its header has {length}"
             header = json.loads(stream.read(length))
             tensors = [entry for name, entry in header.items() if name != "__metadata__"]
             end = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
@@ -64,7 +64,7 @@ def _json_damage(file: Path) -> str | None:
 
 def _state_damage(file: Path) -> str | None:
     """Check trainer_state.json, which Trainer writes last."""
-    if (damage := file_damage(file)) is not None:
+    if (damage := _file_damage(file)) is not None:
         return damage
     state = json.loads(file.read_text(encoding="utf-8"))
     return None if isinstance(state, dict) and "global_step" in state else "holds no global_step"
@@ -77,13 +77,13 @@ _FILE_CHECKS: dict[str, Callable[[Path], str | None]] = {
 }
 
 
-def file_damage(file: Path) -> str | None:
+def _file_damage(file: Path) -> str | None:
     """Return what is wrong with one file of a checkpoint; None for a whole file, and for files of other kinds.
 
     Raises:
         OSError: The file can't be read now, which says nothing about its content.
     """
-    checked = file.suffix in (*_FILE_CHECKS, ".distcp") or file.name in (SHARDS_METADATA, DEEPSPEED_TAG)
+    checked = file.suffix in (*_FILE_CHECKS, ".distcp") or file.name in (_SHARDS_METADATA, _DEEPSPEED_TAG)
     if checked and file.stat().st_size == 0:
         return "0 bytes"
     check = _FILE_CHECKS.get(file.suffix)
@@ -106,12 +106,12 @@ def find_damage(checkpoint: str | os.PathLike, *, with_optimizer: bool = True) -
     folder = Path(checkpoint)
     if not folder.is_dir():
         return "no such folder"
-    if not (folder / STATE).is_file():
-        return f"{STATE} is missing: the checkpoint was not finished"
-    if (damage := _state_damage(folder / STATE)) is not None:
-        return f"{STATE}: {damage}"
+    if not (folder / _STATE).is_file():
+        return f"{_STATE} is missing: the checkpoint was not finished"
+    if (damage := _state_damage(folder / _STATE)) is not None:
+        return f"{_STATE}: {damage}"
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        if (damage := file_damage(file)) is not None:
+        if (damage := _file_damage(file)) is not None:
             return f"{file.relative_to(folder)}: {damage}"
     missing = _missing_weights(folder) or (_missing_states(folder) if with_optimizer else None)
     return f"{missing} is missing" if missing else _shards_damage(folder)
@@ -123,22 +123,22 @@ def _any_exists(folder: Path, names: Iterable[str]) -> bool:
 
 def _deepspeed_folder(folder: Path) -> Path | None:
     """Return the folder that has, or should have, DeepSpeed's states; None for a checkpoint of another kind."""
-    tag = folder / DEEPSPEED_TAG
+    tag = folder / _DEEPSPEED_TAG
     if tag.is_file():
         return folder / tag.read_text(encoding="utf-8").strip()
-    return next(folder.glob(DEEPSPEED_FOLDERS), None)
+    return next(folder.glob(_DEEPSPEED_FOLDERS), None)
 
 
 def _missing_weights(folder: Path) -> str | None:
-    for name in INDEXES:
+    for name in _INDEXES:
         if (folder / name).is_file():
             shards = json.loads((folder / name).read_text(encoding="utf-8")).get("weight_map", {}).values()
             return next((shard for shard in sorted(set(shards)) if not (folder / shard).is_file()), None)
-    if _any_exists(folder, (*WEIGHTS, *FSDP_WEIGHTS)) or _deepspeed_folder(folder) is not None:
+    if _any_exists(folder, (*_WEIGHTS, *_FSDP_WEIGHTS)) or _deepspeed_folder(folder) is not None:
         return None
-    if any((child / name).is_file() for child in folder.iterdir() if child.is_dir() for name in WEIGHTS):
+    if any((child / name).is_file() for child in folder.iterdir() if child.is_dir() for name in _WEIGHTS):
         return None  # named adapters, in a folder each
-    return INDEXES[0] if any(folder.glob("model-*-of-*.safetensors")) else WEIGHTS[0]
+    return _INDEXES[0] if any(folder.glob("model-*-of-*.safetensors")) else _WEIGHTS[0]
 
 
 def _missing_states(folder: Path) -> str | None:
@@ -148,13 +148,13 @@ def _missing_states(folder: Path) -> str | None:
     generators = _numbers(folder, r"rng_state_(\d+)\.pth")
     processes = max(2, max(generators) + 1) if generators else 1
     if deepspeed is not None:
-        if not (folder / DEEPSPEED_TAG).is_file():
-            return DEEPSPEED_TAG
+        if not (folder / _DEEPSPEED_TAG).is_file():
+            return _DEEPSPEED_TAG
         if (missing := _missing_deepspeed(deepspeed, processes)) is not None:
             return f"{deepspeed.name}/{missing}"
     else:
-        if not _any_exists(folder, ("optimizer.pt", *FSDP_OPTIMIZER)):
-            return FSDP_OPTIMIZER[0] if _any_exists(folder, FSDP_WEIGHTS) else "optimizer.pt"
+        if not _any_exists(folder, ("optimizer.pt", *_FSDP_OPTIMIZER)):
+            return _FSDP_OPTIMIZER[0] if _any_exists(folder, _FSDP_WEIGHTS) else "optimizer.pt"
         if not (folder / "scheduler.pt").is_file():
             return "scheduler.pt"
     if (folder / "rng_state.pth").is_file():
@@ -188,16 +188,16 @@ def _first_missing(name: str, found: set[int], count: int) -> str | None:
 
 def _shards_damage(folder: Path) -> str | None:
     """Check FSDP's folders of shards against their metadata."""
-    for name in (FSDP_WEIGHTS[0], FSDP_OPTIMIZER[0]):
+    for name in (_FSDP_WEIGHTS[0], _FSDP_OPTIMIZER[0]):
         shards = folder / name
         if not shards.is_dir():
             continue
-        if not (shards / SHARDS_METADATA).is_file():
-            return f"{name}/{SHARDS_METADATA} is missing"
+        if not (shards / _SHARDS_METADATA).is_file():
+            return f"{name}/{_SHARDS_METADATA} is missing"
         try:
             last = _last_extents(shards)
         except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
-            return f"{name}/{SHARDS_METADATA}: can't be read ({error})"
+            return f"{name}/{_SHARDS_METADATA}: can't be read ({error})"
         for file, (start, length) in sorted(last.items()):
             if (damage := _shard_damage(shards / file, start, length)) is not None:
                 return f"{name}/{file}{damage}"

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import datasets
 from transformers import TrainingArguments
@@ -15,7 +15,7 @@ from samf.data.lengths import add_lengths, find_overlong
 from samf.data.loading import load_records
 from samf.data.mixture import TaskMixture, parse_weights
 from samf.data.patients import PatientRule
-from samf.data.schema import IGNORE_INDEX, OnError
+from samf.data.schema import IGNORE_INDEX, JsonObject, OnError
 from samf.data.table_columns import TableColumns
 from samf.data.volume_discovery import distinct_volumes
 from samf.evaluation.answering.generation import shuffle_volumes
@@ -80,13 +80,13 @@ def load_datasets(
     data = _load_splits(args, finding_names, with_valid, output_dir)
     if args.on_error == "skip" and args.slice_cache is not None:
         cache = SliceCache(args.slice_cache, processor.image_processor, args.min_coverage)
-        data = {name: without_failed(part, cache) for name, part in data.items()}
+        data = {name: _without_failed(part, cache) for name, part in data.items()}
     data = {name: label_findings(part, args, name, finding_names) for name, part in data.items()}
     if args.objective == "findings":
-        data = {name: one_record_per_volume(part) for name, part in data.items()}
+        data = {name: _one_record_per_volume(part) for name, part in data.items()}
     elif with_valid:
         data["valid"] = data["valid"].remove_columns("finding_labels")
-    data["train"] = repeat_tasks(data["train"], args.repeat)
+    data["train"] = _repeat_tasks(data["train"], args.repeat)
     if with_valid:
         valid = data["valid"].shuffle(seed=0)
         data["valid"] = valid.select(range(min(len(valid), args.valid_limit or len(valid))))
@@ -102,8 +102,8 @@ def load_datasets(
 def _load_splits(
     args: DataArguments, finding_names: list[str], with_valid: bool, output_dir: str
 ) -> dict[str, datasets.Dataset]:
-    options = {"tasks": args.tasks, "finding_names": finding_names, **load_options(args)}
-    vqa_files = {"vqa_files": args.vqa_files} if args.vqa_files else {}
+    options: JsonObject = {"tasks": args.tasks, "finding_names": finding_names, **_load_options(args)}
+    vqa_files: JsonObject = {"vqa_files": args.vqa_files} if args.vqa_files else {}
     splits = {"train": vqa_files, "valid": {}} if with_valid else {"train": vqa_files}
     data = {
         name: load_records(args.data, name, **options, **own, counts_file=Path(output_dir, _COUNTS_FILE.format(name)))
@@ -116,14 +116,16 @@ def _load_splits(
     return data
 
 
-def load_options(args: DataArguments) -> LoadOptions:
+def _load_options(args: DataArguments) -> LoadOptions:
     """Return the options of `load_records` that were given; the others keep its defaults."""
     given = {name: getattr(args, name) for name in ("report_sections", "reconstructions", "image_root")}
     options = {name: value for name, value in given.items() if value} | args.record_options()
-    return {**options, "on_missing": "skip"} if args.on_error == "skip" else options
+    if args.on_error == "skip":
+        options["on_missing"] = "skip"
+    return cast("LoadOptions", options)
 
 
-def without_failed(records: datasets.Dataset, cache: SliceCache) -> datasets.Dataset:
+def _without_failed(records: datasets.Dataset, cache: SliceCache) -> datasets.Dataset:
     """Return the records without those whose volume `preprocess.py` couldn't read with the cache's settings."""
 
     def failed_paths() -> list[str]:
@@ -134,7 +136,7 @@ def without_failed(records: datasets.Dataset, cache: SliceCache) -> datasets.Dat
     volumes = Processes().from_first(failed_paths)  # one process decides: all must have the same records
     if not volumes:
         return records
-    unreadable = set(volumes)
+    unreadable: set[str] = set(volumes)
     rows = [index for index, path in enumerate(records["volume"][:]) if path not in unreadable]
     logger.warning(
         "%d of %d records left out: preprocess.py couldn't read their %d volumes (first: %s); failures.jsonl in %s says why",
@@ -204,7 +206,7 @@ def label_findings(
             f"finding_names has {unknown}, which {args.data} has no label file for and the rules can't read in reports; "
             f"they read {', '.join(CT_RATE_LABELS)}."
         )
-    reports = load_records(args.data, split, tasks=("report",), **load_options(args))
+    reports = load_records(args.data, split, tasks=("report",), **_load_options(args))
     found: dict[str, list[int]] = {}
     for scan, text in zip(reports["scan_id"][:], reports["answer"][:], strict=True):
         labels = label_report(text)
@@ -247,7 +249,7 @@ def build_mixture(args: DataArguments, records: datasets.Dataset, training: Trai
     return TaskMixture(records, weights, order_seed(training))
 
 
-def repeat_tasks(records: datasets.Dataset, repeat: list[str]) -> datasets.Dataset:
+def _repeat_tasks(records: datasets.Dataset, repeat: list[str]) -> datasets.Dataset:
     """Return the records with those of some tasks repeated: `["report=3"]` has every report three times."""
     if not repeat:
         return records
@@ -256,7 +258,7 @@ def repeat_tasks(records: datasets.Dataset, repeat: list[str]) -> datasets.Datas
     return records.select(rows)
 
 
-def one_record_per_volume(records: datasets.Dataset) -> datasets.Dataset:
+def _one_record_per_volume(records: datasets.Dataset) -> datasets.Dataset:
     """Return the first record of each volume, for the findings' loss, which doesn't depend on the question."""
     first: dict[str, int] = {}
     for index, volume in enumerate(records["volume"][:]):

@@ -13,7 +13,7 @@ from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.training.param_groups import part_of
 
 #: Dense bfloat16 peaks in TFLOP/s, as their maker states them, by a part of the GPU's name; the first match counts.
-PEAK_TFLOPS = {
+_PEAK_TFLOPS = {
     "H200": 989.5,
     "H100 PCIe": 756.5,
     "H100 NVL": 835.5,
@@ -38,7 +38,7 @@ PEAK_TFLOPS = {
 
 def known_peak(device_name: str) -> float | None:
     """Return a GPU's dense bfloat16 peak (float16 where it has no bfloat16) in TFLOP/s; None for an unknown GPU."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)
+    return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
 
 
 _PATCHES = "patch_embed"  # part of the names of a ViT's first layer

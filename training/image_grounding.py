@@ -11,14 +11,14 @@ logger = logging.getLogger(__name__)
 
 # The softmax weights of each fusion over slices or, for slice_tokens, over the prompt's tokens.
 _WEIGHTS = {"samf": ("alpha",), "ao2d": ("alpha", "gamma"), "slice_tokens": ("slice_text",)}
-OWN_LOSS, SHUFFLED_LOSS, GAP = "eval_own_loss", "eval_shuffled_loss", "eval_gap"
+_OWN_LOSS, _SHUFFLED_LOSS, _GAP = "eval_own_loss", "eval_shuffled_loss", "eval_gap"
 
 
 def measure_gap(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return by how much other patients' volumes raise the loss; {} where one of the losses wasn't measured."""
-    if OWN_LOSS not in metrics or SHUFFLED_LOSS not in metrics:
+    if _OWN_LOSS not in metrics or _SHUFFLED_LOSS not in metrics:
         return {}
-    return {GAP: metrics[SHUFFLED_LOSS] - metrics[OWN_LOSS]}
+    return {_GAP: metrics[_SHUFFLED_LOSS] - metrics[_OWN_LOSS]}
 
 
 def warn_if_not_grounded(history: Sequence[Mapping[str, float]], share: float, evaluations: int) -> bool:
@@ -32,8 +32,8 @@ def warn_if_not_grounded(history: Sequence[Mapping[str, float]], share: float, e
     Returns:
         Whether it warned.
     """
-    gaps = [row[GAP] for row in history if GAP in row][-evaluations:]
-    losses = [row[OWN_LOSS] for row in history if OWN_LOSS in row]
+    gaps = [row[_GAP] for row in history if _GAP in row][-evaluations:]
+    losses = [row[_OWN_LOSS] for row in history if _OWN_LOSS in row]
     blind = len(gaps) == evaluations and bool(losses) and max(gaps) < share * losses[-1]
     if blind:
         logger.warning(
@@ -108,7 +108,7 @@ class SliceWeights:
             device: For the sums of a process that has added nothing.
             reduce: Sums a tensor over the processes.
         """
-        report = {}
+        report: dict[str, float] = {}
         for name in self.names:  # the same names on every process, for the collective call
             entropy, largest, count = reduce(self.sums.get(name, torch.zeros(3, device=device))).tolist()
             if count:

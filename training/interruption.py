@@ -18,7 +18,7 @@ from samf.training.divergence import LossWatch
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What `signal.signal` returns and takes: a function, one of the two constants, or None for a handler set outside Python.
 _Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -43,7 +43,7 @@ class Interruption(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Install the handlers. Python allows it in the main thread only."""
         if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            self._previous_handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Restore the handlers that were there before training."""
@@ -104,7 +104,7 @@ def _kill_daemons() -> None:
 
 def _start_worker(init_fn: Callable[[int], None] | None, worker: int) -> None:
     """Ignore SIGINT and SIGTERM in a DataLoader's worker, which ends with its parent, then call the loader's `init_fn`."""
-    for number in SIGNALS:
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if init_fn is not None:
         init_fn(worker)

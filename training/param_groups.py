@@ -2,11 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from samf.data.schema import JsonObject
 
 PARTS = {
     "slice_encoder": ("model.slice_encoder.",),
@@ -19,14 +21,6 @@ PARTS = {
 
 # Prefixes that DDP and peft add to the names of a model's weights.
 _WRAPPERS = ("module.", "base_model.model.")
-
-
-class ParamGroup(TypedDict):
-    """A parameter group of an optimizer, with the part of the model that it belongs to and the optimizer's own options."""
-
-    params: list[nn.Parameter]
-    lr: float
-    part: NotRequired[str]
 
 
 def part_of(name: str) -> str:
@@ -69,7 +63,7 @@ def split_by_part(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Map
         ValueError: A part that is named has no trained weight.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups: list[ParamGroup] = []
+    groups: list[JsonObject] = []
     for group in optimizer.param_groups:
         by_part: dict[str, list[nn.Parameter]] = defaultdict(list)
         for parameter in group["params"]:

@@ -3,22 +3,13 @@
 import json
 import logging
 from pathlib import Path
-from typing import TypedDict
 
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from samf.data.schema import JsonObject
+
 logger = logging.getLogger(__name__)
-
-
-class _ShapeArguments(TypedDict):
-    records_per_step: int
-    processes: int
-
-
-class _CallbackState(TypedDict):
-    args: _ShapeArguments
-    attributes: dict[str, int]
 
 
 class RunShape(TrainerCallback, ExportableState):
@@ -32,7 +23,7 @@ class RunShape(TrainerCallback, ExportableState):
     def __init__(self, records_per_step: int = 0, processes: int = 0):
         self.records_per_step, self.processes = records_per_step, processes
 
-    def state(self) -> _CallbackState:
+    def state(self) -> JsonObject:
         """Return the shape as Trainer writes it into trainer_state.json."""
         return {
             "args": {"records_per_step": self.records_per_step, "processes": self.processes},

@@ -11,12 +11,13 @@ import numpy as np
 from torch import nn
 
 from samf.cache.slice_cache import SliceCache
-from samf.data.schema import Prediction, Record, VolumeStore
+from samf.data.schema import Record, VolumeStore
 from samf.evaluation.answering.answer_folder import PREDICTIONS
 from samf.evaluation.answering.generation import GenerationSettings, generate_predictions
 from samf.evaluation.metrics.multiple_choice import score_multiple_choice
 from samf.evaluation.metrics.text_metrics import text_metrics
-from samf.evaluation.scoring import read_predictions
+from samf.evaluation.prediction_rows import read_predictions
+from samf.evaluation.schema import PredictionRow
 from samf.model.ct_volume import read_ct
 from samf.model.processing_samf import SamfProcessor
 from samf.reporting.slice_view import save_slice_image
@@ -78,7 +79,7 @@ class SampleWriter:
             self._show(folder, rows, show)
         return score_samples(rows)
 
-    def _show(self, folder: Path, rows: Sequence[Prediction], show: ShowSample) -> None:
+    def _show(self, folder: Path, rows: Sequence[PredictionRow], show: ShowSample) -> None:
         records = {record["id"]: record for record in self.records}
         reports = [row for row in rows if row["task"] == "report"][: self.shown]
         for number, row in enumerate(reports, start=1):
@@ -107,7 +108,7 @@ def choose_samples(records: datasets.Dataset, count: int) -> datasets.Dataset:
     return records.select(sorted(index for rows in by_task.values() for index in rows[:count]))
 
 
-def score_samples(rows: Sequence[Prediction]) -> dict[str, float]:
+def score_samples(rows: Sequence[PredictionRow]) -> dict[str, float]:
     """Return BLEU, ROUGE and METEOR of texts and the accuracy of multiple choice, by task.
 
     Scores whose library is missing are left out.

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from samf.data.mixture import TaskMixture
 
 # Batches whose records are sorted together: enough to find records of equal length, few enough to stay random.
-MEGABATCH = 50
+_MEGABATCH = 50
 
 
 def order_seed(training: TrainingArguments) -> int:
@@ -50,7 +50,7 @@ class SetEpoch(TrainerCallback):
         sampler: Gets the epoch as its attribute `epoch`.
     """
 
-    def __init__(self, sampler: Sampler):
+    def __init__(self, sampler: "EpochSampler | RecordOrder"):
         self.sampler = sampler
 
     def on_epoch_begin(
@@ -107,7 +107,7 @@ class RecordOrder(Sampler[int]):
             rows = self.mixture.epoch_rows(self.epoch).tolist()
             order = [rows[k] for k in order]
         if self.within_steps:
-            order = sort_within_steps(order, self.lengths, self.batch_size)
+            order = _sort_within_steps(order, self.lengths, self.batch_size)
         elif self.lengths is not None:
             order = group_by_length(order, self.lengths, self.batch_size, generator)
         return iter(order)
@@ -127,7 +127,7 @@ def group_by_length(
         batch_size: Records of one batch.
         generator: Draws the order of the batches.
     """
-    size = MEGABATCH * batch_size
+    size = _MEGABATCH * batch_size
     groups = [sorted(order[start : start + size], key=lambda k: lengths[k]) for start in range(0, len(order), size)]
     ordered = [index for group in groups for index in group]
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
@@ -139,7 +139,7 @@ def group_by_length(
     return [index for batch in [*shuffled, rest] for index in batch]
 
 
-def sort_within_steps(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
+def _sort_within_steps(order: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[int]:
     """Return `order` with each step's records sorted by length, the longest first.
 
     A step sums its records' gradients, so their order within it changes nothing but rounding.

@@ -5,13 +5,14 @@ import time
 import uuid
 from collections.abc import Collection, Sequence
 from itertools import chain
+from typing import get_args
 
 from samf.cache.fill import FillOptions, StoppedError, fill_slices
 from samf.cache.manifest import Manifest, Shard, Volume, inspect_volumes
 from samf.cache.slice_cache import SliceCache, entry_file
-from samf.data.schema import OnError
-from samf.data.volume_discovery import VolumeKey
+from samf.data.schema import VolumeKey
 from samf.model.image_processing_samf import EXTRACT_VERSION
+from samf.training.choices import OnErrorOption
 from samf.utils.distributed import Processes, processes_here
 from samf.utils.parallel import usable_cores
 
@@ -23,7 +24,7 @@ _PATIENCE = 120  # seconds until a machine sees what another one has written
 def fill_slice_cache(
     cache: SliceCache,
     volumes: Sequence[VolumeKey],
-    on_error: OnError = "raise",
+    on_error: OnErrorOption = "raise",
     *,
     searched: Collection[str] = (),
     timeout: float | None = FillOptions.timeout,
@@ -46,14 +47,14 @@ def fill_slice_cache(
         UnreadableVolumeError: A CTReadError, on all processes, when one of them can't read a volume.
         PreprocessError: The cache can't be written, or none of the volumes is a CT.
     """
-    if on_error not in ("raise", "skip", "stop", "error"):  # "stop" and "error" are older names of "raise"
+    if on_error not in get_args(OnErrorOption):
         raise ValueError(f"on_error={on_error!r}; expected 'raise' or 'skip'.")
     processes = Processes()
     listed, run = processes.from_first(lambda: (inspect_volumes(volumes, cache, searched), uuid.uuid4().hex))
     shard = Shard(processes.rank, processes.count)
     _fill_share(cache, listed, run, shard, "skip" if on_error == "skip" else FillOptions.on_error, timeout)
     own = {volume.key for volume in shard.of(listed) if _has_file(cache, volume)}
-    filled = set(chain.from_iterable(processes.gather(own)))
+    filled: set[str | None] = set(chain.from_iterable(processes.gather(own)))
     present = [volume for volume in listed if volume.key in filled]
     _wait_for_files(cache, present)
     kept = [(volume.path, volume.rescale) for volume in present]

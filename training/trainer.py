@@ -42,7 +42,7 @@ from samf.training.trainer_base import StoppableTrainer
 
 logger = logging.getLogger(__name__)
 
-REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+_REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 
 Batch: TypeAlias = dict[str, torch.Tensor]
 
@@ -352,6 +352,6 @@ def save_repository(trainer: SamfTrainer) -> None:
     """Complete the output folder: weights, code, processor, requirements, model card. Push it if the arguments say so."""
     trainer.save_state()
     if trainer.is_world_process_zero():
-        shutil.copyfile(REQUIREMENTS, Path(trainer.args.output_dir) / "requirements.txt")
+        shutil.copyfile(_REQUIREMENTS, Path(trainer.args.output_dir) / "requirements.txt")
     trainer.create_model_card()
     trainer.save_model()

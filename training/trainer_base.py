@@ -134,9 +134,8 @@ class StoppableTrainer(Trainer):
             *args: As for Trainer.
             **kwargs: As for Trainer.
         """
-        if self.args.world_size > 1:
-            dataloader = AgreedBatches(dataloader, self._fetch_together)
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        batches = AgreedBatches(dataloader, self._fetch_together) if self.args.world_size > 1 else dataloader
+        return super().evaluation_loop(batches, *args, **kwargs)
 
     def _fetch_together(self, fetch: Callable[[], T]) -> T:
         if self.args.world_size == 1:

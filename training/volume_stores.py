@@ -13,8 +13,7 @@ from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.fill import describe_bytes, entry_bytes, free_bytes
 from samf.cache.manifest import Manifest, inspect_volumes
 from samf.cache.slice_cache import SliceCache, read_entry
-from samf.data.schema import VolumeStore
-from samf.data.volume_discovery import VolumeKey
+from samf.data.schema import VolumeKey, VolumeStore
 from samf.model.ct_download import not_kept
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.model.modeling_samf import SamfForConditionalGeneration
@@ -67,7 +66,7 @@ class OptionalSliceCache(SliceCache):
                 return super().get(path, rescale=rescale, searched=searched)
             except OSError as error:
                 self.is_writable = False
-                logger.warning("%s: %s. Training goes on without adding to the cache.", self.folder, error)
+                logger.warning("%s: %s. Training continues without adding to the cache.", self.folder, error)
         try:
             entry = read_entry(self.entry_path(path, rescale=rescale))
         except OSError as error:

@@ -92,7 +92,7 @@ MOVED = {
 }
 
 
-class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     """A finder of a package's modules by their old names.
 
     Args:
@@ -144,5 +144,5 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 
 def install(package: str) -> None:
     """Make the old names of `package` importable."""
-    if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
-        sys.meta_path.append(MovedModules(package, MOVED))
+    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedModules(package, MOVED))

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias, cast
 
 import yaml
 from transformers import HfArgumentParser
@@ -58,7 +58,7 @@ def parse_recipe(dataclass_types: type | Iterable[type], argv: Sequence[str] | N
     """
     recipes, typed = _take_config(sys.argv[1:] if argv is None else argv)
     description = "Every option can also be a key of a YAML file, --config RECIPE …; the command line takes precedence."
-    parser = _Parser(dataclass_types, allow_abbrev=False, description=description)
+    parser = _Parser(cast(Any, dataclass_types), allow_abbrev=False, description=description)
     parser.recipes = recipes
     for name in _LISTS:
         if name in _actions(parser):

@@ -31,7 +31,7 @@ class TextEncodingError(ValueError):
     """A text file that is neither UTF-8 nor in the encoding of its byte order mark; the message says how to convert it."""
 
 
-def text_encoding(head: bytes) -> str:
+def _text_encoding(head: bytes) -> str:
     """Return the encoding named by the byte order mark in the first four bytes or more of a text, else UTF-8."""
     return next((encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8")
 
@@ -46,7 +46,7 @@ def decode_text(data: bytes, source: str | os.PathLike) -> str:
     Raises:
         TextEncodingError: the bytes don't fit the encoding; says where, and how to convert the file.
     """
-    encoding = text_encoding(data)
+    encoding = _text_encoding(data)
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -94,7 +94,7 @@ def open_text(path: str | os.PathLike, newline: str | None = None) -> Iterator[T
     """
     with open(path, "rb") as stream:
         head = stream.read(_HEAD)
-    encoding = text_encoding(head)
+    encoding = _text_encoding(head)
     if encoding == "utf-8" and b"\0" in head:
         raise _without_mark(path, head)
     with open(path, encoding=encoding, newline=newline) as stream:

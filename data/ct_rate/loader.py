@@ -31,7 +31,7 @@ from samf.data.patient_splits import check_patient_overlap, refuse_common_patien
 from samf.data.patients import patient_of, patients_of
 from samf.data.record_cache import load_or_make
 from samf.data.records import FEATURES, RESCALED_FEATURES, RecordBuilder, VolumeChoice
-from samf.data.schema import IGNORE_INDEX, TASKS, Record, Task
+from samf.data.schema import IGNORE_INDEX, TASKS, JsonObject, Record, Task
 from samf.data.texts import settle_answer, split_options
 
 logger = logging.getLogger(__name__)
@@ -91,12 +91,10 @@ def load_ct_rate(
     """Load CT-RATE (v1 or v2) as a Dataset of records, from a folder or from the Hub.
 
     Reports are read from the reports CSV; those of the VQA file, which repeat them, only without a CSV. A conversation of
-    several turns gives one record per exchange. What is left out is counted in the log by reason: volumes listed in
-    no_chest_*.txt, reports without text, unusable questions. Large tables are converted once to an Arrow file in the cache
-    (`samf.data.record_cache`), which is memory-mapped.
+    several turns gives one record per exchange. The log counts by reason what is left out: volumes listed in no_chest_*.txt,
+    reports without text, unusable questions. Large tables become a memory-mapped Arrow file (`samf.data.record_cache`).
 
-    Volumes of v1 hold raw stored values under blank headers. Their records have `rescale` for `read_ct(path, rescale=...)`:
-    slope, intercept and voxel size from the metadata CSV. Prefer v2.
+    Records of v1 volumes, which hold raw values under blank headers, have the metadata's `rescale` for `read_ct`; prefer v2.
 
     Args:
         root: CT-RATE's folder, or the one that holds its `dataset` folder; or a data set of its layout on the Hub,
@@ -109,8 +107,8 @@ def load_ct_rate(
         reconstruction_seed: for "sample".
         vqa_files: VQA JSON files, by path or by name below the data set; None takes vqa/{split}_vqa.json.
         finding_names: columns of the label CSV that become `finding_labels`, in this order.
-        on_missing: for volumes that are named but absent: "raise" lists them in an error, "skip" leaves their records out
-            and counts them, "keep" doesn't check. Volumes on the Hub are not checked before they are read.
+        on_missing: for absent volumes: "raise" lists them in an error, "skip" leaves their records out and counts them,
+            "keep" doesn't check. Volumes on the Hub are not checked before they are read.
         layout: "v1" or "v2" where a folder holds both; None takes v2.
         cache_dir: folder for the Arrow files; default: one in the cache of `datasets`.
         counts_file: JSON file for the counts by task and by reason.
@@ -127,16 +125,14 @@ def load_ct_rate(
         "reconstruction_seed": reconstruction_seed,
         "finding_names": list(finding_names),
     }
-    split_reader = _open_split(root, split, layout, tasks, vqa_files, content)
-    dataset, load_stats = load_or_make(
-        split_reader.read, split_reader.features, split_reader.tables(), split_reader.described(), cache_dir
-    )
-    dataset = check_volumes(dataset, on_missing, load_stats)
-    source = split_reader.source
-    load_stats.log(f"{source.root} {source.split} ({source.layout})")
+    reader = _open_split(root, split, layout, tasks, vqa_files, content)
+    options = reader.described()
+    records, load_stats = load_or_make(reader.read, reader.features, reader.tables(), options, cache_dir)
+    records = check_volumes(records, on_missing, load_stats)
+    load_stats.log(f"{options['source']} {options['split']} ({options['layout']})")
     if counts_file is not None:
-        load_stats.save(counts_file, **split_reader.described())
-    return dataset
+        load_stats.save(counts_file, **options)
+    return records
 
 
 def _open_split(
@@ -203,7 +199,7 @@ class _SplitReader:
     def features(self) -> datasets.Features:
         return RESCALED_FEATURES if self.source.layout == "v1" else FEATURES
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> JsonObject:
         """Return the options that decide which records there are, as JSON has them."""
         source = self.source
         where = {"source": str(source.root), "split": source.split, "layout": source.layout, "tasks": list(self.tasks)}

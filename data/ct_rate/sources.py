@@ -206,7 +206,7 @@ class CtRateHub(CtRateSource):
         return f"If {self.name} is meant to be a folder: there is none under {Path.cwd()}."
 
     def _explained(self, error: Exception) -> OSError:
-        """Return an error that says what to do about one of the Hub's."""
+        """Return an error with a remedy for an error of the Hub."""
         status = getattr(getattr(error, "response", None), "status_code", None)
         page = f"https://huggingface.co/datasets/{self.name}"
         if isinstance(error, GatedRepoError) or status == 403:

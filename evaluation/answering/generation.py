@@ -23,12 +23,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from samf.data.options import check_on_error
 from samf.data.schema import FAILURES_FILE, JsonObject, OnError, Record, Task, VolumeStore
 from samf.evaluation.answering.answer_folder import PREDICTIONS, SETTINGS, TIMES, AnswerFolder, answer_statistics
 from samf.evaluation.answering.answerer import Answerer, Collator, ModelInputs
 from samf.evaluation.answering.batches import make_batches, share_batches
 from samf.evaluation.answering.digests import describe_answering, digest_of, references_digest
-from samf.evaluation.answering.settings import GenerationSettings, GenerationSummary, parse_on_error
+from samf.evaluation.answering.settings import GenerationSettings, GenerationSummary
 from samf.evaluation.answering.shuffled_volumes import shuffle_volumes
 from samf.evaluation.json_lines import read_complete_lines
 from samf.evaluation.schema import Failure, Results
@@ -98,7 +99,7 @@ def generate_predictions(
         ValueError: repeated or missing ids, or an unknown `on_error`.
         ResumeError: the folder's predictions were made with other settings.
     """
-    on_error = parse_on_error(on_error)
+    on_error = check_on_error(on_error)
     settings, started, processes = settings or GenerationSettings(), time.perf_counter(), Processes()
     folder = AnswerFolder(output_dir, records, processes.rank)
     with processes.main_process_first():

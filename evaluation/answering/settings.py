@@ -1,19 +1,15 @@
 """Settings of a run of answering, and what it reports at its end."""
 
-import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Literal, TypeAlias, TypedDict, get_args
 
-from samf.data.schema import OnError
 from samf.evaluation.schema import AnswerStatistics, Failure, GenerationReport
 
-__all__ = ["ChoiceMethod", "GenerateArguments", "GenerationSettings", "GenerationSummary", "parse_on_error"]
+__all__ = ["ChoiceMethod", "GenerateArguments", "GenerationSettings", "GenerationSummary"]
 
 # How multiple choice is answered: in words that are parsed, or by the likelihood of each option.
 ChoiceMethod: TypeAlias = Literal["generate", "likelihood"]
-
-_OLD_ON_ERROR = ("stop", "error")
 
 
 class GenerateArguments(TypedDict, total=False):
@@ -103,17 +99,3 @@ class GenerationSummary:
         """Return the entry of results.json: of the failures their number and kinds only."""
         kinds = Counter(failure["error"].split(":")[0] for failure in self.failures)
         return {**asdict(self), "failures": len(self.failures), "failure_kinds": dict(kinds)}  # type: ignore[typeddict-item]
-
-
-def parse_on_error(value: str) -> OnError:
-    """Return what to do about an unreadable volume; "stop", the old name of "raise", is accepted with a warning.
-
-    Raises:
-        ValueError: another value.
-    """
-    if value in _OLD_ON_ERROR:
-        warnings.warn(f"on_error={value} is now on_error=raise; the old value will go.", FutureWarning, stacklevel=3)
-        return "raise"
-    if value not in get_args(OnError):
-        raise ValueError(f"on_error is {value!r}; expected 'raise' or 'skip'.")
-    return value  # type: ignore[return-value]

@@ -84,7 +84,8 @@ class _Compiled:
         start = max(clause.rfind(", ", 0, place), clause.rfind(" and ", 0, place), 0)
         ends = [end for end in (clause.find(", ", place), clause.find(" and ", place)) if end >= 0]
         phrase = clause[start : min(ends, default=len(clause))]
-        return bool(self._despite.search(phrase)) and not self._unless.search(phrase)
+        named = self._despite and self._despite.search(phrase)
+        return bool(named) and not (self._unless and self._unless.search(phrase))
 
 
 _TERMS = {label: [_Compiled(term) for term in terms] for label, terms in TERMS.items()}
@@ -105,7 +106,7 @@ def _report_mentions(report: str) -> tuple[Mention, ...]:
             if clause.refers_back is None:
                 clauses.append(clause.mentions)
             elif clauses:
-                clauses[-1:] = _refer_back(clauses[-1], clause)
+                clauses[-1:] = _refer_back(clauses[-1], clause, clause.refers_back)
     return tuple(mention for mentions in clauses for mention in mentions)
 
 
@@ -119,16 +120,14 @@ class _Clause:
     sides: frozenset[str] = frozenset()
 
 
-def _refer_back(before: tuple[Mention, ...], clause: _Clause) -> list[tuple[Mention, ...]]:
+def _refer_back(before: tuple[Mention, ...], clause: _Clause, status: Status) -> list[tuple[Mention, ...]]:
     """Return the mentions of the preceding clause and those that a clause about "it" adds; a later negation wins."""
     said = tuple(
-        Mention(
-            mention.label, clause.refers_back, clause.words, frozenset() if mention.label in _MIDLINE else clause.sides
-        )
+        Mention(mention.label, status, clause.words, frozenset() if mention.label in _MIDLINE else clause.sides)
         for mention in before
-        if clause.sides or (mention.status is Status.NEGATED) != (clause.refers_back is Status.NEGATED)
+        if clause.sides or (mention.status is Status.NEGATED) != (status is Status.NEGATED)
     )
-    if clause.refers_back is Status.NEGATED:
+    if status is Status.NEGATED:
         before = tuple(mention for mention in before if mention.status is Status.NEGATED)
     return [before, said] if said else [before]
 

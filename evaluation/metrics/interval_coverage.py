@@ -14,11 +14,11 @@ import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import norm
 
+from samf.evaluation.markdown import format_value, markdown_table
 from samf.evaluation.metrics.bootstrap import bootstrap_intervals, patient_intervals
 from samf.evaluation.metrics.clinical_metrics import confusion_counts, crg_metric, macro_metrics, micro_metrics
 from samf.evaluation.metrics.sampled_metric import SampledMetric
 from samf.evaluation.metrics.text_metrics import ORDERS, combine_bleu
-from samf.evaluation.results_table import figure, markdown_table
 
 SIZES = (20, 50, 200, 1000)  # patients of a cohort
 COHORTS = 2000
@@ -95,7 +95,7 @@ def _simulated_bleu(rng: np.random.Generator, patients: int, owners: np.ndarray)
 def true_values(seed: int = 99) -> dict[str, float]:
     """Return the values of the metrics in the population that cohorts are drawn from: name → value."""
     rng = np.random.default_rng(seed)
-    sums: dict[str, np.ndarray | float] = dict.fromkeys(METRICS, 0.0)
+    sums = dict.fromkeys(METRICS, np.zeros(1))
     for _ in range(_POPULATIONS):
         cohort, _ = simulated_cohort(rng, _POPULATION)
         sums = {name: sums[name] + metric.samples.sum(axis=0) for name, metric in cohort.items()}
@@ -128,7 +128,7 @@ def coverage_by_metric(
     widths: dict[str, list[float]] = {name: [] for name in truths}
     for _ in range(cohorts):
         cohort, owners = simulated_cohort(rng, patients)
-        for name, bounds in intervals(cohort, owners).items():
+        for name, bounds in intervals(cohort, owners.tolist()).items():
             held[name].append(bounds is not None and bounds[0] <= truths[name] <= bounds[1])
             widths[name].append(np.nan if bounds is None else bounds[1] - bounds[0])
     return {name: (float(np.mean(held[name])), float(np.nanmean(widths[name]))) for name in truths}
@@ -148,7 +148,7 @@ def coverage_table(sizes: Sequence[int] = SIZES, cohorts: int = COHORTS, method:
     truths = true_values()
     found = {size: coverage_by_metric(truths, size, cohorts, intervals=METHODS[method]) for size in sizes}
     rows = [
-        [name, figure(truth), *(f"{found[size][name][0]:.3f} ({found[size][name][1]:.3f})" for size in sizes)]
+        [name, format_value(truth), *(f"{found[size][name][0]:.3f} ({found[size][name][1]:.3f})" for size in sizes)]
         for name, truth in truths.items()
     ]
     header = [f"{method}, {cohorts} cohorts", "true value", *(f"{size} patients" for size in sizes)]

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
+from samf.evaluation.markdown import format_value, markdown_table
 from samf.evaluation.metrics.finding_labeller import finding_sides, label_report
 from samf.evaluation.metrics.report_sizes import read_sizes
-from samf.evaluation.results_table import figure, markdown_table
 
 COLUMNS = ("manner", "part", "findings", "lengths", "sentence")
 OPEN_MARKS, NOT_SCORED = "?~", "*"
@@ -69,7 +69,10 @@ def _parse(line: str) -> LabelledSentence:
     if len(columns) != len(COLUMNS):
         raise ValueError(f"{len(columns)} columns; expected {' | '.join(COLUMNS)}.")
     manner, part, findings, lengths, text = columns
-    present, not_scored, sides, any_side = set(), set(), set(), set()
+    present: set[str] = set()
+    not_scored: set[str] = set()
+    sides: set[tuple[str, str]] = set()
+    any_side: set[str] = set()
     for item in filter(None, findings.split("; ")):
         label, _, side = item.partition(": ")
         name = label.rstrip(OPEN_MARKS)
@@ -112,14 +115,16 @@ def read_as(sentence: LabelledSentence) -> Errors:
 
 def counted(errors: Iterable[Errors], of: Callable[[Errors], tuple[frozenset, ...]]) -> tuple[int, int, int]:
     """Count right, wrong and missed items over all sentences, of `Errors.findings` or `Errors.sides`."""
-    totals = [sum(map(len, column)) for column in zip(*map(of, errors), strict=True)]
-    return tuple(totals) if totals else (0, 0, 0)
+    columns = list(map(of, errors))
+    right, wrong, missed = (sum(len(items[k]) for items in columns) for k in range(3))
+    return right, wrong, missed
 
 
 def precision_recall(counts: tuple[int, int, int]) -> tuple[float | None, float | None]:
     """Return precision and recall from right, wrong and missed; None where nothing was found or present."""
     right, wrong, missed = counts
-    return tuple(right / total if (total := right + other) else None for other in (wrong, missed))
+    precision, recall = (right / total if (total := right + other) else None for other in (wrong, missed))
+    return precision, recall
 
 
 def sentence_table(sentences: Sequence[LabelledSentence]) -> str:
@@ -131,7 +136,7 @@ def sentence_table(sentences: Sequence[LabelledSentence]) -> str:
         sides = precision_recall(counted(errors, lambda error: error.sides))
         positives = sum(len(sentence.present) for sentence in group)
         differing = sum(not error.lengths_agree for error in errors)
-        rows.append([name, len(group), positives, *map(figure, (*findings, *sides)), differing])
+        rows.append([name, len(group), positives, *map(format_value, (*findings, *sides)), differing])
     header = ["sentences", "number", "findings", "precision", "recall", "sides: precision", "recall", "lengths differ"]
     return markdown_table(header, rows)
 

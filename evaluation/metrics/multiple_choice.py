@@ -236,7 +236,7 @@ def position_bias(rows: Iterable[PredictionRow], *, intervals: bool = True) -> P
     complete = [
         [by_shift[shift] for shift in sorted(by_shift)]
         for by_shift in questions.values()
-        if set(by_shift) == set(range(len(by_shift[min(by_shift)]["choices"])))
+        if set(by_shift) == set(range(len(by_shift[min(by_shift)]["choices"] or ())))
     ]
     incomplete = len(questions) - len(complete)
     if not complete:

@@ -93,8 +93,8 @@ def _difference_interval(metric: SampledMetric, a: np.ndarray, b: np.ndarray) ->
     reach = metric.bounds[1] - metric.bounds[0] if metric.bounds else np.inf
     if abs(abs(value) - reach) < AT_BOUND:
         informative = int(np.isfinite(_difference(metric, a, b)).sum())
-        low, high = exact_interval(True, max(informative, 1), LEVEL, (0.0, reach))
-        return [low, high] if value > 0 else [-high, -low]
+        interval = exact_interval(True, max(informative, 1), LEVEL, (0.0, reach))
+        return interval if interval is None or value > 0 else [-interval[1], -interval[0]]
     spread = jackknife(without, int(changes(without, value).sum()))
     if spread is None:
         return None

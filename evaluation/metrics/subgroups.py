@@ -110,7 +110,7 @@ def subgroup_table(
             continue
         for name, count in Counter(names.tolist()).most_common():
             index = np.flatnonzero(names == name)
-            members = [patients[k] for k in index]
+            members = [patients[k] for k in index.tolist()]
             chosen = {key: metric.take(index) for key, metric in metrics.items()}
             bounds = patient_intervals(chosen, members) if intervals else dict.fromkeys(chosen)
             scores = {key: {"value": chosen[key].value(), "interval": bounds[key]} for key in chosen}

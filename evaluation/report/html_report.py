@@ -113,7 +113,8 @@ def render_page(title: str, sections: Sequence[Section]) -> str:
 
 def render_blocks(blocks: Sequence[Block]) -> str:
     """Return the HTML of some blocks."""
-    return str(_template().make_module({"title": "", "sections": []}).blocks(blocks))
+    macros = _template().make_module({"title": "", "sections": []})
+    return str(macros.blocks(blocks))  # type: ignore[attr-defined]  # a macro of the template
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------

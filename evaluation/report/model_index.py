@@ -1,15 +1,15 @@
 """Scores as the Hub's model cards hold them (`model-index`)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import yaml
 from huggingface_hub import metadata_load, metadata_save
 
-from samf.evaluation.report.paper_comparison import look_up
 from samf.evaluation.report.systems import System
+from samf.evaluation.results_table import value_at
 from samf.evaluation.schema import Interval
 from samf.utils.files import atomic_path
 
@@ -102,11 +102,11 @@ def model_index(
             continue
         metrics = []
         for path, (kind, name) in names.items():
-            value = look_up(scores, path)
+            value = value_at(scores, path)
             if value is not None:
                 metrics.append(_index_metric(kind, name, value, scores["intervals"].get(path), scores["n"][path]))
         judged = system.judged(task)
-        if judged and judged["mean"] is not None:
+        if system.judge and judged and judged["mean"] is not None:
             name = f"Judge, of {judged['highest']:g} ({system.judge['judge'].get('model')})"
             metrics.append(_index_metric("llm_judge", name, judged["mean"], judged["interval"], judged["patients"]))
         results.append(
@@ -162,5 +162,10 @@ def write_to_card(card: str | os.PathLike, index: Sequence[IndexEntry]) -> None:
 
 def _same_test(first: IndexResult, second: IndexResult) -> bool:
     """Return whether two results are of the same task and the same part of a data set."""
-    keys = (("task", "name"), ("dataset", "type"), ("dataset", "split"))
-    return all(first.get(group, {}).get(name) == second.get(group, {}).get(name) for group, name in keys)
+    return _test_of(first) == _test_of(second)
+
+
+def _test_of(result: IndexResult) -> tuple[str | None, str | None, str | None]:
+    """Return a result's task and its data set and part; None for what a card of others lacks."""
+    task, dataset = cast(Mapping[str, str], result.get("task", {})), result.get("dataset", {})
+    return task.get("name"), dataset.get("type"), dataset.get("split")

@@ -1,15 +1,20 @@
 """The paper's tables with rows of our results, as Markdown."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
+from samf.evaluation.markdown import format_value, markdown_table
 from samf.evaluation.report.paper_tables import COLUMNS, PAPER_TABLES, SOURCE, PaperRow, PaperTable
 from samf.evaluation.report.systems import System
-from samf.evaluation.results_table import BASELINE_NAMES, figure, markdown_table
-from samf.evaluation.schema import Interval, TaskScores
+from samf.evaluation.results_table import BASELINE_NAMES, value_at
+from samf.evaluation.schema import BaselineScores, ChoiceBaseline, Interval, TaskScores, TextScores
 
 # The reference implementation's BLEU is a mean over samples; ours with pooled counts has a row of its own.
 _REFERENCE_BLEU = {"bleu_1": "mean_bleu_1", "bleu_4": "mean_bleu_4"}
 _CHOICE_COLUMNS = ("accuracy", "precision", "recall", "f1")
+
+# Scores of a system or a baseline, or a group of them.
+Scores = TaskScores | BaselineScores | Mapping[str, TextScores | ChoiceBaseline]
 
 
 def paper_table(table: PaperTable, systems: Sequence[System]) -> str:
@@ -38,7 +43,7 @@ def _our_rows(system: System, scores: TaskScores, table: PaperTable) -> list[lis
     ]
     judged = system.judged(table.task)
     if "judge" in table.columns and judged and judged["mean"] is not None:
-        rows[0][1 + table.columns.index("judge")] = figure(judged["mean"], judged["interval"], judged["patients"])
+        rows[0][1 + table.columns.index("judge")] = format_value(judged["mean"], judged["interval"], judged["patients"])
     return rows
 
 
@@ -47,12 +52,13 @@ def _baseline_rows(systems: Sequence[System], table: PaperTable) -> list[list[st
     rows = []
     for system in systems:
         task = system.results["tasks"].get(table.task)
-        baselines = (task or {}).get("baselines") or {}
+        baselines = task.get("baselines", {}) if task else {}
         for name in ("constant_report", "nearest_label_prior", "shuffled"):
             if name in baselines:
-                rows.append(_row(BASELINE_NAMES[name], baselines[name], table, baselines[name].get("intervals")))
+                scores = cast(BaselineScores, baselines[name])
+                rows.append(_row(BASELINE_NAMES[name], scores, table, scores.get("intervals")))
         if "most_frequent_letter" in baselines:
-            letter = baselines["most_frequent_letter"]
+            letter = cast(ChoiceBaseline, baselines["most_frequent_letter"])
             intervals = {f"multiple_choice.{name}": bounds for name, bounds in letter.get("intervals", {}).items()}
             rows.append(_row(f"constant: always ({letter['letter']})", {"multiple_choice": letter}, table, intervals))
     return rows
@@ -60,7 +66,7 @@ def _baseline_rows(systems: Sequence[System], table: PaperTable) -> list[list[st
 
 def _row(
     name: str,
-    scores: object,
+    scores: Scores,
     table: PaperTable,
     intervals: Mapping[str, Interval] | None = None,
     *,
@@ -73,8 +79,8 @@ def _row(
             cells.append("")  # the row above has it
             continue
         path = _path(column, pooled)
-        value = look_up(scores, path)
-        cells.append("" if value is None else figure(value, (intervals or {}).get(path)))
+        value = value_at(scores, path)
+        cells.append("" if value is None else format_value(value, (intervals or {}).get(path)))
     return [name, *cells]
 
 
@@ -82,13 +88,6 @@ def _path(column: str, pooled: bool) -> str:
     if column in _CHOICE_COLUMNS:
         return f"multiple_choice.{column}"
     return f"text.{column if pooled else _REFERENCE_BLEU.get(column, column)}"
-
-
-def look_up(scores: object, path: str) -> float | None:
-    """Return the value at a dotted path ("text.bleu_4") of nested mappings; None where there is none."""
-    for part in path.split("."):
-        scores = scores.get(part) if isinstance(scores, Mapping) else None
-    return scores if isinstance(scores, float | int) else None
 
 
 def paper_comparison(systems: Sequence[System]) -> str:

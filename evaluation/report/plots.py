@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from samf.evaluation.markdown import TEXT_NAMES
 from samf.evaluation.metrics.multiple_choice import parse_choice, reference_choice
 from samf.evaluation.report.side_by_side import report_scores
-from samf.evaluation.results_table import TEXT_NAMES
+from samf.evaluation.results_table import value_at
 from samf.evaluation.schema import JudgeResults, PredictionRow, Results, TaskScores
 
 _COLOURS = ("#1f6f8b", "#d1603d")
@@ -86,20 +87,17 @@ def _scores(scores: TaskScores | None, task: str) -> dict[str, _Score]:
     """Return label → score of the metrics that have a value."""
     if not scores:
         return {}
-    found: dict[str, tuple[float | None, str, float]] = {}  # label → value, its path, and the end of its scale
+    paths: dict[str, tuple[str, float]] = {}  # label → path of the metric, and the end of its scale
     for name in _REPORT_METRICS if task == "report" else _OTHER_METRICS:
         scale = _SCALE.get(name, 1.0)
-        label = f"{name.upper() if name != 'cider' else 'CIDEr'} / {scale:g}" if scale != 1 else TEXT_NAMES[name]
-        found[label] = scores["text"].get(name), f"text.{name}", scale
-    for path, label in _FINDINGS.items() if "findings" in scores else ():
-        group, _, name = path.partition(".")
-        value = scores["findings"][group] if not name else scores["findings"][group][name]
-        found[label] = value, f"findings.{path}", 1.0
+        label = f"CIDEr / {scale:g}" if name == "cider" else TEXT_NAMES[name]
+        paths[label] = f"text.{name}", scale
+    paths |= {label: (f"findings.{path}", 1.0) for path, label in _FINDINGS.items() if "findings" in scores}
     for name in _CHOICES if "multiple_choice" in scores else ():
-        label = "F1" if name == "f1" else name
-        found[label] = scores["multiple_choice"][name], f"multiple_choice.{name}", 1.0
+        paths["F1" if name == "f1" else name] = f"multiple_choice.{name}", 1.0
     chosen = {}
-    for label, (value, path, scale) in found.items():
+    for label, (path, scale) in paths.items():
+        value = value_at(scores, path)
         if value is not None:
             interval = scores["intervals"].get(path)
             scaled = interval and [bound / scale for bound in interval]
@@ -118,9 +116,10 @@ def finding_bars(systems: Mapping[str, Results]) -> Figure | None:
     height = 0.8 / len(reports)
     for number, ((system, scores), colour) in enumerate(zip(reports.items(), _COLOURS, strict=False)):
         for place, name in enumerate(findings):
-            found = scores["findings"]["per_finding"].get(name, {})
+            found = scores["findings"]["per_finding"].get(name)
             y = place + (number - (len(reports) - 1) / 2) * height
-            axes.barh(y, found.get("f1") or 0.0, height, color=colour, label=system if place == 0 else None)
+            width = found["f1"] or 0.0 if found else 0.0
+            axes.barh(y, width, height, color=colour, label=system if place == 0 else None)
             interval = scores["intervals"].get(f"findings.per_finding.{name}.f1")
             if interval:
                 axes.plot(interval, [y, y], color="black", linewidth=1)
@@ -142,7 +141,7 @@ def length_histogram(systems: Mapping[str, Sequence[PredictionRow]], task: str =
     limit = max(1, min(longest, 3 * int(np.percentile(np.concatenate(list(lengths.values())), 95))))
     figure = Figure(figsize=(7.5, 2.8))
     axes = figure.add_subplot()
-    bins = np.linspace(0, limit, 31)
+    bins = np.linspace(0, limit, 31).tolist()
     for (name, counts), colour in zip(lengths.items(), ("#999999", *_COLOURS), strict=False):
         axes.hist(np.clip(counts, 0, limit), bins=bins, histtype="step", linewidth=1.6, color=colour, label=name)
     beyond = f" (longest: {longest}; the last bar includes all beyond {limit})" if longest > limit else ""
@@ -170,10 +169,10 @@ def judge_calibration(rows: Sequence[PredictionRow], judge: JudgeResults) -> Fig
     panels = []
     if reports:
         panels.append(("report", [scores["report", r["id"]] / 10 for r in reports], report_scores(reports).tolist()))
-    references = [(row, reference_choice(str(row["reference"]), row["choices"])) for row in choices]
+    references = [(row, reference_choice(str(row["reference"]), row["choices"] or ())) for row in choices]
     references = [(row, right) for row, right in references if right is not None]
     if references:
-        hits = [float(parse_choice(str(row["prediction"]), row["choices"]) == right) for row, right in references]
+        hits = [float(parse_choice(str(row["prediction"]), row["choices"] or ()) == right) for row, right in references]
         panels.append(("multiple choice", [scores["multiple_choice", row["id"]] for row, _ in references], hits))
     if not panels:
         return None

@@ -20,14 +20,15 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import yaml
 
 from samf.data.loading import load_records
 from samf.data.schema import Record
+from samf.evaluation.comparison import PERMUTATIONS, compare_predictions
 from samf.evaluation.judge import compare_judged, judge_table
-from samf.evaluation.metrics.clinical_metrics import RADEVAL_METRICS
+from samf.evaluation.markdown import markdown_table
 from samf.evaluation.report.html_report import (
     Block,
     Heading,
@@ -56,9 +57,10 @@ from samf.evaluation.report.side_by_side import (
 )
 from samf.evaluation.report.slice_images import SliceImages, draw_slices
 from samf.evaluation.report.systems import System, load_system
-from samf.evaluation.results_table import comparison_table, markdown_table, results_table
+from samf.evaluation.results_table import comparison_table, results_table
 from samf.evaluation.schema import Comparison
-from samf.evaluation.scoring import PERMUTATIONS, RESAMPLES, compare_predictions, write_results
+from samf.evaluation.scoring import write_results
+from samf.evaluation.scoring_options import ScoringOptions, scoring_parser
 from samf.utils.files import atomic_write, write_json
 
 __all__ = [
@@ -206,7 +208,7 @@ def _extreme_blocks(extremes: ExtremeReports, images: SliceImages) -> list[Block
 
 
 def write_scoreboard(
-    output: str | os.PathLike,
+    output: str | os.PathLike[str],
     systems: Sequence[System],
     *,
     comparison: Comparison | None = None,
@@ -247,7 +249,8 @@ def write_scoreboard(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Write scores, tables, plots and cases of a predictions.jsonl to one folder."
+        description="Write scores, tables, plots and cases of a predictions.jsonl to one folder.",
+        parents=[scoring_parser()],
     )
     parser.add_argument("predictions", type=Path, help="predictions.jsonl of the system")
     parser.add_argument("--output", type=Path, help="folder to write; default: scoreboard in the predictions' folder")
@@ -260,44 +263,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--card", type=Path, help="model card (README.md) whose metadata gets the scores")
     parser.add_argument("--dataset", help="Hub id of the data set, for the model index, e.g. ibrahimhamamci/CT-RATE")
     parser.add_argument("--dataset_name", help="its name in the model index; default: the end of --dataset")
-    scoring = parser.add_argument_group("scoring, as in samf.evaluation.scoring")
-    scoring.add_argument("--finding_names", nargs="+", metavar="NAME", help="findings that count; default: all 18")
-    scoring.add_argument("--labeller", default="rules", help="rules, radbert, or a path of RadBertClassifier.pth")
-    scoring.add_argument("--bertscore_model", help="Hub id or folder of the model for BERTScore")
-    scoring.add_argument("--bertscore_layers", type=int, help="its layer, where bert-score doesn't know it")
-    scoring.add_argument("--radeval", nargs="+", default=(), choices=RADEVAL_METRICS, help="metrics of RadEval")
-    scoring.add_argument("--device", help="for BERTScore and RadBERT, e.g. cuda")
-    scoring.add_argument("--resamples", type=int, default=RESAMPLES, help="0: no intervals")
-    scoring.add_argument("--permutations", type=int, default=PERMUTATIONS, help="of the test of two systems")
-    scoring.add_argument("--metadata", help="CT-RATE's metadata CSV, for subgroups")
+    parser.add_argument("--permutations", type=int, default=PERMUTATIONS, help="of the test of two systems")
     return parser
-
-
-_SCORING = (
-    "finding_names",
-    "labeller",
-    "bertscore_model",
-    "bertscore_layers",
-    "radeval",
-    "device",
-    "resamples",
-    "metadata",
-)
-_COMPARING = ("finding_names", "labeller", "bertscore_model", "bertscore_layers", "radeval", "device")
 
 
 def build_systems(args: argparse.Namespace) -> tuple[list[System], Comparison | None]:
     """Return the scored systems and, with `--against`, their comparison."""
-    options = {name: getattr(args, name) for name in _SCORING}
+    options = ScoringOptions.from_namespace(args)
     names = [*args.names, "other system"]
-    systems = [load_system(names[0], args.predictions, args.judge, **options)]
+    systems = [load_system(names[0], args.predictions, args.judge, options)]
     if args.against is None:
         return systems, None
-    systems.append(load_system(names[1], args.against, args.against_judge, **options))
+    systems.append(load_system(names[1], args.against, args.against_judge, options))
     if not any(common_rows(systems[0].rows, systems[1].rows, task) for task in systems[0].results["tasks"]):
         raise ValueError(f"{args.against} answers none of the records of {args.predictions}; rows are matched by id.")
-    compared = {**{name: options[name] for name in _COMPARING}, "permutations": args.permutations}
-    comparison = cast(Comparison, compare_predictions(args.against, args.predictions, **compared))
+    comparison = compare_predictions(args.against, args.predictions, options, permutations=args.permutations)
     ours, other = (system.judge for system in systems)
     if ours and other:
         judged = compare_judged(other, ours, systems[0].rows, permutations=args.permutations)

@@ -162,7 +162,7 @@ def common_rows(
         Pairs (first, second); of a repeated id the first row, and none with an empty reference.
     """
 
-    def by_id(rows: Sequence[PredictionRow]) -> dict[str | int, PredictionRow]:
+    def by_id(rows: Sequence[PredictionRow]) -> dict[str | int | None, PredictionRow]:
         chosen = [row for row in rows if row["task"] == task and row.get("id") is not None]
         return {row["id"]: row for row in reversed(chosen)}
 
@@ -190,7 +190,7 @@ def choose_reports(first: Sequence[PredictionRow], second: Sequence[PredictionRo
     chosen += [(place, "the second is better by most") for place in order[::-1][:half] if difference[place] > 0]
     if all(place != middle for place, _ in chosen):
         chosen.append((middle, "the median difference"))
-    return [_case(*pairs[place], why) for place, why in chosen[:count]]
+    return [_case(pairs[place][0], pairs[place][1], why) for place, why in chosen[:count]]
 
 
 def _case(first: PredictionRow, second: PredictionRow, why: str) -> Case:
@@ -230,10 +230,12 @@ def compare_choices(
     """
     kinds: dict[str, list[Case]] = {name: [] for name in _OUTCOMES.values()}
     for a, b in common_rows(first, second, "multiple_choice"):
-        right = reference_choice(str(a["reference"]), a["choices"])
+        right = reference_choice(str(a["reference"]), a["choices"] or ())
         if right is not None:
-            hits = tuple(parse_choice(str(row["prediction"]), row["choices"]) == right for row in (a, b))
-            kind = _OUTCOMES[hits]
+            first_hit, second_hit = (
+                parse_choice(str(row["prediction"]), row["choices"] or ()) == right for row in (a, b)
+            )
+            kind = _OUTCOMES[first_hit, second_hit]
             kinds[kind].append(_case(a, b, f"right: {kind.replace('_', ' ')}"))
     half = max(1, count // 2)
     cases = kinds["only_first"][:half] + kinds["only_second"][:half]

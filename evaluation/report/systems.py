@@ -6,19 +6,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from samf.data.schema import JsonObject
 from samf.evaluation.answering.answer_folder import answer_statistics
 from samf.evaluation.judge import judged_rows
+from samf.evaluation.prediction_rows import read_predictions
 from samf.evaluation.schema import JudgeResults, JudgeTaskScores, PredictionRow, Results
-from samf.evaluation.scoring import read_predictions, score_predictions
+from samf.evaluation.scoring import score_predictions
+from samf.evaluation.scoring_options import ScoringOptions
 from samf.utils.text_files import read_text
 
 logger = logging.getLogger(__name__)
 
 # Entries of results.json that can't be computed from the predictions.
-_TAKEN_OVER = ("model", "generation", "position_bias")
+_TAKEN_OVER: tuple[Literal["model", "generation", "position_bias"], ...] = ("model", "generation", "position_bias")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,13 @@ class System:
         return self.judge["tasks"].get(task) if self.judge else None
 
 
-def load_system(name: str, path: str | os.PathLike, judge: str | os.PathLike | None = None, **scoring: Any) -> System:
+def load_system(
+    name: str,
+    path: str | os.PathLike[str],
+    judge: str | os.PathLike[str] | None = None,
+    options: ScoringOptions | None = None,
+    **changes: Any,
+) -> System:
     """Read and score a predictions file.
 
     `model`, `generation` and `position_bias` are taken over from the results.json in the same folder if it belongs to the
@@ -53,7 +61,8 @@ def load_system(name: str, path: str | os.PathLike, judge: str | os.PathLike | N
         name: name of the system.
         path: predictions.jsonl.
         judge: a judge.json; default: the one in the same folder, if any. Scores of rows that aren't in the file are ignored.
-        scoring: keywords of `score_predictions`.
+        options: the options of scoring; None = the defaults.
+        changes: fields of `options` by name.
 
     Raises:
         FileNotFoundError: there is no predictions file, or no `judge` of the given name.
@@ -63,10 +72,12 @@ def load_system(name: str, path: str | os.PathLike, judge: str | os.PathLike | N
     rows = read_predictions(path)
     notes: dict[str, str] = {}
     judged = _load_judged(path, judge, rows, notes)  # first, since scoring takes minutes
-    results = cast(Results, score_predictions(path, **scoring))
+    results = score_predictions(path, options, **changes)
     results["notes"] |= notes
     before = _previous_results(path, rows, results)
-    results |= {key: before[key] for key in _TAKEN_OVER if key in before}
+    for key in _TAKEN_OVER:
+        if key in before:
+            results[key] = before[key]
     results["answers"] = before.get("generation", {}).get("tasks") or answer_statistics(rows)
     return System(name, rows, results, judged)
 
@@ -92,7 +103,7 @@ def _previous_results(path: Path, rows: Sequence[PredictionRow], results: Result
 
 
 def _load_judged(
-    path: Path, judge: str | os.PathLike | None, rows: Sequence[PredictionRow], notes: dict[str, str]
+    path: Path, judge: str | os.PathLike[str] | None, rows: Sequence[PredictionRow], notes: dict[str, str]
 ) -> JudgeResults | None:
     """Return the judge's scores of `rows`; None, with a note, where a judge.json of the default name is of other rows."""
     file = Path(judge) if judge else path.with_name("judge.json")
@@ -102,7 +113,7 @@ def _load_judged(
             raise FileNotFoundError(f"{file}: no such file; expected the judge.json that samf.evaluation.judge writes.")
         return None
     try:
-        judged = judged_rows(scores, rows)
+        judged = judged_rows(cast(JudgeResults, scores), rows)
     except ValueError as error:
         raise ValueError(f"{file}: {error} Run the judge again, or move the file away.") from error
     if judged is None:

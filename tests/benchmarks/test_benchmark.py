@@ -17,7 +17,7 @@ from samf.benchmarks import runner as benchmark
 from samf.benchmarks.measuring import (
     FEWEST_ROUNDS,
     MOST_ROUNDS,
-    Figure,
+    Measurement,
     Stopwatch,
     ratios,
     resident,
@@ -80,7 +80,7 @@ def test_summary_refuses_what_is_no_measurement(values):
     ],
 )
 def test_the_median_decides_about_a_limit(values, at_least, at_most, passed):
-    summary = Figure("ratio", "x", values, at_least, at_most=at_most).summary()
+    summary = Measurement("ratio", "x", values, at_least, at_most=at_most).summary()
     assert summary["passed"] is passed
     assert (summary["at_least"], summary["at_most"]) == (at_least, at_most)
 
@@ -252,8 +252,8 @@ def test_quantised_weights_must_be_the_language_models_alone():
 def results(monkeypatch):
     """run_lines on children that don't run: one has figures, one fails, one is skipped."""
     outcomes = {
-        "parameters/parameters": {"figures": [Figure("head", "million", [98.5], note="counted").summary()]},
-        "fusion/fusion": {"figures": [Figure("equal rows / once", "x", [7.0, 9.0, 9.5], 8.0).summary()]},
+        "parameters/parameters": {"figures": [Measurement("head", "million", [98.5], note="counted").summary()]},
+        "fusion/fusion": {"figures": [Measurement("equal rows / once", "x", [7.0, 9.0, 9.5], 8.0).summary()]},
         "save/save": {"figures": [], "error": "save failed (exit status 1)"},
         "save/8bit": {"figures": [], "skipped": "needs torchao"},
     }
@@ -313,7 +313,7 @@ def test_table_shows_verdict_spread_and_limit(results):
 
 
 def test_table_shows_an_upper_limit(monkeypatch):
-    figure = Figure("slices / unpacking", "x", [1.25], at_most=1.5).summary()
+    figure = Measurement("slices / unpacking", "x", [1.25], at_most=1.5).summary()
     monkeypatch.setattr(benchmark, "run_child", lambda args, stage, folder: {"seconds": 1.0, "figures": [figure]})
     lines = benchmark.table(benchmark.run_lines(benchmark.parse_args(["volumes", "--size=tiny"]))).splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
@@ -321,7 +321,7 @@ def test_table_shows_an_upper_limit(monkeypatch):
 
 
 def test_a_missed_limit_shows_and_sets_the_exit_status(monkeypatch, capsys):
-    missed = {"seconds": 1.0, "figures": [Figure("ratio", "x", [2.0], 8.0).summary()]}
+    missed = {"seconds": 1.0, "figures": [Measurement("ratio", "x", [2.0], 8.0).summary()]}
     monkeypatch.setattr(benchmark, "run_child", lambda args, stage, folder: missed)
     assert benchmark.main(["model", "--lines=fusion"]) == 1
     assert "MISSED" in capsys.readouterr().out
@@ -335,7 +335,7 @@ def test_a_stage_runs_in_a_process_of_its_own(tmp_path):
     assert {figure["name"] for figure in stage["figures"]} >= {"whole model", "peak resident memory"}
 
 
-@pytest.mark.parametrize(("status", "reason"), [(1, "failed"), (-9, "want of memory")])
+@pytest.mark.parametrize(("status", "reason"), [(1, "failed"), (-9, "lack of memory")])
 def test_a_child_that_dies_is_reported(status, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, status))
     result = benchmark.run_child(benchmark.parse_args(["model", "--size=tiny"]), "save/save", tmp_path)
@@ -400,10 +400,10 @@ def test_the_scan_has_its_shape_and_the_sources_field(tmp_path):
     np.testing.assert_allclose(field, expected, rtol=1e-4)
 
 
-def test_the_published_way_casts_and_scales_as_its_preset(tmp_path):
+def test_the_reference_implementation_casts_and_scales_as_its_preset(tmp_path):
     """Its slices are the preset's, but for the part of the picture that the preset cuts off."""
     path = volume_lines.scan_file(settings(tmp_path))
-    found = volume_lines.published_slices(path)
+    found = volume_lines.reference_slices(path)
     assert found.shape == (24, 224, 224) and found.dtype == np.uint8
     stored = read_ct(path).stored_hu()
     middle = stored[:, :, np.linspace(0, 29, 24).astype(int)].astype(
@@ -412,9 +412,9 @@ def test_the_published_way_casts_and_scales_as_its_preset(tmp_path):
     np.testing.assert_allclose(found.mean(axis=(1, 2)), middle.mean(axis=(0, 1)), atol=6)
 
 
-def test_unpacking_alone_reads_the_whole_file(tmp_path):
+def test_unpacking_reads_the_whole_file(tmp_path):
     path = volume_lines.scan_file(settings(tmp_path))
-    volume_lines.unpack_alone(path)
+    volume_lines.unpack(path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(EOFError):
-        volume_lines.unpack_alone(path)
+        volume_lines.unpack(path)

@@ -83,13 +83,13 @@ def rows(file: Path) -> list[dict]:
 
 
 def work_log(cache: Path) -> Counter:
-    """How often the logs of all processes say that a record was made."""
+    """How often the logs of all processes say that an entry was made."""
     lines = itertools.chain.from_iterable(file.read_bytes().splitlines() for file in (cache / "log").iterdir())
     return Counter(json.loads(line)["record"] for line in lines if line.endswith(b"}"))
 
 
-def records(cache: Path) -> dict[str, tuple[int, int]]:
-    """Records with what changes when one is written again."""
+def entry_stats(cache: Path) -> dict[str, tuple[int, int]]:
+    """Entries with what changes when one is written again."""
     stats = {path.stem: path.stat() for path in cache.glob("??/*.safetensors")}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
@@ -98,31 +98,31 @@ def assert_equals_extract(volumes: Sequence[Path], cache: Path) -> None:
     processor = SamfImageProcessor(slices_per_plane=2, size=16)
     store = SliceCache(cache, processor)
     for volume in volumes:
-        record, expected = read_entry(store.entry_path(volume)), processor.extract(read_ct(volume))
+        entry, expected = read_entry(store.entry_path(volume)), processor.extract(read_ct(volume))
         for name, array in expected.items():
-            np.testing.assert_array_equal(record[name], array, err_msg=f"{volume} {name}")
+            np.testing.assert_array_equal(entry[name], array, err_msg=f"{volume} {name}")
 
 
 # ---- killed and started again --------------------------------------------------------------------------------------
 
 
 def kill_three_times(start: Callable[[], list[int]], cache: Path, thresholds: Sequence[int]) -> None:
-    """Start processes, each leading a group; SIGKILL their groups when the cache has so many records; again.
+    """Start processes, each leading a group; SIGKILL their groups when the cache has so many entries; again.
 
-    After each kill no record may be torn, and none of an earlier one written again.
+    After each kill no entry may be torn, and none of an earlier one written again.
     """
     before: dict[str, tuple[int, int]] = {}
     for threshold in thresholds:
         leaders = start()
         deadline = time.monotonic() + 200
-        while len(records(cache)) < threshold and time.monotonic() < deadline:
+        while len(entry_stats(cache)) < threshold and time.monotonic() < deadline:
             time.sleep(0.002)
         for leader in leaders:
             os.killpg(leader, signal.SIGKILL)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(leader, 0)[1]) for leader in leaders]
         assert -signal.SIGKILL in statuses, f"{statuses}: none was killed"
         assert all(check_entry(path) is None for path in cache.glob("??/*.safetensors"))
-        now = records(cache)
+        now = entry_stats(cache)
         assert len(now) >= threshold and all(now[name] == stat for name, stat in before.items())
         before = now
 
@@ -132,10 +132,10 @@ def assert_complete(volumes: Sequence[Path], cache: Path, kills: int, at_once: i
     assert summary["complete"] and (summary["done"], summary["failed"]) == (len(volumes), 0)
     assert [row["volume"] for row in rows(cache / "volumes.jsonl")] == sorted(map(str, volumes))
     assert rows(cache / "failures.jsonl") == []
-    assert len(records(cache)) == len(volumes)
+    assert len(entry_stats(cache)) == len(volumes)
     times = work_log(cache)
-    assert set(times.values()) == {1}  # nobody made what was made
-    assert len(volumes) - kills * at_once <= len(times) <= len(volumes)  # a kill may fall between a record and its line
+    assert set(times.values()) == {1}  # no process made an entry again
+    assert len(volumes) - kills * at_once <= len(times) <= len(volumes)  # a kill may fall between an entry and its line
 
 
 def in_a_fork(work: Callable[[], int]) -> int:
@@ -192,12 +192,12 @@ def test_a_scheduler_that_ends_the_job_leaves_a_manifest_and_no_process(phantoms
 
     monkeypatch.setattr(slice_cache, "read_ct", slow_read)
     process = in_a_fork(lambda: run(phantoms[0].parent, cache))
-    while not records(cache):
+    while not entry_stats(cache):
         time.sleep(0.01)
     os.killpg(process, signal.SIGTERM)  # also to the workers, as schedulers do
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGTERM
     summary = manifest(cache)
-    assert summary["pending"] > 0 and summary["done"] == len(records(cache)) and summary["failed"] == 0
+    assert summary["pending"] > 0 and summary["done"] == len(entry_stats(cache)) and summary["failed"] == 0
     assert not any(lives(int(worker)) for worker in workers.read_text(encoding="utf-8").split())
 
 
@@ -286,7 +286,7 @@ def troubled(tmp_path, monkeypatch) -> tuple[Path, Callable[[], Counter]]:
     return folder, lambda: Counter(tries.read_text(encoding="utf-8").split())
 
 
-def test_a_crash_a_hang_and_a_torn_file_cost_their_volumes_alone(troubled, tmp_path):
+def test_a_crash_a_hang_and_a_torn_file_cost_only_their_volumes(troubled, tmp_path):
     folder, tries = troubled
     cache = tmp_path / "cache"
     assert run(folder, cache, on_error="skip", timeout=1.5) == 0
@@ -302,7 +302,7 @@ def test_a_crash_a_hang_and_a_torn_file_cost_their_volumes_alone(troubled, tmp_p
     assert summary["complete"] and (summary["done"], summary["failed"]) == (2, 3)
     assert summary["failures"] == {"SIGSEGV": 1, "Timeout": 1, "CTReadError": 1}
     assert_equals_extract([folder / "fine.nii.gz", folder / "other.nii.gz"], cache)
-    # What timed out was read once more beside a volume that can be read. What failed isn't tried again, unless that is
+    # What timed out was read once more together with a volume that can be read. What failed isn't tried again, unless that is
     # asked, or its file is another one.
     control = {"fine", "other"} & {name for name, times in tries().items() if times == 2}
     assert len(control) == 1
@@ -321,7 +321,7 @@ def test_a_crash_a_hang_and_a_torn_file_cost_their_volumes_alone(troubled, tmp_p
 
 @pytest.mark.parametrize("is_back", [True, False], ids=["until the second try", "for longer"])
 def test_a_disk_that_stalls_costs_no_volume(tmp_path, monkeypatch, is_back):
-    """A file server that starts anew, in the middle of the work: what it delays isn't noted, and the next run makes it."""
+    """A file server that restarts during the work: what it delays isn't noted, and the next run makes it."""
     folder, cache, back = tmp_path / "volumes", tmp_path / "cache", tmp_path / "back"
     files = save_phantoms(folder, 4)
 
@@ -434,13 +434,13 @@ def test_a_missing_volume_is_listed_and_a_full_disk_stops(phantoms, tmp_path, mo
     def full(path, _):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(slice_cache, "write_entry", full)
+    monkeypatch.setattr(entries, "write_entry", full)
     assert run(phantoms[0].parent, tmp_path / "other", on_error="skip") == 1
     assert "No space left on device" in capfd.readouterr().err
     assert manifest(tmp_path / "other")["failed"] == 0  # no volume's fault
 
 
-def test_a_volume_that_changes_while_it_is_read_gets_no_record(phantoms, tmp_path, monkeypatch):
+def test_a_volume_that_changes_while_it_is_read_gets_no_entry(phantoms, tmp_path, monkeypatch):
     volume = tmp_path / "volume.nii.gz"
     volume.write_bytes(phantoms[0].read_bytes())
 
@@ -451,13 +451,13 @@ def test_a_volume_that_changes_while_it_is_read_gets_no_record(phantoms, tmp_pat
     monkeypatch.setattr(slice_cache, "read_ct", read_and_change)
     with pytest.raises(CTReadError, match="changed while it was read"):
         SliceCache(tmp_path / "cache", SamfImageProcessor(slices_per_plane=2, size=16)).get(volume)
-    assert records(tmp_path / "cache") == {}
+    assert entry_stats(tmp_path / "cache") == {}
 
 
 # ---- size and time -------------------------------------------------------------------------------------------------
 
 
-def test_a_record_of_slices_is_as_large_as_is_said(phantoms, tmp_path):
+def test_an_entry_of_slices_has_the_estimated_size(phantoms, tmp_path):
     for settings in ({"slices_per_plane": 2, "size": 16}, {"planes": ("axial",), "size": 64}):
         processor = SamfImageProcessor(**settings)
         cache = SliceCache(tmp_path, processor)
@@ -509,12 +509,12 @@ def test_verify_finds_one_flipped_bit_and_a_cut_end(phantoms, tmp_path, capsys):
     assert_equals_extract(phantoms, cache)
 
 
-def test_verify_leaves_a_record_that_cannot_be_read_just_now(phantoms, tmp_path, monkeypatch, capsys):
-    """I/O errors, no rights, no free file handles, a worker that dies: nothing of that is known to be the record's."""
+def test_verify_leaves_an_entry_that_cannot_be_read_at_the_moment(phantoms, tmp_path, monkeypatch, capsys):
+    """I/O errors, no rights, no free file handles, a worker that dies: none is known to be the entry's fault."""
     cache = tmp_path / "cache"
     assert run(phantoms[0].parent, cache) == 0
     files = sorted(cache.glob("??/*.safetensors"))
-    before, numbers = records(cache), [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE]
+    before, numbers = entry_stats(cache), [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE]
     troubles = dict(zip((file.stem for file in files), numbers, strict=False))
 
     def map_entry(path, original=entries._map_entry):
@@ -529,7 +529,7 @@ def test_verify_leaves_a_record_that_cannot_be_read_just_now(phantoms, tmp_path,
     said = capsys.readouterr().out
     assert "3 entries intact, 0 damaged, 5 unreadable, 0 missing" in said
     assert f"unreadable: {files[0]}: [Errno {errno.EIO}]" in said
-    assert records(cache) == before
+    assert entry_stats(cache) == before
 
 
 # ---- what training finds -------------------------------------------------------------------------------------------
@@ -541,7 +541,7 @@ def write_table(path: Path, columns: Sequence[str], *lines: Sequence[object]) ->
         csv.writer(file).writerows([columns, *lines])
 
 
-def test_records_of_a_v1_folder_are_those_that_training_asks_for(tmp_path):
+def test_entries_of_a_v1_folder_are_those_that_training_asks_for(tmp_path):
     """CT-RATE v1: raw values under a blank header, rescale in the metadata; one volume is no chest."""
     root, names = tmp_path / "CT-RATE/dataset", ["train_1_a_1", "train_2_a_1", "train_2_a_2", "valid_1_a_1"]
     for i, name in enumerate(names):
@@ -573,7 +573,7 @@ def test_records_of_a_v1_folder_are_those_that_training_asks_for(tmp_path):
     np.testing.assert_array_equal(
         store.get(path, rescale=asked[0]["rescale"])["slices"], store.image_processor.extract(hu)["slices"]
     )
-    assert not store.has(path)  # without the rescale it would be another record
+    assert not store.has(path)  # without the rescale it would be another entry
 
 
 def test_any_folder_is_searched(tmp_path):
@@ -707,7 +707,7 @@ def test_a_models_folder_has_its_slice_settings_within_those_of_its_processor(tm
 
 @pytest.mark.parametrize("slices", [None, 5])
 def test_an_encoders_settings_for_photographs_are_not_slice_settings(slices, tmp_path):
-    """A downloaded ViT has a preprocessor_config.json of its own, for three colours and one picture."""
+    """A downloaded ViT has a preprocessor_config.json of its own, for three colours and one image."""
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 2, "size": 224}),
         encoding="utf-8",
@@ -720,11 +720,11 @@ def test_an_encoders_settings_for_photographs_are_not_slice_settings(slices, tmp
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_claim_holds_between_processes_until_its_process_ends_however_it_ends(tmp_path):
-    claims = EntryLocks(tmp_path / "claims.lock")
+def test_a_lock_holds_between_processes_until_its_process_ends_however_it_ends(tmp_path):
+    locks = EntryLocks(tmp_path / "claims.lock")
 
     def hold_and_sleep() -> int:
-        with claims.hold("a1" * 20):
+        with locks.hold("a1" * 20):
             (tmp_path / "held").touch()
             time.sleep(60)
         return 0
@@ -732,11 +732,11 @@ def test_a_claim_holds_between_processes_until_its_process_ends_however_it_ends(
     process = in_a_fork(hold_and_sleep)
     while not (tmp_path / "held").exists():
         time.sleep(0.002)
-    with claims.hold("a1" * 20) as ours, claims.hold("a2" * 20) as another:
+    with locks.hold("a1" * 20) as ours, locks.hold("a2" * 20) as another:
         assert (ours, another) == (False, True)
     os.killpg(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    with claims.hold("a1" * 20) as ours:
+    with locks.hold("a1" * 20) as ours:
         assert ours
 
 
@@ -791,7 +791,7 @@ def test_temporary_files_of_workers_go_with_them(tmp_path, monkeypatch):
 
 
 def test_an_orphaned_worker_ends_by_itself(tmp_path):
-    """Its parent alone is killed: it finishes its volume, keeps its claim until then, and goes."""
+    """Only its parent is killed: it finishes its volume, keeps its lock until then, and goes."""
 
     def work(job: int) -> int:
         (tmp_path / "worker").write_text(str(os.getpid()), encoding="utf-8")
@@ -854,3 +854,19 @@ def test_options_that_make_no_sense_are_errors(tmp_path, capsys):
             run(tmp_path, tmp_path / "cache", **option)
         assert message in capsys.readouterr().err
     assert FillOptions().on_error == "raise"
+
+
+def test_older_values_of_on_error_are_accepted_with_a_warning_and_others_are_errors(capsys):
+    line = ["data", "--cache=cache"]
+    for old in ("stop", "error"):
+        with pytest.warns(FutureWarning, match="now 'raise'"):
+            assert FillOptions(on_error=old).on_error == "raise"
+        with pytest.warns(FutureWarning, match="now 'raise'"):
+            assert preprocess.parse_args([*line, f"--on_error={old}"]).on_error == "raise"
+    with pytest.warns(FutureWarning, match="now 'raise'"):
+        assert preprocess.parse_args([*line, "--on_missing=error"]).on_missing == "raise"
+    with pytest.raises(ValueError, match="expected one of raise, skip"):
+        FillOptions(on_error="ignore")
+    with pytest.raises(SystemExit):
+        preprocess.parse_args([*line, "--on_error=ignore"])
+    assert "expected one of raise, skip" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Several processes fill one slice cache: what one of them sees late is nobody's loss, and none is left waiting."""
+"""Several processes fill one slice cache: what one of them sees late is not lost, and none is left waiting."""
 
 import faulthandler
 import os
@@ -76,10 +76,10 @@ def _see_late() -> None:
     volume_list.volume_identity, slice_filling._has_file = slow, late
 
 
-def _makes(record: Path) -> bool:
-    """Whether a log of this process tells of the record: what it wrote itself it sees at once."""
-    logs = (record.parent.parent / "log").glob(f"slices-2of2-*-{os.getpid()}-*.jsonl")
-    return any(record.stem in log.read_text(encoding="utf-8") for log in logs)
+def _makes(entry: Path) -> bool:
+    """Whether a log of this process mentions the entry: a process sees its own files at once."""
+    logs = (entry.parent.parent / "log").glob(f"slices-2of2-*-{os.getpid()}-*.jsonl")
+    return any(entry.stem in log.read_text(encoding="utf-8") for log in logs)
 
 
 def in_two_processes(work: Callable, *arguments: Any, folder: Path) -> list:
@@ -128,7 +128,7 @@ def test_what_one_process_cannot_read_stops_both(volumes, tmp_path):
 
 
 def _fill_slowly(cache: SliceCache, keys: list) -> int:
-    """The first process reads nothing until the second one has failed; how many records there are then."""
+    """The first process reads nothing until the second one has failed; how many entries there are then."""
 
     def read(path, **options):
         given_up = time.monotonic() + 60
@@ -202,7 +202,7 @@ def test_what_was_noted_as_deadly_is_not_read_again(volumes, tmp_path, monkeypat
     assert fill_slice_cache(cache, keys, on_error="skip") == keys[2:]
 
 
-def test_a_volume_that_crashes_or_hangs_its_reader_costs_itself_alone(volumes, tmp_path, monkeypatch):
+def test_a_volume_that_crashes_or_hangs_its_reader_costs_only_itself(volumes, tmp_path, monkeypatch):
     keys = keys_below(volumes)
 
     def read(path, **options):

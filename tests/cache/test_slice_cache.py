@@ -34,7 +34,7 @@ def save_scan(path, seed):
     return path
 
 
-def records(folder):
+def files_in(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -43,24 +43,24 @@ def test_first_and_later_reads_equal_extract(tmp_path, processor, scan):
     expected = processor.extract(read_ct(scan))
     assert not cache.has(scan)
     for _ in range(2):
-        record = cache.get(scan)
-        assert set(record) == set(expected)
+        entry = cache.get(scan)
+        assert set(entry) == set(expected)
         for key, array in expected.items():
-            np.testing.assert_array_equal(record[key], array)
-            assert record[key].dtype == array.dtype
-    assert cache.has(scan) and len(records(tmp_path / "cache")) == 1
+            np.testing.assert_array_equal(entry[key], array)
+            assert entry[key].dtype == array.dtype
+    assert cache.has(scan) and len(files_in(tmp_path / "cache")) == 1
 
 
 def test_arrays_are_read_only_maps_of_one_plain_safetensors_file(tmp_path, processor, scan):
-    record = SliceCache(tmp_path / "cache", processor).get(scan)
-    assert isinstance(record["slices"], np.memmap) and not record["slices"].flags.writeable
-    (path,) = records(tmp_path / "cache")
-    np.testing.assert_array_equal(load_file(path)["slices"], record["slices"])
+    entry = SliceCache(tmp_path / "cache", processor).get(scan)
+    assert isinstance(entry["slices"], np.memmap) and not entry["slices"].flags.writeable
+    (path,) = files_in(tmp_path / "cache")
+    np.testing.assert_array_equal(load_file(path)["slices"], entry["slices"])
 
 
-def test_processor_takes_a_record_without_copying_it_first(tmp_path, processor, scan):
-    record = SliceCache(tmp_path / "cache", processor).get(scan)
-    from_cache, direct = processor(record), processor(scan)
+def test_processor_takes_an_entry_without_copying_it_first(tmp_path, processor, scan):
+    entry = SliceCache(tmp_path / "cache", processor).get(scan)
+    from_cache, direct = processor(entry), processor(scan)
     assert set(from_cache) == set(direct)
     for key in direct:
         assert (from_cache[key] == direct[key]).all(), key
@@ -74,12 +74,12 @@ def test_second_read_does_not_open_the_volume(tmp_path, processor, scan, monkeyp
     cache.get(os.path.relpath(scan))  # the same file by another name of its path
 
 
-def test_changed_volume_settings_and_rescale_are_other_records(tmp_path, processor, scan):
+def test_changed_volume_settings_and_rescale_are_other_entries(tmp_path, processor, scan):
     cache = SliceCache(tmp_path / "cache", processor)
     first = cache.get(scan)["slices"].copy()
     assert not cache.has(scan, rescale=(1, 500))
     rescaled = cache.get(scan, rescale=(1, 500))["slices"]
-    assert cache.has(scan, rescale=[1.0, 500.0])  # the same rescale as a record of a data set has it
+    assert cache.has(scan, rescale=[1.0, 500.0])  # the same rescale as in a record of a data set
     mip = SliceCache(tmp_path / "cache", SamfImageProcessor(slices_per_plane=2, size=16, slab="mip")).get(scan)[
         "slices"
     ]
@@ -87,20 +87,20 @@ def test_changed_volume_settings_and_rescale_are_other_records(tmp_path, process
     changed = cache.get(scan)["slices"]
     for other in (rescaled, mip, changed):
         assert not np.array_equal(first, other)
-    assert len(records(tmp_path / "cache")) == 4
-    # Settings that don't change the slices share the record.
+    assert len(files_in(tmp_path / "cache")) == 4
+    # Settings that don't change the slices share the entry.
     SliceCache(tmp_path / "cache", SamfImageProcessor(slices_per_plane=2, size=16, do_normalize=False)).get(scan)
-    assert len(records(tmp_path / "cache")) == 4
+    assert len(files_in(tmp_path / "cache")) == 4
 
 
 def test_folder_of_slices_is_one_volume(tmp_path, processor, test_data):
     cache = SliceCache(tmp_path / "cache", processor)
     folder = test_data / "dicom/cip_ct-64_79sl"
     np.testing.assert_array_equal(cache.get(folder)["slices"], cache.get(test_data / "ct/cip_ct-64.nrrd")["slices"])
-    assert len(records(tmp_path / "cache")) == 2
+    assert len(files_in(tmp_path / "cache")) == 2
 
 
-def test_a_version_of_the_code_makes_other_records(tmp_path, processor, scan, monkeypatch):
+def test_a_version_of_the_code_makes_other_entries(tmp_path, processor, scan, monkeypatch):
     before = SliceCache(tmp_path, processor).entry_path(scan)
     monkeypatch.setattr(slice_cache, "ENTRY_VERSION", slice_cache.ENTRY_VERSION + 1)
     assert SliceCache(tmp_path, processor).entry_path(scan) != before
@@ -110,7 +110,7 @@ def test_a_version_of_the_code_makes_other_records(tmp_path, processor, scan, mo
 
 
 def test_identity_follows_every_file_of_a_volume(tmp_path):
-    """Slices in sub-folders, and the voxels beside a header that names them."""
+    """Slices in sub-folders, and the voxels next to a header that names them."""
     (tmp_path / "study/series").mkdir(parents=True)
     inner = tmp_path / "study/series/1.dcm"
     header, voxels = tmp_path / "scan.mhd", tmp_path / "scan.raw"
@@ -126,12 +126,12 @@ def test_identity_follows_every_file_of_a_volume(tmp_path):
         assert volume_identity(volume) != before, volume
 
 
-def test_record_of_an_address_is_found_without_the_network(tmp_path, processor, scan, monkeypatch):
+def test_entry_of_an_address_is_found_without_the_network(tmp_path, processor, scan, monkeypatch):
     address, cache = "hf://datasets/owner/name@revision/scan.nii.gz", SliceCache(tmp_path / "cache", processor)
     assert not cache.has(address)
 
     def fetch(path, **_):
-        assert ct_download._passing.get() is not None  # a download wouldn't be kept
+        assert ct_download._download_folder.get() is not None  # a download wouldn't be kept
         return read_ct({address: scan}[path])
 
     monkeypatch.setattr(slice_cache, "read_ct", fetch)
@@ -141,8 +141,8 @@ def test_record_of_an_address_is_found_without_the_network(tmp_path, processor, 
     np.testing.assert_array_equal(cache.get(address)["slices"], expected)
 
 
-def test_check_record_reads_what_opening_one_does_not(tmp_path):
-    path = tmp_path / "record.safetensors"
+def test_check_entry_reads_what_opening_one_does_not(tmp_path):
+    path = tmp_path / "entry.safetensors"
     arrays = {"slices": np.arange(200, dtype=np.uint8), "slice_mm": np.ones(3, np.float32)}
     write_entry(path, arrays)
     assert check_entry(path) is None
@@ -156,8 +156,8 @@ def test_check_record_reads_what_opening_one_does_not(tmp_path):
         check_entry(tmp_path / "none")
 
 
-def test_a_record_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch, caplog):
-    path = tmp_path / "record.safetensors"
+def test_an_entry_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "entry.safetensors"
     write_entry(path, {"slices": np.arange(9, dtype=np.uint8)})
 
     def no_open(*_, **__):
@@ -192,16 +192,16 @@ def test_unreadable_volume_leaves_nothing(tmp_path, processor):
     for name in ("bad.nii.gz", "missing.nii.gz"):
         with pytest.raises(CTReadError, match=name):
             SliceCache(tmp_path / "cache", processor).get(tmp_path / name)
-    assert not (tmp_path / "cache").exists() or records(tmp_path / "cache") == []
+    assert not (tmp_path / "cache").exists() or files_in(tmp_path / "cache") == []
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "header", "garbage"])
-def test_damaged_record_is_made_anew(tmp_path, processor, scan, caplog, damage):
+def test_damaged_entry_is_regenerated(tmp_path, processor, scan, caplog, damage):
     cache = SliceCache(tmp_path / "cache", processor)
     expected = cache.get(scan)["slices"].copy()
-    (path,) = records(tmp_path / "cache")
+    (path,) = files_in(tmp_path / "cache")
     data = path.read_bytes()
-    path.unlink()  # a record may be mapped: never write into it
+    path.unlink()  # an entry may be mapped: never write into it
     path.write_bytes(
         {"half": data[: len(data) // 2], "empty": b"", "header": data[:30], "garbage": b"\xff" * 500}[damage]
     )
@@ -209,14 +209,14 @@ def test_damaged_record_is_made_anew(tmp_path, processor, scan, caplog, damage):
     assert "regenerated" in caplog.text and path.read_bytes() == data
 
 
-def test_failed_write_leaves_neither_record_nor_temporary_file(tmp_path, monkeypatch):
+def test_failed_write_leaves_neither_entry_nor_temporary_file(tmp_path, monkeypatch):
     def no_rename(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr("samf.cache.slice_cache.os.replace", no_rename)
     with pytest.raises(OSError, match="disk full"):
         write_entry(tmp_path / "cache" / "r.safetensors", {"slices": np.zeros(3, np.uint8)})
-    assert records(tmp_path / "cache") == [] and read_entry(tmp_path / "cache" / "r.safetensors") is None
+    assert files_in(tmp_path / "cache") == [] and read_entry(tmp_path / "cache" / "r.safetensors") is None
 
 
 def _fill(job):
@@ -231,4 +231,4 @@ def test_processes_share_a_cache(tmp_path, processor):
         sums = pool.map(_fill, [(cache, scans), (cache, scans[::-1]), (cache, scans)], chunksize=1)
     expected = [int(processor.extract(read_ct(scan))["slices"].astype(np.int64).sum()) for scan in scans]
     assert sums == [expected, expected[::-1], expected]
-    assert len(records(tmp_path / "cache")) == 6
+    assert len(files_in(tmp_path / "cache")) == 6

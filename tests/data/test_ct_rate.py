@@ -9,6 +9,8 @@ from pathlib import Path
 import datasets
 import pytest
 
+import samf.data.ct_rate as ct_rate_package
+from samf.data.ct_rate import loader
 from samf.data.ct_rate.loader import (
     FEATURES,
     VolumeName,
@@ -420,7 +422,7 @@ def test_answers_are_settled(answer, expected):
 
 
 def test_odd_vqa_records(ct_rate, caplog):
-    """Task by tag, by type, by id; unusable turns are dropped and counted, the good ones beside them kept."""
+    """Task by tag, by type, by id; unusable turns are dropped and counted, the others kept."""
     path = ct_rate / "dataset/vqa/odd.json"
     image = "valid_1_a_1.nii.gz"
     write_vqa(
@@ -607,6 +609,14 @@ def test_phantoms_read_back_from_both_layouts_of_their_text(tmp_path):
 
     texts = load_records(tmp_path, "train", tasks=["multiple_choice"], vqa_files=["train_text_vqa.json"])
     assert len(texts) == 5 and set(texts["volume"]) == {None}
+
+
+def test_loaders_are_found_where_they_were():
+    """For one release; `samf.data.ct_rate` was a module once."""
+    assert loader.load_records is ct_rate_package.load_records is load_records
+    assert loader.load_samf_csv is ct_rate_package.load_samf_csv is load_samf_csv
+    with pytest.raises(AttributeError, match="no attribute 'load_nothing'"):
+        loader.load_nothing  # noqa: B018 - the attribute's lookup is what fails
 
 
 def test_an_unknown_source_is_an_error(tmp_path):

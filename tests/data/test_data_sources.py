@@ -1,4 +1,4 @@
-"""What users' data looks like: trees with other things in them, tables in any layout, and whose volume is whose."""
+"""Data of users: folders with other files, tables in any layout, and the patients of volumes."""
 
 import csv
 import json
@@ -63,7 +63,7 @@ def manifest(cache: Path) -> dict:
 
 @pytest.fixture
 def tree(tmp_path, chest) -> Path:
-    """A scan beside masks of all kinds, of which one is empty, and a radiograph's folder."""
+    """A scan next to masks of all kinds, one of them empty, and a folder with a radiograph."""
     folder, hu = tmp_path / "tree", np.asarray(nib.load(chest).dataobj)
     (folder / "case").mkdir(parents=True)
     shutil.copy(chest, folder / "case/ct.nii.gz")
@@ -99,7 +99,7 @@ def test_what_was_named_and_is_no_ct_is_a_failure(tree, tmp_path, capsys):
 
 
 def test_scaled_bytes_may_be_hu(tmp_path, chest):
-    """Eight bits with a slope hold HU; without one they are a mask or a picture, and none is opened for that."""
+    """Eight-bit files with a slope hold HU; without one they are masks or images, which the header shows."""
     values = np.zeros((4, 4, 4), np.uint8)
     for name, slope in (("scaled.nii", 8.0), ("mask.nii", 1.0), ("unset.nii", float("nan"))):
         image = nib.Nifti1Image(values, np.eye(4))
@@ -130,7 +130,7 @@ def test_a_pattern_chooses_among_what_is_found(tmp_path):
 
     assert chosen("ct.nii") == (["a/ct.nii", "a/old/ct.nii", "b/ct.nii"], 1)
     assert chosen("b/*", "pet*") == (["a/pet.nii", "b/ct.nii"], 2)
-    with pytest.raises(FileNotFoundError, match="4 files: not of the pattern"):
+    with pytest.raises(FileNotFoundError, match="4 files: not matching the pattern"):
         chosen("*.mha")
 
 
@@ -256,7 +256,7 @@ def test_rules_that_do_not_fit_are_errors():
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory, chest) -> Path:
-    """Six patients, a folder each, with three series that bear the same names."""
+    """Six patients, a folder each, with three series of the same names."""
     folder = tmp_path_factory.mktemp("cohort")
     for patient in range(6):
         (folder / f"LIDC-{patient}").mkdir()
@@ -272,7 +272,7 @@ def test_no_patient_is_trained_on_and_held_out(cohort):
         found = find_scans([str(cohort)], valid_share=0.3, options=SourceOptions(patient_rule=PatientRule.parse(rule)))
         people = {split: {Path(scan.volumes[0][0]).parent for scan in own} for split, own in found.items()}
         assert len(people["train"] | people["valid"]) == 6 and not people["train"] & people["valid"]
-        # One item a patient: two series of one must not be told apart by contrast.
+        # One item per patient: contrast must not separate two series of one patient.
         assert [len(scan.volumes) for own in found.values() for scan in own] == [3] * 6
     one_each = SourceOptions(patient_rule=PatientRule.parse("file"))
     assert sum(map(len, find_scans([str(cohort)], options=one_each).values())) == 18

@@ -1,4 +1,4 @@
-"""Whose a volume, a record and a prediction is: one rule, whoever asks."""
+"""The patient of a volume, a record and a prediction: one rule for all callers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Large tables become an Arrow file once: by one of several processes, and anew when something changed. Lengths too."""
+"""Large tables become an Arrow file once, by one of several processes, and again after a change. So do lengths."""
 
 import json
 import logging
@@ -89,7 +89,7 @@ def test_another_table_or_option_is_another_file(root, tmp_path, always_cached):
     assert len(arrow_files(tmp_path)) == 3
 
 
-def test_missing_volumes_are_looked_for_anew_each_time(root, tmp_path, always_cached, caplog):
+def test_missing_volumes_are_looked_for_each_time(root, tmp_path, always_cached, caplog):
     load = partial(load_ct_rate, root, "train", cache_dir=tmp_path / "cache")
     with pytest.raises(FileNotFoundError, match="50 of 50 volumes"):
         load()

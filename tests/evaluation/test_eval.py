@@ -24,9 +24,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 
 from samf import eval as eval_script
 from samf.data.collator import SamfCollator
-from samf.data.ct_rate.loader import FEATURES, patient_of
 from samf.data.loading import load_records
+from samf.data.patients import patient_of
 from samf.data.prompts import record_prompt
+from samf.data.records import FEATURES
 from samf.evaluation.answering import digests, generation
 from samf.evaluation.answering.answer_folder import AnswerFolder, ResumeError
 from samf.evaluation.answering.batches import make_batches, share_batches
@@ -350,7 +351,7 @@ def test_bad_arguments(records, tmp_path):
     for missing in (None, ""):
         with pytest.raises(ValueError, match="Record 1 has no id"):
             run(tmp_path, [records[0], {**records[1], "id": missing}])
-    with pytest.raises(ValueError, match="'raise' or 'skip'"):
+    with pytest.raises(ValueError, match="expected one of raise, skip"):
         run(tmp_path, records, on_error="ignore")
     with pytest.raises(ValueError, match="batch_size is 0"):
         GenerationSettings(batch_size=0)
@@ -359,14 +360,14 @@ def test_bad_arguments(records, tmp_path):
 def test_the_old_name_of_raise_is_accepted_with_a_warning(records, tmp_path):
     records[4]["volume"] = "/ct/valid_9_broken.nii.gz"
     with (
-        pytest.warns(FutureWarning, match="on_error=stop is now on_error=raise"),
+        pytest.warns(FutureWarning, match="on_error='stop' is now 'raise'"),
         pytest.raises(ValueError, match="trunc"),
     ):
         run(tmp_path, records, on_error="stop")
     required = {"model": "m", "data": "d", "output_dir": "o"}
-    with pytest.warns(FutureWarning, match="on_error=stop"):
+    with pytest.warns(FutureWarning, match="on_error='stop'"):
         assert eval_script.EvalArguments(**required, on_error="stop").on_error == "raise"
-    with pytest.raises(ValueError, match="'raise' or 'skip'"):
+    with pytest.raises(ValueError, match="expected one of raise, skip"):
         eval_script.EvalArguments(**required, on_error="ignore")
 
 

@@ -73,7 +73,7 @@ def write_with_folder(path: Path, text: str) -> None:
 
 
 def test_runs_of_other_settings_are_not_reused(tmp_path, monkeypatch):
-    monkeypatch.setattr(table3, "figures_of", lambda args, run, seed: {"accuracy": 0.5})
+    monkeypatch.setattr(table3, "run_metrics", lambda args, run, seed: {"accuracy": 0.5})
     options = ["--data", "phantoms", "--output", str(tmp_path / "out"), "--runs", "samf_warmup", "--seeds"]
     main([*options, "0", "--max_steps", "4"])
     main([*options, "0", "1", "--max_steps", "4"])

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from samf import SamfForConditionalGeneration
-from samf.model.hub_samf import language_model_alone
+from samf.model.hub_samf import restrict_to_language_model
 
 ATTENTIONS = (
     "eager",
@@ -154,14 +154,14 @@ def test_weights_left_on_disk_give_the_same_tokens(fusion_type, tmp_path):
 def test_quantisation_is_the_language_models_alone_unless_it_names_what_it_skips(skip):
     """Every linear layer outside the language model is skipped by the library's own rule, and none within it."""
     given = SimpleNamespace(**{skip: None})
-    patterns = getattr(language_model_alone(given), skip)
+    patterns = getattr(restrict_to_language_model(given), skip)
     assert getattr(given, skip) is None
     for model in (tiny_model(finding_names=["a"], extra_sources={"age": 1}), tiny_model().model):
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 assert should_convert_module(name, patterns) == ("language_model." in name), name
     named = SimpleNamespace(**{skip: ["lm_head"]})
-    assert language_model_alone(named) is named
+    assert restrict_to_language_model(named) is named
 
 
 def eight_bits():

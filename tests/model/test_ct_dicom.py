@@ -137,7 +137,7 @@ def test_missing_slices_are_interpolated_with_a_word_of_how_many_mm(tmp_path, ca
     volume = read_ct(write_series(tmp_path / "gaps", positions))
     assert volume.shape[2] == 12 and volume.spacing[2] == pytest.approx(2.5)
     assert_every_voxel_in_place(volume)
-    assert "2.50 to 7.50 mm" in caplog.text and "12.5 of 27.5 mm are in 2 odd gaps" in caplog.text
+    assert "2.50 to 7.50 mm" in caplog.text and "12.5 of 27.5 mm are in 2 uneven gaps" in caplog.text
 
 
 def test_slices_that_are_there_stay_untouched_beside_a_gap(tmp_path):
@@ -664,10 +664,10 @@ def test_htj2k(tmp_path, syntax, signed):
 
 def test_htj2k_needs_a_simpleitk_that_unpacks_it(tmp_path, monkeypatch):
     """Version 2.4 gives no image. It does unpack JPEG 2000, which needs no message."""
-    older = ct_dicom_pixels._UNPACK_SCRIPT.replace("SimpleITK.Version.MinorVersion()", "-1")
-    assert older != ct_dicom_pixels._UNPACK_SCRIPT
-    monkeypatch.setattr(ct_dicom_pixels, "_UNPACK_SCRIPT", older)
-    with pytest.raises(CTReadError, match="slice: its voxels are packed as HTJ2K.*pip install -U 'SimpleITK>=2.5'"):
+    older = ct_dicom_pixels._DECODE_SCRIPT.replace("SimpleITK.Version.MinorVersion()", "-1")
+    assert older != ct_dicom_pixels._DECODE_SCRIPT
+    monkeypatch.setattr(ct_dicom_pixels, "_DECODE_SCRIPT", older)
+    with pytest.raises(CTReadError, match="slice: its voxels are compressed as HTJ2K.*pip install -U 'SimpleITK>=2.5'"):
         read_ct(write_htj2k(tmp_path / "slice", 201, False))
     assert_every_voxel_in_place(read_ct(packed_series(tmp_path)))
 
@@ -818,7 +818,7 @@ def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, m
     folder = write_series(tmp_path / "series", stack_positions(2))
     packed = packed_series(tmp_path)
     monkeypatch.setattr(
-        ct_dicom_pixels, "_UNPACK_SCRIPT", ct_dicom_pixels._UNPACK_SCRIPT.replace("SimpleITK", "not_installed")
+        ct_dicom_pixels, "_DECODE_SCRIPT", ct_dicom_pixels._DECODE_SCRIPT.replace("SimpleITK", "not_installed")
     )
     assert_every_voxel_in_place(read_ct(folder))  # native voxels need only pydicom
     with pytest.raises(CTReadError, match="slice000.dcm: compressed voxels need SimpleITK: pip install SimpleITK"):
@@ -833,9 +833,9 @@ def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, m
 )
 def test_a_decoder_that_crashes_or_hangs_is_an_error(tmp_path, monkeypatch, fault):
     folder = packed_series(tmp_path)
-    monkeypatch.setattr(ct_dicom_pixels, "_UNPACK_SCRIPT", fault)
-    monkeypatch.setattr(ct_dicom_pixels, "_SECONDS_A_PROCESS", 0.5)
-    monkeypatch.setattr(ct_dicom_pixels, "_SECONDS_A_FRAME", 0.1)
+    monkeypatch.setattr(ct_dicom_pixels, "_DECODE_SCRIPT", fault)
+    monkeypatch.setattr(ct_dicom_pixels, "_SECONDS_PER_PROCESS", 0.5)
+    monkeypatch.setattr(ct_dicom_pixels, "_SECONDS_PER_FRAME", 0.1)
     with pytest.raises(CTReadError, match="slice000.dcm: its compressed voxels are damaged|takes far too long"):
         read_ct(folder)
 
@@ -845,15 +845,15 @@ def test_no_room_to_unpack_into_is_not_called_damage(tmp_path, monkeypatch):
     folder = packed_series(tmp_path)
     narrow = f"import resource; resource.setrlimit({resource.RLIMIT_FSIZE}, (64, 64))\n"
     with monkeypatch.context() as patch:
-        patch.setattr(ct_dicom_pixels, "_UNPACK_SCRIPT", narrow + ct_dicom_pixels._UNPACK_SCRIPT)
-        with pytest.raises(CTReadError, match="slice000.dcm: cannot be unpacked into .*samf-.*TMPDIR"):
+        patch.setattr(ct_dicom_pixels, "_DECODE_SCRIPT", narrow + ct_dicom_pixels._DECODE_SCRIPT)
+        with pytest.raises(CTReadError, match="slice000.dcm: cannot be decoded into .*samf-.*TMPDIR"):
             read_ct(folder)
 
     def refuse(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(pydicom, "dcmwrite", refuse)
-    with pytest.raises(CTReadError, match="slice000.dcm: cannot be read, or unpacked into .*No space left.*TMPDIR"):
+    with pytest.raises(CTReadError, match="slice000.dcm: cannot be read, or decoded into .*No space left.*TMPDIR"):
         read_ct(folder)
 
 
@@ -877,7 +877,7 @@ def test_a_header_that_the_system_will_not_read_is_not_left_out(tmp_path, monkey
 def test_a_decoder_ends_with_its_parent(tmp_path):
     note = tmp_path / "decoder"
     hang = f"open({str(note)!r}, 'w').write(str(os.getpid())); import time; time.sleep(60)"
-    script = ct_dicom_pixels._UNPACK_SCRIPT.replace("import numpy, SimpleITK", hang)
+    script = ct_dicom_pixels._DECODE_SCRIPT.replace("import numpy, SimpleITK", hang)
     start = (
         f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}, str(os.getpid()), '60', 'x'])"
     )
@@ -892,7 +892,7 @@ def test_a_decoder_ends_with_its_parent(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits on CPU time")
 def test_a_decoder_that_computes_for_ever_ends_by_itself():
-    script = ct_dicom_pixels._UNPACK_SCRIPT.replace("import numpy, SimpleITK", "while True: pass")
+    script = ct_dicom_pixels._DECODE_SCRIPT.replace("import numpy, SimpleITK", "while True: pass")
     done = subprocess.run([sys.executable, "-c", script, str(os.getpid()), "1", "x"], timeout=60)
     assert done.returncode == -signal.SIGKILL
 

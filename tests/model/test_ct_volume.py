@@ -136,7 +136,7 @@ def test_oblique_and_sheared_volumes_are_resampled_onto_the_patients_axes(tmp_pa
 def test_a_header_that_would_blow_the_volume_up_is_refused(tmp_path):
     """Voxels of nanometres by centimetres, turned: millions of rows in each column."""
     affine = rotated(30) @ np.diag([1e-5, 40, 1, 1])
-    with pytest.raises(CTReadError, match="thin.nii: .* voxels once turned upright; expected at most 5e.07"):
+    with pytest.raises(CTReadError, match="thin.nii: .* voxels after resampling; expected at most 5e.07"):
         read_ct(save_nifti(tmp_path / "thin.nii", ramp(), affine))
 
 
@@ -556,7 +556,7 @@ def test_numpy_files_with_an_affine(tmp_path, caplog):
     np.savez(tmp_path / "rows.npz", ramp(), affine=affine[:3])
     np.testing.assert_allclose(read_ct(tmp_path / "rows.npz").affine, expected.affine)
     np.savez(tmp_path / "both.npz", ramp(), affine=np.full((4, 4), np.nan), spacing=np.array(SPACING))
-    assert read_ct(tmp_path / "both.npz").spacing == SPACING and "takes the next" in caplog.text
+    assert read_ct(tmp_path / "both.npz").spacing == SPACING and "uses the next" in caplog.text
     for name, values in {"affine": np.eye(3), "spacing": np.ones(2)}.items():
         np.savez(tmp_path / "odd.npz", ramp(), **{name: values})
         with pytest.raises(CTReadError, match=f"odd.npz: `{name}` of shape"):
@@ -593,7 +593,7 @@ def test_numpy_files_without_geometry_take_axes_and_spacing(tmp_path, caplog):
     assert read_ct(tmp_path / "spaced.npz", axes="IPL").spacing == SPACING and not caplog.records
     np.savez(tmp_path / "nan.npz", ct=stored, spacing=np.array([0.8, np.nan, 0.8]))
     assert read_ct(tmp_path / "nan.npz").spacing == (0.8, 1, 0.8)
-    assert "voxel sizes that are no lengths; assumes voxels of 0.8 x 1 x 0.8 mm" in caplog.text
+    assert "its voxel sizes are invalid; assumes voxels of 0.8 x 1 x 0.8 mm" in caplog.text
     with pytest.raises(CTReadError, match="axes RAS, the caller axes IPL"):
         to_ct_volume(read_ct(tmp_path / "nan.npz"), axes="IPL")
     np.savez(tmp_path / "placed.npz", ct=ramp(), affine=ras_affine())
@@ -671,7 +671,7 @@ def test_a_nibabel_image_is_what_its_file_is(tmp_path, caplog, form):
     np.testing.assert_array_equal(in_memory.hu, from_file.hu)
     np.testing.assert_array_equal(in_memory.affine, from_file.affine)
     np.testing.assert_allclose(in_memory.spacing, SPACING, rtol=1e-6)
-    words = {"sform": "NaN or singular; assumes", "qform": "takes the next", "neither": "no orientation"}[form]
+    words = {"sform": "NaN or singular; assumes", "qform": "uses the next", "neither": "no orientation"}[form]
     assert (
         f"{tmp_path / 'scan.nii'}: its " in caplog.text
         and f"nibabel image {tmp_path / 'scan.nii'}: its " in caplog.text

@@ -64,13 +64,13 @@ def test_all_48_axis_orders_give_one_stack(tmp_path, landmarks):
             assert np.array_equal(stack[key], array), (name, key)
 
 
-def quadrant_means(picture):
-    half = picture.shape[0] // 2
+def quadrant_means(image):
+    half = image.shape[0] // 2
     return {
-        "top left": picture[:half, :half].mean(),
-        "top right": picture[:half, half:].mean(),
-        "bottom left": picture[half:, :half].mean(),
-        "bottom right": picture[half:, half:].mean(),
+        "top left": image[:half, :half].mean(),
+        "top right": image[:half, half:].mean(),
+        "bottom left": image[half:, :half].mean(),
+        "bottom right": image[half:, half:].mean(),
     }
 
 
@@ -86,14 +86,14 @@ def test_landmarks_stand_where_radiologists_expect_them(landmarks, plane, right_
     processor = SamfImageProcessor(planes=(plane,), slices_per_plane=2, size=64, slab="mip", hu_windows=((-200, 1000),))
     far_away, near = processor.extract(make_volume(landmarks, SPACING))["slices"][:, 0]
     # Slices run foot→head, back→front and left→right: the second half holds the right-front-head box alone.
-    for picture, place in ((near, right_front_head), (far_away, left_back_foot)):
-        means = quadrant_means(picture)
+    for image, place in ((near, right_front_head), (far_away, left_back_foot)):
+        means = quadrant_means(image)
         assert means[place] > 5 and sum(means.values()) == means[place], (plane, means)
     assert near.max() > far_away.max()
 
 
 def test_each_axis_alone_shows_on_the_right_side():
-    """A volume that brightens along one axis only brightens along one picture axis, in the right sense."""
+    """A volume that brightens along one axis only brightens along one image axis, in the right sense."""
     for axis, brighter in (
         (0, {"axial": "left", "coronal": "left"}),
         (1, {"axial": "top", "sagittal": "left"}),
@@ -104,12 +104,12 @@ def test_each_axis_alone_shows_on_the_right_side():
         processor = SamfImageProcessor(slices_per_plane=4, size=16, hu_windows=((0, 800),))
         stack = processor.extract(make_volume(hu))
         for plane in PLANES:
-            pictures = stack["slices"][stack["slice_planes"] == PLANES.index(plane), 0].astype(int)
-            rows, columns = pictures[2].mean(axis=1), pictures[2].mean(axis=0)
+            images = stack["slices"][stack["slice_planes"] == PLANES.index(plane), 0].astype(int)
+            rows, columns = images[2].mean(axis=1), images[2].mean(axis=0)
             assert (rows[0] > rows[-1]) == (brighter.get(plane) == "top")
             assert (columns[0] > columns[-1]) == (brighter.get(plane) == "left")
             if plane not in brighter:  # the plane's normal: later slices are brighter
-                assert (np.diff(pictures.mean(axis=(1, 2))) > 0).all()
+                assert (np.diff(images.mean(axis=(1, 2))) > 0).all()
 
 
 def test_orders_of_one_real_scan_give_one_stack(test_data):
@@ -139,7 +139,7 @@ def test_real_chest_stands_upright(test_data):
     stack = SamfImageProcessor(hu_windows=((-160, 240),)).extract(volume)
     axial, coronal, sagittal = (stack["slices"][stack["slice_planes"] == plane, 0].astype(float) for plane in range(3))
     heart = axial[8:12].mean(axis=0)[60:130]
-    assert heart[:, 112:164].mean() > 1.5 * heart[:, 60:112].mean()  # mostly left of the middle: right in the picture
+    assert heart[:, 112:164].mean() > 1.5 * heart[:, 60:112].mean()  # mostly left of the middle: right in the image
     belly = coronal[12, 150:200]
     assert belly[:, :112].mean() > belly[:, 112:].mean()  # liver against a stomach full of air
     assert coronal[12, 160:200].mean() > coronal[12, 60:130].mean()  # belly below lungs
@@ -152,7 +152,7 @@ def test_real_chest_stands_upright(test_data):
 
 @pytest.mark.parametrize("spacing", [(0.7, 0.7, 2.5), (1.5, 1.0, 0.8), (1.0, 1.0, 5.0)])
 def test_a_sphere_stays_round(spacing):
-    """Its picture in the middle of each plane has the area and the width of a circle in square pixels of known size."""
+    """Its image in the middle of each plane has the area and the width of a circle in square pixels of known size."""
     radius, extent = 32.0, np.array([90.0, 120.0, 150.0])
     shape = np.rint(extent / spacing).astype(int)
     grids = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in zip(shape, spacing, strict=True)]
@@ -160,9 +160,9 @@ def test_a_sphere_stays_round(spacing):
     hu = np.where(squared <= radius**2, 1000, -1000)
     stack = SamfImageProcessor(slices_per_plane=1, hu_windows=((-1000, 1000),)).extract(make_volume(hu, spacing))
     sides = shape * np.array(spacing)
-    for normal, picture in zip((2, 1, 0), stack["slices"][:, 0], strict=True):
+    for normal, image in zip((2, 1, 0), stack["slices"][:, 0], strict=True):
         pixel_mm = np.delete(sides, normal).max() / 224
-        inside = picture > 127
+        inside = image > 127
         assert inside.sum() * pixel_mm**2 == pytest.approx(np.pi * radius**2, rel=0.03)
         tolerance = max(spacing)  # the sphere is made of voxels
         for axis in (0, 1):
@@ -177,9 +177,9 @@ def test_scale_along_both_sides_is_the_same():
     hu[[10, 49]] = 2000  # 39 voxels of 2 mm apart
     hu[:, [5, 34]] = 2000  # 29 voxels of 1.5 mm apart
     stack = SamfImageProcessor(planes="axial", slices_per_plane=1, hu_windows=((-1000, 3000),))
-    picture = stack.extract(make_volume(hu, (2.0, 1.5, 1.0)))["slices"][0, 0].astype(float)
+    image = stack.extract(make_volume(hu, (2.0, 1.5, 1.0)))["slices"][0, 0].astype(float)
     pixel_mm = 120 / 224
-    for profile, distance in ((picture[112 - 20 : 112 + 20].min(axis=0), 78.0), (picture[:, 80:140].min(axis=1), 43.5)):
+    for profile, distance in ((image[112 - 20 : 112 + 20].min(axis=0), 78.0), (image[:, 80:140].min(axis=1), 43.5)):
         middle = len(profile) // 2
         centres = [
             np.average(np.arange(224)[part], weights=profile[part]) for part in (slice(0, middle), slice(middle, None))
@@ -189,22 +189,22 @@ def test_scale_along_both_sides_is_the_same():
 
 def test_short_side_is_centred_in_air():
     stack = SamfImageProcessor(planes="axial", slices_per_plane=1, hu_windows=((-1024, 1000),), size=100)
-    picture = stack.extract(make_volume(np.full((50, 20, 3), 1000)))["slices"][0, 0]
-    assert (picture[31:69] == 255).all()
-    assert (picture[:29] == 0).all() and (picture[71:] == 0).all()
+    image = stack.extract(make_volume(np.full((50, 20, 3), 1000)))["slices"][0, 0]
+    assert (image[31:69] == 255).all()
+    assert (image[:29] == 0).all() and (image[71:] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (300, 2, 2), (1, 40, 7), (2, 500, 3), (40, 41, 42)])
-def test_whatever_the_shape_the_picture_holds_its_area(shape):
+def test_whatever_the_shape_the_image_holds_its_area(shape):
     """Also of a field thinner than a pixel: it becomes a faint line, and neither vanishes nor swells."""
     spacing = (0.5, 1.0, 7.0)
     processor = SamfImageProcessor(slices_per_plane=1, size=32, hu_windows=((-1024, 100),))
-    pictures = processor.extract(make_volume(np.full(shape, 100), spacing))["slices"][:, 0] / 255
+    images = processor.extract(make_volume(np.full(shape, 100), spacing))["slices"][:, 0] / 255
     sides = np.array(shape) * spacing
-    for normal, picture in zip((2, 1, 0), pictures, strict=True):
+    for normal, image in zip((2, 1, 0), images, strict=True):
         height, width = np.delete(sides, normal)
         area = height * width / max(height, width) ** 2 * 32**2
-        assert picture.sum() == pytest.approx(area, rel=0.05, abs=0.25)
+        assert image.sum() == pytest.approx(area, rel=0.05, abs=0.25)
 
 
 def test_slices_stand_in_the_middle_of_their_share_of_the_field():
@@ -254,8 +254,8 @@ def test_mip_keeps_a_single_bright_voxel():
         hu[tuple(place)] = 1000
         stack = processor.extract(make_volume(hu))
         for plane, normal in enumerate((2, 1, 0)):
-            pictures = stack["slices"][stack["slice_planes"] == plane, 0]
-            bright = np.argwhere(pictures == 255)
+            images = stack["slices"][stack["slice_planes"] == plane, 0]
+            bright = np.argwhere(images == 255)
             row, column = (axis for axis in (2, 1, 0) if axis != normal)
             assert bright[:, 1:].tolist() == [[31 - place[row], 31 - place[column]]]
             centres = (np.arange(5) + 0.5) * 32 / 5
@@ -270,10 +270,10 @@ def test_mean_slabs_share_out_every_voxel_once():
     centres = (np.arange(30) + 0.5) / 30
     nearest = np.abs(centres[:, None] - (np.arange(7) + 0.5) / 7).argmin(axis=1)
     for plane, normal in enumerate((2, 1, 0)):
-        pictures = stack["slices"][stack["slice_planes"] == plane, 0] / 255 * 2224 - 1024
-        for i, picture in enumerate(pictures):
+        images = stack["slices"][stack["slice_planes"] == plane, 0] / 255 * 2224 - 1024
+        for i, image in enumerate(images):
             expected = np.moveaxis(hu, normal, 0)[nearest == i].mean(axis=0).T[::-1, ::-1]
-            np.testing.assert_allclose(picture, expected, atol=2224 / 255 / 2 + 1e-3)
+            np.testing.assert_allclose(image, expected, atol=2224 / 255 / 2 + 1e-3)
 
 
 def test_slab_none_is_the_slice_itself():
@@ -329,10 +329,8 @@ def test_no_small_nodule_falls_between_slices(slab):
 def test_shrinking_averages_instead_of_skipping():
     """A checkerboard of single voxels becomes even grey."""
     hu = np.indices((64, 64, 64)).sum(axis=0) % 2 * 1000
-    picture = SamfImageProcessor(slices_per_plane=1, size=16, hu_windows=((0, 1000),)).extract(make_volume(hu))[
-        "slices"
-    ]
-    assert np.abs(picture[:, 0, 2:-2, 2:-2].astype(int) - 127).max() <= 6
+    image = SamfImageProcessor(slices_per_plane=1, size=16, hu_windows=((0, 1000),)).extract(make_volume(hu))["slices"]
+    assert np.abs(image[:, 0, 2:-2, 2:-2].astype(int) - 127).max() <= 6
 
 
 # ----------------------------------------------------------------------------------------------------- the body's field
@@ -449,6 +447,17 @@ def test_rescale_and_normalise_by_hand(small, landmarks):
         output = small(make_volume(landmarks), return_tensors="pt", **dict(changes))
         np.testing.assert_allclose(output["pixel_values"][0].numpy(), expected, atol=1e-4)
     assert small.do_rescale and small.do_normalize  # a call changes nothing for the next
+
+
+def test_normalize_gives_any_slices_the_pixel_values_of_the_encoder(small, landmarks):
+    """In place and for any leading dimensions, as training on cached slices needs it."""
+    slices = torch.from_numpy(small.extract(make_volume(landmarks))["slices"])
+    expected = small(make_volume(landmarks))["pixel_values"][0]
+    pixels = slices.float()
+    assert small.normalize_(pixels) is pixels and torch.equal(pixels, expected)
+    assert torch.equal(small.normalize_(slices[None, :1].float()), expected[None, :1])
+    plain = SamfImageProcessor(slices_per_plane=2, size=16, do_rescale=False, do_normalize=False)
+    assert torch.equal(plain.normalize_(slices.float()), slices.float())
 
 
 def test_calls_take_all_kinds_of_volumes(small, landmarks, tmp_path):
@@ -603,7 +612,7 @@ def test_settings_survive_saving(tmp_path):
     assert changed.slab == "mip" and changed.do_normalize and changed.size == 40
 
 
-def test_the_saved_file_says_what_the_pictures_are(tmp_path):
+def test_the_saved_file_says_what_the_images_are(tmp_path):
     """Window, spacing, order and version stand in the file that others read."""
     SamfImageProcessor().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from samf import SamfForConditionalGeneration
+from samf.benchmarks.component_tables import SWITCH
 from samf.benchmarks.components import (
     ANSWER,
     IMAGE_ID,
     LANGUAGE_MODELS,
-    SWITCH,
     from_components,
     randomise,
     reloaded,
@@ -59,7 +59,7 @@ def test_a_multimodal_model_is_refused_with_the_remedy():
     config = samf_config()
     config.text_config = type("Composite", (type(config.text_config),), {})()
     config.text_config.get_text_config = lambda *args, **kwargs: config.text_config.__class__()
-    with pytest.raises(ValueError, match="Composite can't .* its text model alone"):
+    with pytest.raises(ValueError, match="Composite can't .* only the configuration of its text model"):
         SamfForConditionalGeneration(config)
 
 

@@ -571,7 +571,7 @@ def test_half_given_and_rounded_slice_facts_are_errors():
     with pytest.raises(ValueError, match="slice_positions came without slice_planes"):
         model.get_image_features(pixels, slice_positions=positions)
     for dtype in (torch.float16, torch.bfloat16):
-        with pytest.raises(ValueError, match="rounds away where neighbouring slices lie"):
+        with pytest.raises(ValueError, match="too coarse to tell neighbouring slices apart"):
             model.get_image_features(pixels, slice_planes=planes, slice_positions=positions.to(dtype))
 
 

@@ -35,14 +35,14 @@ def published_stack(path, count, size):
     depth = stored.shape[2]
     low, high = max(depth // 2 - 72, 0), min(depth // 2 + 72, depth - 1)
     indices = [int(low + (high - low) * i / (count - 1)) for i in range(count)]
-    pictures = []
+    images = []
     for index in indices:
-        picture = stored[:, :, index].astype(int) % 256  # two's complement keeps the lowest eight bits
-        lengths = [int(size * side / min(picture.shape)) for side in picture.shape]
-        picture = scaled(scaled(picture.astype(float), lengths[1]).T, lengths[0]).T
+        image = stored[:, :, index].astype(int) % 256  # two's complement keeps the lowest eight bits
+        lengths = [int(size * side / min(image.shape)) for side in image.shape]
+        image = scaled(scaled(image.astype(float), lengths[1]).T, lengths[0]).T
         top, left = (round((length - size) / 2) for length in lengths)
-        pictures.append(picture[top : top + size, left : left + size] / 255)
-    return np.repeat(np.array(pictures)[:, None], 3, axis=1), indices
+        images.append(image[top : top + size, left : left + size] / 255)
+    return np.repeat(np.array(images)[:, None], 3, axis=1), indices
 
 
 def write_scan(path, shape, affine=None, seed=0):
@@ -53,7 +53,7 @@ def write_scan(path, shape, affine=None, seed=0):
 
 
 @pytest.mark.parametrize("shape", [(40, 57, 200), (57, 40, 145), (30, 30, 20), (24, 31, 1)])
-def test_pictures_of_the_published_preprocessing(shape, tmp_path):
+def test_images_of_the_published_preprocessing(shape, tmp_path):
     write_scan(tmp_path / "scan.nii.gz", shape)
     processor = SamfImageProcessor(preset="published", size=32)
     batch = processor(tmp_path / "scan.nii.gz", return_tensors="np")
@@ -64,13 +64,13 @@ def test_pictures_of_the_published_preprocessing(shape, tmp_path):
     assert batch["slice_indices"][0].tolist() == indices  # stored foot to head
 
 
-def test_pictures_that_need_no_scaling_are_exact(tmp_path):
+def test_images_that_need_no_scaling_are_exact(tmp_path):
     hu = write_scan(tmp_path / "scan.nii", (224, 229, 150))
     pixels = SamfImageProcessor(preset="published")(tmp_path / "scan.nii")["pixel_values"][0]
     assert pixels.shape == (24, 3, 224, 224)
-    for picture, index in zip(pixels, np.linspace(3, 147, 24).astype(int), strict=True):
+    for image, index in zip(pixels, np.linspace(3, 147, 24).astype(int), strict=True):
         expected = torch.tensor(hu[:, 2:226, index].astype(int) & 255) / 255  # (229 - 224) / 2 rounds to 2
-        torch.testing.assert_close(picture, expected.float().expand(3, -1, -1), rtol=0, atol=1e-7)
+        torch.testing.assert_close(image, expected.float().expand(3, -1, -1), rtol=0, atol=1e-7)
 
 
 def test_hu_wrap_as_is_known_of_the_published_cast(tmp_path):

@@ -400,7 +400,7 @@ DERIVED = {
     ),
     "NaN sform beside a qform": Derived(
         lambda bench: bench.header(srow_x=np.nan, qform_code=1),
-        says="its first affine is NaN or singular; takes the next",
+        says="its first affine is NaN or singular; uses the next",
     ),
     "sform against qform": Derived(
         lambda bench: bench.header(sform_code=1, qform_code=1, quatern_b=0, quatern_c=1, quatern_d=0),
@@ -426,7 +426,7 @@ DERIVED = {
     ),
     "one slice missing": Derived(
         lambda bench: bench.dicom(lambda k: k != 40),
-        says="8.0 of 311.0 mm are in 1 odd gaps",
+        says="8.0 of 311.0 mm are in 1 uneven gaps",
         hu=interpolated,
         rounding=1,
         orientation="LPS",

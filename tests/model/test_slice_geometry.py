@@ -41,11 +41,11 @@ def test_a_marked_voxel_stands_where_its_millimetres_say(shape, spacing, size):
         stack = processor.extract(make_volume(hu, spacing))
         for number, plane in enumerate(PLANES):
             normal, *sides = AXES[plane]
-            pictures = stack["slices"][stack["slice_planes"] == number, 0].astype(float)
-            assert np.flatnonzero(pictures.any(axis=(1, 2))).tolist() == [place[normal]]
-            picture = pictures[place[normal]]
+            images = stack["slices"][stack["slice_planes"] == number, 0].astype(float)
+            assert np.flatnonzero(images.any(axis=(1, 2))).tolist() == [place[normal]]
+            image = images[place[normal]]
             pixel_mm = max(shape[axis] * spacing[axis] for axis in sides) / size
-            for axis, profile in zip(sides, (picture.sum(axis=1), picture.sum(axis=0)), strict=True):
+            for axis, profile in zip(sides, (image.sum(axis=1), image.sum(axis=0)), strict=True):
                 pixels = spacing[axis] / pixel_mm  # of one voxel
                 middle = size / 2 + (shape[axis] / 2 - (place[axis] + 0.5)) * pixels
                 air = (size - shape[axis] * pixels) / 2
@@ -99,7 +99,7 @@ def test_a_part_counts_as_body_from_a_quarter_of_the_largest_on(columns, counts)
 
 @pytest.mark.parametrize("field", ["full", "body"])
 def test_a_slice_of_a_turned_volume_lies_where_its_own_centre_lies(field):
-    """Millimetres of the centre of what a picture shows, along the plane's normal; the corners are up to 20 mm off."""
+    """Millimetres of the centre of what a image shows, along the plane's normal; the corners are up to 20 mm off."""
     shape, spacing = (40, 50, 30), (4.0, 4.0, 5.0)
     hu = np.full(shape, -1000)
     hu[6:25, 10:48, :] = 40

@@ -372,7 +372,7 @@ def read_labels_back(report: str) -> set[str]:
 
 
 def test_every_sentence_is_unambiguous():
-    """Each template speaks of its own finding alone, and a rule tells presence from absence."""
+    """Each template is about its own finding only, and a rule distinguishes presence from absence."""
     for name in FINDING_NAMES:
         phrase = text.PHRASES[name]
         assert 3 <= len(text.PRESENT[name]) <= 5 and 3 <= len(text.ABSENT[name]) <= 5
@@ -446,7 +446,7 @@ def test_letters_are_uniform_in_each_family(asked):
 
 
 def test_each_option_is_right_a_quarter_of_the_time(asked):
-    """Given the family, the finding asked for and the option's text: knowing all three helps nobody to guess."""
+    """The family, the finding asked for and the option's text don't help to guess, even together."""
     for family in QUESTIONS:
         offered, right = Counter(), Counter()
         for _, questions in asked:

@@ -39,7 +39,7 @@ SMALL = DinoArguments(
 
 
 class Noise(torch.utils.data.Dataset):
-    """Labelled pictures: bright ones and dark ones."""
+    """Labelled images, bright and dark."""
 
     label_names = ("dark", "bright")
 
@@ -257,7 +257,7 @@ def unbroken(tmp_path_factory):
 
 
 def test_a_run_goes_on_where_it_was_cut_off(unbroken, tmp_path):
-    """Step 4 of 6 lies in the middle of the second epoch."""
+    """Step 4 of 6 is in the middle of the second epoch."""
     folder, run = unbroken
     shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
     (tmp_path / "checkpoint-5").mkdir()  # cut off while it was written
@@ -356,7 +356,7 @@ def test_sizes_must_be_whole_patches(tmp_path):
 
 
 def save_organs(folder, planes=("a", "c", "s"), size=28):
-    """MedMNIST's files in small: 6 train, 4 val and 2 test pictures a plane, each filled with one number of its own."""
+    """Write small MedMNIST files: 6 train, 4 val and 2 test images per plane, each filled with its own number."""
     ending = "" if size == 28 else f"_{size}"
     for number, plane in enumerate(planes):
         arrays = {}
@@ -382,7 +382,7 @@ def test_medmnist_slices(tmp_path, splits, expected):
 
 
 def test_an_encoder_of_medmnist_keeps_the_window_that_it_has_seen(tmp_path):
-    """In stages 2 and 3 it would otherwise get lung windows in its first channel."""
+    """Otherwise it would get lung windows in its first channel in stages 2 and 3."""
     save_organs(tmp_path)
     args = pretrain_encoder.EncoderArguments(data=[str(tmp_path)], image_size=28)
     pretrain_encoder.build_image_processor(args).save_pretrained(tmp_path / "encoder")
@@ -418,7 +418,7 @@ def test_medmnist_that_is_not_there_says_what_is_looked_for(tmp_path):
 
 @pytest.fixture(scope="module")
 def scans(tmp_path_factory):
-    """Four patients by CT-RATE's names, the first with two reconstructions, and one file of another name."""
+    """Write scans of four patients with CT-RATE's names, the first with two reconstructions, and one file with another name."""
     folder = tmp_path_factory.mktemp("scans")
     names = ["train_1_a_1", "train_1_a_2", "train_2_a_1", "train_3_a_1", "train_4_a_1", "other"]
     phantom = make_phantom(np.random.default_rng(0), voxel_mm=20.0)
@@ -439,7 +439,7 @@ def test_scans_of_a_folder_keep_patients_apart(scans):
 
 
 def test_a_patient_in_training_and_validation_is_an_error(tmp_path):
-    """CT-RATE's own splits are apart; a second source may have its validation patients among others."""
+    """CT-RATE's own splits share no patient; a second source may contain its validation patients."""
     write_dataset(tmp_path / "set", train_patients=2, valid_patients=1, settings=PhantomSettings(voxel_mm=20.0))
     (volume,) = (tmp_path / "set/dataset/valid_fixed").rglob("*.nii.gz")
     other = tmp_path / "other"
@@ -451,7 +451,7 @@ def test_a_patient_in_training_and_validation_is_an_error(tmp_path):
 
 
 def test_what_shows_patients_is_not_pushed(tmp_path):
-    """Trainer pushes its whole output folder but for names that begin with an underscore and checkpoints."""
+    """Trainer pushes its whole output folder except names that begin with an underscore and checkpoints."""
     for name in (SLICES, FOLDER, ATTENTION):
         assert not list(filter_repo_objects([f"{name}/a/b.png"], ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"]))
     arguments = TrainingArguments(str(tmp_path), push_to_hub=True, use_cpu=True, report_to="none")

@@ -1,4 +1,4 @@
-"""The slice encoder's labels lie where the finding lies; both objectives end in a folder that train.py takes."""
+"""The slice encoder's labels are where the finding is; both objectives end in a folder that train.py takes."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ QUARTERS = ("top left", "top right", "bottom left", "bottom right")
     ],
 )
 def test_labels_are_in_the_quarter_where_a_radiologist_sees_the_finding(lobe, axial, coronal):
-    """The patient's right is on the picture's left; in coronal pictures the head is on top."""
+    """The patient's right is on the image's left; in coronal images the head is at the top."""
     processor = SamfImageProcessor(slices_per_plane=6, size=32, slab="mean")
     finding = Finding("Consolidation", lobe=lobe)
     labels = slice_labels(make_phantom(np.random.default_rng(3), findings=[finding]), processor, ["Consolidation"])
@@ -68,7 +68,7 @@ def test_a_run_on_labels_ends_in_an_encoder_folder(tmp_path):
 
 @pytest.fixture(scope="module")
 def cts(tmp_path_factory):
-    """Six small scans, of which two are held out."""
+    """Write six small scans, of which two are held out."""
     folder = tmp_path_factory.mktemp("cts")
     for patient in range(6):
         phantom = make_phantom(np.random.default_rng(patient), voxel_mm=20.0)
@@ -77,7 +77,7 @@ def cts(tmp_path_factory):
 
 
 def dino_options(cts, folder, **options) -> dict:
-    """Four scans of 24 slices: six steps of 16 an epoch."""
+    """Four scans of 24 slices are six steps of 16 per epoch."""
     return {
         "data": cts,
         "slice_cache": cts.parent / f"{cts.name}_cache",
@@ -140,7 +140,7 @@ def test_two_processes_are_one_at_equal_batch(tmp_path, cts):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, cts, processes):
-    """Killed after the checkpoint of step 8, which lies in the middle of the second epoch of six steps."""
+    """Killed after the checkpoint of step 8, in the middle of the second epoch of six steps."""
     sizes = {"per_device_train_batch_size": 16 // processes}
     run_script("pretrain_encoder.py", processes, dino_options(cts, tmp_path / "unbroken", **sizes))
     options = dino_options(cts, tmp_path / "killed", **sizes)

@@ -1,4 +1,4 @@
-"""Stage 2: runs of two planes of one scan belong together; what is learnt goes into a SAMF model unchanged."""
+"""Stage 2: runs of two planes of one scan are positive pairs; the weights load into a SAMF model unchanged."""
 
 import shutil
 
@@ -30,7 +30,7 @@ WIDTH = 16
 
 
 class Embeddings:
-    """Five slices a plane; the first number of an embedding is its scan, the second its place; the rest resembles its scan.
+    """Five slices per plane; the first number of an embedding is its scan, the second its place; the rest resembles its scan.
 
     noise: how much a slice differs from its scan.
     """
@@ -232,7 +232,7 @@ def test_training_raises_retrieval_and_touches_aggregator_and_positions_alone(tm
 
 
 def test_a_run_goes_on_where_it_was_cut_off(tmp_path, slice_encoder):
-    """With dropout, so that the random state counts too; step 4 of 6 lies in the middle of the second epoch."""
+    """With dropout, so that the random state matters too; step 4 of 6 is in the middle of the second epoch."""
     run = trainer(tmp_path / "unbroken", slice_encoder, dropout=0.1)
     run.train()
     shutil.copytree(tmp_path / "unbroken" / "checkpoint-4", tmp_path / "broken" / "checkpoint-4")
@@ -253,7 +253,7 @@ def cts(tmp_path_factory):
 
 
 def script_options(slice_encoder, cts, folder, **options) -> dict:
-    """Ten scans, two of them held out: two steps of four an epoch."""
+    """Write ten scans, of which two are held out: two steps of four per epoch."""
     return {
         "slice_encoder": slice_encoder,
         "data": cts,
@@ -280,7 +280,7 @@ def script_options(slice_encoder, cts, folder, **options) -> dict:
 
 @pytest.fixture(scope="module")
 def warmed(tmp_path_factory, slice_encoder, cts):
-    """A run of the script, and its folder."""
+    """Run the script and return its folder."""
     folder = tmp_path_factory.mktemp("warmed") / "run"
     options = script_options(slice_encoder, cts, folder)
     warmup_aggregator.main([f"--{key}={value}" for key, value in options.items()])
@@ -339,7 +339,7 @@ def test_a_folder_without_an_aggregator_is_an_error(tmp_path):
 
 
 def test_slices_and_their_embeddings_are_kept(warmed, slice_encoder):
-    """One record of slices and one of embeddings for each of ten scans; the second equals the encoder's output."""
+    """Each of ten scans has an entry of slices and one of embeddings, which equals the encoder's output."""
     records = [read_entry(file) for file in sorted((warmed.parent / "cache").glob("??/*.safetensors"))]
     slices, embeddings = ([r for r in records if name in r] for name in ("slices", "slice_embeddings"))
     assert (len(slices), len(embeddings)) == (10, 10)

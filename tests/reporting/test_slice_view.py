@@ -1,4 +1,4 @@
-"""The slice picture: written whole, with every slice and nothing of the patient's."""
+"""The slice image: complete, with every slice and no patient data."""
 
 import os
 import subprocess
@@ -30,28 +30,28 @@ def processor():
     return SamfImageProcessor(slices_per_plane=3, size=32)
 
 
-def test_picture_shows_every_slice(tmp_path, volume, processor):
+def test_image_shows_every_slice(tmp_path, volume, processor):
     path = save_slice_image(volume, tmp_path / "new" / "slices.png", image_processor=processor)
-    picture = np.asarray(Image.open(path).convert("L"))
+    image = np.asarray(Image.open(path).convert("L"))
     assert list(path.parent.iterdir()) == [path]
     # Three rows of three bright squares on black: along a line through a row's middle, three bright runs.
-    bright = picture > 150
+    bright = image > 150
     runs = [int((np.diff(line.astype(int)) == 1).sum() + line[0]) for line in bright]
-    assert np.mean(np.array(runs) >= 3) > 0.6 and picture.shape[0] > 300
+    assert np.mean(np.array(runs) >= 3) > 0.6 and image.shape[0] > 300
 
 
-def test_each_window_gives_another_picture_and_titles_and_weights_show(tmp_path, volume, processor):
+def test_each_window_gives_another_image_and_titles_and_weights_show(tmp_path, volume, processor):
     extracted = processor.extract(volume)
-    pictures = {
+    images = {
         "lung": save_slice_image(extracted, tmp_path / "a.png"),
         "wide": save_slice_image(extracted, tmp_path / "b.png", window=2),
         "title": save_slice_image(extracted, tmp_path / "c.png", title="Nodule?"),
         "weights": save_slice_image(extracted, tmp_path / "d.png", weights=np.linspace(0, 1, 9)),
         "zero weights": save_slice_image(extracted, tmp_path / "e.png", weights=[0.0] * 9),
     }
-    assert len({path.read_bytes() for path in pictures.values()}) == 5
+    assert len({path.read_bytes() for path in images.values()}) == 5
     again = save_slice_image(extracted, tmp_path / "f.png")
-    assert again.read_bytes() == pictures["lung"].read_bytes()
+    assert again.read_bytes() == images["lung"].read_bytes()
 
 
 def test_wrong_calls_say_so(tmp_path, volume, processor):
@@ -78,7 +78,7 @@ def test_letters_say_which_way_the_patient_lies_only_where_it_is_known(volume, p
 def test_each_slice_bears_its_plane_and_place(volume, processor):
     figure = _draw(processor.extract(volume), 0, None, "", True)
     titles = [axes.get_title() for axes in figure.axes]
-    # 30 voxels of 1 mm from 0 mm on: three slices stand at 5, 15 and 25.
+    # 30 voxels of 1 mm from 0 mm on: three slices are at 5, 15 and 25.
     assert titles == [f"{plane} {mm} mm" for plane in ("axial", "coronal", "sagittal") for mm in (5, 15, 25)]
 
 
@@ -103,10 +103,10 @@ def scans(tmp_path):
     return sorted(path for path in folder.iterdir() if path.suffix != ".raw")
 
 
-def test_every_format_gives_the_picture_of_its_slices(scans, tmp_path):
+def test_every_format_gives_the_image_of_its_slices(scans, tmp_path):
     assert len(scans) == 11
     for path in scans:
-        output = tmp_path / "pictures" / f"{path.name}.png"
+        output = tmp_path / "images" / f"{path.name}.png"
         assert main([str(path), "--output", str(output), "--slices", "1"]) == 0, path
         expected = SamfImageProcessor(slices_per_plane=1, hu_windows=((-1350, 150),)).extract(read_ct(path))
         drawn = save_slice_image(expected, tmp_path / "expected.png")
@@ -126,16 +126,16 @@ def test_real_files_of_every_kind_are_shown(test_data, tmp_path):
     assert main([mr, "--output", str(tmp_path / "mr.png"), "--slices", "1", "--allow_non_ct"]) == 0
 
 
-def test_command_line_shows_the_body_alone_and_picks_a_series(tmp_path, monkeypatch):
+def test_command_line_shows_only_the_body_and_picks_a_series(tmp_path, monkeypatch):
     hu = np.full((60, 60, 10), -1000, dtype=np.int16)
     hu[20:40, 25:35] = 40
     nib.save(nib.Nifti1Image(hu, np.diag([4, 4, 4, 1])), tmp_path / "scan.nii")
     monkeypatch.chdir(tmp_path)
-    pictures = []
+    images = []
     for field in ([], ["--field", "full"], ["--field", "body"]):
         assert main([str(tmp_path / "scan.nii"), "--slices", "1", *field]) == 0
-        pictures.append((tmp_path / "slices.png").read_bytes())  # where nothing else is said
-    assert pictures[0] == pictures[1] != pictures[2]
+        images.append((tmp_path / "slices.png").read_bytes())  # the default path
+    assert images[0] == images[1] != images[2]
     write_series(tmp_path / "study", names=[f"a{k}" for k in range(6)])
     write_series(tmp_path / "study", names=[f"b{k}" for k in range(6)], SeriesInstanceUID="1.2.3.5", intercept=-500)
     assert main([str(tmp_path / "study"), "--series_uid", "1.2.3.5", "--slices", "1"]) == 0

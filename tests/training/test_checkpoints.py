@@ -1,4 +1,4 @@
-"""What a checkpoint lacks is found before it is loaded, and a run resumes from the newest whole one."""
+"""Damaged checkpoints are found before they are loaded, and a run resumes from the newest whole one."""
 
 import json
 import shutil
@@ -28,14 +28,14 @@ RUN = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "tr
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Checkpoints 2, 4 and 6 of a run of six steps."""
+    """Return the folder of a run of six steps with checkpoints 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("run")
     train_to_end(toy(folder))
     return folder
 
 
 def sharded(folder: Path) -> None:
-    """The weights in two files, as models of more than 50 GB are saved."""
+    """Split the weights into two files, as models of more than 50 GB are saved."""
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = {name: f"model-{number + 1:05}-of-00002.safetensors" for number, name in enumerate(sorted(weights))}
@@ -45,7 +45,7 @@ def sharded(folder: Path) -> None:
 
 
 def fsdp(folder: Path) -> None:
-    """As accelerate saves shards under FSDP, on two processes."""
+    """Save shards as accelerate does under FSDP on two processes."""
     weights = load_file(folder / "model.safetensors")
     for name in ("model.safetensors", "optimizer.pt"):
         (folder / name).unlink()
@@ -55,7 +55,7 @@ def fsdp(folder: Path) -> None:
 
 
 def deepspeed(folder: Path) -> None:
-    """As DeepSpeed's ZeRO-2 saves on two processes."""
+    """Save states as DeepSpeed's ZeRO-2 does on two processes."""
     states = folder / "global_step6"
     states.mkdir()
     torch.save({"module": torch.ones(3)}, states / "mp_rank_00_model_states.pt")
@@ -68,14 +68,14 @@ def deepspeed(folder: Path) -> None:
 
 
 def numbered(folder: Path) -> None:
-    """Random generators of two processes."""
+    """Give the random generators the names that two processes give them."""
     for rank in (0, 1):
         shutil.copyfile(folder / "rng_state.pth", folder / f"rng_state_{rank}.pth")
     (folder / "rng_state.pth").unlink()
 
 
 def plain(folder: Path) -> None:
-    """Of one process."""
+    """Leave the checkpoint of one process as it is."""
 
 
 SHARDS = ("pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/__0_0.distcp")
@@ -170,7 +170,7 @@ def test_all_processes_resume_from_what_the_first_one_finds(run, monkeypatch):
 
 
 def test_a_file_that_cannot_be_read_just_now_is_not_taken_for_damaged(run, monkeypatch):
-    """An older checkpoint would be resumed from while a disk has a hiccup."""
+    """Otherwise a temporary disk error would let a run resume from an older checkpoint."""
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")

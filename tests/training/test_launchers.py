@@ -1,4 +1,4 @@
-"""What sharding launchers and other numbers of processes do to a run: precision, refusals, resuming."""
+"""Sharding launchers and changed numbers of processes: precision, refusals, resuming."""
 
 import importlib.util
 import subprocess
@@ -83,7 +83,7 @@ def test_a_batch_without_a_volume_leaves_a_zero_gradient_in_every_part():
 
 
 def test_weights_are_saved_in_the_precision_that_was_given_to_the_launcher():
-    """As DeepSpeed does: the model's own weights become bfloat16, the optimizer keeps the float32 copies."""
+    """DeepSpeed casts the model's own weights to bfloat16, and its optimizer keeps float32 copies."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2).bfloat16(), torch.nn.Linear(2, 1))
     model[2].requires_grad_(False)
     names = float32_names(model)
@@ -130,7 +130,7 @@ def test_a_run_resumes_with_as_many_records_a_step_or_says_what_to_set(work):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
 def test_sharding_launchers_train_as_plain_processes_do(work, tmp_path, recipe):
-    """`accelerate launch` with the recipe as it is, on two CPU processes; bfloat16 beside float32 weights that are trained."""
+    """`accelerate launch` with the recipe as it is, on two CPU processes; with frozen bfloat16 and trained float32 weights."""
     if "deepspeed" in recipe and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     precision = {"dtype": "bfloat16", "trained_dtype": "float32", "bf16": True, "lora_rank": 2}
@@ -159,7 +159,7 @@ def test_zero2_trains_on_batches_without_a_volume(work, tmp_path):
 
 
 def run_launched(recipe: str | None, settings: dict) -> None:
-    """train.py on two CPU processes, under torchrun or under `accelerate launch` with a recipe of ours."""
+    """Run train.py on two CPU processes, under torchrun or under `accelerate launch` with one of our recipes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPOSITORY / "train.py")]
     if recipe is not None:
         settings = {key: value for key, value in settings.items() if key != "use_cpu"}

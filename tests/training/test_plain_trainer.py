@@ -1,4 +1,4 @@
-"""The library's own Trainer, peft and TRL on a SAMF model, without any class of this project around them."""
+"""The library's own Trainer, peft and TRL on a SAMF model, without this project's Trainer."""
 
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def in_peft(model):
 
 
 def batches(rows: int = 4) -> list[dict[str, torch.Tensor]]:
-    """Single rows that a collator can stack."""
+    """Return single rows that a collator can stack."""
     batch = tiny_batch("ao2d", rows=rows)
     return [{name: value[row] for name, value in batch.items()} for row in range(rows)]
 
@@ -89,7 +89,7 @@ def test_predictions_are_the_logits_and_every_batch_has_a_loss(wrap, finding_nam
 
 @pytest.mark.parametrize("wrap", [lambda model: model, in_peft], ids=["model", "peft"])
 def test_label_smoothing_is_that_of_the_next_token(wrap, tmp_path):
-    """By sums over rows and positions: (1 - e) -log p(next) + e mean over the vocabulary of -log p."""
+    """The loss is, by sums over rows and positions, (1 - e) -log p(next) + e mean over the vocabulary of -log p."""
     model, smoothing = wrap(tiny_model(aggregator_dropout=0.0)), 0.1
     batch = stack(batches(rows=2)) | {"prompt_mask": tiny_batch("ao2d")["labels"] == -100}
     trainer = trainer_for(model, tmp_path, label_smoothing_factor=smoothing)
@@ -107,7 +107,7 @@ def test_label_smoothing_is_that_of_the_next_token(wrap, tmp_path):
 
 
 def test_a_subclass_and_a_sharded_model_are_smoothed_too():
-    """Trainer finds what it shifts by the class's name, which FSDP2 changes as a subclass does."""
+    """Trainer recognises models whose labels it shifts by class name, which FSDP2 and subclasses change."""
 
     class Renamed(type(tiny_model())):
         pass
@@ -117,7 +117,7 @@ def test_a_subclass_and_a_sharded_model_are_smoothed_too():
 
 @pytest.mark.parametrize("own_loss", [False, True])
 def test_a_loss_outside_the_model_needs_the_prompt_mask(own_loss, tmp_path):
-    """Trainer takes the labels away, so the model can't tell the answer: it must not read it, and not guess."""
+    """Trainer removes the labels, so the model can't tell where the answer starts: it must neither read it nor guess."""
 
     def cross_entropy(outputs, labels, num_items_in_batch=None):
         return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
@@ -146,7 +146,7 @@ def test_a_loss_outside_the_model_needs_the_prompt_mask(own_loss, tmp_path):
     ids=["by label tokens", "by rows with findings"],
 )
 def test_a_training_step_is_one_step_however_it_is_split(size, kind, shares, tmp_path):
-    """Gradients of four rows with unknown findings and answers of different lengths, through Trainer's own accumulation."""
+    """Return gradients of four rows with unknown findings and answers of different lengths, by Trainer's own accumulation."""
     rows = batches()
     for index, (row, targets) in enumerate(zip(rows, [[1, 0], [0, -100], [-100, -100], [1, 1]], strict=True)):
         row["labels"][: 11 + index] = -100
@@ -215,7 +215,7 @@ def test_trl_without_the_column_says_how(sft, processor, tmp_path):
 
 
 def test_the_processors_own_call_tells_the_prompt_from_the_answer(processor):
-    """As the same conversation through the chat template; texts that it can't tell get no mask."""
+    """The mask is that of the same conversation through the chat template; ambiguous texts get no mask."""
     chats = [messages(answer, seed) for seed, answer in enumerate(ANSWERS)]
     texts = processor.apply_chat_template(chats)
     volumes = [volume(seed) for seed in range(3)]

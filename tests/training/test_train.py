@@ -1,4 +1,4 @@
-"""train.py end to end on a few phantoms: what is trained, what isn't, and that the output folder is whole."""
+"""train.py end to end on a few phantoms: trained and frozen parts, and a complete output folder."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def changed_parts(before: SamfForConditionalGeneration, after: SamfForConditiona
 
 
 def losses(folder: Path) -> dict[str, float]:
-    """The last value of each logged loss."""
+    """Return the last value of each logged loss."""
     return {key: value for row in history(folder) for key, value in row.items() if key.endswith("loss")}
 
 
@@ -130,7 +130,7 @@ def test_training_without_evaluation_needs_no_validation_volumes(work, tmp_path)
 
 
 def test_scans_without_a_report_have_unknown_labels_and_not_none(work, tmp_path):
-    """Under FSDP a process whose batch has no labels at all would have no gradient where its fellows have one."""
+    """Under FSDP a process whose batch has no labels at all would have no gradient where other processes have one."""
     shutil.copytree(work / "phantoms", tmp_path / "phantoms")
     dataset = tmp_path / "phantoms/dataset"
     shutil.rmtree(dataset / "multi_abnormality_labels")
@@ -145,7 +145,7 @@ def test_scans_without_a_report_have_unknown_labels_and_not_none(work, tmp_path)
 
 
 def test_components_are_whole_while_a_model_is_put_together(work, monkeypatch):
-    """accelerate announces ZeRO-3 to the library before that, and each component would be sharded as it loads."""
+    """accelerate registers ZeRO-3 with the library before that, and each component would be sharded as it loads."""
     config = SimpleNamespace(is_zero3=lambda: True)
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: config)
     assert deepspeed.is_deepspeed_zero3_enabled()
@@ -184,7 +184,7 @@ def test_what_cannot_work_is_an_error_that_says_what_to_do(work, options, messag
 
 
 def test_volumes_that_are_missing_or_cannot_be_read_are_left_out_when_asked(work, tmp_path, caplog):
-    """Of six training volumes one is cut short and one is gone; preprocess.py has met the first."""
+    """Of six training volumes one is cut short and one is missing; preprocess.py has tried the first."""
     shutil.copytree(work / "phantoms", tmp_path / "phantoms")
     cut, gone = sorted((tmp_path / "phantoms").rglob("train_*.nii.gz"))[:2]
     cut.write_bytes(cut.read_bytes()[:1000])

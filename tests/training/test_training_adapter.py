@@ -1,4 +1,4 @@
-"""LoRA by train.py: what an adapter's folder holds, how it loads and merges, what it goes on from."""
+"""LoRA by train.py: contents of an adapter's folder, loading, merging, resuming."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 from samf import SamfConfig, SamfForConditionalGeneration, SamfProcessor, train
 from samf.data.collator import SamfCollator
 from samf.data.loading import load_records
-from samf.model.hub_samf import adapter_base
+from samf.model.adapters_samf import adapter_base
 from samf.training.adapter import add_lora, cast_trained, language_model_layers
 from samf.training.arguments import TuningArguments
 from samf.training.param_groups import PARTS, part_of
@@ -33,7 +33,7 @@ def work(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def batch(work) -> dict[str, torch.Tensor]:
-    """Two validation records, as training sees them."""
+    """Return a batch of two validation records as in training."""
     records = load_records(work / "phantoms", "valid", tasks=("report", "multiple_choice"))
     processor = SamfProcessor.from_pretrained(work / "trained")
     return SamfCollator(processor)([records[0], records[len(records) - 1]])
@@ -41,7 +41,7 @@ def batch(work) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(work) -> Path:
-    """An adapter with every part in full beside it, and its merged form."""
+    """Train an adapter and all other parts in full, and merge it."""
     train_here(work, "trained", **LORA, lora_embeddings=True, merge=True, finding_names=["Cardiomegaly"])
     return work / "trained"
 
@@ -71,7 +71,7 @@ def test_folder_and_merged_folder_give_equal_logits(trained, batch):
 
 
 def test_a_folder_that_was_moved_has_its_base_model_within(trained, batch, tmp_path):
-    """The path that it notes is that of the machine, or the folder, where it was trained."""
+    """The adapter's configuration has the path on the machine, or in the folder, where it was trained."""
     moved = tmp_path / "moved"
     shutil.copytree(trained, moved, ignore=shutil.ignore_patterns("merged"))
     config = json.loads((moved / "adapter_config.json").read_text(encoding="utf-8"))
@@ -117,7 +117,7 @@ def _same(key: str, name: str) -> bool:
 
 
 def test_an_adapter_alone_is_small(tmp_path):
-    """On disk for a model whose language model is most of it, and by count for the default at full size."""
+    """Measured on disk for a model that is mostly language model, and by count for the default at full size."""
     config = tiny_config(text={"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8})
     model = SamfForConditionalGeneration(config)
     model.save_pretrained(tmp_path / "base")
@@ -256,7 +256,7 @@ def test_the_recipe_of_a_merge_can_be_run_later(trained, tmp_path, batch):
 
 
 def test_the_recipe_for_ct_rate_trains(work):
-    """All its choices together, small: bfloat16 and float32 weights, checkpointing, lengths, an adapter and full parts."""
+    """Use all its settings together at a small size: two precisions, checkpointing, lengths, an adapter and full parts."""
     recipe = Path(train.__file__).with_name("recipes") / "ct_rate_ao2d.yaml"
     options = options_of(work, "recipe", slice_cache=work / "cache", dataloader_num_workers=0, eval_strategy="no")
     options |= {"logging_steps": 1, "max_length": 300, "merge": True}

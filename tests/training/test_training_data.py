@@ -57,7 +57,7 @@ def with_question(records, row: int, question: str):
 
 @pytest.mark.parametrize("question", ["word " * 90, "größer ﷺ " * 30], ids=["ASCII", "others"])
 def test_records_are_too_long_where_the_collator_would_refuse_them(records, processor, work, question):
-    """At every length near theirs: what is left out is what ends training, no more and no less."""
+    """For every `max_length` near the records' lengths, exactly those are left out that would end training."""
     chosen = with_question(records.select(range(12)), 7, question)
     store = SliceCache(work / "cache", processor.image_processor)
     exact = SamfCollator(processor, volume_store=store).uncuttable_lengths(list(chosen))
@@ -131,7 +131,7 @@ def test_without_fellows_the_id_chooses_a_substitute(processor):
 
 
 def test_a_damaged_volume_costs_a_run_its_records_alone(work, tmp_path):
-    """preprocess.py was never there; train.py meets it first."""
+    """preprocess.py hasn't run, so train.py meets the damaged volume first."""
     damaged = tmp_path / "damaged"
     shutil.copytree(work / "phantoms", damaged)
     file = next(damaged.rglob("train_3_a_1.nii.gz"))
@@ -156,12 +156,12 @@ def test_training_goes_on_without_a_cache_that_cannot_be_written(work, processor
         writes.append(path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(slice_cache, "write_entry", full)
+    monkeypatch.setattr("samf.cache.entries.write_entry", full)
     cache = OptionalSliceCache(tmp_path, images)
     for path in volumes * 2:
         for name, array in images.extract(path).items():
             np.testing.assert_array_equal(cache.get(path)[name], array)
-    assert len(writes) == 1 and caplog.text.count("Training goes on without adding to the cache") == 1
+    assert len(writes) == 1 and caplog.text.count("Training continues without adding to the cache") == 1
     with pytest.raises(CTReadError, match="nowhere"):
         cache.get(str(tmp_path / "nowhere.nii.gz"))
 

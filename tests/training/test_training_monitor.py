@@ -1,4 +1,4 @@
-"""What training measures: operations, throughput, sight, entropies, answers; labels by rules; cut answers."""
+"""What training measures: operations, throughput, grounding, entropies, answers; labels by rules; cut answers."""
 
 import importlib
 import json
@@ -137,7 +137,7 @@ def test_cut_answers_are_counted_across_workers_and_logged(work):
     assert 0 < counts[0] <= counts[1] <= 8
 
 
-# Sight ----------------------------------------------------------------------------------------------------------------
+# Grounding ------------------------------------------------------------------------------------------------------------
 
 
 def test_entropy_is_that_of_numpy():
@@ -196,7 +196,7 @@ def test_evaluation_logs_gap_entropies_and_a_warning(work, caplog):
 
 
 def test_answers_are_scored_shown_and_change_nothing(work, monkeypatch):
-    """Nor do losses that are measured: what training draws next stays the same, also where answers are drawn."""
+    """Neither evaluations nor sampled answers change the random numbers of training."""
     answer = samples.generate_predictions
 
     def drawing(*args, **options):
@@ -221,11 +221,11 @@ def test_answers_are_scored_shown_and_change_nothing(work, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def boards(work) -> Path:
-    """What a run with two reports shown leaves on three boards: runs/, wandb/ and trackio/ below this folder."""
+def trackers(work) -> Path:
+    """Return the folder of a run that shows two reports in three trackers: runs/, wandb/ and trackio/."""
     for name in ("tensorboard", "wandb", "trackio"):
         pytest.importorskip(name)
-    folder = work / "board"
+    folder = work / "trackers"
     options = {"eval_strategy": "steps", "eval_steps": 2, "valid_limit": 8, "generate_samples": 2, "generate_tokens": 5}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": folder, "WANDB_SILENT": "true"}.items():
@@ -233,39 +233,39 @@ def boards(work) -> Path:
         for module in [name for name in sys.modules if name.split(".")[0] == "trackio"]:
             patch.delitem(sys.modules, module)  # it asks for its folder when it is imported
         patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
-        train_here(work, "board", **options, report_to=("tensorboard", "wandb", "trackio"), run_name="shown")
+        train_here(work, "trackers", **options, report_to=("tensorboard", "wandb", "trackio"), run_name="shown")
     return folder
 
 
-def test_reports_and_slices_go_to_tensorboard(boards):
+def test_reports_and_slices_go_to_tensorboard(trackers):
     accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(next(boards.rglob("events.out.tfevents.*")))).Reload().Tags()
+    events = accumulator.EventAccumulator(str(next(trackers.rglob("events.out.tfevents.*")))).Reload().Tags()
     assert {"samples/report_1_slices", "samples/report_2_slices"} <= set(events["images"])
     assert any(tag.startswith("samples/report_1") for tag in events["tensors"])
     assert "eval/gap" in events["scalars"]
 
 
-def test_reports_and_slices_go_to_wandb(boards):
-    pictures = sorted(boards.glob("wandb/offline-run-*/files/media/images/samples/*.png"))
-    assert [picture.name.split("_slices")[0] for picture in pictures] == ["report_1", "report_2"]
-    drawn = boards / "_samples" / "step_0000002" / "report_1.png"
-    assert pictures[0].read_bytes() == drawn.read_bytes()
-    (text,) = boards.glob("wandb/offline-run-*/files/media/html/samples/report_1_*.html")
+def test_reports_and_slices_go_to_wandb(trackers):
+    images = sorted(trackers.glob("wandb/offline-run-*/files/media/images/samples/*.png"))
+    assert [image.name.split("_slices")[0] for image in images] == ["report_1", "report_2"]
+    drawn = trackers / "_samples" / "step_0000002" / "report_1.png"
+    assert images[0].read_bytes() == drawn.read_bytes()
+    (text,) = trackers.glob("wandb/offline-run-*/files/media/html/samples/report_1_*.html")
     assert "**Reference**" in text.read_text(encoding="utf-8")
 
 
-def test_reports_and_slices_go_to_trackio(boards):
-    with closing(sqlite3.connect(next((boards / "trackio").glob("*.db")))) as database:
+def test_reports_and_slices_go_to_trackio(trackers):
+    with closing(sqlite3.connect(next((trackers / "trackio").glob("*.db")))) as database:
         rows = [json.loads(row) for (row,) in database.execute("select metrics from metrics")]
     shown = [row for row in rows if "samples/report_1" in row]
     assert [row["train/global_step"] for row in shown] == [2]
     assert "**Reference**" in json.dumps(shown[0]["samples/report_1"])
-    assert len(list((boards / "trackio" / "media").rglob("*.png"))) == 2
+    assert len(list((trackers / "trackio" / "media").rglob("*.png"))) == 2
     assert any("eval/gap" in row for row in rows)
 
 
 def test_tensorboards_files_are_not_pushed_with_the_reports_in_them(tmp_path, monkeypatch):
-    """Trainer pushes its whole output folder but for names that begin with an underscore; a folder that is named stays."""
+    """Trainer pushes its whole output folder except names that begin with an underscore; a folder set by the user stays."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "mine")
     keep_trackers_private(str(tmp_path))
     assert TensorBoardCallback().logging_dir == "mine"
@@ -274,11 +274,11 @@ def test_tensorboards_files_are_not_pushed_with_the_reports_in_them(tmp_path, mo
     assert Path(TensorBoardCallback().logging_dir).relative_to(tmp_path).parts[0].startswith("_")
 
 
-def test_a_board_shows_text_as_it_is():
-    """An answer may hold what HTML would take for a tag."""
-    board = types.SimpleNamespace(Html=str, Image=str, log=lambda row: shown.append(row))
+def test_a_tracker_shows_text_as_it_is():
+    """An answer may have text that HTML would take for a tag."""
+    tracker = types.SimpleNamespace(Html=str, Image=str, log=lambda row: shown.append(row))
     callback, shown = WandbCallback.__new__(WandbCallback), []
-    callback._wandb = board
+    callback._wandb = tracker
     show_sample([callback], 3, "report_1", "nodule <8 mm & >4 mm")
     assert shown[0].keys() == {"samples/report_1", "train/global_step"}
     assert "nodule &lt;8 mm &amp; &gt;4 mm" in shown[0]["samples/report_1"]
@@ -316,7 +316,7 @@ def test_random_numbers_go_on_as_if_nothing_had_been_drawn():
 
 
 def test_labels_come_from_reports_where_there_is_no_file(work, tmp_path, caplog):
-    """Phantom reports say plainly what there is, so the rules must find what the label file says."""
+    """Phantom reports name their findings explicitly, so the rules must find what the label file says."""
     (tmp_path / "dataset").mkdir()
     for folder in (work / "phantoms" / "dataset").iterdir():
         if folder.name != "multi_abnormality_labels":
@@ -345,7 +345,7 @@ def test_liger_is_an_error_where_it_cannot_work(work):
 
 
 def test_ligers_kernels_go_to_the_language_model_alone(monkeypatch):
-    """The installed library or a stand-in for it: what it is called with is what counts."""
+    """Only the arguments of the call matter, so a stand-in for the library will do."""
     calls = []
     package = types.ModuleType("liger_kernel.transformers")
     package._apply_liger_kernel_to_instance = lambda **options: calls.append(options)

@@ -1,4 +1,4 @@
-"""The order of records, learning rates by part, and what a finished or interrupted run does when it goes on."""
+"""The order of records, learning rates by part, and resuming of finished and interrupted runs."""
 
 import signal
 from pathlib import Path
@@ -25,7 +25,7 @@ def work(tmp_path_factory) -> Path:
 
 
 def test_the_random_order_is_the_librarys_own():
-    """Or figures that were published would change."""
+    """Otherwise published results would change."""
     library = SeedableRandomSampler(range(37), data_seed=5)
     order = RecordOrder(37, seed=5)
     for epoch in range(3):
@@ -63,7 +63,7 @@ def test_sorted_steps_have_what_they_have_at_random_and_less_padding():
 
 
 def test_sorted_steps_train_alike(work):
-    """A step sums the gradients of its micro-batches: their order is nothing but rounding."""
+    """A step sums the gradients of its micro-batches: their order changes only the rounding."""
     options = {"max_steps": 4, "logging_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     for name, sort in (("random", False), ("sorted", True)):
         train_here(work, name, **options, aggregator_dropout=0.0, sort_steps=sort)
@@ -128,7 +128,7 @@ def test_rates_follow_the_schedule_and_are_logged(work):
 
 
 def test_a_finished_run_that_goes_on_has_nothing_to_do(work):
-    """Within an epoch the library would take one more step."""
+    """Within an epoch the library would take one more step after the last."""
     options = {"max_steps": 3, "logging_steps": 1, "save_strategy": "steps", "save_steps": 3}
     train_here(work, "finished", **options)
     before = (work / "finished" / "model.safetensors").read_bytes()
@@ -148,7 +148,7 @@ def test_no_evaluation_stands_between_a_signal_and_its_checkpoint(tmp_path):
 
 
 class Stop(TrainerCallback):
-    """Ctrl-C within the second step."""
+    """The signal comes within the second step."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 1:

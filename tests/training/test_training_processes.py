@@ -59,7 +59,7 @@ def test_two_processes_train_as_one(work, tmp_path, strategy, options):
 
 
 def test_two_processes_that_accumulate_train_as_one_that_does(work, tmp_path):
-    """Two processes of two batches a step, and one of four; with the findings' loss and checkpointing."""
+    """Two processes with two batches per step train as one with four; with the findings' loss and checkpointing."""
     options = {"max_steps": 6, "learning_rate": 3e-3, "aggregator_dropout": 0.0, "logging_steps": 1}
     options |= {"finding_names": ["Cardiomegaly", "Pleural effusion"], "gradient_checkpointing": True}
     options |= {"train_sampling_strategy": "random", "dataloader_drop_last": True}
@@ -73,7 +73,7 @@ def test_two_processes_that_accumulate_train_as_one_that_does(work, tmp_path):
 
 
 def test_processes_train_on_batches_without_a_volume(work, tmp_path):
-    """A process whose record is text alone leaves parts unused that its fellow's record uses."""
+    """A process whose record has only text doesn't use parts that the other process's record uses."""
     options = {"vqa_files": work / "phantoms/dataset/vqa/train_text_vqa.json", "gradient_checkpointing": True}
     options |= {"train_parts": ["aggregator", "fusion", "language_model"], "cache_embeddings": True}
     options |= {"slice_cache": tmp_path / "cache", "aggregator_dropout": 0.0, "max_steps": 8, "logging_steps": 1}
@@ -83,7 +83,7 @@ def test_processes_train_on_batches_without_a_volume(work, tmp_path):
 
 
 def test_processes_train_on_batches_without_labels_of_findings(work, tmp_path):
-    """A process whose record has unknown findings alone beside one whose record has known ones."""
+    """One process has a record with only unknown findings, the other one with known ones."""
     shutil.copytree(work / "phantoms", tmp_path / "phantoms")
     table = tmp_path / "phantoms/dataset/multi_abnormality_labels/train_predicted_labels.csv"
     header, *rows = table.read_text(encoding="utf-8").splitlines()
@@ -97,7 +97,7 @@ def test_processes_train_on_batches_without_labels_of_findings(work, tmp_path):
 
 
 def test_a_signal_to_the_whole_group_leaves_a_checkpoint(work, tmp_path, monkeypatch):
-    """As schedulers and terminals send it: to the loader's workers too, which end with their parent."""
+    """Schedulers and terminals send the signal to the loader's workers too, which end with their parent."""
     monkeypatch.setenv("RECORD", str(tmp_path / "batches"))
     options = options_of(work, "", max_steps=100_000, dataloader_num_workers=2, output_dir=tmp_path / "out")
     process = subprocess.Popen(
@@ -127,7 +127,7 @@ def test_a_signal_to_the_whole_group_leaves_a_checkpoint(work, tmp_path, monkeyp
 
 @pytest.mark.parametrize(("processes", "strategy"), [(1, "group_by_length"), (1, "random"), (2, "random")])
 def test_a_killed_run_resumes_as_if_unbroken(work, tmp_path, processes, strategy, monkeypatch):
-    """kill -9 at a random step beyond the first epoch, with dropout: the same losses, and the same records in one order."""
+    """SIGKILL at a random step after the first epoch, with dropout: the losses and the order of records stay the same."""
     step = random.SystemRandom().randrange(14, 24)
     options = options_of(
         work,
@@ -167,7 +167,7 @@ def test_a_killed_run_resumes_as_if_unbroken(work, tmp_path, processes, strategy
 
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_sharded_weights_train_and_are_saved_whole(tmp_path, kind):
-    """fully_shard on the CPU over gloo: as one process on the whole batch, and from_pretrained reads what was saved."""
+    """fully_shard on the CPU over gloo trains as one process on the whole batch, and from_pretrained reads the result."""
     launcher = command("tests/fsdp2_training.py", 2, {})
     done = subprocess.run([*launcher, str(tmp_path), kind], env=environment(), capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What ends a run: a loss or weights that aren't finite, before a checkpoint is spoilt; data, with a checkpoint."""
+"""Runs that end early: non-finite losses or weights save nothing, unreadable data saves a checkpoint."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def test_a_loss_that_is_not_finite_ends_training_before_anything_is_saved(tmp_pa
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    """The gradient of the last step isn't finite, and no loss shows it."""
+    """The gradient of the last step isn't finite, which no loss shows."""
     with pytest.raises(DivergenceError, match="step 4: some weights aren't finite"):
         train_to_end(toy(tmp_path, "gradient", bad=7, max_steps=4))
     assert checkpoints(tmp_path) == ["checkpoint-2"]
@@ -40,7 +40,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_on_a_device_the_loss_is_looked_at_before_it_is_used(tmp_path, monkeypatch):
-    """Between, nothing waits for the device: here every look counts."""
+    """Between reads nothing waits for the device; the test counts the reads."""
     looks = []
     first = LossWatch.first
     monkeypatch.setattr(LossWatch, "first", lambda self: looks.append(trainer.state.global_step) or first(self))
@@ -83,7 +83,7 @@ def test_frozen_weights_do_not_count():
 
 
 def test_data_that_cannot_be_read_leaves_the_last_step_in_a_checkpoint(tmp_path):
-    """The batch of step 5 is asked for in step 4, one ahead. The run goes on as if nothing had been."""
+    """The batch of step 5 is fetched in step 4, one ahead. The resumed run equals an unbroken one."""
     with pytest.raises(OSError, match="row 9 is on a disk that went away"):
         train_to_end(toy(tmp_path / "broken", "data", bad=9, save_steps=2 + 100, max_steps=6))
     assert checkpoints(tmp_path / "broken") == ["checkpoint-3"]
@@ -110,7 +110,7 @@ def test_a_worker_process_that_fails_leaves_a_checkpoint_too(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_fails_ends_although_its_workers_ignore_signals(tmp_path):
-    """Python would ask them by SIGTERM to go, and wait for them."""
+    """Python would send them SIGTERM at exit, and wait for them."""
     done = subprocess.run(
         [*command("tests/toy_training.py", 1, {}), str(tmp_path), "data"],
         env={**environment(), "WORKERS": "2"},
@@ -131,7 +131,7 @@ def test_a_run_that_fails_ends_although_its_workers_ignore_signals(tmp_path):
     ],
 )
 def test_processes_stop_together(tmp_path, kind, kept, message):
-    """What goes wrong on one process alone: no other one waits for it, and both end with an error."""
+    """When one process fails, the other doesn't wait for it, and both end with an error."""
     launcher = command("tests/toy_training.py", 2, {})
     done = subprocess.run(
         [*launcher, str(tmp_path), kind], env=environment(), capture_output=True, encoding="utf-8", timeout=300

@@ -1,4 +1,4 @@
-"""What several processes share: one group, however often they meet."""
+"""Several processes share one group, however often they exchange something."""
 
 from types import SimpleNamespace
 
@@ -26,10 +26,10 @@ def two_processes(monkeypatch) -> SimpleNamespace:
 
 
 def test_processes_meet_in_one_group(two_processes):
-    """Every evaluation asks for one, and each has threads and connections of its own."""
+    """Every evaluation asks for one, and each group has threads and connections of its own."""
     groups = {id(Processes()._group()) for _ in range(3)}
     assert len(groups) == len(two_processes.made) == 1
-    two_processes.group.WORLD = object()  # the processes have parted and joined again
+    two_processes.group.WORLD = object()  # the processes have left and joined again
     assert id(Processes()._group()) not in groups
 
 
