@@ -13,10 +13,10 @@ from typing import TypeAlias
 
 import datasets
 import pyarrow as pa
-from huggingface_hub.utils import WeakFileLock
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # re-exported without a stub
 from tqdm import tqdm
 
-from samf.cache.slice_cache import entry_key
+from samf.cache.entries import entry_key
 from samf.data.load_stats import LoadStats
 from samf.data.schema import JsonObject, Record
 from samf.utils.files import atomic_path
