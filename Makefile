@@ -71,7 +71,7 @@ typecheck: $(READY)
 	MYPYPATH=$(CHECKOUT) $(BIN)/mypy $(addprefix -p ,$(TYPECHECK_PACKAGES))
 
 docs: $(DOCS_READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf runs/demo build .mypy_cache .pytest_cache .ruff_cache

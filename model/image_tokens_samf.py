@@ -13,7 +13,7 @@ from .inputs_samf import PromptInputs
 class FusionText(NamedTuple):
     """The text of a batch as the fusion sees it.
 
-    Args:
+    Attributes:
         embeds: token embeddings of the cached prefix and the prompt, (B, P + T, text width).
         mask: which of them the fusion reads, (B, P + T) bool.
         image_mask: the volume's placeholders among the prompt's tokens, (B, T) bool.

@@ -13,7 +13,7 @@ StepInputs: TypeAlias = dict[str, Any]  # of one step of generate()
 class VolumeInputs(NamedTuple):
     """One volume for each prompt: pixels or slice embeddings, and what is known of each slice.
 
-    Args:
+    Attributes:
         pixel_values (`torch.Tensor` (B, S, C, H, W)): slices as the image processor returns them.
         slice_embeddings (`torch.Tensor` (B, S, slice width)): z_2d of an earlier call, in place of `pixel_values`.
         slice_mask (`torch.Tensor` (B, S) bool): True = a slice, False = padding. A row that is all False is a prompt
@@ -39,7 +39,7 @@ class VolumeInputs(NamedTuple):
 class PromptInputs(NamedTuple):
     """The prompts and answers, as ids or as embeddings.
 
-    Args:
+    Attributes:
         input_ids (`torch.Tensor` (B, T)): token ids, with image placeholders in place of the volume.
         inputs_embeds (`torch.Tensor` (B, T, text width)): their embeddings, in place of `input_ids`.
         attention_mask (`torch.Tensor` (B, T)): as the language model takes it.

@@ -43,6 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, _api_page(module), content=text))
     for name in REPOSITORY_PAGES:
         text = (REPOSITORY / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        for other in REPOSITORY_PAGES:
+            text = text.replace(f"]({other})", f"]({other.lower()})")
         files.append(File.generated(config, name.lower(), content=text))
     files.append(File.generated(config, OPTIONS_PAGE, content=_options_page()))
     return files
