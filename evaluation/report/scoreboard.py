@@ -172,7 +172,7 @@ def _plots(systems: Sequence[System]) -> list[Block]:
     rows = {system.name: system.rows for system in systems}
     plots = [interval_plot(results, task) for task in ("report", "multiple_choice")]
     plots += [finding_bars(results), length_histogram(rows)]
-    return [Image(to_png(plot), "plot of the evaluation") for plot in plots if plot]
+    return [Image(to_png(plot), plot.axes[0].get_title()) for plot in plots if plot]
 
 
 def _comparison_sections(systems: Sequence[System], comparison: Comparison) -> list[Section]:

@@ -149,7 +149,7 @@ def inputs():
 
 
 def write_config(folder):
-    """config.json as the published code saves it, with the settings of modules that it doesn't use."""
+    """config.json as the reference implementation saves it, with the settings of modules that it doesn't use."""
     config = Phi3Config(**TEXT_SIZES).to_dict()
     config |= {
         "model_type": "llava_phi3",
