@@ -109,7 +109,7 @@ class SamfImagesKwargs(ImagesKwargs, total=False):
     slab: str
 
 
-class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):  # type: ignore[misc]  # push_to_hub's return types
+class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
     """Image processor of CT volumes. Its output depends on the volume and on these settings only.
 
     Args:

@@ -75,7 +75,7 @@ class SamfProcessor(ProcessorMixin, PushToHubWithCard):
 
     valid_processor_kwargs = SamfProcessorKwargs
     # ProcessorMixin is the first base, as transformers' tools expect, and has a push_to_hub of its own.
-    push_to_hub = PushToHubWithCard.push_to_hub  # type: ignore[assignment]
+    push_to_hub = PushToHubWithCard.push_to_hub
 
     def __init__(
         self,
