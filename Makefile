@@ -16,8 +16,8 @@ HALVES := test-model test-others
 
 # The public API, which mypy checks in strict mode.
 TYPECHECK_PACKAGES ?= samf.model samf.data.schema samf.reporting
-# Whether `make lint` includes `make typecheck`: any value once the public API has no errors.
-LINT_TYPECHECK ?=
+# Whether `make lint` includes `make typecheck`; empty: no.
+LINT_TYPECHECK ?= yes
 # The repository's root is the package `samf`: a folder that holds a link of this name is where mypy finds it.
 CHECKOUT := $(VENV)/checkout
 
