@@ -17,7 +17,9 @@ from .model.configuration_samf import SamfConfig
 from .model.ct_volume import CTReadError, CTVolume, read_ct
 from .model.image_processing_samf import SamfImageProcessor
 from .model.modeling_samf import SamfForConditionalGeneration, SamfModel, SamfPreTrainedModel
+from .model.pipeline_samf import SamfReportPipeline
 from .model.processing_samf import SamfProcessor
+from .model.report_samf import Report
 from .utils.moved import install as _install_old_names
 
 AutoConfig.register("samf", SamfConfig, exist_ok=True)
@@ -43,11 +45,13 @@ _install_old_names(__name__)
 __all__ = [
     "CTReadError",
     "CTVolume",
+    "Report",
     "SamfConfig",
     "SamfForConditionalGeneration",
     "SamfImageProcessor",
     "SamfModel",
     "SamfPreTrainedModel",
     "SamfProcessor",
+    "SamfReportPipeline",
     "read_ct",
 ]

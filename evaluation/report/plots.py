@@ -22,7 +22,12 @@ _REPORT_METRICS = (
     *("bertscore_p", "bertscore_r", "bertscore_f1"),
 )
 _OTHER_METRICS = ("bleu_1", "bleu_4", "meteor", "rouge_l")
-_FINDINGS = {"macro.f1": "findings, macro-F1", "micro.f1": "findings, micro-F1", "crg": "CRG", "sides.f1": "laterality, F1"}
+_FINDINGS = {
+    "macro.f1": "findings, macro-F1",
+    "micro.f1": "findings, micro-F1",
+    "crg": "CRG",
+    "sides.f1": "laterality, F1",
+}
 _CHOICES = ("accuracy", "precision", "recall", "f1")
 _SCALE = {"cider": 10.0}
 
