@@ -25,7 +25,6 @@ from samf.pretraining.dino_trainer import DinoTrainer
 from samf.pretraining.labelled_sets import SliceSets, some_slices
 from samf.pretraining.labels import train_on_labels
 from samf.pretraining.medmnist_slices import MEDMNIST_WINDOWS, holds_medmnist
-from samf.pretraining.scans import missing_option
 from samf.pretraining.slice_datasets import SLICES, slice_sets
 from samf.training.checkpoints import checkpoint_to_resume
 from samf.training.choices import OnErrorOption, check_choices
@@ -155,7 +154,7 @@ def load_slices(args: EncoderArguments, image_processor: SamfImageProcessor, out
             depth_bins=args.depth_bins,
             valid_share=args.valid_share,
             on_error=args.on_error,
-            options=args.source_options(missing_option(args.on_missing), args.pattern),
+            options=args.source_options(args.on_missing, args.pattern),
             min_coverage=args.min_coverage,
         )
 

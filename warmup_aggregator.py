@@ -28,7 +28,7 @@ from samf.cache.slice_cache import SliceCache
 from samf.data.source_arguments import SourceArguments
 from samf.model.modeling_samf import SamfModel
 from samf.pretraining.contrastive import ContrastTrainer, build_slices_model
-from samf.pretraining.scans import Scan, missing_option, readable_scans
+from samf.pretraining.scans import Scan, readable_scans
 from samf.pretraining.slice_datasets import SLICES
 from samf.training.aggregator_arguments import AggregatorArguments
 from samf.training.checkpoints import checkpoint_to_resume
@@ -89,7 +89,7 @@ def embed_scans(
     """
     folder = args.slice_cache or Path(output_dir, SLICES)
     slices = SliceCache(folder, load_image_processor(args.slice_encoder, **args.slice_settings()), args.min_coverage)
-    options = args.source_options(missing_option(args.on_missing), args.pattern)
+    options = args.source_options(args.on_missing, args.pattern)
     scans = readable_scans(args.data, slices, on_error=args.on_error, valid_share=args.valid_share, options=options)
     embeddings = EmbeddingCache(folder, slices, model)
     embeddings.fill_together(sorted({key for part in scans.values() for scan in part for key in scan.volumes}))

@@ -2,9 +2,13 @@
 
 import warnings
 from collections.abc import Collection
-from typing import get_args
+from typing import TypeVar, get_args
 
 from samf.data.schema import OnError, OnMissing
+
+Choice = TypeVar("Choice", bound=str)
+# Values of options that have a new name, and still work with a warning.
+FORMER_VALUES = {name: {"stop": "raise", "error": "raise"} for name in ("on_error", "on_missing")}
 
 
 def check_choice(name: str, values: Collection[str], allowed: Collection[str]) -> None:
@@ -21,21 +25,19 @@ def check_choice(name: str, values: Collection[str], allowed: Collection[str]) -
 
 def check_on_missing(value: str) -> OnMissing:
     """Return a valid `on_missing`; the former "error" becomes "raise", with a warning. Raises ValueError for others."""
-    if value == "error":
-        warnings.warn("on_missing='error' is now 'raise'; the old value will go.", FutureWarning, stacklevel=3)
-        return "raise"
-    for allowed in get_args(OnMissing):
-        if value == allowed:
-            return allowed
-    raise ValueError(f"on_missing={value!r}; expected one of {', '.join(get_args(OnMissing))}.")
+    return _current("on_missing", value, get_args(OnMissing))
 
 
 def check_on_error(value: str) -> OnError:
     """Return a valid `on_error`; the former "stop" and "error" become "raise", with a warning. Raises ValueError for others."""
-    if value in ("stop", "error"):
-        warnings.warn(f"on_error={value!r} is now 'raise'; the old value will go.", FutureWarning, stacklevel=3)
-        return "raise"
-    for allowed in get_args(OnError):
-        if value == allowed:
-            return allowed
-    raise ValueError(f"on_error={value!r}; expected one of {', '.join(get_args(OnError))}.")
+    return _current("on_error", value, get_args(OnError))
+
+
+def _current(name: str, value: str, allowed: tuple[Choice, ...]) -> Choice:
+    new = FORMER_VALUES[name].get(value, value)
+    if new != value:
+        warnings.warn(f"{name}={value!r} is now {new!r}; the old value will go.", FutureWarning, stacklevel=4)
+    for choice in allowed:
+        if new == choice:
+            return choice
+    raise ValueError(f"{name}={value!r}; expected one of {', '.join(allowed)}.")

@@ -7,6 +7,7 @@ import numpy as np
 
 from samf.cache.slice_cache import SliceCache
 from samf.data.ct_rate.names import VolumeName
+from samf.data.options import check_on_missing
 from samf.data.patient_splits import refuse_common_patients, refuse_shared_folders
 from samf.data.patients import patient_of, warn_of_unknown
 from samf.data.volume_discovery import FoundVolumes, SourceOptions, VolumeKey, find_splits, join_found
@@ -22,11 +23,6 @@ class Scan:
     scan_id: str
     patient: str
     volumes: tuple[VolumeKey, ...]
-
-
-def missing_option(on_missing: OnErrorOption) -> str:
-    """Return the value for `SourceOptions.on_missing`."""
-    return "skip" if on_missing == "skip" else SourceOptions.on_missing
 
 
 def find_scans(
@@ -50,7 +46,7 @@ def find_scans(
         ValueError: There are too few patients to hold one out, or a patient is in both splits.
     """
     return _split_scans(
-        _find_by_split(data, options or SourceOptions(on_missing=missing_option(on_missing))), valid_share
+        _find_by_split(data, options or SourceOptions(on_missing=check_on_missing(on_missing))), valid_share
     )
 
 

@@ -21,12 +21,13 @@ from torch.utils.data import Dataset
 
 from samf.cache.manifest import Manifest
 from samf.cache.slice_cache import SliceCache, read_entry
+from samf.data.options import check_on_missing
 from samf.data.patients import PatientRule, find_patients, warn_of_unknown
 from samf.data.volume_discovery import SourceOptions
 from samf.model.image_processing_samf import PLANES, SamfImageProcessor
 from samf.pretraining.labelled_sets import SliceSets
 from samf.pretraining.medmnist_slices import PACKAGE, download_medmnist, holds_medmnist, medmnist_sets
-from samf.pretraining.scans import Scan, hold_out, missing_option, readable_scans
+from samf.pretraining.scans import Scan, hold_out, readable_scans
 from samf.training.choices import OnErrorOption
 from samf.utils.distributed import Processes
 
@@ -177,6 +178,6 @@ def slice_sets(
     if Processes().from_first(lambda: all(_is_slice_cache(folder) for folder in folders)):
         return _cached_sets(folders, depth_bins, valid_share, options.patient_rule if options else None)
     cache = SliceCache(cache_folder, image_processor, min_coverage)
-    options = options or SourceOptions(on_missing=missing_option(on_missing))
+    options = options or SourceOptions(on_missing=check_on_missing(on_missing))
     scans = readable_scans(data, cache, on_error=on_error, valid_share=valid_share, options=options)
     return _scan_sets(scans, cache, depth_bins)

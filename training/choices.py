@@ -4,10 +4,10 @@ import warnings
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from samf.data.options import FORMER_VALUES
+
 #: `OnError` as users may give it: "stop" and "error" are older names of "raise".
 OnErrorOption = Literal["raise", "skip", "stop", "error"]
-
-_RENAMED = {name: {"stop": "raise", "error": "raise"} for name in ("on_error", "on_missing")}
 
 
 def check_choices(arguments: Any) -> None:
@@ -24,7 +24,7 @@ def check_choices(arguments: Any) -> None:
         if value not in choices:
             shown = " or ".join(map(repr, _without_old(name, choices)))
             raise ValueError(f"{name} is {value!r}; it must be {shown}.")
-        new = _RENAMED.get(name, {}).get(value)
+        new = FORMER_VALUES.get(name, {}).get(value)
         if new is not None:
             warnings.warn(f"{name}={value} is now {name}={new}; the old value will go.", FutureWarning, stacklevel=2)
             setattr(arguments, name, new)
@@ -42,4 +42,4 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def _without_old(name: str, choices: tuple[Any, ...]) -> list[Any]:
-    return [choice for choice in choices if choice is not None and choice not in _RENAMED.get(name, {})]
+    return [choice for choice in choices if choice is not None and choice not in FORMER_VALUES.get(name, {})]
