@@ -271,19 +271,19 @@ def table(rows: Sequence[Mapping[str, str]], columns: Mapping[str, str]) -> str:
 _LANGUAGE_COLUMNS = {
     "model": "language model",
     "class": "class",
-    "text": "logits and loss on text, from its own",
-    "cache": "cache on, from off",
-    "reload": "after save and load",
+    "text": "difference of logits and loss on text, to its own class",
+    "cache": "difference with the cache on, to off",
+    "reload": "difference after save and load",
     "steps": "two DDP steps",
 }
 _ENCODER_COLUMNS = {
     "model": "slice encoder",
     "class": "class",
-    "pooling": "`slice_pooling` when left out",
-    "own": "z_2d, from its own class's",
-    "same twice": "same twice",
+    "pooling": "default `slice_pooling`",
+    "own": "difference of z_2d, to its own class",
+    "same twice": "repeatable",
     "bfloat16": "float32 pixels into bfloat16",
-    "reload": "after save and load",
+    "reload": "difference after save and load",
     "steps": "two DDP steps",
 }
 
