@@ -12,6 +12,7 @@ from samf import SamfProcessor
 from samf.data.collator import SamfCollator
 from samf.data.prompts import record_prompt
 from samf.data.schema import IGNORE_INDEX
+from samf.model.ct_volume import VolumeRef
 
 PROMPT = "Which finding is present?"
 
@@ -209,7 +210,7 @@ class Store:
     def __init__(self, processor: SamfProcessor):
         self.slices = processor.image_processor.extract(volume())
 
-    def get(self, path: str, *, rescale: list[float] | None = None) -> dict:
+    def get(self, volume: VolumeRef) -> dict:
         return self.slices
 
 

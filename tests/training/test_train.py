@@ -109,7 +109,7 @@ def test_embeddings_in_the_cache_are_the_encoders_and_follow_its_weights(work, t
     path = str(next((work / "phantoms").rglob("*.nii.gz")))
     slices = SliceCache(tmp_path, processor)
     cache = EmbeddingCache(tmp_path, slices, model.model)
-    cache.fill([(path, None)], num_workers=0)
+    cache.fill([path], num_workers=0)
     with torch.no_grad():
         expected = model.model.encode_slices(processor(path)["pixel_values"]).last_hidden_state[0]
     torch.testing.assert_close(torch.tensor(cache.get(path)["slice_embeddings"]), expected)
