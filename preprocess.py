@@ -220,7 +220,7 @@ def run(args: argparse.Namespace) -> int:
     image_processor = build_image_processor(args)
     cache, options = SliceCache(args.cache, image_processor, args.min_coverage), fill_options(args)
     found = search_volumes(args.data, args.sources.source_options(args.on_missing, args.pattern, tuple(args.splits)))
-    volumes = inspect_volumes(found.keys, cache, found.searched)
+    volumes = inspect_volumes(found.volumes, cache, found.searched)
     origin = describe_origin(args, image_processor)
     status = _run_slices(args, volumes, cache, options, origin)
     if args.embeddings:
@@ -252,7 +252,7 @@ def _run_embeddings(
 ) -> int:
     embeddings = EmbeddingCache(args.cache, cache, build_slice_encoder(args))
     manifest = Manifest(args.cache, "embeddings")
-    encoded = inspect_volumes(found.keys, embeddings, found.searched)
+    encoded = inspect_volumes(found.volumes, embeddings, found.searched)
     origin = {**origin, "encoder": args.embeddings, "fingerprint": embeddings.fingerprint}
     if args.verify:
         return report_verified(verify(encoded, manifest, options, remove=args.verify == "remove"), "embeddings")

@@ -18,6 +18,7 @@ import logging
 import sys
 from copy import copy
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 from transformers import TrainingArguments, set_seed
@@ -92,7 +93,8 @@ def embed_scans(
     options = args.source_options(args.on_missing, args.pattern)
     scans = readable_scans(args.data, slices, on_error=args.on_error, valid_share=args.valid_share, options=options)
     embeddings = EmbeddingCache(folder, slices, model)
-    embeddings.fill_together(sorted({key for part in scans.values() for scan in part for key in scan.volumes}))
+    volumes = {volume for part in scans.values() for scan in part for volume in scan.volumes}
+    embeddings.fill_together(sorted(volumes, key=attrgetter("path")))
     return scans, copy(embeddings)  # the copy has no model
 
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from samf.cache.entries import Arrays, VolumeCache, entry_key, write_entry
 from samf.cache.slice_cache import SliceCache
 from samf.cache.volume_identity import Identity
-from samf.data.schema import VolumeKey
+from samf.data.schema import VolumeLike
+from samf.model.ct_volume import VolumeRef
 from samf.model.image_processing_samf import PIXEL_SETTINGS, SamfImageProcessor
 from samf.model.modeling_samf import SamfModel
 from samf.utils.distributed import Processes
@@ -52,51 +53,50 @@ class EmbeddingCache(VolumeCache):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_model": None}
 
-    def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
+    def key(self, volume: VolumeRef, identity: Identity) -> str:
         """Return the name of a volume's entry."""
         pixels = [getattr(self.slices.image_processor, name) for name in PIXEL_SETTINGS]
-        return entry_key(self.slices.key(identity, rescale), pixels, self.fingerprint)
+        return entry_key(self.slices.key(volume, identity), pixels, self.fingerprint)
 
-    def get(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Arrays:
-        """Return `slice_embeddings` (S, D) float32, `slice_planes` and `slice_positions` (S,) of the volume at `path`.
+    def get(self, volume: VolumeLike, *, rescale: Sequence[float] | None = None) -> Arrays:
+        """Return `slice_embeddings` (S, D) float32, `slice_planes` and `slice_positions` (S,) of a volume.
 
         Args:
-            path: see `SliceCache.get`.
+            volume: see `SliceCache.get`.
             rescale: see `SliceCache.get`.
 
         Raises:
             FileNotFoundError: there is no entry, and this copy of the cache was unpickled without its model.
             CTReadError: the volume can't be read.
         """
+        return self._get(VolumeRef.of(volume, rescale), self._make)
 
-        def make() -> Arrays:
-            if self._model is None:
-                entry_path = self.entry_path(path, rescale=rescale)
-                raise FileNotFoundError(f"{path} has no embeddings at {entry_path}; call fill() before training.")
-            return self.encode(self.slices.get(path, rescale=rescale))
+    def _make(self, volume: VolumeRef) -> Arrays:
+        if self._model is None:
+            entry_path = self.entry_path(volume)
+            raise FileNotFoundError(f"{volume.path} has no embeddings at {entry_path}; call fill() before training.")
+        return self.encode(self.slices.get(volume))
 
-        return self._get(path, rescale, make)
-
-    def fill(self, volumes: Sequence[VolumeKey], num_workers: int | None = None) -> None:
+    def fill(self, volumes: Sequence[VolumeLike], num_workers: int | None = None) -> None:
         """Compute the missing entries.
 
         Args:
-            volumes: paths with their rescales (None = as the file says).
+            volumes: paths, or `VolumeRef`s.
             num_workers: processes that read slices ahead; by default one per core, at most 8.
         """
-        missing = [volume for volume in volumes if not self.has(volume[0], rescale=volume[1])]
+        missing = [volume for volume in volumes if not self.has(volume)]
         if not missing:
             return
         workers = min(os.cpu_count() or 1, 8) if num_workers is None else num_workers
         ahead = self.read_ahead(missing, workers)
-        for (path, rescale), slices in tqdm(ahead, total=len(missing), desc="embedding slices"):
-            write_entry(self.entry_path(path, rescale=rescale), self.encode(slices))
+        for volume, slices in tqdm(ahead, total=len(missing), desc="embedding slices"):
+            write_entry(self.entry_path(volume), self.encode(slices))
 
-    def fill_together(self, volumes: Sequence[VolumeKey]) -> None:
+    def fill_together(self, volumes: Sequence[VolumeLike]) -> None:
         """Compute the missing entries on all processes, each its share; all must call, and return when all have finished.
 
         Args:
-            volumes: paths with their rescales, the same on all processes.
+            volumes: paths, or `VolumeRef`s; the same on all processes.
         """
         processes, failed = Processes(), None
         try:
@@ -106,12 +106,12 @@ class EmbeddingCache(VolumeCache):
         processes.raise_together(failed)
 
     def read_ahead(
-        self, volumes: Sequence[VolumeKey], num_workers: int
-    ) -> Iterator[tuple[VolumeKey, Mapping[str, np.ndarray]]]:
+        self, volumes: Sequence[VolumeLike], num_workers: int
+    ) -> Iterator[tuple[VolumeLike, Mapping[str, np.ndarray]]]:
         """Yield each volume with its slices, in order, read ahead by worker processes.
 
         Args:
-            volumes: paths with their rescales.
+            volumes: paths, or `VolumeRef`s.
             num_workers: number of processes; 0 reads in this one.
         """
         dataset = _SliceStacks(self.slices, volumes)
@@ -177,15 +177,14 @@ def encoder_fingerprint(model: SamfModel) -> str:
 class _SliceStacks(torch.utils.data.Dataset[Arrays]):
     """Dataset of the slices of each volume."""
 
-    def __init__(self, slices: SliceCache, volumes: Sequence[VolumeKey]):
+    def __init__(self, slices: SliceCache, volumes: Sequence[VolumeLike]):
         self.slices, self.volumes = slices, volumes
 
     def __len__(self) -> int:
         return len(self.volumes)
 
     def __getitem__(self, index: int) -> Arrays:
-        path, rescale = self.volumes[index]
-        return self.slices.get(path, rescale=rescale)
+        return self.slices.get(self.volumes[index])
 
 
 def _single_row(rows: list[Arrays]) -> Arrays:

@@ -7,7 +7,7 @@ import os
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias, TypedDict
 
@@ -15,7 +15,8 @@ import numpy as np
 from safetensors.numpy import save
 
 from samf.cache.volume_identity import Identity, volume_identity
-from samf.model.ct_volume import CTReadError
+from samf.data.schema import VolumeLike
+from samf.model.ct_volume import CTReadError, VolumeRef
 from samf.utils.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -47,32 +48,33 @@ class VolumeCache(ABC):
         self.folder = Path(folder)
 
     @abstractmethod
-    def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
+    def key(self, volume: VolumeRef, identity: Identity) -> str:
         """Return the name of a volume's entry: equal exactly when everything that it depends on is equal."""
 
-    def entry_path(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> Path:
-        """Return the file of the entry of the volume at `path`, whether it exists or not."""
-        return entry_file(self.folder, self.key(volume_identity(path), rescale))
+    def entry_path(self, volume: VolumeLike) -> Path:
+        """Return the file of a volume's entry, whether it exists or not."""
+        volume = VolumeRef.of(volume)
+        return entry_file(self.folder, self.key(volume, volume_identity(volume.path)))
 
-    def has(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None) -> bool:
-        """Return whether there is an intact entry of the volume at `path`, read with this rescale."""
-        return read_entry(self.entry_path(path, rescale=rescale)) is not None
+    def has(self, volume: VolumeLike) -> bool:
+        """Return whether there is an intact entry of a volume."""
+        return read_entry(self.entry_path(volume)) is not None
 
-    def _get(
-        self, path: str | os.PathLike, rescale: Sequence[float] | None, make: Callable[[], Mapping[str, np.ndarray]]
-    ) -> Arrays:
+    def _get(self, volume: VolumeRef, make: Callable[[VolumeRef], Mapping[str, np.ndarray]]) -> Arrays:
         """Return read-only memory maps of an entry's arrays; without an intact entry, write what `make` returns first.
 
         Raises:
             CTReadError: the volume changed meanwhile. No entry is written.
             OSError: the entry can't be written or read.
         """
-        entry_path = self.entry_path(path, rescale=rescale)
+        entry_path = self.entry_path(volume)
         arrays = read_entry(entry_path)
         if arrays is None:
-            made = make()
-            if self.entry_path(path, rescale=rescale) != entry_path:  # it would be stored under the old file's name
-                raise CTReadError(f"{path}: changed while it was read. Wait until it is written, then try again.")
+            made = make(volume)
+            if self.entry_path(volume) != entry_path:  # it would be stored under the old file's name
+                raise CTReadError(
+                    f"{volume.path}: changed while it was read. Wait until it is written, then try again."
+                )
             write_entry(entry_path, made)
             arrays = read_entry(entry_path)
         if arrays is None:

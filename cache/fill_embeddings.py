@@ -77,9 +77,7 @@ def fill_embeddings(
     slice_keys = {volume.path: volume.key for volume in slices}
     done = manifest.keys().done  # of both stages: they share the directory
     here = [volume for volume in here if slice_keys[volume.path] in done]
-    ahead = embeddings.read_ahead(
-        [(volume.path, volume.rescale) for volume in here], min(options.workers, _MAX_READERS)
-    )
+    ahead = embeddings.read_ahead([volume.ref for volume in here], min(options.workers, _MAX_READERS))
     try:
         with WorkLog(manifest, options.shard) as log:
             progress = tqdm(here, desc="embeddings", unit="volume", disable=not options.show_progress)

@@ -246,7 +246,7 @@ class Manifest:
         line = logged.get(volume.name)
         return {
             "volume": volume.path,
-            "rescale": volume.rescale,
+            "rescale": volume.ref.rescale,
             "record": volume.name,
             "bytes": line["bytes"] if line else self.entry(volume.name).stat().st_size,
             "seconds": line["seconds"] if line else None,
@@ -310,7 +310,7 @@ def _now() -> str:
 
 
 def _failure(volume: Volume, error: str, message: str) -> Failure:
-    return {"volume": volume.path, "rescale": volume.rescale, "error": error, "message": message}
+    return {"volume": volume.path, "rescale": volume.ref.rescale, "error": error, "message": message}
 
 
 def _summarize(

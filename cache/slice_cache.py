@@ -9,12 +9,14 @@ can fill one cache.
 
 import os
 from collections.abc import Sequence
+from functools import partial
 
 from samf.cache.entries import Arrays, VolumeCache, check_entry, entry_file, entry_key, read_entry, write_entry
 from samf.cache.screening import refuse_mask
 from samf.cache.volume_identity import Identity, volume_identity
+from samf.data.schema import VolumeLike
 from samf.model.ct_download import not_kept
-from samf.model.ct_volume import CTVolume, read_ct
+from samf.model.ct_volume import CTVolume, VolumeRef, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 
 __all__ = [
@@ -33,7 +35,7 @@ ENTRY_VERSION = 3
 
 
 class SliceCache(VolumeCache):
-    """Slice stacks of volumes: `get(path)` reads the entry, or makes it first.
+    """Slice stacks of volumes: `get(volume)` reads the entry, or makes it first.
 
     Can be pickled, so that the workers of a DataLoader share a cache; each process writes the entries that it makes.
 
@@ -48,55 +50,52 @@ class SliceCache(VolumeCache):
         self.image_processor = image_processor
         self.min_coverage = min_coverage
 
-    def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
+    def key(self, volume: VolumeRef, identity: Identity) -> str:
         """Return the name of a volume's entry."""
-        rescale = None if rescale is None else [float(number) for number in rescale]  # 1 and 1.0 are the same rescale
         limits = [self.min_coverage] if self.min_coverage else []
-        return entry_key(identity, rescale, self.image_processor.settings_hash(), ENTRY_VERSION, *limits)
+        return entry_key(identity, volume.rescale, self.image_processor.settings_hash(), ENTRY_VERSION, *limits)
 
-    def get(self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None, searched: bool = False) -> Arrays:
-        """Return the output of `image_processor.extract` for the volume at `path`, as read-only maps of its entry.
+    def get(self, volume: VolumeLike, *, rescale: Sequence[float] | None = None, searched: bool = False) -> Arrays:
+        """Return the output of `image_processor.extract` for a volume, as read-only maps of its entry.
 
         Args:
-            path: as for `read_ct`, but one file, folder or address. Downloads from the Hub are deleted afterwards.
-            rescale: as for `read_ct`; part of the entry's name.
+            volume: one file, folder or address, or a `VolumeRef` of it. Its rescale is part of the entry's name. Downloads
+                from the Hub are deleted afterwards.
+            rescale: of a path, as for `read_ct`.
             searched: the volume was found in a folder instead of being named: refuse what may be a mask.
 
         Raises:
             CTReadError: the volume can't be read, or changed meanwhile. No entry is written.
             OSError: the entry can't be written or read.
         """
-        return self._get(path, rescale, lambda: self.extract(path, rescale=rescale, searched=searched))
+        return self._get(VolumeRef.of(volume, rescale), partial(self.extract, searched=searched))
 
-    def extract(
-        self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None, searched: bool = False
-    ) -> Arrays:
+    def extract(self, volume: VolumeLike, *, searched: bool = False) -> Arrays:
         """Read a volume and return its slices, without using the cache.
 
         Args:
-            path: see `get`.
-            rescale: see `get`.
+            volume: see `get`.
             searched: see `get`.
 
         Raises:
             CTReadError: the volume can't be read.
         """
-        with not_kept(path):
-            return self.image_processor.extract(self.read(path, rescale, searched))
+        volume = VolumeRef.of(volume)
+        with not_kept(volume.path):
+            return self.image_processor.extract(self.read(volume, searched=searched))
 
-    def read(self, path: str | os.PathLike, rescale: Sequence[float] | None = None, searched: bool = False) -> CTVolume:
+    def read(self, volume: VolumeLike, *, searched: bool = False) -> CTVolume:
         """Read a volume as its entry requires.
 
         Args:
-            path: see `get`.
-            rescale: see `get`.
+            volume: see `get`.
             searched: see `get`.
 
         Raises:
             CTReadError: the volume can't be read, or covers less than `min_coverage`.
             NotCTError: a searched volume may be a mask.
         """
-        volume = read_ct(path, rescale=rescale, min_coverage=self.min_coverage)
+        ct = read_ct(VolumeRef.of(volume), min_coverage=self.min_coverage)
         if searched:
-            refuse_mask(volume)
-        return volume
+            refuse_mask(ct)
+        return ct

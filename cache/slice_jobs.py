@@ -74,7 +74,7 @@ def measure_extraction(volume: Volume, *, cache: SliceCache) -> Outcome:
     """Extract a volume's slices without writing anything; return how long it took."""
     start = time.perf_counter()
     try:
-        cache.extract(volume.path, rescale=volume.rescale, searched=volume.searched)
+        cache.extract(volume.ref, searched=volume.searched)
     except (CTReadError, MemoryError, ImportError) as error:
         return Outcome("failed", error=type(error).__name__, message=str(error))
     return Outcome("done", seconds=time.perf_counter() - start)
@@ -97,7 +97,7 @@ def _make(volume: Volume, cache: SliceCache, manifest: Manifest) -> Outcome:
     entry = manifest.entry(volume.name)
     start = time.perf_counter()
     try:
-        cache.get(volume.path, rescale=volume.rescale, searched=volume.searched)
+        cache.get(volume.ref, searched=volume.searched)
     except (CTReadError, MemoryError, ImportError) as error:
         failed = Outcome("failed", error=type(error).__name__, message=str(error))
         if _is_permanent(volume, error):

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from samf.cache.volume_identity import Identity, identity_bytes, volume_identity
-from samf.data.schema import VolumeKey
-from samf.model.ct_volume import CTReadError, NotCTError
+from samf.model.ct_volume import CTReadError, NotCTError, VolumeRef
 
 STAT_THREADS = 16  # on a network file system they mostly wait
 NOT_CT = NotCTError.__name__  # error of an intact file that is no CT
@@ -16,7 +15,7 @@ NOT_CT = NotCTError.__name__  # error of an intact file that is no CT
 class Store(Protocol):
     """Cache that names its entries: `SliceCache` or `EmbeddingCache`."""
 
-    def key(self, identity: Identity, rescale: Sequence[float] | None = None) -> str:
+    def key(self, volume: VolumeRef, identity: Identity) -> str:
         """Return the name of a volume's entry."""
         ...
 
@@ -26,20 +25,23 @@ class Volume:
     """One volume of the list.
 
     Attributes:
-        path: its path or address.
-        rescale: see `read_ct`.
+        ref: its path or address, and its rescale.
         key: name of its entry; None if the volume can't be accessed.
         bytes: total size of its files.
         problem: why it can't be accessed.
         searched: whether it was found in a folder instead of being named.
     """
 
-    path: str
-    rescale: tuple[float, ...] | None
+    ref: VolumeRef
     key: str | None
     bytes: int = 0
     problem: str = ""
     searched: bool = False
+
+    @property
+    def path(self) -> str:
+        """Return its path or address."""
+        return self.ref.path
 
     @property
     def name(self) -> str:
@@ -89,22 +91,22 @@ class Shard:
         return f"{self.index + 1}of{self.count}"
 
 
-def inspect_volumes(volumes: Sequence[VolumeKey], store: Store, searched: Collection[str] = ()) -> list[Volume]:
+def inspect_volumes(volumes: Sequence[VolumeRef], store: Store, searched: Collection[str] = ()) -> list[Volume]:
     """Return the list with the names of its entries, in order; reads the volumes' directories, not their contents.
 
     Args:
-        volumes: paths with their rescales.
+        volumes: the volumes of the run.
         store: names the entries.
         searched: paths that were found in folders instead of being named.
     """
 
-    def inspect(key: VolumeKey) -> Volume:
+    def inspect(volume: VolumeRef) -> Volume:
+        is_searched = volume.path in searched
         try:
-            identity = volume_identity(key[0])
+            identity = volume_identity(volume.path)
         except CTReadError as error:
-            return Volume(*key, None, problem=str(error), searched=key[0] in searched)
-        name, size = store.key(identity, key[1]), identity_bytes(identity)
-        return Volume(*key, name, size, searched=key[0] in searched)
+            return Volume(volume, None, problem=str(error), searched=is_searched)
+        return Volume(volume, store.key(volume, identity), identity_bytes(identity), searched=is_searched)
 
     with ThreadPoolExecutor(STAT_THREADS) as threads:
         return list(threads.map(inspect, volumes))

@@ -48,7 +48,7 @@ def find_scans(paths: Sequence[str]) -> list[str]:
                 raise UsageError(f"{name}: no such file or folder.")
             else:
                 try:
-                    found |= dict.fromkeys(path for path, _ in search_volumes([name]).keys)
+                    found |= dict.fromkeys(volume.path for volume in search_volumes([name]).volumes)
                 except FileNotFoundError as error:
                     raise UsageError(f"{name}: no scan in it or below it: {error}") from error
     return list(found)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from samf.data.prompts import record_conversation
-from samf.data.schema import IGNORE_INDEX, JsonObject, Record, VolumeStore
+from samf.data.schema import IGNORE_INDEX, JsonObject, Record, VolumeStore, volume_of
 from samf.model.ct_volume import CTVolume, read_ct
 from samf.model.processing_samf import SamfProcessor
 
@@ -91,12 +91,10 @@ class SamfCollator:
 
     def read_volume(self, record: Record) -> Volume | None:
         """Return the volume of a record, from the store or its file; None for text only. Raises CTReadError."""
-        path, rescale = record["volume"], record.get("rescale")
-        if path is None:
+        volume = volume_of(record)
+        if volume is None:
             return None
-        if self.volume_store is None:
-            return read_ct(path, rescale=rescale)
-        return self.volume_store.get(path, rescale=rescale)
+        return read_ct(volume) if self.volume_store is None else self.volume_store.get(volume)
 
     def uncuttable_lengths(self, records: Sequence[Record]) -> list[int]:
         """Return the number of tokens of each record without its answer, which `max_length` can't shorten."""

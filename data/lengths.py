@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from samf.data.collator import SamfCollator
 from samf.data.prompts import record_prompt
 from samf.data.record_cache import build_once, default_cache
-from samf.data.schema import Record
+from samf.data.schema import Record, VolumeLike
 from samf.model.processing_samf import SamfProcessor
 
 _TEXTS = ("id", "question", "choices", "answer")
@@ -135,7 +135,7 @@ class _NoSlices:
             "slice_positions": np.zeros(count, np.float32),
         }
 
-    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, np.ndarray]:
+    def get(self, volume: VolumeLike) -> Mapping[str, np.ndarray]:
         """Return the embeddings of any volume."""
         return self.embeddings
 

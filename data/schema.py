@@ -1,11 +1,13 @@
 """Types of what flows through the system: records, volumes, and the values that options may take."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, Protocol, TypeAlias, TypedDict, get_args
 
 import numpy as np
 
 from samf.model.configuration_samf import IGNORE_INDEX
+from samf.model.ct_common import VolumeRef
 
 __all__ = [
     "FAILURES_FILE",
@@ -16,10 +18,10 @@ __all__ = [
     "OnError",
     "OnMissing",
     "Record",
-    "Rescale",
     "Task",
-    "VolumeKey",
+    "VolumeLike",
     "VolumeStore",
+    "volume_of",
 ]
 
 Task = Literal["report", "multiple_choice", "short_answer", "long_answer"]
@@ -37,10 +39,8 @@ FAILURES_FILE = "failures.jsonl"
 # A parsed JSON object whose keys are not known in advance (settings of other libraries, files of users).
 JsonObject: TypeAlias = dict[str, Any]
 
-# Slope and intercept, perhaps with three voxel sizes in mm, as `read_ct` takes them; None = as the file's header says.
-Rescale: TypeAlias = tuple[float, ...] | None
-# The path or address of a volume, and its rescale.
-VolumeKey: TypeAlias = tuple[str, Rescale]
+# A volume: its path or address, or that and its rescale.
+VolumeLike: TypeAlias = str | os.PathLike[str] | VolumeRef
 
 
 class Exchange(TypedDict):
@@ -69,6 +69,12 @@ class Record(Exchange):
 class VolumeStore(Protocol):
     """Prepared volumes: a slice cache, an embedding cache, or volumes kept in memory."""
 
-    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> Mapping[str, np.ndarray]:
+    def get(self, volume: VolumeLike, /) -> Mapping[str, np.ndarray]:
         """Return the slices or the embeddings of a volume."""
         ...
+
+
+def volume_of(record: Record) -> VolumeRef | None:
+    """Return the volume of a record with its rescale; None for text only."""
+    path = record["volume"]
+    return None if path is None else VolumeRef.of(path, record.get("rescale") or None)

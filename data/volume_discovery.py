@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 
 import datasets
@@ -20,10 +21,11 @@ from samf.data.file_kinds import VOLUME_SUFFIXES, has_volume_suffix, is_dicom_fi
 from samf.data.loading import load_records
 from samf.data.options import check_on_missing
 from samf.data.patients import PATIENT_COLUMN, PatientRule, find_patients
-from samf.data.schema import OnMissing, Rescale, VolumeKey
+from samf.data.schema import OnMissing
 from samf.data.table_columns import TableColumns
 from samf.model.ct_dicom_files import walk_once
 from samf.model.ct_download import file_path, is_address
+from samf.model.ct_volume import VolumeRef
 from samf.utils.text_files import read_lines
 
 __all__ = [
@@ -31,7 +33,6 @@ __all__ = [
     "VOLUME_SUFFIXES",
     "FoundVolumes",
     "SourceOptions",
-    "VolumeKey",
     "distinct_volumes",
     "find_splits",
     "find_volumes",
@@ -76,42 +77,43 @@ class FoundVolumes:
     """Volumes of one or several sources.
 
     Attributes:
-        keys: each volume once, in a fixed order.
+        volumes: each volume once, in a fixed order.
         searched: paths that were found by search and not named: those that are not CTs are passed over, and no failure.
         patients: {path: patient, or None where unknown}; empty if they were not looked up.
         passed_over: {reason: number of files passed over}.
     """
 
-    keys: list[VolumeKey]
+    volumes: list[VolumeRef]
     searched: frozenset[str] = frozenset()
     patients: dict[str, str | None] = field(default_factory=dict)
     passed_over: Counter[str] = field(default_factory=Counter)
 
-    def only(self, kept: Iterable[VolumeKey]) -> "FoundVolumes":
+    def only(self, kept: Iterable[VolumeRef]) -> "FoundVolumes":
         """Return the volumes that are in `kept`."""
         kept = set(kept)
-        return replace(self, keys=[key for key in self.keys if key in kept])
+        return replace(self, volumes=[volume for volume in self.volumes if volume in kept])
 
 
 def join_found(parts: Sequence[FoundVolumes]) -> FoundVolumes:
     """Return the volumes of all parts, each once. Raises ValueError for a volume with two different rescales."""
-    rescales: dict[str, Rescale] = {}
-    for path, rescale in chain.from_iterable(part.keys for part in parts):
-        if rescales.setdefault(path, rescale) != rescale:
-            raise ValueError(f"{path}: two sources have it, with rescale {rescales[path]} and {rescale}.")
-    named = {path for part in parts for path, _ in part.keys if path not in part.searched}
+    volumes: dict[str, VolumeRef] = {}
+    for volume in chain.from_iterable(part.volumes for part in parts):
+        known = volumes.setdefault(volume.path, volume)
+        if known != volume:
+            raise ValueError(f"{volume.path}: two sources have it, with rescale {known.rescale} and {volume.rescale}.")
+    named = {volume.path for part in parts for volume in part.volumes if volume.path not in part.searched}
     patients: dict[str, str | None] = {}
     for part in parts:
         patients |= {path: patient for path, patient in part.patients.items() if patient or path not in patients}
     return FoundVolumes(
-        list(rescales.items()),
-        frozenset(path for path in rescales if path not in named),
+        list(volumes.values()),
+        frozenset(path for path in volumes if path not in named),
         patients,
         sum((part.passed_over for part in parts), Counter()),
     )
 
 
-def find_volumes(data: Sequence[str], *, splits: Sequence[str] = SPLITS, on_missing: str = "raise") -> list[VolumeKey]:
+def find_volumes(data: Sequence[str], *, splits: Sequence[str] = SPLITS, on_missing: str = "raise") -> list[VolumeRef]:
     """Find all volumes of all sources; `search_volumes` with few options.
 
     Args:
@@ -119,7 +121,7 @@ def find_volumes(data: Sequence[str], *, splits: Sequence[str] = SPLITS, on_miss
         splits: see `SourceOptions`.
         on_missing: see `SourceOptions`.
     """
-    return search_volumes(data, SourceOptions(tuple(splits), check_on_missing(on_missing))).keys
+    return search_volumes(data, SourceOptions(tuple(splits), check_on_missing(on_missing))).volumes
 
 
 def search_volumes(data: Sequence[str], options: SourceOptions = SourceOptions()) -> FoundVolumes:
@@ -147,22 +149,24 @@ def find_splits(source: str, options: SourceOptions) -> dict[str, FoundVolumes]:
     root = str(Path(source).expanduser().absolute())
 
     def with_all_patients(found: FoundVolumes) -> FoundVolumes:
-        paths = [path for path, _ in found.keys]
+        paths = [volume.path for volume in found.volumes]
         return replace(found, patients=find_patients(paths, found.patients, options.patient_rule, root))
 
     return {split: with_all_patients(found) for split, found in by_split.items()}
 
 
-def distinct_volumes(*records: datasets.Dataset) -> list[VolumeKey]:
+def distinct_volumes(*records: datasets.Dataset) -> list[VolumeRef]:
     """Return each volume of the records once, ordered by path."""
-    return sorted(dict(chain.from_iterable(map(_volumes_in, records))).items())
+    volumes = {volume.path: volume for volume in chain.from_iterable(map(_volumes_in, records))}
+    return [volumes[path] for path in sorted(volumes)]
 
 
-def _volumes_in(records: datasets.Dataset) -> list[VolumeKey]:
+def _volumes_in(records: datasets.Dataset) -> list[VolumeRef]:
     """Return each volume of the records once, in the records' order."""
     columns = records["rescale"][:] if "rescale" in records.column_names else [None] * len(records)
     pairs = zip(records["volume"][:], columns, strict=True)
-    return list({path: tuple(rescale) if rescale else None for path, rescale in pairs if path}.items())
+    rescales = {path: rescale for path, rescale in pairs if path}
+    return [VolumeRef.of(path, rescale or None) for path, rescale in rescales.items()]
 
 
 def _named_volumes(records: datasets.Dataset) -> FoundVolumes:
@@ -193,7 +197,7 @@ def _volumes_by_split(source: str, options: SourceOptions) -> dict[str, FoundVol
 
 def _volumes_below(
     root: Path, patterns: Sequence[str] = (), passed_over: Counter[str] | None = None
-) -> Iterator[VolumeKey]:
+) -> Iterator[VolumeRef]:
     """Find volume files and DICOM folders in and below a folder, ordered by path; no folder is visited twice.
 
     Args:
@@ -214,7 +218,7 @@ def _volumes_below(
             elif mask_by_header(path):
                 passed_over[_MASK] += 1
             else:
-                yield path, None
+                yield VolumeRef(path)
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:
@@ -226,10 +230,10 @@ def _volumes_of(source: str, options: SourceOptions) -> FoundVolumes:
     source = file_path(source)
     if by_split := _volumes_by_split(source, options):
         joined = join_found(list(by_split.values()))
-        return FoundVolumes(sorted(joined.keys), patients=joined.patients)
+        return FoundVolumes(sorted(joined.volumes, key=attrgetter("path")), patients=joined.patients)
     path = Path(source).expanduser().absolute()
     if is_address(source):
-        return FoundVolumes([(source, None)])
+        return FoundVolumes([VolumeRef(source)])
     if path.is_dir():
         return _folder_volumes(path, options)
     if path.suffix.lower() == ".txt" and path.is_file():
@@ -238,14 +242,14 @@ def _volumes_of(source: str, options: SourceOptions) -> FoundVolumes:
         raise FileNotFoundError(
             f"{path}: no such file or folder. Check the path; a relative one starts at {Path.cwd()}."
         )
-    return FoundVolumes([(str(path), None)])
+    return FoundVolumes([VolumeRef(str(path))])
 
 
 def _folder_volumes(root: Path, options: SourceOptions) -> FoundVolumes:
     passed_over: Counter[str] = Counter()
     found = list(_volumes_below(root, options.patterns, passed_over))
     folders = _ct_rate_folders(root, options.splits)
-    if any(folder.layout == "v1" for folder in folders) and any(VolumeName.find(path) for path, _ in found):
+    if any(folder.layout == "v1" for folder in folders) and any(VolumeName.find(volume.path) for volume in found):
         raise FileNotFoundError(
             f"{root}: CT-RATE's v1 volumes hold raw values, and radiology_text_reports/ and metadata/, which give their "
             f"rescale, aren't there. Add them, or use v2 (train_fixed, valid_fixed)."
@@ -256,7 +260,7 @@ def _folder_volumes(root: Path, options: SourceOptions) -> FoundVolumes:
             f"0 volumes under {root}{others}: expected CT-RATE's layout, files ending in {', '.join(VOLUME_SUFFIXES)}, or "
             f"folders of DICOM files."
         )
-    searched = frozenset(path for path, _ in found if path != str(root))
+    searched = frozenset(volume.path for volume in found if volume.path != str(root))
     return FoundVolumes(found, searched, passed_over=passed_over)
 
 
@@ -271,13 +275,13 @@ def _ct_rate_folders(root: Path, splits: Sequence[str]) -> list[CtRateFolder]:
     return found
 
 
-def _listed_volumes(file: Path) -> list[VolumeKey]:
+def _listed_volumes(file: Path) -> list[VolumeRef]:
     lines = [line.strip() for line in read_lines(file)]
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise FileNotFoundError(f"{file}: no volumes; expected one path or address per line.")
     return [
-        (name if is_address(name) else os.path.join(file.parent, os.path.expanduser(name)), None)
+        VolumeRef(name if is_address(name) else os.path.join(file.parent, os.path.expanduser(name)))
         for name in map(file_path, names)
     ]
 

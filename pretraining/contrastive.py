@@ -79,12 +79,12 @@ class PlanePairs(Dataset):
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
         volumes = self.scans[index].volumes
-        path, rescale = volumes[rng.integers(len(volumes))]
-        entry = self.embeddings.get(path, rescale=rescale)
+        volume = volumes[rng.integers(len(volumes))]
+        entry = self.embeddings.get(volume)
         planes = np.unique(entry["slice_planes"])
         if len(planes) < 2:
             raise ValueError(
-                f"{path}: slices of one plane only; a pair needs two. Use an image processor with more planes."
+                f"{volume.path}: slices of one plane only; a pair needs two. Use an image processor with more planes."
             )
         views = []
         for plane in rng.permutation(planes)[:2]:
@@ -219,8 +219,7 @@ class ContrastTrainer(ResumableTrainer):
         return volumes
 
     def _half_batch(self, rows: Sequence[int], number: int, kind: Halves) -> dict[str, torch.Tensor]:
-        volumes = [self.valid[row].volumes[0] for row in rows]
-        entries = [self.embeddings.get(path, rescale=rescale) for path, rescale in volumes]
+        entries = [self.embeddings.get(self.valid[row].volumes[0]) for row in rows]
         halves = [half(entry, number, kind) for entry in entries]
         views = [select_slices(*pair, max(map(len, halves))) for pair in zip(entries, halves, strict=True)]
         return {name: torch.stack([view[name] for view in views]).to(self.args.device) for name in views[0]}

@@ -10,7 +10,8 @@ from samf.data.ct_rate.names import VolumeName
 from samf.data.options import check_on_missing
 from samf.data.patient_splits import refuse_common_patients, refuse_shared_folders
 from samf.data.patients import patient_of, warn_of_unknown
-from samf.data.volume_discovery import FoundVolumes, SourceOptions, VolumeKey, find_splits, join_found
+from samf.data.volume_discovery import FoundVolumes, SourceOptions, find_splits, join_found
+from samf.model.ct_volume import VolumeRef
 from samf.training.choices import OnErrorOption
 from samf.training.slice_filling import fill_slice_cache
 from samf.utils.distributed import Processes
@@ -22,7 +23,7 @@ class Scan:
 
     scan_id: str
     patient: str
-    volumes: tuple[VolumeKey, ...]
+    volumes: tuple[VolumeRef, ...]
 
 
 def find_scans(
@@ -60,7 +61,7 @@ def _find_by_split(data: Sequence[str], options: SourceOptions) -> dict[str, Fou
                 parts[split].append(part)
         found = {split: join_found(own) for split, own in parts.items()}
         unknown = sum(patient is None for own in found.values() for patient in own.patients.values())
-        warn_of_unknown(", ".join(data), unknown, sum(len(own.keys) for own in found.values()))
+        warn_of_unknown(", ".join(data), unknown, sum(len(own.volumes) for own in found.values()))
         return found
 
     return Processes().from_first(search)
@@ -70,7 +71,8 @@ def _split_scans(found: Mapping[str, FoundVolumes], valid_share: float) -> dict[
     """Group volumes into scans, and hold patients out where there is no validation split; see `find_scans`."""
     scans = {split: _group(own) for split, own in found.items()}
     if not scans["valid"]:
-        refuse_shared_folders({path: found["train"].patients.get(path) for path, _ in found["train"].keys})
+        paths = [volume.path for volume in found["train"].volumes]
+        refuse_shared_folders({path: found["train"].patients.get(path) for path in paths})
         scans["train"], scans["valid"] = hold_out(scans["train"], valid_share)
     refuse_common_patients(*({scan.patient for scan in scans[split]} for split in ("train", "valid")))
     return scans
@@ -95,9 +97,9 @@ def readable_scans(
     """
     found = _find_by_split(data, options)
     everything = join_found([found["train"], found["valid"]])
-    kept = fill_slice_cache(cache, everything.keys, on_error, searched=everything.searched)
+    kept = fill_slice_cache(cache, everything.volumes, on_error, searched=everything.searched)
     readable = {split: own.only(kept) for split, own in found.items()}
-    if lost := [split for split, own in found.items() if own.keys and not readable[split].keys]:
+    if lost := [split for split, own in found.items() if own.volumes and not readable[split].volumes]:
         raise ValueError(
             f"{', '.join(data)}: no volume of the split {' and '.join(lost)} can be read; see the log above."
         )
@@ -129,11 +131,11 @@ def _group(found: FoundVolumes) -> list[Scan]:
     With other names, a known patient's volumes are one Scan: they may be reconstructions of one scan or not, and contrast
     must not take two series of one patient for different people. A volume of an unknown patient is a scan of its own.
     """
-    by_scan: dict[str, list[VolumeKey]] = {}
+    by_scan: dict[str, list[VolumeRef]] = {}
     patients: dict[str, str] = {}
-    for path, rescale in found.keys:
-        name, known = VolumeName.find(path), found.patients.get(path)
-        scan = name.scan_id if name else (known or path)
-        by_scan.setdefault(scan, []).append((path, rescale))
-        patients.setdefault(scan, known or patient_of(path))
-    return [Scan(scan, patients[scan], tuple(keys)) for scan, keys in by_scan.items()]
+    for volume in found.volumes:
+        name, known = VolumeName.find(volume.path), found.patients.get(volume.path)
+        scan = name.scan_id if name else (known or volume.path)
+        by_scan.setdefault(scan, []).append(volume)
+        patients.setdefault(scan, known or patient_of(volume.path))
+    return [Scan(scan, patients[scan], tuple(volumes)) for scan, volumes in by_scan.items()]

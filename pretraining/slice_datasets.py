@@ -24,6 +24,7 @@ from samf.cache.slice_cache import SliceCache, read_entry
 from samf.data.options import check_on_missing
 from samf.data.patients import PatientRule, find_patients, warn_of_unknown
 from samf.data.volume_discovery import SourceOptions
+from samf.model.ct_volume import VolumeRef
 from samf.model.image_processing_samf import PLANES, SamfImageProcessor
 from samf.pretraining.labelled_sets import SliceSets
 from samf.pretraining.medmnist_slices import PACKAGE, download_medmnist, holds_medmnist, medmnist_sets
@@ -108,10 +109,10 @@ def _cached_sets(
         patients = find_patients(logged.values(), rule=rule)
         known = {file: patients.get(logged.get(file.stem)) for file in files}
         warn_of_unknown(", ".join(map(str, folders)), sum(patient is None for patient in known.values()), len(files))
-        return [Scan(file.stem, known[file] or file.stem, ((str(file), None),)) for file in files]
+        return [Scan(file.stem, known[file] or file.stem, (VolumeRef(str(file)),)) for file in files]
 
     parts = [
-        VolumeSlices([Path(path) for scan in part for path, _ in scan.volumes], depth_bins)
+        VolumeSlices([Path(volume.path) for scan in part for volume in scan.volumes], depth_bins)
         for part in hold_out(Processes().from_first(find_entries), valid_share)
     ]
     return SliceSets(parts[0], *parts)
@@ -127,8 +128,8 @@ def _scan_sets(scans: Mapping[str, Sequence[Scan]], cache: SliceCache, depth_bin
     """
     parts = []
     for split in ("train", "valid"):
-        volumes = [key for scan in scans[split] for key in scan.volumes]
-        parts.append(VolumeSlices([cache.entry_path(path, rescale=rescale) for path, rescale in volumes], depth_bins))
+        entries = [cache.entry_path(volume) for scan in scans[split] for volume in scan.volumes]
+        parts.append(VolumeSlices(entries, depth_bins))
     return SliceSets(parts[0], *parts)
 
 

@@ -11,14 +11,14 @@ import numpy as np
 from torch import nn
 
 from samf.cache.slice_cache import SliceCache
-from samf.data.schema import Record, VolumeStore
+from samf.data.schema import VolumeStore, volume_of
 from samf.evaluation.answering.answer_folder import PREDICTIONS
 from samf.evaluation.answering.generation import GenerationSettings, generate_predictions
 from samf.evaluation.metrics.multiple_choice import score_multiple_choice
 from samf.evaluation.metrics.text_metrics import text_metrics
 from samf.evaluation.prediction_rows import read_predictions
 from samf.evaluation.schema import PredictionRow
-from samf.model.ct_volume import read_ct
+from samf.model.ct_volume import VolumeRef, read_ct
 from samf.model.processing_samf import SamfProcessor
 from samf.reporting.slice_view import save_slice_image
 from samf.utils.distributed import Processes
@@ -83,21 +83,21 @@ class SampleWriter:
         records = {record["id"]: record for record in self.records}
         reports = [row for row in rows if row["task"] == "report"][: self.shown]
         for number, row in enumerate(reports, start=1):
-            record, image = records[row["id"]], None
-            if record["volume"] is not None:
+            volume, image = volume_of(records[row["id"]]), None
+            if volume is not None:
                 image = folder / f"report_{number}.png"
-                slices = self._slices(record)
+                slices = self._slices(volume)
                 window = min(_SHOWN_WINDOW, slices["slices"].shape[1] - 1)
                 save_slice_image(slices, image, window=window, image_processor=self.processor.image_processor)
             text = f"**Report**\n\n{row['prediction'] or '(empty)'}\n\n**Reference**\n\n{row['reference']}"
             show(f"report_{number}", text, image)
 
-    def _slices(self, record: Record) -> Mapping[str, np.ndarray]:
+    def _slices(self, volume: VolumeRef) -> Mapping[str, np.ndarray]:
         """Return what the image processor extracts, from the slice cache where there is one."""
         cache = getattr(self.volume_store, "slices", self.volume_store)  # an EmbeddingCache has its slice cache
         if isinstance(cache, SliceCache):
-            return cache.get(record["volume"], rescale=record.get("rescale"))
-        return self.processor.image_processor.extract(read_ct(record["volume"], rescale=record.get("rescale")))
+            return cache.get(volume)
+        return self.processor.image_processor.extract(read_ct(volume))
 
 
 def choose_samples(records: datasets.Dataset, count: int) -> datasets.Dataset:

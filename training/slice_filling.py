@@ -10,7 +10,7 @@ from typing import get_args
 from samf.cache.fill import FillOptions, StoppedError, fill_slices
 from samf.cache.manifest import Manifest, Shard, Volume, inspect_volumes
 from samf.cache.slice_cache import SliceCache, entry_file
-from samf.data.schema import VolumeKey
+from samf.model.ct_volume import VolumeRef
 from samf.model.image_processing_samf import EXTRACT_VERSION
 from samf.training.choices import OnErrorOption
 from samf.utils.distributed import Processes, processes_here
@@ -23,12 +23,12 @@ _PATIENCE = 120  # seconds until a machine sees what another one has written
 
 def fill_slice_cache(
     cache: SliceCache,
-    volumes: Sequence[VolumeKey],
+    volumes: Sequence[VolumeRef],
     on_error: OnErrorOption = "raise",
     *,
     searched: Collection[str] = (),
     timeout: float | None = FillOptions.timeout,
-) -> list[VolumeKey]:
+) -> list[VolumeRef]:
     """Add what the cache lacks as `preprocess.py` does, each process its share, and return the volumes that have an entry.
 
     All processes must call it with the same list. The first one inspects the volumes for all, shares are assigned by place
@@ -38,7 +38,7 @@ def fill_slice_cache(
     Args:
         cache: Gets the entries, and markers of volumes that can't be read, crash their reader or take too long. With "skip"
             a marked volume isn't tried again.
-        volumes: Paths with their rescales.
+        volumes: The volumes that should have an entry.
         on_error: A volume that can't be read: "raise" its error, or "skip": log it, leave it out and count it.
         searched: Paths that were found by a search rather than named: those that are no CT are always left out.
         timeout: Seconds that one volume may take; None = no limit.
@@ -57,7 +57,7 @@ def fill_slice_cache(
     filled: set[str | None] = set(chain.from_iterable(processes.gather(own)))
     present = [volume for volume in listed if volume.key in filled]
     _wait_for_files(cache, present)
-    kept = [(volume.path, volume.rescale) for volume in present]
+    kept = [volume.ref for volume in present]
     _log_left_out(volumes, kept, searched)
     return kept
 
@@ -93,8 +93,8 @@ def _fill_share(
         stopped.unlink(missing_ok=True)
 
 
-def _log_left_out(volumes: Sequence[VolumeKey], kept: Sequence[VolumeKey], searched: Collection[str]) -> None:
-    named = [path for path, _ in set(volumes) - set(kept) if path not in searched]
+def _log_left_out(volumes: Sequence[VolumeRef], kept: Sequence[VolumeRef], searched: Collection[str]) -> None:
+    named = [volume for volume in set(volumes) - set(kept) if volume.path not in searched]
     if len(kept) < len(volumes):
         logger.warning(
             "%d of %d volumes couldn't be read, or are no CT, and are left out (%d of them named)",

@@ -13,8 +13,8 @@ from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.fill import describe_bytes, entry_bytes, free_bytes
 from samf.cache.manifest import Manifest, inspect_volumes
 from samf.cache.slice_cache import SliceCache, read_entry
-from samf.data.schema import VolumeKey, VolumeStore
-from samf.model.ct_download import not_kept
+from samf.data.schema import VolumeLike, VolumeStore
+from samf.model.ct_volume import VolumeRef
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.model.processing_samf import SamfProcessor
@@ -49,33 +49,33 @@ class OptionalSliceCache(SliceCache):
         self.is_writable = is_writable
 
     def get(
-        self, path: str | os.PathLike, *, rescale: Sequence[float] | None = None, searched: bool = False
+        self, volume: VolumeLike, *, rescale: Sequence[float] | None = None, searched: bool = False
     ) -> dict[str, np.ndarray]:
         """Return what `SliceCache.get` returns, without errors of the cache itself.
 
         Args:
-            path: Path or address of a volume.
-            rescale: Slope and intercept of its stored values; None = its file knows.
-            searched: Whether the path was found by a search rather than named; what is no CT is then refused.
+            volume: Path or address of a volume, or a `VolumeRef`.
+            rescale: Of a path: see `SliceCache.get`.
+            searched: Whether the volume was found by a search rather than named; what is no CT is then refused.
 
         Raises:
             CTReadError: The volume can't be read.
         """
+        volume = VolumeRef.of(volume, rescale)
         if self.is_writable:
             try:
-                return super().get(path, rescale=rescale, searched=searched)
+                return super().get(volume, searched=searched)
             except OSError as error:
                 self.is_writable = False
                 logger.warning("%s: %s. Training continues without adding to the cache.", self.folder, error)
         try:
-            entry = read_entry(self.entry_path(path, rescale=rescale))
+            entry = read_entry(self.entry_path(volume))
         except OSError as error:
             logger.debug("%s: %s", self.folder, error)
             entry = None
         if entry is not None:
             return entry
-        with not_kept(path):
-            return self.image_processor.extract(self.read(path, rescale, searched))
+        return self.extract(volume, searched=searched)
 
 
 def why_not_write(folder: Path, missing: int, bytes_each: int) -> str | None:
@@ -101,7 +101,7 @@ def why_not_write(folder: Path, missing: int, bytes_each: int) -> str | None:
 
 
 def _check(
-    folder: Path, stage: str, store: SliceCache | EmbeddingCache, volumes: Sequence[VolumeKey], size: int
+    folder: Path, stage: str, store: SliceCache | EmbeddingCache, volumes: Sequence[VolumeRef], size: int
 ) -> str:
     """Return why not all of `volumes` can be added to a cache, "" if they can; the same on all processes."""
 
@@ -122,7 +122,7 @@ def build_volume_store(
     model: SamfForConditionalGeneration,
     processor: SamfProcessor,
     trained: list[str],
-    volumes: list[VolumeKey],
+    volumes: list[VolumeRef],
     device: torch.device,
 ) -> VolumeStore | None:
     """Return the store that the collator reads volumes from; None = it reads the files.

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from samf.data.prompts import record_prompt
-from samf.data.schema import JsonObject, Record
+from samf.data.schema import JsonObject, Record, volume_of
+from samf.model.ct_volume import VolumeRef
 
 __all__ = [
     "VolumeDigests",
@@ -51,14 +52,14 @@ class VolumeDigests:
     """Hashes of the volumes of records, each computed once."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str | None, tuple[float, ...]], str | None] = {}
+        self._known: dict[VolumeRef | None, str | None] = {}
 
     def of(self, record: Record) -> str | None:
         """Return the hash of a record's volume; None without a volume."""
-        key = record["volume"], tuple(record.get("rescale") or ())
-        if key not in self._known:
-            self._known[key] = _volume_digest(record)
-        return self._known[key]
+        volume = volume_of(record)
+        if volume not in self._known:
+            self._known[volume] = _volume_digest(record)
+        return self._known[volume]
 
 
 def _volume_digest(record: Record) -> str | None:

@@ -5,15 +5,15 @@ Each class is a `VolumeStore`, and they stack: `EncodedVolumes(model, image_proc
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 
 from samf.cache.embedding_cache import encode_slices
-from samf.data.schema import Record, VolumeStore
-from samf.model.ct_volume import read_ct
+from samf.data.schema import Record, VolumeLike, VolumeStore, volume_of
+from samf.model.ct_volume import VolumeRef, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.model.modeling_samf import SamfForConditionalGeneration
 
@@ -21,32 +21,27 @@ __all__ = ["EncodedVolumes", "ReadAhead", "VolumeMemo"]
 
 # Slices or embeddings of a volume by name.
 VolumeArrays: TypeAlias = Mapping[str, np.ndarray]
-_Key: TypeAlias = tuple[str, tuple[float, ...]]
 T = TypeVar("T")
 
 
-def _key(path: str, rescale: Sequence[float] | None) -> _Key:
-    return path, tuple(rescale or ())
-
-
 class _Memo(Generic[T]):
-    """The last `capacity` values by key."""
+    """The last `capacity` values by volume."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.values: OrderedDict[_Key, T] = OrderedDict()
+        self.values: OrderedDict[VolumeRef, T] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: _Key) -> T | None:
+    def get(self, volume: VolumeRef) -> T | None:
         with self._lock:
-            if key in self.values:
-                self.values.move_to_end(key)
-            return self.values.get(key)
+            if volume in self.values:
+                self.values.move_to_end(volume)
+            return self.values.get(volume)
 
-    def put(self, key: _Key, value: T) -> None:
+    def put(self, volume: VolumeRef, value: T) -> None:
         with self._lock:
-            self.values[key] = value
-            self.values.move_to_end(key)
+            self.values[volume] = value
+            self.values.move_to_end(volume)
             while len(self.values) > self.capacity:
                 self.values.popitem(last=False)
 
@@ -63,13 +58,13 @@ class VolumeMemo:
         self.image_processor = image_processor
         self._memo: _Memo[VolumeArrays] = _Memo(capacity)
 
-    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> VolumeArrays:
-        """Return what `image_processor.extract` returns for the volume; `rescale` as for `read_ct`."""
-        key = _key(path, rescale)
-        slices = self._memo.get(key)
+    def get(self, volume: VolumeLike) -> VolumeArrays:
+        """Return what `image_processor.extract` returns for the volume."""
+        volume = VolumeRef.of(volume)
+        slices = self._memo.get(volume)
         if slices is None:
-            slices = self.image_processor.extract(read_ct(path, rescale=rescale))
-            self._memo.put(key, slices)
+            slices = self.image_processor.extract(read_ct(volume))
+            self._memo.put(volume, slices)
         return slices
 
 
@@ -86,21 +81,22 @@ class ReadAhead:
     def __init__(self, store: VolumeStore, threads: int = 2):
         self.store = store
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
-        self._pending: dict[_Key, Future[VolumeArrays]] = {}
+        self._pending: dict[VolumeRef, Future[VolumeArrays]] = {}
 
     def start(self, records: Iterable[Record]) -> None:
         """Begin to read the volumes of these records; earlier ones that nothing has asked for are dropped."""
-        wanted = {_key(r["volume"], r.get("rescale")): r.get("rescale") for r in records if r["volume"] is not None}
-        for key in self._pending.keys() - wanted.keys():
-            self._pending.pop(key).cancel()
-        for key, rescale in wanted.items():
-            if key not in self._pending:
-                self._pending[key] = self._threads.submit(self.store.get, key[0], rescale=rescale)
+        wanted = dict.fromkeys(volume for record in records if (volume := volume_of(record)) is not None)  # in order
+        for volume in self._pending.keys() - wanted.keys():
+            self._pending.pop(volume).cancel()
+        for volume in wanted:
+            if volume not in self._pending:
+                self._pending[volume] = self._threads.submit(self.store.get, volume)
 
-    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> VolumeArrays:
-        """Return what the store returns for the volume at `path`."""
-        future = self._pending.pop(_key(path, rescale), None)
-        return self.store.get(path, rescale=rescale) if future is None else future.result()
+    def get(self, volume: VolumeLike) -> VolumeArrays:
+        """Return what the store returns for the volume."""
+        volume = VolumeRef.of(volume)
+        future = self._pending.pop(volume, None)
+        return self.store.get(volume) if future is None else future.result()
 
     def close(self) -> None:
         """Stop the threads."""
@@ -133,16 +129,16 @@ class EncodedVolumes:
         self.store = store
         self._memo: _Memo[VolumeArrays] = _Memo(capacity)
 
-    def get(self, path: str, *, rescale: Sequence[float] | None = None) -> VolumeArrays:
+    def get(self, volume: VolumeLike) -> VolumeArrays:
         """Return `slice_embeddings` (S, D) float32, `slice_planes` and `slice_positions` (S,)."""
-        key = _key(path, rescale)
-        encoded = self._memo.get(key)
+        volume = VolumeRef.of(volume)
+        encoded = self._memo.get(volume)
         if encoded is None:
-            slices = self.store.get(path, rescale=rescale)
+            slices = self.store.get(volume)
             if "slice_embeddings" not in slices:
                 unwrap = getattr(self.model, "get_base_model", None)  # of a model in training that peft has wrapped
                 model = self.model if unwrap is None else unwrap()
                 slices = encode_slices(model.model, self.image_processor, slices)
             encoded = slices
-            self._memo.put(key, encoded)
+            self._memo.put(volume, encoded)
         return encoded

@@ -36,8 +36,9 @@ from samf.cache.slice_cache import SliceCache, check_entry, read_entry
 from samf.cache.worker_pool import WorkerDied, WorkerPool
 from samf.data.ct_rate.loader import load_ct_rate
 from samf.data.load_stats import LoadStats
+from samf.data.schema import volume_of
 from samf.data.volume_discovery import find_volumes
-from samf.model.ct_volume import CTReadError, read_ct
+from samf.model.ct_volume import CTReadError, VolumeRef, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.phantoms.dataset import make_phantom, write_nifti
 from samf.pretraining.contrastive import build_slices_model
@@ -159,11 +160,11 @@ def in_a_fork(work: Callable[[], int]) -> int:
 def test_two_processes_over_one_list_killed_three_times_make_each_volume_once(tmp_path, monkeypatch):
     volumes, cache, seen = save_phantoms(tmp_path / "volumes", 40), tmp_path / "cache", tmp_path / "seen"
 
-    def slow_read(path, **options):
+    def slow_read(volume, **options):
         with open(seen, "a", encoding="utf-8") as file:
-            file.write(f"{path}\n")
+            file.write(f"{volume.path}\n")
         time.sleep(0.04)
-        return read_ct(path, **options)
+        return read_ct(volume, **options)
 
     monkeypatch.setattr(slice_cache, "read_ct", slow_read)
 
@@ -184,11 +185,11 @@ def test_two_processes_over_one_list_killed_three_times_make_each_volume_once(tm
 def test_a_scheduler_that_ends_the_job_leaves_a_manifest_and_no_process(phantoms, tmp_path, monkeypatch):
     cache, workers = tmp_path / "cache", tmp_path / "workers"
 
-    def slow_read(path, **options):
+    def slow_read(volume, **options):
         with open(workers, "a", encoding="utf-8") as file:
             file.write(f"{os.getpid()}\n")
         time.sleep(0.2)
-        return read_ct(path, **options)
+        return read_ct(volume, **options)
 
     monkeypatch.setattr(slice_cache, "read_ct", slow_read)
     process = in_a_fork(lambda: run(phantoms[0].parent, cache))
@@ -224,7 +225,7 @@ def test_a_thousand_phantoms_by_two_processes_killed_three_times(tmp_path):
 
 
 def test_shards_and_ranks_part_the_list():
-    volumes = [Volume(str(i), None, str(i)) for i in range(101)]
+    volumes = [Volume(VolumeRef(str(i)), str(i)) for i in range(101)]
     for text, ranks, count in (("3/16", 1, 16), (None, 4, 4), ("2/3", 5, 15)):
         shards = []
         for number in range(count // ranks):
@@ -272,15 +273,16 @@ def troubled(tmp_path, monkeypatch) -> tuple[Path, Callable[[], Counter]]:
         file.rename(folder / f"{name}.nii.gz")
     (folder / "torn.nii.gz").write_bytes((folder / "torn.nii.gz").read_bytes()[:500])
 
-    def read(path, **options):
+    def read(volume, **options):
+        name = Path(volume.path).name.partition(".")[0]
         with open(tries, "a", encoding="utf-8") as file:
-            file.write(f"{Path(path).name.partition('.')[0]}\n")
-        if "crash" in Path(path).name:
+            file.write(f"{name}\n")
+        if "crash" in name:
             faulthandler.disable()
             os.kill(os.getpid(), signal.SIGSEGV)
-        if "hang" in Path(path).name:
+        if "hang" in name:
             time.sleep(60)
-        return read_ct(path, **options)
+        return read_ct(volume, **options)
 
     monkeypatch.setattr(slice_cache, "read_ct", read)
     return folder, lambda: Counter(tries.read_text(encoding="utf-8").split())
@@ -325,10 +327,10 @@ def test_a_disk_that_stalls_costs_no_volume(tmp_path, monkeypatch, is_back):
     folder, cache, back = tmp_path / "volumes", tmp_path / "cache", tmp_path / "back"
     files = save_phantoms(folder, 4)
 
-    def read(path, **options):
+    def read(volume, **options):
         while len(list(cache.glob("??/*.safetensors"))) >= 2 and not back.exists():
             time.sleep(0.02)
-        return read_ct(path, **options)
+        return read_ct(volume, **options)
 
     settle = fill._FillRun.retry_timed_out
     monkeypatch.setattr(
@@ -371,9 +373,9 @@ def test_what_is_not_the_volumes_fault_is_tried_again_unasked(tmp_path, monkeypa
         file.rename(folder / f"{name}.nii.gz")
     (folder / "gzip.nii.gz").write_bytes(b"\x1f\x8b" + bytes(400))  # an OSError of gzip's, which is the file's fault
 
-    def read(path, **options):
-        NOT_NOTED.get(Path(path).name.partition(".")[0], str)(path)
-        return read_ct(path, **options)
+    def read(volume, **options):
+        NOT_NOTED.get(Path(volume.path).name.partition(".")[0], str)(volume.path)
+        return read_ct(volume, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(slice_cache, "read_ct", read)
@@ -444,9 +446,9 @@ def test_a_volume_that_changes_while_it_is_read_gets_no_entry(phantoms, tmp_path
     volume = tmp_path / "volume.nii.gz"
     volume.write_bytes(phantoms[0].read_bytes())
 
-    def read_and_change(path, **options):
-        os.utime(path, ns=(0, 1))
-        return read_ct(path, **options)
+    def read_and_change(volume, **options):
+        os.utime(volume.path, ns=(0, 1))
+        return read_ct(volume, **options)
 
     monkeypatch.setattr(slice_cache, "read_ct", read_and_change)
     with pytest.raises(CTReadError, match="changed while it was read"):
@@ -567,13 +569,11 @@ def test_entries_of_a_v1_folder_are_those_that_training_asks_for(tmp_path):
     for split, count in (("train", 2), ("valid", 1)):
         asked = load_ct_rate(tmp_path / "CT-RATE", split)
         assert len(asked) == count
-        assert all(store.has(record["volume"], rescale=record["rescale"]) for record in asked)
-    path = asked[0]["volume"]
-    hu = read_ct(path, rescale=asked[0]["rescale"])
-    np.testing.assert_array_equal(
-        store.get(path, rescale=asked[0]["rescale"])["slices"], store.image_processor.extract(hu)["slices"]
-    )
-    assert not store.has(path)  # without the rescale it would be another entry
+        assert all(store.has(volume_of(record)) for record in asked)
+    volume = volume_of(asked[0])
+    hu = read_ct(asked[0]["volume"], rescale=asked[0]["rescale"])
+    np.testing.assert_array_equal(store.get(volume)["slices"], store.image_processor.extract(hu)["slices"])
+    assert not store.has(volume.path)  # without the rescale it would be another entry
 
 
 def test_any_folder_is_searched(tmp_path):
@@ -583,7 +583,7 @@ def test_any_folder_is_searched(tmp_path):
     (tmp_path / "series").mkdir()
     (tmp_path / "series/slice").write_bytes(bytes(128) + b"DICM")
     expected = [str(tmp_path / name) for name in ("3.npz", "a/2.mha", "a/b/1.nii.gz", "series")]
-    assert find_volumes([str(tmp_path)]) == [(path, None) for path in expected]
+    assert find_volumes([str(tmp_path)]) == [VolumeRef(path) for path in expected]
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="0 volumes under .*empty"):
         find_volumes([str(tmp_path / "empty")])
@@ -605,7 +605,7 @@ def test_links_pipes_and_directories_of_discs_are_no_volumes(tmp_path):
     # Without a preamble: group 8, element 5, a value of CS.
     (tmp_path / "old/IM0").write_bytes(b"\x08\x00\x05\x00CS\x0a\x00ISO_IR 100" + bytes(200))
     expected = [str(tmp_path / name) for name in ("cd/DICOM/SE0", "loop/x/a.nii.gz", "old")]
-    assert find_volumes([str(tmp_path)]) == [(path, None) for path in expected]
+    assert find_volumes([str(tmp_path)]) == [VolumeRef(path) for path in expected]
 
 
 def test_a_folder_that_may_not_be_listed_is_left_out(tmp_path, monkeypatch, caplog):
@@ -617,7 +617,7 @@ def test_a_folder_that_may_not_be_listed_is_left_out(tmp_path, monkeypatch, capl
     monkeypatch.setattr(os, "scandir", scandir)
     (tmp_path / "lost+found").mkdir()
     (tmp_path / "a.nii.gz").write_bytes(b"")
-    assert find_volumes([str(tmp_path)]) == [(str(tmp_path / "a.nii.gz"), None)]
+    assert find_volumes([str(tmp_path)]) == [VolumeRef(str(tmp_path / "a.nii.gz"))]
     assert "lost+found: cannot be listed" in caplog.text
 
 
@@ -657,7 +657,7 @@ def test_embeddings_are_those_that_training_asks_for_and_made_once(phantoms, enc
             expected = model.model.encode_slices(pixels).last_hidden_state[0].numpy()
         np.testing.assert_allclose(trained.get(volume)["slice_embeddings"], expected, atol=1e-5)
     monkeypatch.setattr(EmbeddingCache, "encode", lambda *_: pytest.fail("a volume was embedded again"))
-    trained.fill([(str(volume), None) for volume in phantoms[:3]])
+    trained.fill(phantoms[:3])
 
 
 def save_with_text(model, text: dict, folder: Path) -> Path:

@@ -18,7 +18,7 @@ from samf.cache import slice_cache, volume_list
 from samf.cache.manifest import Manifest, inspect_volumes
 from samf.cache.slice_cache import SliceCache, entry_file
 from samf.data.volume_discovery import SourceOptions
-from samf.model.ct_volume import CTReadError, read_ct
+from samf.model.ct_volume import CTReadError, VolumeRef, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.phantoms.dataset import make_phantom, write_nifti
 from samf.pretraining.scans import readable_scans
@@ -44,7 +44,7 @@ def cache_at(folder: Path) -> SliceCache:
 
 
 def keys_below(folder: Path) -> list:
-    return [(str(file), None) for file in sorted(folder.glob("*.nii.gz"))]
+    return [VolumeRef(str(file)) for file in sorted(folder.glob("*.nii.gz"))]
 
 
 def _two_processes(rank: int, work: Callable, arguments: tuple, store: str, answers: Any) -> None:
@@ -130,12 +130,12 @@ def test_what_one_process_cannot_read_stops_both(volumes, tmp_path):
 def _fill_slowly(cache: SliceCache, keys: list) -> int:
     """The first process reads nothing until the second one has failed; how many entries there are then."""
 
-    def read(path, **options):
+    def read(volume, **options):
         given_up = time.monotonic() + 60
         while Processes().is_first and not list((cache.folder / "log").glob(".*.stopped")):
             assert time.monotonic() < given_up
             time.sleep(0.02)
-        return read_ct(path, **options)
+        return read_ct(volume, **options)
 
     slice_cache.read_ct = read
     try:
@@ -147,9 +147,9 @@ def _fill_slowly(cache: SliceCache, keys: list) -> int:
 
 def test_a_process_does_not_finish_its_share_when_another_has_failed(volumes, tmp_path, monkeypatch):
     monkeypatch.setattr(slice_filling, "usable_cores", lambda: 1)
-    keys = [(str(tmp_path / f"{number}.nii.gz"), None) for number in range(8)]
-    for number, (path, _) in enumerate(keys):
-        Path(path).write_bytes(b"no volume") if number % 2 else shutil.copy(keys_below(volumes)[0][0], path)
+    keys = [VolumeRef(str(tmp_path / f"{number}.nii.gz")) for number in range(8)]
+    for number, path in enumerate(key.path for key in keys):
+        Path(path).write_bytes(b"no volume") if number % 2 else shutil.copy(keys_below(volumes)[0].path, path)
     made = in_two_processes(_fill_slowly, cache_at(tmp_path / "cache"), keys, folder=tmp_path)
     assert 0 <= min(made) <= max(made) <= 2  # of four: the one that was being read, and the next
 
@@ -194,9 +194,9 @@ def test_what_was_noted_as_deadly_is_not_read_again(volumes, tmp_path, monkeypat
     for volume, reason in zip(listed[:2], ("SIGSEGV", "Timeout"), strict=True):
         manifest.note_failure(volume, reason, "noted before")
 
-    def read(path, **options):
-        assert path not in (keys[0][0], keys[1][0])
-        return read_ct(path, **options)
+    def read(volume, **options):
+        assert volume not in keys[:2]
+        return read_ct(volume, **options)
 
     monkeypatch.setattr(slice_cache, "read_ct", read)
     assert fill_slice_cache(cache, keys, on_error="skip") == keys[2:]
@@ -205,13 +205,13 @@ def test_what_was_noted_as_deadly_is_not_read_again(volumes, tmp_path, monkeypat
 def test_a_volume_that_crashes_or_hangs_its_reader_costs_only_itself(volumes, tmp_path, monkeypatch):
     keys = keys_below(volumes)
 
-    def read(path, **options):
-        if path == keys[0][0]:
+    def read(volume, **options):
+        if volume == keys[0]:
             faulthandler.disable()
             os.kill(os.getpid(), signal.SIGSEGV)
-        if path == keys[1][0]:
+        if volume == keys[1]:
             time.sleep(60)
-        return read_ct(path, **options)
+        return read_ct(volume, **options)
 
     monkeypatch.setattr(slice_cache, "read_ct", read)
     assert fill_slice_cache(cache_at(tmp_path), keys, on_error="skip", timeout=1) == keys[2:]

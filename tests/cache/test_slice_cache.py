@@ -14,7 +14,7 @@ from samf.cache import entries, slice_cache
 from samf.cache.slice_cache import SliceCache, check_entry, read_entry, volume_identity, write_entry
 from samf.model import ct_download
 from samf.model.ct_dicom_files import dicom_files
-from samf.model.ct_volume import CTReadError, read_ct
+from samf.model.ct_volume import CTReadError, VolumeRef, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 
 
@@ -77,9 +77,10 @@ def test_second_read_does_not_open_the_volume(tmp_path, processor, scan, monkeyp
 def test_changed_volume_settings_and_rescale_are_other_entries(tmp_path, processor, scan):
     cache = SliceCache(tmp_path / "cache", processor)
     first = cache.get(scan)["slices"].copy()
-    assert not cache.has(scan, rescale=(1, 500))
+    assert not cache.has(VolumeRef.of(scan, (1, 500)))
     rescaled = cache.get(scan, rescale=(1, 500))["slices"]
-    assert cache.has(scan, rescale=[1.0, 500.0])  # the same rescale as in a record of a data set
+    assert cache.has(VolumeRef.of(scan, [1.0, 500.0]))  # the same rescale as in a record of a data set
+    np.testing.assert_array_equal(cache.get(VolumeRef.of(scan, (1, 500)))["slices"], rescaled)
     mip = SliceCache(tmp_path / "cache", SamfImageProcessor(slices_per_plane=2, size=16, slab="mip")).get(scan)[
         "slices"
     ]
@@ -130,9 +131,9 @@ def test_entry_of_an_address_is_found_without_the_network(tmp_path, processor, s
     address, cache = "hf://datasets/owner/name@revision/scan.nii.gz", SliceCache(tmp_path / "cache", processor)
     assert not cache.has(address)
 
-    def fetch(path, **_):
+    def fetch(volume, **_):
         assert ct_download._download_folder.get() is not None  # a download wouldn't be kept
-        return read_ct({address: scan}[path])
+        return read_ct({address: scan}[volume.path])
 
     monkeypatch.setattr(slice_cache, "read_ct", fetch)
     expected = processor.extract(read_ct(scan))["slices"]

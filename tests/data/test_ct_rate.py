@@ -25,6 +25,9 @@ from samf.data.ct_rate.tables import read_labels
 from samf.data.loading import load_records
 from samf.data.prompts import REPORT_QUESTION
 from samf.data.samf_csv import load_samf_csv
+from samf.data.schema import volume_of
+from samf.data.volume_discovery import distinct_volumes
+from samf.model.ct_volume import VolumeRef
 from samf.phantoms.dataset import DEMO_FINDINGS, PhantomSettings, write_dataset
 from samf.utils.text_files import TextEncodingError
 
@@ -318,6 +321,8 @@ def test_v1_records_carry_the_metadata_rescale(tmp_path, caplog):
     write_rows(tmp_path / "metadata/train_metadata.csv", ["VolumeName", "RescaleSlope", "RescaleIntercept"], metadata)
     found = load_ct_rate(tmp_path, "train")
     assert [record["rescale"] for record in found] == [[1.0, -1024.0], [1.0, -8192.0]]
+    assert volume_of(found[0]) == VolumeRef(found[0]["volume"], (1.0, -1024.0))
+    assert distinct_volumes(found) == [volume_of(record) for record in found]
     assert "/train/train_1/train_1_a/" in found[0]["volume"]
     assert "3 volumes without XYSpacing" not in caplog.text and "2 volumes without XYSpacing" in caplog.text
     assert "without slope and intercept in the metadata (first: train_2_a_1.nii.gz)" in caplog.text

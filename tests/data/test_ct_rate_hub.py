@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from samf.data.loading import load_records
 from samf.data.table_columns import TableColumns
-from samf.model.ct_volume import read_ct
+from samf.model.ct_volume import VolumeRef, read_ct
 from samf.pretraining.scans import find_scans
 
 NAME = "someone/CT-RATE"
@@ -64,7 +64,7 @@ def test_stages_1_and_2_take_the_name_too(hub):
         "train": ["train_7_a"],
         "valid": ["valid_1_a"],
     }
-    assert found["valid"][0].volumes == ((f"hf://datasets/{NAME}/dataset/{VOLUME}", None),)
+    assert found["valid"][0].volumes == (VolumeRef(f"hf://datasets/{NAME}/dataset/{VOLUME}"),)
     assert VOLUME not in fetched(hub)
 
 

@@ -24,7 +24,7 @@ from samf.data.source_arguments import SourceArguments
 from samf.data.table_columns import TableColumns, parse_splits
 from samf.data.volume_discovery import SourceOptions, find_volumes, search_volumes
 from samf.evaluation.answering.generation import shuffle_volumes
-from samf.model.ct_volume import CTReadError, NotCTError, read_ct
+from samf.model.ct_volume import CTReadError, NotCTError, VolumeRef, read_ct
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.phantoms.dataset import make_phantom, write_nifti
 from samf.pretraining.scans import find_scans
@@ -84,8 +84,8 @@ def test_what_is_found_and_is_no_ct_is_passed_over_and_counted(tree, tmp_path, m
     assert {Path(row["volume"]).name for row in rows} == {"body.nii", "none.nii.gz", "dx"}
     assert not (cache / "failures.jsonl").read_text(encoding="utf-8")
 
-    def read(path, **options):
-        raise AssertionError(f"{path} is read again")
+    def read(volume, **options):
+        raise AssertionError(f"{volume.path} is read again")
 
     monkeypatch.setattr(slice_cache, "read_ct", read)
     assert preprocess_tree(tree, cache=cache) == 0
@@ -108,7 +108,7 @@ def test_scaled_bytes_may_be_hu(tmp_path, chest):
         head[112:120] = np.array([slope, 0 if slope != 8 else -1024], "<f4").tobytes()
         (tmp_path / name).write_bytes(head)
     found = search_volumes([str(tmp_path)])
-    assert [Path(path).name for path, _ in found.keys] == ["scaled.nii"]
+    assert [Path(volume.path).name for volume in found.volumes] == ["scaled.nii"]
     assert found.passed_over.total() == 2
 
 
@@ -116,7 +116,7 @@ def test_a_series_beside_its_mask_is_found(tmp_path, chest):
     write_series(tmp_path / "study", stack_positions(3))
     shutil.copy(chest, tmp_path / "study/a_mask.nii.gz")
     names = [str(tmp_path / "study"), str(tmp_path / "study/a_mask.nii.gz")]
-    assert find_volumes([str(tmp_path)]) == [(name, None) for name in names]
+    assert find_volumes([str(tmp_path)]) == [VolumeRef(name) for name in names]
 
 
 def test_a_pattern_chooses_among_what_is_found(tmp_path):
@@ -126,7 +126,7 @@ def test_a_pattern_chooses_among_what_is_found(tmp_path):
 
     def chosen(*patterns):
         found = search_volumes([str(tmp_path)], SourceOptions(patterns=patterns))
-        return [str(Path(path).relative_to(tmp_path)) for path, _ in found.keys], found.passed_over.total()
+        return [str(Path(volume.path).relative_to(tmp_path)) for volume in found.volumes], found.passed_over.total()
 
     assert chosen("ct.nii") == (["a/ct.nii", "a/old/ct.nii", "b/ct.nii"], 1)
     assert chosen("b/*", "pet*") == (["a/pet.nii", "b/ct.nii"], 2)
@@ -147,7 +147,7 @@ def test_a_table_may_name_folders_of_dicom_and_file_addresses(tmp_path, chest):
     np.testing.assert_array_equal(read_ct(address).hu, read_ct(tmp_path / "P 1/ct").hu)
     (tmp_path / "list.txt").write_text(f"{address}\n", encoding="utf-8")
     for source in (address, str(tmp_path / "list.txt"), str(table.with_name("P 1"))):
-        assert find_volumes([source]) == [(str(tmp_path / "P 1/ct"), None)]
+        assert find_volumes([source]) == [VolumeRef(str(tmp_path / "P 1/ct"))]
     cache = SliceCache(tmp_path / "cache", SMALL)
     assert cache.entry_path(address) == cache.entry_path(tmp_path / "P 1/ct")
 
@@ -270,7 +270,7 @@ def test_no_patient_is_trained_on_and_held_out(cohort):
         find_scans([str(cohort)], valid_share=0.3)
     for rule in ("folder", "parent", "(LIDC-[0-9])"):
         found = find_scans([str(cohort)], valid_share=0.3, options=SourceOptions(patient_rule=PatientRule.parse(rule)))
-        people = {split: {Path(scan.volumes[0][0]).parent for scan in own} for split, own in found.items()}
+        people = {split: {Path(scan.volumes[0].path).parent for scan in own} for split, own in found.items()}
         assert len(people["train"] | people["valid"]) == 6 and not people["train"] & people["valid"]
         # One item per patient: contrast must not separate two series of one patient.
         assert [len(scan.volumes) for own in found.values() for scan in own] == [3] * 6
@@ -404,7 +404,7 @@ def test_nifti_columns_give_paths_or_the_bytes_they_hold(rows, tmp_path, monkeyp
         again = load_records(tmp_path / "saved", split, columns=columns)  # unpacked once
         assert [Path(path).stat().st_mtime_ns for path in again["volume"]] == before
     found = search_volumes([str(tmp_path / "saved")], SourceOptions(columns=columns))
-    assert len(found.keys) == 6
+    assert len(found.volumes) == 6
 
 
 def data_of(row: dict) -> np.ndarray:

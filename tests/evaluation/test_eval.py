@@ -41,6 +41,7 @@ from samf.evaluation.answering.option_likelihood import OptionCollator, answer_l
 from samf.evaluation.answering.volume_readers import EncodedVolumes, ReadAhead, VolumeMemo
 from samf.evaluation.scoring import read_predictions
 from samf.evaluation.scoring_options import ScoringOptions, scoring_parser
+from samf.model.ct_volume import VolumeRef
 from samf.utils.distributed import default_device
 from samf.utils.recipe import RecipeError, parse_recipe
 
@@ -667,7 +668,7 @@ def test_volume_memo_reads_a_volume_once(ct_folder):
     memo.get(str(paths[2]))
     assert memo.get(str(paths[0])) is first, "the one used last stays"
     assert memo.get(str(paths[1])) is not second, "the one used longest ago went"
-    raw = memo.get(str(paths[0]), rescale=(1.0, -8192.0))
+    raw = memo.get(VolumeRef(str(paths[0]), (1.0, -8192.0)))
     assert not all(np.array_equal(raw[name], first[name]) for name in raw)
 
 
@@ -685,20 +686,21 @@ def test_read_ahead_gives_what_the_store_gives_and_raises_for_whom_it_fails(ct_f
         def __init__(self):
             self.asked = []
 
-        def get(self, path, *, rescale=None):
-            self.asked.append(path)
-            if "broken" in path:
-                raise ValueError(f"{path}: truncated")
-            return {"path": path, "rescale": rescale}
+        def get(self, volume):
+            self.asked.append(volume.path)
+            if "broken" in volume.path:
+                raise ValueError(f"{volume.path}: truncated")
+            return {"volume": volume}
 
     store = Counting()
     ahead = ReadAhead(store)
     records = [{"volume": name, "rescale": [1.0, -2.0]} for name in ("a", "b", "a", "broken")] + [{"volume": None}]
     ahead.start(records)
-    assert ahead.get("b", rescale=[1.0, -2.0]) == {"path": "b", "rescale": [1.0, -2.0]}
+    a, b, broken = (VolumeRef(name, (1.0, -2.0)) for name in ("a", "b", "broken"))
+    assert ahead.get(b) == {"volume": b}
     with pytest.raises(ValueError, match="broken: truncated"):
-        ahead.get("broken", rescale=[1.0, -2.0])
-    assert ahead.get("a", rescale=[1.0, -2.0])["path"] == "a" and ahead.get("c") == {"path": "c", "rescale": None}
+        ahead.get(broken)
+    assert ahead.get(a) == {"volume": a} and ahead.get("c") == {"volume": VolumeRef("c")}
     ahead.close()
     assert sorted(store.asked) == ["a", "b", "broken", "c"], "each once"
 

@@ -11,7 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 from samf import SamfProcessor
 from samf.data.collator import SamfCollator
 from samf.data.prompts import record_prompt
-from samf.data.schema import IGNORE_INDEX
+from samf.data.schema import IGNORE_INDEX, VolumeLike
 
 PROMPT = "Which finding is present?"
 
@@ -209,7 +209,7 @@ class Store:
     def __init__(self, processor: SamfProcessor):
         self.slices = processor.image_processor.extract(volume())
 
-    def get(self, path: str, *, rescale: list[float] | None = None) -> dict:
+    def get(self, volume: VolumeLike) -> dict:
         return self.slices
 
 

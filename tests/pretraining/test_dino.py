@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from samf import SamfImageProcessor, pretrain_encoder
 from samf.cache.settings import load_image_processor
 from samf.cache.slice_cache import SliceCache
-from samf.model.ct_volume import CTVolume
+from samf.model.ct_volume import CTVolume, VolumeRef
 from samf.phantoms.dataset import PhantomSettings, make_phantom, write_dataset, write_nifti
 from samf.pretraining.attention_maps import cls_attention
 from samf.pretraining.dino import DinoArguments, DinoModel, DinoSchedules, DinoViews, cosine
@@ -469,7 +469,7 @@ def test_slices_of_cts_are_the_image_processors_with_plane_and_depth_as_labels(s
     processor = SamfImageProcessor(size=16, slices_per_plane=4)
     sets = slice_sets([str(scans)], processor, tmp_path, depth_bins=2)
     assert len(sets.train) + len(sets.queries) == 6 * 12
-    extracted = processor.extract(find_scans([str(scans)])["train"][0].volumes[0][0])
+    extracted = processor.extract(find_scans([str(scans)])["train"][0].volumes[0].path)
     for index in range(12):
         np.testing.assert_array_equal(sets.train[index].numpy(), extracted["slices"][index])
     assert list(sets.train.labels[:12]) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
@@ -483,12 +483,12 @@ def test_slices_of_cts_are_the_image_processors_with_plane_and_depth_as_labels(s
 def test_an_unreadable_ct_is_an_error_or_is_left_out_and_counted(scans, tmp_path, caplog):
     bad = tmp_path / "bad.nii.gz"
     bad.write_bytes(b"no volume")
-    volumes = [(str(bad), None), find_scans([str(scans)])["train"][0].volumes[0]]
+    volumes = [VolumeRef(str(bad)), find_scans([str(scans)])["train"][0].volumes[0]]
     cache = SliceCache(tmp_path / "cache", SamfImageProcessor(size=16, slices_per_plane=2))
     with pytest.raises(ValueError, match="bad.nii.gz"):
         fill_slice_cache(cache, volumes)
     (tmp_path / "annexed.nii.gz").symlink_to(tmp_path / "nowhere")
-    volumes.insert(1, (str(tmp_path / "annexed.nii.gz"), None))
+    volumes.insert(1, VolumeRef(str(tmp_path / "annexed.nii.gz")))
     assert fill_slice_cache(cache, volumes, on_error="skip") == volumes[2:]
     assert "2 of 3 volumes couldn't be read" in caplog.text
     for stop in ("raise", "stop", "error"):  # the others are older names
@@ -499,7 +499,7 @@ def test_an_unreadable_ct_is_an_error_or_is_left_out_and_counted(scans, tmp_path
 
 
 def test_a_cache_of_several_settings_is_an_error(scans, tmp_path):
-    path = find_scans([str(scans)])["train"][0].volumes[0][0]
+    path = find_scans([str(scans)])["train"][0].volumes[0].path
     files = []
     for size in (16, 32):
         cache = SliceCache(tmp_path, SamfImageProcessor(size=size, slices_per_plane=2))

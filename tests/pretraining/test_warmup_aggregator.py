@@ -11,6 +11,7 @@ from transformers import AutoModel, TrainingArguments, ViTConfig, ViTModel, set_
 
 from samf import SamfImageProcessor, warmup_aggregator
 from samf.cache.slice_cache import read_entry
+from samf.model.ct_volume import VolumeRef
 from samf.phantoms.dataset import make_phantom, write_nifti
 from samf.pretraining.contrastive import (
     ContrastTrainer,
@@ -38,8 +39,8 @@ class Embeddings:
     def __init__(self, noise: float = 0.1):
         self.noise = noise
 
-    def get(self, path, *, rescale=None):
-        number = int(path.split("-")[0])
+    def get(self, volume):
+        number = int(volume.path.split("-")[0])
         planes = np.repeat(np.arange(3), 5)
         rng = np.random.default_rng(number)
         embeddings = np.tile(rng.normal(size=WIDTH), (15, 1)) + self.noise * rng.normal(size=(15, WIDTH))
@@ -53,7 +54,7 @@ class Embeddings:
 
 
 def scans(count: int = 12, volumes: int = 1) -> list[Scan]:
-    return [Scan(f"{i}", f"{i}", tuple((f"{i}-{v}", None) for v in range(volumes))) for i in range(count)]
+    return [Scan(f"{i}", f"{i}", tuple(VolumeRef(f"{i}-{v}") for v in range(volumes))) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +142,9 @@ def test_a_pair_is_two_runs_of_adjacent_slices_from_two_planes_of_one_scan():
 
 def test_pairs_follow_from_seed_epoch_and_index_and_take_any_reconstruction():
     class Paths(Embeddings):
-        def get(self, path, *, rescale=None):
-            return super().get(path) | {"slice_embeddings": np.full((15, WIDTH), int(path.split("-")[1]), np.float32)}
+        def get(self, volume):
+            number = int(volume.path.split("-")[1])
+            return super().get(volume) | {"slice_embeddings": np.full((15, WIDTH), number, np.float32)}
 
     pairs = PlanePairs(scans(2, volumes=2), Paths(), run=2, seed=0)
     assert all(torch.equal(pairs[2, 1][name], pairs[2, 1][name]) for name in pairs[2, 1])
@@ -159,8 +161,8 @@ def test_a_plane_with_too_few_slices_is_padded():
 
 def test_one_plane_makes_no_pair():
     class OnePlane(Embeddings):
-        def get(self, path, *, rescale=None):
-            return super().get(path) | {"slice_planes": np.zeros(15, np.int64)}
+        def get(self, volume):
+            return super().get(volume) | {"slice_planes": np.zeros(15, np.int64)}
 
     with pytest.raises(ValueError, match="one plane only"):
         PlanePairs(scans(1), OnePlane(), run=3, seed=0)[0, 0]
@@ -168,7 +170,7 @@ def test_one_plane_makes_no_pair():
 
 @pytest.mark.parametrize("kind", ["interleaved", "contiguous"])
 def test_halves_share_no_slice_and_make_the_whole(kind):
-    record = Embeddings().get("0-0")
+    record = Embeddings().get(VolumeRef("0-0"))
     first, second = half(record, 0, kind), half(record, 1, kind)
     assert sorted([*first, *second]) == list(range(15))
     for places in (first, second):
@@ -205,7 +207,7 @@ def test_loss_is_infonce_by_plain_loops(slice_encoder):
 
 def test_padding_does_not_change_a_volume(slice_encoder):
     model = slices_model(slice_encoder).eval()
-    record = Embeddings().get("3-0")
+    record = Embeddings().get(VolumeRef("3-0"))
     short, padded = (select_slices(record, np.arange(4), length) for length in (4, 9))
     with torch.no_grad():
         first, second = (

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_run import history, prepare, run
@@ -17,6 +18,7 @@ from samf import SamfForConditionalGeneration, SamfImageProcessor, SamfProcessor
 from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.slice_cache import SliceCache
 from samf.data.loading import load_records
+from samf.model.ct_volume import VolumeRef
 from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.training.arguments import DataArguments
 from samf.training.datasets import load_datasets
@@ -109,10 +111,15 @@ def test_embeddings_in_the_cache_are_the_encoders_and_follow_its_weights(work, t
     path = str(next((work / "phantoms").rglob("*.nii.gz")))
     slices = SliceCache(tmp_path, processor)
     cache = EmbeddingCache(tmp_path, slices, model.model)
-    cache.fill([(path, None)], num_workers=0)
+    cache.fill([path], num_workers=0)
     with torch.no_grad():
         expected = model.model.encode_slices(processor(path)["pixel_values"]).last_hidden_state[0]
     torch.testing.assert_close(torch.tensor(cache.get(path)["slice_embeddings"]), expected)
+    shifted = VolumeRef(path, (1.0, 500.0))
+    assert not cache.has(shifted)
+    by_keyword = cache.get(path, rescale=[1, 500])["slice_embeddings"]
+    assert cache.has(shifted) and not np.array_equal(by_keyword, expected.numpy())
+    np.testing.assert_array_equal(cache.get(shifted)["slice_embeddings"], by_keyword)
     with torch.no_grad():
         model.model.slice_encoder.layernorm.bias += 1
     moved = EmbeddingCache(tmp_path, slices, model.model)

@@ -19,7 +19,8 @@ from samf.cache.slice_cache import SliceCache
 from samf.data.collator import SamfCollator
 from samf.data.lengths import find_overlong
 from samf.data.loading import load_records
-from samf.model.ct_volume import CTReadError
+from samf.data.schema import VolumeLike
+from samf.model.ct_volume import CTReadError, VolumeRef
 from samf.model.hub_samf import publish_weights
 from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.training import volume_stores as stores
@@ -91,7 +92,8 @@ class Store:
     def __init__(self, bad: set[str]):
         self.bad = bad
 
-    def get(self, path: str, *, rescale=None) -> dict[str, np.ndarray]:
+    def get(self, volume: VolumeLike) -> dict[str, np.ndarray]:
+        path = VolumeRef.of(volume).path
         if path in self.bad:
             raise CTReadError(f"{path}: damaged")
         sizes = {"slice_embeddings": np.full((2, 1), float(path[1:]), np.float32)}
