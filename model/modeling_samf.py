@@ -39,7 +39,7 @@ from .image_tokens_samf import FusionText, find_fusion_text, place_image_tokens
 from .inputs_samf import ModelInputs, PromptInputs, VolumeInputs
 from .language_model_samf import KEPT_OUTPUTS, CausalLanguageModel, forget_longest_sequence, takes_positions
 from .losses_samf import LOSS_COUNTS, finding_loss, finding_weights, take_finding_targets
-from .modules_samf import SamfAggregator, SamfFusion, SlicePositionEmbedding, default_slice_places
+from .modules_samf import SamfAggregator, SamfFusion, SlicePositionEmbedding, default_slice_places, masked_mean
 from .outputs_samf import SamfCausalLMOutputWithPast, SamfModelOutputWithPast, SamfSliceAttentions
 from .slice_encoder_samf import encode_pixels, pool_slices, prepare_slice_encoder
 
@@ -567,4 +567,14 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
 # be trained to copy its input.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(SamfConfig.model_type, SamfForConditionalGeneration.__name__)
 
-__all__ = ["SamfForConditionalGeneration", "SamfModel", "SamfPreTrainedModel"]
+# The last ones are defined in modules_samf.py and losses_samf.py, and are kept importable from here.
+__all__ = [
+    "SamfForConditionalGeneration",
+    "SamfModel",
+    "SamfPreTrainedModel",
+    "SamfAggregator",
+    "SamfFusion",
+    "SlicePositionEmbedding",
+    "finding_loss",
+    "masked_mean",
+]

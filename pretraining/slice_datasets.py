@@ -28,9 +28,11 @@ from samf.model.ct_volume import VolumeRef
 from samf.model.image_processing_samf import PLANES, SamfImageProcessor
 from samf.pretraining.labelled_sets import SliceSets
 from samf.pretraining.medmnist_slices import PACKAGE, download_medmnist, holds_medmnist, medmnist_sets
-from samf.pretraining.scans import Scan, hold_out, readable_scans
+from samf.pretraining.scans import Scan, find_scans, hold_out, readable_scans
 from samf.training.choices import OnErrorOption
 from samf.utils.distributed import Processes
+
+__all__ = ["SLICES", "Scan", "VolumeSlices", "find_scans", "slice_sets"]
 
 SLICES = "_slices"  # the slice cache in an output folder; Trainer doesn't push names that begin with an underscore
 
