@@ -59,3 +59,15 @@ def test_an_old_command_runs_and_says_the_new_name():
     assert done.returncode == 0, done.stderr
     assert "python -m samf.data.phantom is now python -m samf.phantoms.dataset" in done.stderr
     assert done.stdout.startswith("usage: python -m samf.phantoms.dataset") and "--patients" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("demo", "experiments.demo"),
+        ("benchmark", "benchmarks.runner"),
+        ("convert_published_checkpoint", "scripts.convert_published_checkpoint"),
+    ],
+)
+def test_the_aliases_at_the_root_are_the_modules_themselves(old, new):
+    assert importlib.import_module(f"samf.{old}") is importlib.import_module(f"samf.{new}")
