@@ -1,4 +1,4 @@
-"""Alias of `python -m samf.scripts.convert_published_checkpoint` and of the module `samf.scripts.convert_published_checkpoint`, for one release."""
+"""Alias of `python -m samf.scripts.convert_published_checkpoint` and of that module, for one release."""
 
 import importlib
 import runpy
