@@ -18,16 +18,15 @@ from typing import Literal
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments, ViTConfig, ViTModel, set_seed
 
 from samf.cache.settings import has_slice_settings
-from samf.data.source_arguments import SourceArguments
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.pretraining.dino import DinoArguments
 from samf.pretraining.dino_trainer import DinoTrainer
 from samf.pretraining.labelled_sets import SliceSets, some_slices
 from samf.pretraining.labels import train_on_labels
 from samf.pretraining.medmnist_slices import MEDMNIST_WINDOWS, holds_medmnist
+from samf.pretraining.scans import ScanArguments
 from samf.pretraining.slice_datasets import SLICES, slice_sets
 from samf.training.checkpoints import checkpoint_to_resume
-from samf.training.choices import OnErrorOption, check_choices
 from samf.training.launchers import refuse_shards
 from samf.training.trainer_base import train_to_end
 from samf.utils.distributed import leaves_processes
@@ -37,7 +36,7 @@ logger = logging.getLogger("samf.pretrain_encoder")
 
 
 @dataclass
-class EncoderArguments(SourceArguments):
+class EncoderArguments(ScanArguments):
     """The slice encoder and the slices it learns from; by default a ViT-B/16 from scratch."""
 
     objective: Literal["dino", "labels"] = field(
@@ -67,19 +66,6 @@ class EncoderArguments(SourceArguments):
     slice_cache: str | None = field(
         default=None, metadata={"help": "folder that keeps the slices of CTs; default: _slices, in the output folder"}
     )
-    on_error: OnErrorOption = field(
-        default="raise", metadata={"help": "unreadable CTs: raise an error, or skip and count them"}
-    )
-    on_missing: OnErrorOption = field(
-        default="raise",
-        metadata={"help": "volumes that a table names but that don't exist: raise an error, or skip and count them"},
-    )
-    pattern: list[str] = field(
-        default_factory=list, metadata={"help": "files to use in folders: names (ct.nii.gz), or paths (*/ct/*)"}
-    )
-    valid_share: float = field(
-        default=0.1, metadata={"help": "share of the patients to hold out where there is no validation split"}
-    )
     knn_data: list[str] = field(
         default_factory=list, metadata={"help": "labelled slices for the nearest neighbours; default: those of data"}
     )
@@ -93,10 +79,6 @@ class EncoderArguments(SourceArguments):
     valid_patients: int = field(
         default=150, metadata={"help": "objective labels: other phantoms, for the measured AUC"}
     )
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        self.check_source()
 
 
 def vit_config(args: EncoderArguments) -> ViTConfig:

@@ -26,14 +26,12 @@ from transformers import TrainingArguments, set_seed
 from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.settings import load_image_processor
 from samf.cache.slice_cache import SliceCache
-from samf.data.source_arguments import SourceArguments
 from samf.model.modeling_samf import SamfModel
 from samf.pretraining.contrastive import ContrastTrainer, build_slices_model
-from samf.pretraining.scans import Scan, readable_scans
+from samf.pretraining.scans import Scan, ScanArguments, readable_scans
 from samf.pretraining.slice_datasets import SLICES
 from samf.training.aggregator_arguments import AggregatorArguments
 from samf.training.checkpoints import checkpoint_to_resume
-from samf.training.choices import OnErrorOption, check_choices
 from samf.training.launchers import refuse_shards
 from samf.training.trainer_base import train_to_end
 from samf.utils.distributed import leaves_processes
@@ -43,33 +41,16 @@ logger = logging.getLogger("samf.warmup_aggregator")
 
 
 @dataclass
-class WarmupArguments(SourceArguments, AggregatorArguments):
+class WarmupArguments(ScanArguments, AggregatorArguments):
     """The aggregator over a frozen slice encoder, and the scans it learns from."""
 
     data: list[str] = field(default_factory=list, metadata={"help": "CT-RATE's folder, or folders of CTs"})
     slice_cache: str | None = field(
         default=None, metadata={"help": "keeps slices and their embeddings; default: _slices, in the output folder"}
     )
-    on_error: OnErrorOption = field(
-        default="raise", metadata={"help": "unreadable CTs: raise an error, or skip and count them"}
-    )
-    on_missing: OnErrorOption = field(
-        default="raise",
-        metadata={"help": "volumes that a table names but that don't exist: raise an error, or skip and count them"},
-    )
-    pattern: list[str] = field(
-        default_factory=list, metadata={"help": "files to use in folders: names (ct.nii.gz), or paths (*/ct/*)"}
-    )
-    valid_share: float = field(
-        default=0.1, metadata={"help": "share of the patients to hold out where there is no validation split"}
-    )
     adjacent_slices: int = field(default=8, metadata={"help": "slices per run; a pair is two runs, from two planes"})
     temperature: float = field(default=0.1)
     dtype: str = field(default="auto", metadata={"help": "of the slice encoder: auto, float32 or bfloat16"})
-
-    def __post_init__(self) -> None:
-        check_choices(self)
-        self.check_source()
 
 
 _MODEL_SETTINGS = (

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from samf.data.prompts import record_conversation
-from samf.data.schema import IGNORE_INDEX, JsonObject, Record, VolumeStore, volume_of
+from samf.data.schema import IGNORE_INDEX, ChatMessage, Record, VolumeStore, volume_of
 from samf.model.ct_volume import CTVolume, read_ct
 from samf.model.processing_samf import SamfProcessor
 
@@ -173,5 +173,7 @@ class SamfCollator:
         return row.without(last - excess, last)
 
 
-def _conversations(records: Sequence[Record], volumes: Sequence[Volume | None], answer: bool) -> list[list[JsonObject]]:
+def _conversations(
+    records: Sequence[Record], volumes: Sequence[Volume | None], answer: bool
+) -> list[list[ChatMessage]]:
     return [record_conversation(record, volume, answer=answer) for record, volume in zip(records, volumes, strict=True)]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from samf.data.schema import JsonObject
+from samf.data.schema import ChatMessage, ContentBlock
 
 LETTERS = "abcdefghij"
 REPORT_QUESTION = "Write the radiology report of this chest CT."
@@ -28,7 +28,7 @@ def record_prompt(record: Mapping[str, Any]) -> str:
     return f"{question} {options}".strip()
 
 
-def record_conversation(record: Mapping[str, Any], volume: object = None, *, answer: bool = False) -> list[JsonObject]:
+def record_conversation(record: Mapping[str, Any], volume: object = None, *, answer: bool = False) -> list[ChatMessage]:
     """Return a record as chat messages, for `apply_chat_template`.
 
     Args:
@@ -36,10 +36,10 @@ def record_conversation(record: Mapping[str, Any], volume: object = None, *, ans
         volume: precedes the text, if it isn't None: a path, a `CTVolume`, slice tensors or embeddings.
         answer: add the answer as the assistant's message.
     """
-    content: list[JsonObject] = [{"type": "text", "text": record_prompt(record)}]
+    content: list[ContentBlock] = [{"type": "text", "text": record_prompt(record)}]
     if volume is not None:
         content.insert(0, {"type": "volume", "volume": volume})
-    messages: list[JsonObject] = [{"role": "user", "content": content}]
+    messages: list[ChatMessage] = [{"role": "user", "content": content}]
     if answer:
         messages.append({"role": "assistant", "content": [{"type": "text", "text": record["answer"].strip()}]})
     return messages

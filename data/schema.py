@@ -14,6 +14,8 @@ __all__ = [
     "IGNORE_INDEX",
     "TASKS",
     "Exchange",
+    "ChatMessage",
+    "ContentBlock",
     "JsonObject",
     "OnError",
     "OnMissing",
@@ -21,6 +23,8 @@ __all__ = [
     "Task",
     "VolumeLike",
     "VolumeStore",
+    "VqaEntry",
+    "VqaTurn",
     "volume_of",
 ]
 
@@ -64,6 +68,33 @@ class Record(Exchange):
         Sequence[float] | None
     ]  # slope, intercept and voxel size for `read_ct`; None = the file holds HU
     length: NotRequired[int]  # tokens of question, choices and answer, where `add_lengths` has counted them
+
+
+class ContentBlock(TypedDict):
+    """Content block of a chat message: a text, or a volume."""
+
+    type: Literal["text", "volume"]
+    text: NotRequired[str]
+    volume: NotRequired[object]  # whatever the processor takes
+
+
+class ChatMessage(TypedDict):
+    """Chat message of a record, for `apply_chat_template`."""
+
+    role: Literal["user", "assistant"]
+    content: list[ContentBlock]
+
+
+# One turn of a conversation in a VQA file; the values come from a file, so that their types are checked.
+VqaTurn = TypedDict("VqaTurn", {"from": object, "value": object, "type": object}, total=False)
+
+
+class VqaEntry(TypedDict, total=False):
+    """One entry of a VQA file."""
+
+    id: object
+    image: object
+    conversations: object
 
 
 class VolumeStore(Protocol):

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from .report_samf import Provenance, Report, Sentence, split_sentences
 TASK = "ct-report"
 # For config.json; with exactly one entry `pipeline(model=…)` needs no task.
 CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_samf.SamfReportPipeline", "pt": ["AutoModelForImageTextToText"]}}
+# Options of `generate`; some are objects of the library.
+GenerateOptions: TypeAlias = Mapping[str, object]
 SLICE_INPUTS = ("pixel_values", "slice_mask", "slice_planes", "slice_positions")
 REPORT_QUESTION = "Write the radiology report of this chest CT."
 
@@ -118,7 +120,7 @@ class SamfReportPipeline(Pipeline):
         scans: Sequence["EncodedScan | Failure"],
         questions: Sequence[str],
         batch_size: int | None,
-        generate_kwargs: Mapping[str, Any],
+        generate_kwargs: GenerateOptions,
     ) -> list["list[Report] | Failure"]:
         """Return the reports of each scan, one per question, and failures as they are."""
         jobs = [(scan, asked) for scan in scans if isinstance(scan, EncodedScan) for asked in questions]
@@ -231,14 +233,16 @@ class SamfReportPipeline(Pipeline):
 
     # What transformers' Pipeline asks of its classes; `__call__` goes its own way, because several questions share a scan.
 
-    def _sanitize_parameters(self, **generate_kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def _sanitize_parameters(self, **generate_kwargs: Any) -> tuple[GenerateOptions, GenerateOptions, GenerateOptions]:
         return {}, generate_kwargs, {}
 
-    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, Any]:
+    def preprocess(self, input_: Any, **preprocess_parameters: Any) -> dict[str, "EncodedScan"]:  # type: ignore[override]
         """Return the encoded scan."""
         return {"scan": self.encode(input_)}
 
-    def _forward(self, input_tensors: dict[str, Any], **generate_kwargs: Any) -> Any:
+    def _forward(  # type: ignore[override]
+        self, input_tensors: dict[str, "EncodedScan"], **generate_kwargs: Any
+    ) -> Any:
         return self.answer([(input_tensors["scan"], REPORT_QUESTION)], **generate_kwargs)[0]
 
     def postprocess(self, model_outputs: Any, **postprocess_parameters: Any) -> Report:
@@ -284,7 +288,7 @@ class SamfReportPipeline(Pipeline):
         question: str,
         tokens: torch.Tensor,
         log_probabilities: torch.Tensor,
-        generate_kwargs: Mapping[str, Any],
+        generate_kwargs: GenerateOptions,
     ) -> Report:
         """Return the report of one row of generated tokens (T,) with their log-probabilities (T,)."""
         tokenizer = self.processor.tokenizer

@@ -59,7 +59,7 @@ class Provenance:
     slice_settings: str
     model: str
     revision: str | None = None
-    generation: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
 

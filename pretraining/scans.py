@@ -1,7 +1,7 @@
 """The scans of folders and tables, split by patient into training and validation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -10,9 +10,10 @@ from samf.data.ct_rate.names import VolumeName
 from samf.data.options import check_on_missing
 from samf.data.patient_splits import refuse_common_patients, refuse_shared_folders
 from samf.data.patients import patient_of, warn_of_unknown
+from samf.data.source_arguments import SourceArguments
 from samf.data.volume_discovery import FoundVolumes, SourceOptions, find_splits, join_found
 from samf.model.ct_volume import VolumeRef
-from samf.training.choices import OnErrorOption
+from samf.training.choices import OnErrorOption, check_choices
 from samf.training.slice_filling import fill_slice_cache
 from samf.utils.distributed import Processes
 
@@ -24,6 +25,29 @@ class Scan:
     scan_id: str
     patient: str
     volumes: tuple[VolumeRef, ...]
+
+
+@dataclass
+class ScanArguments(SourceArguments):
+    """Options of a script that pretrains on scans: which of them, and what to do without them."""
+
+    on_error: OnErrorOption = field(
+        default="raise", metadata={"help": "unreadable CTs: raise an error, or skip and count them"}
+    )
+    on_missing: OnErrorOption = field(
+        default="raise",
+        metadata={"help": "volumes that a table names but that don't exist: raise an error, or skip and count them"},
+    )
+    pattern: list[str] = field(
+        default_factory=list, metadata={"help": "files to use in folders: names (ct.nii.gz), or paths (*/ct/*)"}
+    )
+    valid_share: float = field(
+        default=0.1, metadata={"help": "share of the patients to hold out where there is no validation split"}
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        self.check_source()
 
 
 def find_scans(

@@ -21,7 +21,10 @@ _MAX_FUNCTION = 60
 _MAX_FILE = 400
 _MIN_PARAMETERS = 3
 _REPEATED_LINES = 6
-_UNTYPED = re.compile(r"\b(?:dict|Mapping|MutableMapping|OrderedDict)\[str, (?:Any|object)\]")
+# `JsonObject` is an alias of such a mapping; counted where it annotates.
+_UNTYPED = re.compile(
+    r"\b(?:dict|Mapping|MutableMapping|OrderedDict)\[str, (?:Any|object)\]|(?:[:>|,] |\[)JsonObject\b(?!,$)"
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -8,6 +8,19 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+class PlainRoot:
+    """The repository's root as a plain folder: pytest would import it a second time, as a package of the clone's name."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == REPOSITORY else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A conftest's own hooks are not asked about folders above it.
+    config.pluginmanager.register(PlainRoot())
+
+
 def _shared_folder(variable: str, default: str) -> Path:
     folder = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / default))
     if not folder.is_dir():

@@ -4,13 +4,13 @@ import re
 from collections.abc import Iterator
 
 from samf.data.load_stats import LoadStats
-from samf.data.schema import TASKS, Exchange, JsonObject, Task
+from samf.data.schema import TASKS, Exchange, Task, VqaEntry, VqaTurn
 from samf.data.texts import NO_OPTION, TAG, settle_answer, split_options, squeeze
 
 _TASK_OF: dict[str, Task] = {"report_generation": "report", **{task: task for task in TASKS}}
 
 
-def vqa_exchanges(entry: JsonObject, load_stats: LoadStats) -> Iterator[Exchange]:
+def vqa_exchanges(entry: VqaEntry, load_stats: LoadStats) -> Iterator[Exchange]:
     """Yield the exchanges of one entry of a VQA file; `load_stats` counts the unusable ones."""
     entry_id, conversation = str(entry.get("id", "vqa")), entry.get("conversations") or []
     if not isinstance(conversation, list) or not all(isinstance(turn, dict) for turn in conversation):
@@ -27,7 +27,7 @@ def vqa_exchanges(entry: JsonObject, load_stats: LoadStats) -> Iterator[Exchange
             yield exchange
 
 
-def _exchange(turn: JsonObject, reply: JsonObject, entry_id: str) -> Exchange | str:
+def _exchange(turn: VqaTurn, reply: VqaTurn, entry_id: str) -> Exchange | str:
     """Return a turn and its reply as an exchange, or why they are unusable."""
     task = _task(turn, entry_id)
     question = squeeze(_text(turn).replace("<image>", " "))
@@ -45,7 +45,7 @@ def _exchange(turn: JsonObject, reply: JsonObject, entry_id: str) -> Exchange | 
     return {"task": task, "question": question, "choices": choices, "answer": settled}
 
 
-def _task(turn: JsonObject, entry_id: str) -> Task | None:
+def _task(turn: VqaTurn, entry_id: str) -> Task | None:
     """Return the task of a human turn: by its tag, else by its `type`, else by the beginning of the entry's id."""
     tags = TAG.findall(_text(turn))
     kind = tags[-1] if tags else str(turn.get("type") or "").strip("<>")
@@ -54,6 +54,6 @@ def _task(turn: JsonObject, entry_id: str) -> Task | None:
     return _TASK_OF.get(kind)
 
 
-def _text(turn: JsonObject) -> str:
+def _text(turn: VqaTurn) -> str:
     value = turn.get("value")
     return value if isinstance(value, str) else ""

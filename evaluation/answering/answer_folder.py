@@ -10,15 +10,18 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from samf.data.schema import FAILURES_FILE, JsonObject, Record
 from samf.evaluation.answering.digests import VolumeDigests, records_digest
 from samf.evaluation.json_lines import json_line, read_complete_lines
-from samf.evaluation.schema import AnswerStatistics
+from samf.evaluation.schema import AnswerStatistics, Failure, PredictionRow, TimesLine
 from samf.utils.files import atomic_write, write_json
 
 __all__ = ["PREDICTIONS", "SETTINGS", "TIMES", "AnswerFolder", "ResumeError", "answer_statistics"]
+
+# A line of predictions.jsonl, failures.jsonl or times.jsonl.
+AnswerLine: TypeAlias = PredictionRow | Failure | TimesLine
 
 PREDICTIONS = "predictions.jsonl"
 SETTINGS = "predictions.settings.json"
@@ -96,7 +99,7 @@ class AnswerFolder:
         """Return the ids in the merged predictions."""
         return {row["id"] for row in read_complete_lines(self.folder / PREDICTIONS)}
 
-    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    def append(self, name: str, rows: Iterable[AnswerLine]) -> None:
         """Append rows to this process's part of PREDICTIONS, FAILURES_FILE or TIMES, and flush them."""
         if name not in self._open:
             self._open[name] = (self.folder / _part(name, self.rank)).open("a", encoding="utf-8")
@@ -124,7 +127,7 @@ class AnswerFolder:
             for part in parts:
                 part.unlink()
 
-    def _in_order(self, name: str, rows: list[JsonObject]) -> list[JsonObject]:
+    def _in_order(self, name: str, rows: list[AnswerLine]) -> list[AnswerLine]:
         if name == TIMES:
             return list({json_line(row): row for row in rows}.values())
         by_id = {row["id"]: row for row in reversed(rows) if row.get("id") in self._order}
@@ -186,9 +189,7 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
 # --- Statistics -------------------------------------------------------------------------------------------------
 
 
-def answer_statistics(
-    rows: Iterable[Mapping[str, Any]], times: Iterable[Mapping[str, Any]] = ()
-) -> dict[str, AnswerStatistics]:
+def answer_statistics(rows: Iterable[PredictionRow], times: Iterable[TimesLine] = ()) -> dict[str, AnswerStatistics]:
     """Return by task the number of answers, their tokens, and the time that a volume and an answer took.
 
     Times are None where none were measured, tokens where no row has them. Reading runs ahead of generation in other threads:
@@ -198,7 +199,7 @@ def answer_statistics(
         rows: of predictions.jsonl.
         times: of times.jsonl: one line per batch, over all sessions of a resumed run.
     """
-    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    groups: dict[str, list[PredictionRow]] = defaultdict(list)
     totals: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         groups[row["task"]].append(row)
@@ -210,7 +211,7 @@ def answer_statistics(
 _SUMMED = ("answers", "volumes", "read_seconds", "generate_seconds", "tokens")
 
 
-def _task_statistics(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, float]) -> AnswerStatistics:
+def _task_statistics(rows: Sequence[PredictionRow], totals: Mapping[str, float]) -> AnswerStatistics:
     tokens = [row["tokens"] for row in rows if row.get("tokens") is not None]
     seconds = totals.get("read_seconds", 0) + totals.get("generate_seconds", 0)
 
