@@ -138,13 +138,16 @@ def write_reports(
         scans: paths and addresses.
         questions: what is asked of each; none = the report.
         out: folder of a .txt and a .json for each scan. Scans whose .json is there already are left out; failures.json
-            lists those that can't be read.
+            lists those that couldn't be read in the last run.
         as_json: one JSON object per line on standard output, in place of text.
         generation: options of `generate`.
+
+    Raises:
+        UsageError: `out` holds reports of other scans, questions or models under the names of these.
     """
     names, failures, left = report_names(scans), {}, list(scans)
     if out is not None:
-        left = [scan for scan in scans if not (out / f"{names[scan]}.json").exists()]
+        left = [scan for scan in scans if not is_answered(reporter, scan, questions, out / f"{names[scan]}.json")]
         if len(left) < len(scans):
             sys.stderr.write(f"{len(scans) - len(left)} of {len(scans)} scans have their report in {out} already.\n")
     for scan, outcome in answer_scans(reporter, left, questions, **generation):
@@ -158,9 +161,46 @@ def write_reports(
         sys.stdout.flush()
     if out is not None and failures:
         write_json(out / "failures.json", failures)
+    elif out is not None:
+        (out / "failures.json").unlink(missing_ok=True)  # an earlier run's: all scans have been read now
     if failures:
         return ALL_FAILED if len(failures) == len(scans) else SOME_FAILED
     return 0
+
+
+def is_answered(reporter: "SamfReportPipeline", scan: str, questions: Sequence[str], file: Path) -> bool:
+    """Return whether a file holds this model's answers to these questions about a scan.
+
+    Args:
+        reporter: the pipeline.
+        scan: path or address.
+        questions: what is asked; none = the report.
+        file: where the answers are written.
+
+    Raises:
+        UsageError: the file holds something else, which would be overwritten.
+    """
+    from samf.model.report_samf import REPORT_QUESTION, Report
+
+    if not file.exists():
+        return False
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = [Report.from_dict(values) for values in (content if isinstance(content, list) else [content])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file}: not a report ({error}). Choose another --out, or move the file away.") from error
+    config = reporter.model.config
+    model = (config._name_or_path, getattr(config, "_commit_hash", None))
+    asked = list(questions) or [REPORT_QUESTION]
+    if [report.question for report in found] != asked:
+        problem = "answers other questions"
+    elif any(report.provenance.source != scan for report in found):
+        problem = f"is about {found[0].provenance.source}, not {scan}"
+    elif any((report.provenance.model, report.provenance.revision) != model for report in found):
+        problem = f"was written by {found[0].provenance.model}, not {model[0]}"
+    else:
+        return True
+    raise UsageError(f"{file} {problem}. Choose another --out, or move the file away.")
 
 
 def save_reports(reports: "Sequence[Report]", folder: Path, name: str) -> None:

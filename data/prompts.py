@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from samf.data.schema import ChatMessage, ContentBlock
+from samf.model.report_samf import REPORT_QUESTION
+
+__all__ = ["LETTERS", "REPORT_QUESTION", "record_conversation", "record_prompt"]
 
 LETTERS = "abcdefghij"
-REPORT_QUESTION = "Write the radiology report of this chest CT."
 
 
 def record_prompt(record: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from .report_samf import Provenance, Report, Sentence, split_sentences
+from .report_samf import REPORT_QUESTION, Provenance, Report, Sentence, split_sentences
 
 TASK = "ct-report"
 # For config.json; with exactly one entry `pipeline(model=…)` needs no task.
@@ -21,7 +21,6 @@ CUSTOM_PIPELINES = {TASK: {"impl": "pipeline_samf.SamfReportPipeline", "pt": ["A
 # Options of `generate`; some are objects of the library.
 GenerateOptions: TypeAlias = Mapping[str, object]
 SLICE_INPUTS = ("pixel_values", "slice_mask", "slice_planes", "slice_positions")
-REPORT_QUESTION = "Write the radiology report of this chest CT."
 
 
 @dataclass(frozen=True)
@@ -177,6 +176,8 @@ class SamfReportPipeline(Pipeline):
         Returns:
             One report per pair, in order.
         """
+        if generate_kwargs.get("num_return_sequences", 1) != 1:
+            raise ValueError("num_return_sequences: a report is one sequence; call the pipeline once for each sample.")
         inputs = self._prompts(jobs)
         asked = {**generate_kwargs, "return_dict_in_generate": True, "output_logits": True}
         with torch.inference_mode():
@@ -292,8 +293,9 @@ class SamfReportPipeline(Pipeline):
     ) -> Report:
         """Return the report of one row of generated tokens (T,) with their log-probabilities (T,)."""
         tokenizer = self.processor.tokenizer
-        ends = self.model.generation_config.eos_token_id
-        stops = torch.isin(tokens, torch.tensor(ends if isinstance(ends, list) else [ends]))
+        ends = generate_kwargs.get("eos_token_id", self.model.generation_config.eos_token_id)
+        known = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+        stops = torch.isin(tokens, torch.tensor(known, dtype=tokens.dtype))
         count = int(stops.nonzero()[0]) if stops.any() else len(tokens)
         ids = tokens[:count].tolist()
         text = tokenizer.decode(ids, skip_special_tokens=True)

@@ -12,6 +12,7 @@ from typing import Any
 from .files_samf import atomic_path
 
 SCHEMA_VERSION = 1
+REPORT_QUESTION = "Write the radiology report of this chest CT."
 DISCLAIMER = "For research only, not for diagnosis."
 
 _ABBREVIATIONS = ("approx", "ca", "cf", "dr", "e.g", "etc", "fig", "i.e", "no", "vs")

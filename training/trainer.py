@@ -88,7 +88,7 @@ class SamfTrainer(StoppableTrainer):
         flops = StepFlops(self.model) if can_count(self.model) else None
         self.throughput = Throughput(flops, self.monitor.peak_tflops or _known_peak(self.args.device))
         self._set_epoch: SetEpoch | None = None
-        self._findings_in_step: torch.Tensor | None = None
+        self._findings_in_step: torch.Tensor | int | None = None
         self.part_rates = PartRates()
         self.add_callback(self.part_rates)
         self._check_options()
@@ -172,10 +172,12 @@ class SamfTrainer(StoppableTrainer):
         self._findings_in_step = None
         if num_items is not None and self._base_model().config.finding_names:  # so on all processes or on none
             known = [batch["finding_targets"] != IGNORE_INDEX for batch in batches if "finding_targets" in batch]
-            count = torch.tensor(sum(int(rows.any(dim=1).sum()) for rows in known), device=self.args.device)
+            counts = [rows.any(dim=1).sum().to(self.args.device) for rows in known]
+            count = torch.stack(counts).sum() if counts else torch.tensor(0, device=self.args.device)
             if self.args.average_tokens_across_devices and self.args.world_size > 1:
                 count = self.accelerator.gather(count).sum()
-            self._findings_in_step = count.clamp(min=1)
+            count = count.clamp(min=1)
+            self._findings_in_step = int(count) if self.args.n_gpu > 1 else count  # DataParallel can't split a scalar
         return batches, num_items
 
     def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> tuple:

@@ -1,6 +1,7 @@
 """The `samf` command, by its exit codes, its output and the files that it leaves."""
 
 import json
+import shutil
 
 import nibabel
 import numpy as np
@@ -45,6 +46,33 @@ def test_reports_of_a_folder_are_written_and_resumed(model, scans, tmp_path):
     (out / "ct_1.5mm_2.json").unlink()
     again = run(app, ["report", str(tmp_path / "scans"), *options])
     assert again.exit_code == 0 and again.stdout.count("not for diagnosis") == 1 and "1 of 2 scans" in again.stderr
+
+
+def test_reports_of_other_scans_questions_and_models_are_never_taken_for_these(model, scans, tmp_path):
+    """Two scans of one name, and a question in the folder of a report: an error, and the file stays as it was."""
+    options = ["--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
+    assert run(app, ["report", str(scans[0]), "--model", model, *options]).exit_code == 0
+    before = (tmp_path / "out" / "ct_1.5mm.json").read_bytes()
+    shutil.copytree(model, tmp_path / "other")
+    for arguments, message in (
+        (["report", str(scans[1]), "--model", model], f"is about {scans[0]}"),
+        (["ask", str(scans[0]), "--question", "Is there emphysema?", "--model", model], "answers other questions"),
+        (["report", str(scans[0]), "--model", str(tmp_path / "other")], f"was written by {model}"),
+    ):
+        done = run(app, [*arguments, *options])
+        assert done.exit_code == 2 and message in done.stderr
+    assert (tmp_path / "out" / "ct_1.5mm.json").read_bytes() == before
+
+
+def test_failures_of_an_earlier_run_are_gone_when_all_scans_were_read(model, scans, tmp_path):
+    whole = scans[0].read_bytes()
+    scans[0].write_bytes(whole[:100])
+    options = ["--model", model, "--out", str(tmp_path / "out"), "--max-new-tokens", "4"]
+    assert run(app, ["report", str(scans[0]), *options]).exit_code == 2
+    assert (tmp_path / "out" / "failures.json").exists()
+    scans[0].write_bytes(whole)
+    assert run(app, ["report", str(scans[0]), *options]).exit_code == 0
+    assert not (tmp_path / "out" / "failures.json").exists()
 
 
 def test_questions_and_json(model, scans):

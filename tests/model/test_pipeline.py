@@ -74,6 +74,22 @@ def test_a_report_is_what_the_model_says_of_the_file(reporter, scans):
     assert made.slice_settings == reporter.processor.image_processor.settings_hash()
 
 
+def test_beams_have_the_log_probabilities_of_the_sequence_that_is_returned(reporter, scans):
+    report = reporter(scans[0], max_new_tokens=8, num_beams=3)
+    _, log_probs, _ = by_hand(reporter, scans[0], REPORT_QUESTION, max_new_tokens=8, num_beams=3)
+    assert sum(sentence.log_probability for sentence in report.sentences) == pytest.approx(
+        log_probs.sum().item(), abs=1e-3
+    )
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        reporter(scans[0], num_beams=2, num_return_sequences=2)
+
+
+def test_without_an_end_token_an_answer_ends_at_its_limit(reporter, scans, monkeypatch):
+    monkeypatch.setattr(reporter.model.generation_config, "eos_token_id", None)
+    report = reporter(scans[0], max_new_tokens=5)
+    assert report.truncated and sum(sentence.tokens for sentence in report.sentences) <= 5
+
+
 def test_questions_share_one_encoding_and_get_the_answers_of_single_calls(reporter, scans, monkeypatch):
     calls = []
     encode = reporter.model.model.encode_slices
