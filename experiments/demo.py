@@ -34,9 +34,9 @@ from samf.evaluation.scoring_options import ScoringOptions
 from samf.phantoms.dataset import DEMO_FINDINGS, PhantomSettings, write_dataset
 from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.reporting.slice_view import save_slice_image
+from samf.utils.packaged import RECIPES
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-RECIPES = REPOSITORY / "recipes" / "demo"
+DEMO_RECIPES = RECIPES / "demo"
 STAGES = ("1_aggregator", "2_language", "3_report")
 MAX_NEW_TOKENS = 200
 _TEXT_QUESTIONS = 20_000
@@ -48,7 +48,7 @@ Volumes = Literal["own", "shuffled"]
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "runs" / "demo", help="folder for all output")
+    parser.add_argument("--output", type=Path, default=Path("runs", "demo"), help="folder for all output")
     parser.add_argument("--train_patients", type=int, default=400)
     parser.add_argument("--valid_patients", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of phantoms, weights and batches")
@@ -129,7 +129,7 @@ def train_stages(output: Path, data: Path, seed: int, max_steps: int | None) -> 
                 options["max_steps"] = max_steps
             with step(f"train {stage}"):
                 overrides = [f"--{key}={value}" for key, value in options.items()]
-                train.main(["--config", str(RECIPES / f"{stage}.yaml"), *overrides])
+                train.main(["--config", str(DEMO_RECIPES / f"{stage}.yaml"), *overrides])
         previous = folder
     return previous
 
@@ -144,7 +144,7 @@ def stage_inputs(stage: str, output: Path, data: Path, previous: Path | None) ->
         previous: model of the stage before; None for the first.
     """
     if previous is None:
-        start = {"slice_encoder": RECIPES / "slice_encoder", "text_model": output / "language_model"}
+        start = {"slice_encoder": DEMO_RECIPES / "slice_encoder", "text_model": output / "language_model"}
     else:
         start = {"model": previous}
     if stage == "2_language":

@@ -25,8 +25,8 @@ from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.model.processing_samf import SamfProcessor
 from samf.phantoms.findings import DEMO_FINDINGS
 from samf.utils.files import atomic_write, write_json
+from samf.utils.packaged import RECIPES
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 MAX_NEW_TOKENS = 200
 _LOSS_RECORDS = 200  # records of the logged losses: valid_limit of recipes/table3/phantoms.yaml
 # Metric of a run of stage 3 → title of its column.

@@ -20,7 +20,6 @@ from transformers import TrainingArguments, set_seed
 from samf import pretrain_encoder, warmup_aggregator
 from samf.experiments.phantoms import (
     COLUMNS,
-    RECIPES,
     Metrics,
     Options,
     add_common_arguments,
@@ -32,6 +31,7 @@ from samf.experiments.phantoms import (
 )
 from samf.pretraining.dino import DinoArguments
 from samf.training.param_groups import PARTS
+from samf.utils.packaged import RECIPES
 from samf.utils.recipe import parse_recipe
 
 _DINO_RECIPE, _WARMUP_RECIPE = RECIPES / "dino_phantoms.yaml", RECIPES / "warmup_phantoms.yaml"

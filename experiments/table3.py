@@ -16,7 +16,6 @@ from pathlib import Path
 
 from samf import pretrain_encoder, warmup_aggregator
 from samf.experiments.phantoms import (
-    RECIPES,
     Metrics,
     add_common_arguments,
     open_output,
@@ -24,6 +23,7 @@ from samf.experiments.phantoms import (
     train_run,
     write_table,
 )
+from samf.utils.packaged import RECIPES
 from samf.utils.recipe import read_recipe
 
 ROWS = (

@@ -32,6 +32,7 @@ from samf.scripts.conversion_processor import build_processor
 from samf.scripts.conversion_sources import find_checkpoint, read_checkpoint
 from samf.scripts.conversion_weights import backbone_weights, empty_model, fill, merge_lora, plain_names, rename
 from samf.utils.files import atomic_folder
+from samf.utils.packaged import REQUIREMENTS
 from samf.utils.recipe import parse_recipe
 
 logger = logging.getLogger("samf.convert")
@@ -61,7 +62,7 @@ def convert_model(args: ConvertArguments) -> None:
         _copy_token_ids(model.generation_config, checkpoint.folder)
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         processor.save_pretrained(folder)
-        shutil.copyfile(Path(__file__).resolve().parent.parent / "requirements.txt", folder / "requirements.txt")
+        shutil.copyfile(REQUIREMENTS, folder / "requirements.txt")
         facts = {
             "Converted from": checkpoint.name + (f" at {args.revision}" if args.revision else ""),
             "Image processor": "preset `published`: 24 slices about the middle, HU cast to uint8",

@@ -39,10 +39,9 @@ from samf.training.sampling import RecordOrder, SetEpoch, order_seed
 from samf.training.throughput import Throughput, drop_counts
 from samf.training.trackers import show_sample
 from samf.training.trainer_base import StoppableTrainer
+from samf.utils.packaged import REQUIREMENTS
 
 logger = logging.getLogger(__name__)
-
-_REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 
 Batch: TypeAlias = dict[str, torch.Tensor]
 
@@ -354,6 +353,6 @@ def save_repository(trainer: SamfTrainer) -> None:
     """Complete the output folder: weights, code, processor, requirements, model card. Push it if the arguments say so."""
     trainer.save_state()
     if trainer.is_world_process_zero():
-        shutil.copyfile(_REQUIREMENTS, Path(trainer.args.output_dir) / "requirements.txt")
+        shutil.copyfile(REQUIREMENTS, Path(trainer.args.output_dir) / "requirements.txt")
     trainer.create_model_card()
     trainer.save_model()

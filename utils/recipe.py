@@ -1,10 +1,11 @@
 """Arguments of a script: a YAML recipe of flat keys, each of which the command line can override.
 
     python train.py --config recipes/ct_rate_ao2d.yaml --learning_rate 1e-4
+    samf train --config ct_rate_ao2d                    # a recipe that comes with the package, by its name
 
 A recipe can extend others: `base: ct_rate.yaml`, or a list of which later ones override earlier ones, names files relative
 to its folder. `--config` takes several recipes in the same way. An unknown key is an error that suggests the nearest valid
-names.
+names. Paths below `recipes/` that the working folder doesn't have are those of the package.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any, NoReturn, TypeAlias, cast
 import yaml
 from transformers import HfArgumentParser
 
+from samf.utils.packaged import find_recipe, packaged_path
 from samf.utils.text_files import TextEncodingError, read_text
 
 RecipeValue: TypeAlias = str | bool | int | float | list[Any] | None
@@ -114,9 +116,11 @@ def _take_config(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
     parser.add_argument("--config", type=Path, nargs="+", default=[])
     try:
         known, rest = parser.parse_known_args(list(argv))
+        return [find_recipe(name) for name in known.config], rest
     except argparse.ArgumentError as error:
         raise RecipeError(f"command line: {error}; give the YAML file's path.") from error
-    return known.config, rest
+    except FileNotFoundError as error:
+        raise RecipeError(f"--config {error}") from error
 
 
 def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
@@ -137,9 +141,9 @@ def _recipe_tokens(parser: _Parser, keys: Mapping[str, tuple[RecipeValue, Path]]
             parser.set_defaults(**{key: value})
             actions[key].required = False
         elif isinstance(value, list):
-            tokens += [f"--{key}", *map(str, value)]
+            tokens += [f"--{key}", *(packaged_path(str(item)) for item in value)]
         else:
-            tokens.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+            tokens.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else packaged_path(str(value))}")
     return tokens
 
 
