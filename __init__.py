@@ -1,46 +1,26 @@
 """SAMF: reports and answers from chest CT volumes.
 
 Importing this package registers its classes with transformers' Auto classes, so that `AutoModel.from_pretrained(folder)`
-works without remote code.
+works without remote code. Only the `samf` command waits until it needs a class: its help and its completions would
+otherwise take seconds.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-)
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .model.configuration_samf import SamfConfig
-from .model.ct_volume import CTReadError, CTVolume, read_ct
-from .model.image_processing_samf import SamfImageProcessor
-from .model.modeling_samf import SamfForConditionalGeneration, SamfModel, SamfPreTrainedModel
-from .model.pipeline_samf import SamfReportPipeline
-from .model.processing_samf import SamfProcessor
-from .model.report_samf import Report
+from .utils.auto_classes import register_classes
 from .utils.moved import install as _install_old_names
 
-AutoConfig.register("samf", SamfConfig, exist_ok=True)
-# The model that generates, as the library has it for models that give text; features: get_image_features.
-AutoModel.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
-AutoModelForImageTextToText.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
-AutoModelForCausalLM.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
-# One class for either backend: it reads volumes, with neither PIL nor torchvision.
-AutoImageProcessor.register(
-    SamfConfig, image_processor_classes={"torchvision": SamfImageProcessor, "pil": SamfImageProcessor}, exist_ok=True
-)
-AutoProcessor.register(SamfConfig, SamfProcessor, exist_ok=True)
-
-# What save_pretrained must copy beside the weights, so that a saved folder is a complete Hub repository.
-SamfConfig.register_for_auto_class()
-SamfModel.register_for_auto_class("AutoModel")
-SamfForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-SamfImageProcessor.register_for_auto_class()
-SamfProcessor.register_for_auto_class()
-
-_install_old_names(__name__)
+if TYPE_CHECKING:
+    from .model.configuration_samf import SamfConfig
+    from .model.ct_volume import CTReadError, CTVolume, read_ct
+    from .model.image_processing_samf import SamfImageProcessor
+    from .model.modeling_samf import SamfForConditionalGeneration, SamfModel, SamfPreTrainedModel
+    from .model.pipeline_samf import SamfReportPipeline
+    from .model.processing_samf import SamfProcessor
+    from .model.report_samf import Report
 
 __all__ = [
     "CTReadError",
@@ -55,3 +35,29 @@ __all__ = [
     "SamfReportPipeline",
     "read_ct",
 ]
+
+_MODULES = {
+    "configuration_samf": ("SamfConfig",),
+    "ct_volume": ("CTReadError", "CTVolume", "read_ct"),
+    "image_processing_samf": ("SamfImageProcessor",),
+    "modeling_samf": ("SamfForConditionalGeneration", "SamfModel", "SamfPreTrainedModel"),
+    "pipeline_samf": ("SamfReportPipeline",),
+    "processing_samf": ("SamfProcessor",),
+    "report_samf": ("Report",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    register_classes()
+    value = getattr(importlib.import_module(f".model.{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+_install_old_names(__name__)
+if Path(sys.argv[0] if sys.argv else "").stem != "samf":
+    register_classes()
+    globals().update({name: __getattr__(name) for name in _HOMES})

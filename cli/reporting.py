@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from samf.utils.files import write_json
 
 if TYPE_CHECKING:
+    from samf.model.ct_common import VolumeRef
     from samf.model.pipeline_samf import SamfReportPipeline
     from samf.model.report_samf import Report
 
@@ -33,7 +35,6 @@ def find_scans(paths: Sequence[str]) -> list[str]:
     Raises:
         UsageError: a path that isn't there, or a folder or pattern without a scan.
     """
-    from samf.data.volume_discovery import search_volumes
     from samf.model.ct_download import is_address
 
     found: dict[str, None] = {}
@@ -48,10 +49,22 @@ def find_scans(paths: Sequence[str]) -> list[str]:
                 raise UsageError(f"{name}: no such file or folder.")
             else:
                 try:
-                    found |= dict.fromkeys(volume.path for volume in search_volumes([name]).volumes)
+                    found |= dict.fromkeys(volume.path for volume in _scans_of_folder(name))
                 except FileNotFoundError as error:
                     raise UsageError(f"{name}: no scan in it or below it: {error}") from error
     return list(found)
+
+
+def _scans_of_folder(folder: str) -> "list[VolumeRef]":
+    """Return the scans in a folder and below it."""
+    if not any(entry.is_dir() for entry in os.scandir(folder)):  # as most DICOM folders
+        from samf.data.folder_search import volumes_below
+
+        if found := list(volumes_below(Path(folder).absolute())):
+            return found
+    from samf.data.volume_discovery import search_volumes  # imports datasets, which takes a second
+
+    return search_volumes([folder]).volumes
 
 
 def load_reporter(model: str, device: str, revision: str | None) -> "SamfReportPipeline":
@@ -107,7 +120,7 @@ def answer_scans(
 
 def report_names(scans: Sequence[str]) -> dict[str, str]:
     """Return a file name without an ending for each scan; scans of one name in different folders get numbers."""
-    from samf.data.volume_discovery import VOLUME_SUFFIXES
+    from samf.data.file_kinds import VOLUME_SUFFIXES
 
     names: dict[str, str] = {}
     taken: set[str] = set()
@@ -260,8 +273,8 @@ def scan_facts(path: str) -> ScanFacts:
     """
     import numpy as np
 
+    from samf.model.ct_common import collected_warnings
     from samf.model.ct_volume import CTReadError, read_ct
-    from samf.model.pipeline_samf import collected_warnings
 
     try:
         with collected_warnings("samf.model") as warnings:

@@ -1,10 +1,9 @@
 """Volumes of data sources: each path once, with its rescale, its patient, and whether it was named or found by search."""
 
-import fnmatch
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -13,17 +12,16 @@ from pathlib import Path
 
 import datasets
 
-from samf.cache.screening import mask_by_header
 from samf.data.ct_rate.loader import load_ct_rate
 from samf.data.ct_rate.names import VolumeName
 from samf.data.ct_rate.sources import CtRateFolder, is_hub_name
-from samf.data.file_kinds import VOLUME_SUFFIXES, has_volume_suffix, is_dicom_file
+from samf.data.file_kinds import VOLUME_SUFFIXES
+from samf.data.folder_search import volumes_below
 from samf.data.loading import load_records
 from samf.data.options import check_on_missing
 from samf.data.patients import PATIENT_COLUMN, PatientRule, find_patients
 from samf.data.schema import OnMissing
 from samf.data.table_columns import TableColumns
-from samf.model.ct_dicom_files import walk_once
 from samf.model.ct_download import file_path, is_address
 from samf.model.ct_volume import VolumeRef
 from samf.utils.text_files import read_lines
@@ -43,8 +41,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")
-_MASK = "8-bit masks or images"  # why a file is passed over
-_DICOM_SAMPLE = 5  # files of a folder, other than volumes, that are checked for DICOM
 
 
 @dataclass(frozen=True)
@@ -195,37 +191,6 @@ def _volumes_by_split(source: str, options: SourceOptions) -> dict[str, FoundVol
     }
 
 
-def _volumes_below(
-    root: Path, patterns: Sequence[str] = (), passed_over: Counter[str] | None = None
-) -> Iterator[VolumeRef]:
-    """Find volume files and DICOM folders in and below a folder, ordered by path; no folder is visited twice.
-
-    Args:
-        root: the folder.
-        patterns: see `SourceOptions`.
-        passed_over: counts what is left out, by reason.
-    """
-    passed_over = Counter() if passed_over is None else passed_over
-    for folder, files in walk_once(root, on_error=_log_unlisted):
-        names = [name for name in files if has_volume_suffix(name) and name[0] != "."]
-        volumes = [os.path.join(folder, name) for name in names]
-        others = [name for name in files if name not in set(names)]
-        if any(_is_dicom(Path(folder, name)) for name in others[:_DICOM_SAMPLE]):
-            volumes = sorted([*volumes, folder])
-        for path in map(os.path.normpath, volumes):
-            if patterns and not _fits(os.path.relpath(path, root), patterns):
-                passed_over["not matching the pattern"] += 1
-            elif mask_by_header(path):
-                passed_over[_MASK] += 1
-            else:
-                yield VolumeRef(path)
-
-
-def _fits(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether a path below the data's folder matches a pattern; its last part, for a pattern without "/"."""
-    return any(fnmatch.fnmatchcase(name if "/" in pattern else os.path.basename(name), pattern) for pattern in patterns)
-
-
 def _volumes_of(source: str, options: SourceOptions) -> FoundVolumes:
     source = file_path(source)
     if by_split := _volumes_by_split(source, options):
@@ -247,7 +212,7 @@ def _volumes_of(source: str, options: SourceOptions) -> FoundVolumes:
 
 def _folder_volumes(root: Path, options: SourceOptions) -> FoundVolumes:
     passed_over: Counter[str] = Counter()
-    found = list(_volumes_below(root, options.patterns, passed_over))
+    found = list(volumes_below(root, options.patterns, passed_over))
     folders = _ct_rate_folders(root, options.splits)
     if any(folder.layout == "v1" for folder in folders) and any(VolumeName.find(volume.path) for volume in found):
         raise FileNotFoundError(
@@ -284,16 +249,3 @@ def _listed_volumes(file: Path) -> list[VolumeRef]:
         VolumeRef(name if is_address(name) else os.path.join(file.parent, os.path.expanduser(name)))
         for name in map(file_path, names)
     ]
-
-
-def _log_unlisted(error: OSError) -> None:
-    logger.warning("%s: cannot be listed (%s); left out", error.filename, error.strerror)
-
-
-def _is_dicom(path: Path) -> bool:
-    """Return whether a file is DICOM; one that can't be read is not, and a warning names it."""
-    try:
-        return is_dicom_file(path)
-    except OSError as error:
-        logger.warning("%s: cannot be read (%s); left out", path, error.strerror)
-        return False

@@ -1,9 +1,11 @@
 """What all CT readers share: errors, stored volumes, limits, and the conversion of stored values to Hounsfield units."""
 
 import errno
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -192,3 +194,25 @@ def scale_to_hu(stored: np.ndarray, slope: float, intercept: float, out: np.ndar
         count = int(bad.sum())
     np.clip(np.rint(values, out=values), limits.min, limits.max, out=out, casting="unsafe")
     return count
+
+
+@contextmanager
+def collected_warnings(package: str) -> Iterator[list[str]]:
+    """Yield a list that fills with the warnings of a package's loggers; they are also logged as usual.
+
+    Args:
+        package: dotted name of the package.
+    """
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    handler = Collector(logging.WARNING)
+    logger = logging.getLogger(package)
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)

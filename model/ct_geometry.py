@@ -13,11 +13,6 @@ import numpy as np
 
 from .ct_common import AIR_HU, MAX_VOXELS, CTReadError, StoredVolume
 
-try:  # for volumes that must be resampled
-    from scipy.ndimage import affine_transform
-except ImportError:
-    affine_transform = None
-
 logger = logging.getLogger(__name__)
 
 DIRECTIONS = ("LR", "PA", "IS")  # of the axes R, A and S: where they start and where they point
@@ -259,8 +254,11 @@ def resample(
             f"{source}: its axes miss right angles by {shear:.1f}°; expected at most {_MAX_REPAIRED_SHEAR_DEGREES:g}°. "
             f"The header is damaged: export or convert the scan again."
         )
-    if affine_transform is None:
-        raise CTReadError(f"{source}: oblique or tilted ({max(oblique, shear):.1f}°); needs scipy: pip install scipy")
+    try:
+        from scipy.ndimage import affine_transform  # here, because most volumes don't need it
+    except ImportError as error:
+        needs = f"{source}: oblique or tilted ({max(oblique, shear):.1f}°); needs scipy: pip install scipy"
+        raise CTReadError(needs) from error
     target, counts = _resampled_grid(hu.shape, affine)
     limit = min(max(_MAX_RESAMPLED, _MAX_GROWTH * hu.size), MAX_VOXELS - hu.size)  # both are in memory
     if counts.prod() > limit:

@@ -32,11 +32,6 @@ try:
 except ImportError:
     nib = None  # type: ignore[assignment]
 
-try:
-    import SimpleITK as sitk
-except ImportError:
-    sitk = None  # type: ignore[assignment]
-
 _ACCEPTED = (
     "a path or an address, a list of DICOM files or pydicom datasets, an open file, a CTVolume, an array (X, Y, Z) "
     "in HU, or an image of nibabel, SimpleITK, MONAI, TorchIO or highdicom"
@@ -62,7 +57,7 @@ def stored_image(image: Any) -> StoredVolume:
     """
     if nib is not None and isinstance(image, nib.spatialimages.SpatialImage):
         return _from_nibabel(image)
-    if sitk is not None and isinstance(image, sitk.Image):
+    if is_kind(image, "SimpleITK", "Image"):
         return _from_itk(image)
     if is_kind(image, "monai", "MetaTensor"):
         return _from_monai(image)
@@ -217,6 +212,10 @@ def _from_itk(image: Any) -> StoredVolume:
 
 def _itk_array(image: Any) -> np.ndarray:
     """Return a view of the image's own buffer that keeps the image alive, as SimpleITK's own view does not."""
+    try:
+        import SimpleITK as sitk  # here, because it takes a while, and who has such an image has imported it
+    except ImportError as error:  # which an image can't be without
+        raise TypeError(f"an image of SimpleITK, which can't be imported: {error}") from error
     view = sitk.GetArrayViewFromImage(image)
 
     class Owner:

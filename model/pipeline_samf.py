@@ -1,7 +1,5 @@
 """`pipeline("ct-report")`: CT scans to reports, or to the answers of questions about them."""
 
-import contextlib
-import logging as python_logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +11,7 @@ import torch
 import transformers
 from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from .ct_common import collected_warnings
 from .report_samf import REPORT_QUESTION, Provenance, Report, Sentence, split_sentences
 
 TASK = "ct-report"
@@ -330,28 +329,6 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> Any:
         return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)
-
-
-@contextlib.contextmanager
-def collected_warnings(package: str) -> Iterator[list[str]]:
-    """Yield a list that fills with the warnings of a package's loggers; they are also logged as usual.
-
-    Args:
-        package: dotted name of the package.
-    """
-    found: list[str] = []
-
-    class Collector(python_logging.Handler):
-        def emit(self, record: python_logging.LogRecord) -> None:
-            found.append(record.getMessage())
-
-    handler = Collector(python_logging.WARNING)
-    logger = python_logging.getLogger(package)
-    logger.addHandler(handler)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
 
 
 def describe_source(scan: Any) -> str:

@@ -7,11 +7,6 @@ import numpy as np
 
 from .ct_volume import CTVolume
 
-try:  # for field="body"
-    from scipy import ndimage
-except ImportError:
-    ndimage = None
-
 Plane = Literal["axial", "coronal", "sagittal"]
 PLANES: tuple[Plane, ...] = get_args(Plane)  # a plane's index is its number in `slice_planes`
 
@@ -50,8 +45,10 @@ def body_box(volume: CTVolume) -> Box:
     Raises:
         ImportError: scipy is not installed.
     """
-    if ndimage is None:
-        raise ImportError("field='body' finds the body with scipy: pip install scipy")
+    try:
+        from scipy import ndimage  # here, because field="full" doesn't need it
+    except ImportError as error:
+        raise ImportError("field='body' finds the body with scipy: pip install scipy") from error
     # 1e-3: two files of one scan whose spacings differ in the last digits get the same grid.
     steps = [max(1, int(_BODY_GRID_MM / mm + 1e-3)) for mm in volume.spacing]
     tissue = volume.hu[tuple(slice(None, None, step) for step in steps)] > _BODY_HU

@@ -1,0 +1,41 @@
+"""Registration of SAMF's classes with transformers' Auto classes."""
+
+import functools
+
+
+@functools.cache
+def register_classes() -> None:
+    """Make the Auto classes load SAMF's folders without remote code; a second call does nothing."""
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+    )
+
+    from samf.model.configuration_samf import SamfConfig
+    from samf.model.image_processing_samf import SamfImageProcessor
+    from samf.model.modeling_samf import SamfForConditionalGeneration, SamfModel
+    from samf.model.processing_samf import SamfProcessor
+
+    AutoConfig.register("samf", SamfConfig, exist_ok=True)
+    # The model that generates, as the library has it for models that give text; features: get_image_features.
+    AutoModel.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
+    AutoModelForImageTextToText.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
+    AutoModelForCausalLM.register(SamfConfig, SamfForConditionalGeneration, exist_ok=True)
+    # One class for either backend: it reads volumes, with neither PIL nor torchvision.
+    AutoImageProcessor.register(
+        SamfConfig,
+        image_processor_classes={"torchvision": SamfImageProcessor, "pil": SamfImageProcessor},
+        exist_ok=True,
+    )
+    AutoProcessor.register(SamfConfig, SamfProcessor, exist_ok=True)
+
+    # What save_pretrained must copy beside the weights, so that a saved folder is a complete Hub repository.
+    SamfConfig.register_for_auto_class()
+    SamfModel.register_for_auto_class("AutoModel")
+    SamfForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+    SamfImageProcessor.register_for_auto_class()
+    SamfProcessor.register_for_auto_class()
