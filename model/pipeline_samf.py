@@ -12,6 +12,7 @@ import transformers
 from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from .ct_common import collected_warnings
+from .ct_region import check_region
 from .report_samf import REPORT_QUESTION, Provenance, Report, Sentence, split_sentences
 
 TASK = "ct-report"
@@ -133,20 +134,22 @@ class SamfReportPipeline(Pipeline):
         single = question is None or isinstance(question, str)
         return outcome[0] if single and isinstance(outcome, list) else outcome
 
-    def encode(self, scan: Any) -> EncodedScan:
+    def encode(self, scan: Any, require_chest: bool = False) -> EncodedScan:
         """Read a scan and run the slice encoder, aggregator and findings head on it.
 
         Args:
             scan: as in `__call__`, or an `EncodedScan`, which is returned as it is.
+            require_chest: refuse a scan that shows no chest; by default the report's warnings say so.
 
         Raises:
-            CTReadError: the scan can't be read.
+            CTReadError: the scan can't be read, or shows no chest.
         """
         if isinstance(scan, EncodedScan):
             return scan
         reader = self.processor.image_processor
         with collected_warnings(type(reader).__module__.rpartition(".")[0]) as warnings:
             volume = reader.read(scan)
+            check_region(volume, describe_source(scan), refuse=require_chest)
             stack = reader([volume], return_tensors="pt")
         tensors = {name: stack[name].to(self.device) for name in SLICE_INPUTS}
         with torch.inference_mode():
