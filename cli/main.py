@@ -1,23 +1,16 @@
 """The `samf` command."""
 
-import importlib
+import dataclasses
 import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from samf.cli.reporting import (
-    UsageError,
-    exit_with,
-    facts_text,
-    find_scans,
-    load_reporter,
-    scan_facts,
-    write_reports,
-)
+from samf.cli.doors import add_doors
+from samf.cli.errors import UsageError, exit_with, log_errors_only
 
 app = typer.Typer(
     name="samf",
@@ -27,79 +20,123 @@ app = typer.Typer(
 )
 
 Scans = Annotated[list[str], typer.Argument(help="Files, folders, globs or addresses of scans.", metavar="PATH…")]
-Model = Annotated[str, typer.Option(envvar="SAMF_MODEL", help="Folder or Hub id of the model.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SAMF_MODEL",
+        help="Folder or Hub id of the model. Default: the demo model of the package, which knows phantoms only.",
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
-Out = Annotated[Path | None, typer.Option(help="Folder for a .txt and a .json per scan; what is there is left out.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the files of each scan; what is there is left out.")]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", help="Files to write into --out: txt, json, pdf; several with commas. Default: txt,json."),
+]
+AnyRegion = Annotated[bool, typer.Option("--any-region", help="Also take scans that show no chest.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line on standard output.")]
-Tokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens; default: the model's.")]
+Tokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens. Default: the model's.")]
 Beams = Annotated[int, typer.Option(help="Beams of the search; 1 = greedy.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            sys.stdout.write(f"samf {version('samf')}\n")
+        except PackageNotFoundError:
+            sys.stdout.write("samf, not installed\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def _run(
     paths: list[str],
-    questions: list[str],
-    model: str,
+    model: str | None,
     revision: str | None,
     device: str,
-    out: Path | None,
-    as_json: bool,
-    max_new_tokens: int | None,
-    num_beams: int,
+    formats: str | None,
+    **request: Any,
 ) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    options = {"num_beams": num_beams, "do_sample": False}
-    if max_new_tokens is not None:
-        options["max_new_tokens"] = max_new_tokens
+    """Answer a request; `request` are the fields of `Request` except for `formats`."""
+    from samf.cli.reporting import Request, load_reporter, parse_formats, write_reports
+    from samf.cli.scans import find_scans
+
+    logging.basicConfig(
+        level=logging.ERROR, format="%(levelname)s %(message)s"
+    )  # what readers warn of is in the reports
     try:
+        asked = Request(formats=parse_formats(formats, request["out"]), **request)
         scans = find_scans(paths)
-        reporter = load_reporter(model, device, revision)
-        code = write_reports(reporter, scans, questions, out, as_json, **options)
+        code = write_reports(load_reporter(model, device, revision), scans, asked)
     except UsageError as error:
         raise exit_with(error) from error
     if code:
         raise typer.Exit(code)
 
 
+def _generation(max_new_tokens: int | None, num_beams: int) -> dict[str, Any]:
+    longest = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+    return {"num_beams": num_beams, "do_sample": False, **longest}
+
+
 @app.command()
 def report(
     paths: Scans,
-    model: Model,
+    model: Model = None,
     revision: Revision = None,
     device: Device = "auto",
     out: Out = None,
+    formats: Format = None,
+    any_region: AnyRegion = False,
     as_json: Json = False,
     max_new_tokens: Tokens = None,
     num_beams: Beams = 1,
 ) -> None:
     """Write the report of each scan."""
-    _run(paths, [], model, revision, device, out, as_json, max_new_tokens, num_beams)
+    generation = _generation(max_new_tokens, num_beams)
+    asked = {"out": out, "as_json": as_json, "any_region": any_region, "generation": generation}
+    _run(paths, model, revision, device, formats, **asked)
 
 
 @app.command()
 def ask(
     paths: Scans,
-    model: Model,
     question: Annotated[list[str], typer.Option(help="What to ask; may be given several times.")],
+    model: Model = None,
     revision: Revision = None,
     device: Device = "auto",
     out: Out = None,
+    formats: Format = None,
+    any_region: AnyRegion = False,
     as_json: Json = False,
     max_new_tokens: Tokens = None,
     num_beams: Beams = 1,
 ) -> None:
     """Answer questions about each scan, which is encoded once for all of them."""
-    _run(paths, question, model, revision, device, out, as_json, max_new_tokens, num_beams)
+    generation = _generation(max_new_tokens, num_beams)
+    asked = {"out": out, "as_json": as_json, "any_region": any_region, "generation": generation}
+    _run(paths, model, revision, device, formats, questions=question, **asked)
 
 
 @app.command()
 def info(
     path: Annotated[str, typer.Argument(help="File, folder or address of a scan.")], as_json: Json = False
 ) -> None:
-    """Say what a file is: geometry, HU, and what was repaired."""
-    import dataclasses
+    """Say what a file is: geometry, HU, region, and what was repaired."""
+    from samf.cli.facts import facts_text, scan_facts
 
-    logging.basicConfig(level=logging.ERROR)
+    log_errors_only()
     try:
         facts = scan_facts(path)
     except UsageError as error:
@@ -107,31 +144,61 @@ def info(
     sys.stdout.write(json.dumps(dataclasses.asdict(facts)) + "\n" if as_json else facts_text(facts))
 
 
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-# Commands that hand all their arguments to the `main` of a module.
-DOORS = {
-    "view": ("samf.reporting.slice_view", "Draw the slices that a model reads as a PNG."),
-    "train": ("samf.train", "Train a model (train.py)."),
-    "evaluate": ("samf.eval", "Answer and score a data set (eval.py)."),
-    "preprocess": ("samf.preprocess", "Fill the slice cache ahead of training (preprocess.py)."),
-    "pretrain": ("samf.pretrain_encoder", "Pretrain the slice encoder (pretrain_encoder.py)."),
-    "warmup": ("samf.warmup_aggregator", "Warm up the aggregator (warmup_aggregator.py)."),
-    "convert": ("samf.scripts.convert_published_checkpoint", "Convert the authors' checkpoints."),
-    "benchmark": ("samf.benchmarks.runner", "Measure speed and memory."),
-    "phantoms": ("samf.phantoms.dataset", "Write a data set of phantoms."),
-}
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="The .nii.gz file to write.")],
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    finding: Annotated[
+        list[str] | None, typer.Option(help="What it shows, such as 'Lung nodule'; may be given several times.")
+    ] = None,
+    normal: Annotated[bool, typer.Option("--normal", help="A chest without findings.")] = False,
+    voxel_mm: Annotated[float, typer.Option(min=0.5, help="Mean voxel edge in mm.")] = 5.0,
+) -> None:
+    """Write one synthetic chest CT, and say what it shows; `samf phantoms` writes a data set of them."""
+    from samf.cli.tools import phantom as write_phantom
+
+    try:
+        shown = write_phantom(out, seed, finding or ([] if normal else None), voxel_mm)
+    except (UsageError, OSError) as error:
+        raise exit_with(error) from error
+    sys.stdout.write(f"{out}: {shown}\n")
 
 
-def _add_door(name: str, module: str, summary: str) -> None:
-    def door(context: typer.Context) -> None:
-        sys.argv = [f"samf {name}", *context.args]
-        raise typer.Exit(importlib.import_module(module).main(context.args) or 0)
+@app.command()
+def recipe(
+    name: Annotated[
+        str | None, typer.Argument(help="Such as ct_rate_ao2d or demo/3_report; without one: a list.")
+    ] = None,
+) -> None:
+    """Print a recipe, to be saved and changed; or list those that `--config NAME` finds."""
+    from samf.cli.tools import recipe as recipe_or_list
 
-    app.command(name, help=summary, context_settings=_PASS_ON)(door)
+    try:
+        sys.stdout.write(recipe_or_list(name))
+    except UsageError as error:
+        raise exit_with(error) from error
 
 
-for _name, (_module, _summary) in DOORS.items():
-    _add_door(_name, _module, _summary)
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, OWNER/NAME; created if it doesn't exist.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository. Default: the owner's setting.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it doesn't exist.")] = None,
+) -> None:
+    """Upload a saved model: weights, code, processor and card; it is loaded first, to see that others can."""
+    from samf.cli.tools import push as upload
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        sys.stdout.write(f"{upload(folder, repo_id, private, revision)}\n")
+    except UsageError as error:
+        raise exit_with(error) from error
+
+
+add_doors(app)
 
 if __name__ == "__main__":
     app()

@@ -1,319 +1,255 @@
-"""`samf report`, `samf ask` and `samf info`: scans to reports, answers, and facts about their files."""
+"""`samf report` and `samf ask`: scans to reports and answers, on the terminal and as files."""
 
-import dataclasses
-import glob
 import json
-import os
+import logging
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
 from tqdm import tqdm
 
+from samf.cli.errors import ALL_FAILED, SOME_FAILED, UsageError, one_line
+from samf.cli.scans import report_names
 from samf.utils.files import write_json
+from samf.utils.packaged import DEMO_MODEL
 
 if TYPE_CHECKING:
-    from samf.model.ct_common import VolumeRef
-    from samf.model.pipeline_samf import SamfReportPipeline
+    from samf.model.pipeline_samf import EncodedScan, SamfReportPipeline
     from samf.model.report_samf import Report
 
-SOME_FAILED, ALL_FAILED = 1, 2
+# Loggers of libraries that write about themselves, not about the scan.
+_CHATTY = ("bitsandbytes", "httpx", "huggingface_hub", "torch.utils._pytree", "torchao", "transformers")
 
 
-class UsageError(Exception):
-    """An input that nothing can be done with; the message goes to the user as one line."""
+@dataclass(frozen=True)
+class Request:
+    """What is asked of each scan, and where the answers go.
+
+    Attributes:
+        questions: none = the report.
+        out: folder of the files; None writes none.
+        formats: of the files; the record, which resuming reads, is always among them.
+        as_json: one JSON object per line on standard output, in place of text.
+        any_region: also take scans that show no chest.
+        generation: options of `generate`.
+    """
+
+    questions: Sequence[str] = ()
+    out: Path | None = None
+    formats: Sequence[str] = ("txt", "json")
+    as_json: bool = False
+    any_region: bool = False
+    generation: dict[str, Any] = field(default_factory=dict)
 
 
-def find_scans(paths: Sequence[str]) -> list[str]:
-    """Return the scans that paths, globs, folders and addresses name, each once and in order.
+def parse_formats(text: str | None, out: Path | None) -> list[str]:
+    """Return the formats of a comma-separated list, or the usual ones; JSON is always among them.
 
     Args:
-        paths: files, DICOM folders, folders with volumes or DICOM folders below them, addresses, or patterns with `*`.
+        text: such as "txt,pdf".
+        out: the folder that they go to.
 
     Raises:
-        UsageError: a path that isn't there, or a folder or pattern without a scan.
+        UsageError: an unknown format, or formats without a folder.
     """
-    from samf.model.ct_download import is_address
+    from samf.reporting.exports import FORMATS, RECORD
 
-    found: dict[str, None] = {}
-    for path in paths:
-        names = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not Path(path).exists() else [path]
-        if not names:
-            raise UsageError(f"{path}: no file fits this pattern.")
-        for name in names:
-            if is_address(name) or Path(name).is_file():
-                found[name] = None
-            elif not Path(name).is_dir():
-                raise UsageError(f"{name}: no such file or folder.")
-            else:
-                try:
-                    found |= dict.fromkeys(volume.path for volume in _scans_of_folder(name))
-                except FileNotFoundError as error:
-                    raise UsageError(f"{name}: no scan in it or below it: {error}") from error
-    return list(found)
+    if text is None:
+        return ["txt", RECORD]
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in FORMATS]
+    if unknown or not names:
+        raise UsageError(f"--format {text}: no such format. There are {', '.join(FORMATS)}; several go with commas.")
+    if out is None:
+        raise UsageError(f"--format {text}: say where the files go, by --out FOLDER.")
+    return list(dict.fromkeys([*names, RECORD]))
 
 
-def _scans_of_folder(folder: str) -> "list[VolumeRef]":
-    """Return the scans in a folder and below it."""
-    if not any(entry.is_dir() for entry in os.scandir(folder)):  # as most DICOM folders
-        from samf.data.folder_search import volumes_below
-
-        if found := list(volumes_below(Path(folder).absolute())):
-            return found
-    from samf.data.volume_discovery import search_volumes  # imports datasets, which takes a second
-
-    return search_volumes([folder]).volumes
-
-
-def load_reporter(model: str, device: str, revision: str | None) -> "SamfReportPipeline":
-    """Return the pipeline of a model.
+def load_reporter(model: str | None, device: str, revision: str | None) -> "SamfReportPipeline":
+    """Return the pipeline of a model; a model with a caution, such as the demo model, gets it written to standard error.
 
     Args:
-        model: folder or Hub id.
+        model: folder or Hub id; None takes the demo model that comes with the package.
         device: "auto" takes the accelerator where there is one; else a name such as "cpu" or "cuda:0".
         revision: branch, tag or commit on the Hub.
 
     Raises:
         UsageError: the model can't be loaded.
     """
+    for name in _CHATTY:  # before the imports, during which some of them write
+        logging.getLogger(name).setLevel(logging.ERROR)
     import torch
+    from transformers.utils import logging as transformers_logging
 
-    from samf import SamfForConditionalGeneration, SamfProcessor
-    from samf.model.pipeline_samf import SamfReportPipeline
+    from samf import SamfForConditionalGeneration, SamfProcessor, SamfReportPipeline
     from samf.utils.distributed import default_device
 
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    if model is None and not DEMO_MODEL.is_dir():
+        raise UsageError(f"{DEMO_MODEL}: the demo model isn't there. Name a model by --model FOLDER or --model HUB/ID.")
+    source = str(DEMO_MODEL) if model is None else model
     place = default_device() if device == "auto" else torch.device(device)
     dtype = torch.float32 if place.type == "cpu" else "auto"
     at = {} if revision is None else {"revision": revision}
     loaded: Any
     try:
-        loaded = SamfForConditionalGeneration.from_pretrained(model, dtype=dtype, **at)
-        processor = SamfProcessor.from_pretrained(model, **at)
+        loaded = SamfForConditionalGeneration.from_pretrained(source, dtype=dtype, **at)
+        processor = SamfProcessor.from_pretrained(source, **at)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{model}: can't be loaded as a SAMF model: {error}") from error
+        raise UsageError(f"{source}: can't be loaded as a SAMF model: {error}") from error
+    if loaded.config.caution:
+        sys.stderr.write(f"Warning: {one_line(loaded.config.caution)}\n")
     return SamfReportPipeline(model=loaded, processor=processor, device=place)
 
 
 def answer_scans(
-    reporter: "SamfReportPipeline", scans: Sequence[str], questions: Sequence[str], **generation: Any
-) -> Iterator[tuple[str, "list[Report] | str"]]:
+    reporter: "SamfReportPipeline", scans: Sequence[str], request: Request, stream: bool = False
+) -> "Iterator[tuple[str, list[Report] | str]]":
     """Yield each scan with its reports, or with the reason why it has none.
 
     Args:
         reporter: the pipeline.
         scans: paths and addresses.
-        questions: what is asked of each; none = the report.
-        generation: options of `generate`.
+        request: what is asked.
+        stream: write the text to standard output as it comes; for one question.
     """
-    from samf.model.ct_volume import CTReadError
-
     for scan in tqdm(scans, desc="scans", unit="scan", disable=len(scans) < 2):
         try:
-            reports = reporter(scan, question=list(questions) or None, **generation)
-        except (CTReadError, OSError, ValueError) as error:
-            yield scan, str(error)
+            encoded = reporter.encode(scan, require_chest=not request.any_region)
+            reports = _answer(reporter, encoded, request, stream)
+        except (OSError, ValueError) as error:  # CTReadError is a ValueError
+            yield scan, one_line(error)
         else:
-            yield scan, reports if isinstance(reports, list) else [reports]
+            yield scan, reports
 
 
-def report_names(scans: Sequence[str]) -> dict[str, str]:
-    """Return a file name without an ending for each scan; scans of one name in different folders get numbers."""
-    from samf.data.file_kinds import VOLUME_SUFFIXES
+def _answer(reporter: "SamfReportPipeline", scan: "EncodedScan", request: Request, stream: bool) -> "list[Report]":
+    """Return the answers to a request about one scan."""
+    from transformers import TextStreamer
 
-    names: dict[str, str] = {}
-    taken: set[str] = set()
-    for scan in scans:
-        stem = Path(scan.rstrip("/")).name
-        ending = max((end for end in VOLUME_SUFFIXES if stem.lower().endswith(end)), key=len, default="")
-        stem = stem[: len(stem) - len(ending)] or "scan"
-        name, number = stem, 2
-        while name in taken:
-            name, number = f"{stem}_{number}", number + 1
-        taken.add(name)
-        names[scan] = name
-    return names
+    options = dict(request.generation)
+    if stream:
+        options["streamer"] = TextStreamer(reporter.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    reports = reporter(scan, question=list(request.questions) or None, **options)
+    return reports if isinstance(reports, list) else [reports]
 
 
-def write_reports(
-    reporter: "SamfReportPipeline",
-    scans: Sequence[str],
-    questions: Sequence[str],
-    out: Path | None,
-    as_json: bool,
-    **generation: Any,
-) -> int:
-    """Write the reports of scans to standard output, and into `out` if it is given; return the exit code.
+def write_reports(reporter: "SamfReportPipeline", scans: Sequence[str], request: Request) -> int:
+    """Write the reports of scans to standard output and to files; return the exit code.
+
+    Scans whose record in the folder answers the same request are not read again; formats that they lack are written from
+    it. failures.json lists those that couldn't be read in the last run.
 
     Args:
         reporter: the pipeline.
         scans: paths and addresses.
-        questions: what is asked of each; none = the report.
-        out: folder of a .txt and a .json for each scan. Scans whose .json is there already are left out; failures.json
-            lists those that couldn't be read in the last run.
-        as_json: one JSON object per line on standard output, in place of text.
-        generation: options of `generate`.
+        request: what is asked, and where the answers go.
 
     Raises:
-        UsageError: `out` holds reports of other scans, questions or models under the names of these.
+        UsageError: the folder holds reports of other scans, questions or models under the names of these.
     """
     names, failures, left = report_names(scans), {}, list(scans)
-    if out is not None:
-        left = [scan for scan in scans if not is_answered(reporter, scan, questions, out / f"{names[scan]}.json")]
+    if request.out is not None:
+        left = [scan for scan in scans if not _is_done(reporter, scan, request, request.out, names[scan])]
         if len(left) < len(scans):
-            sys.stderr.write(f"{len(scans) - len(left)} of {len(scans)} scans have their report in {out} already.\n")
-    for scan, outcome in answer_scans(reporter, left, questions, **generation):
+            done = len(scans) - len(left)
+            sys.stderr.write(f"{done} of {len(scans)} scans have their report in {request.out} already.\n")
+    stream = len(scans) == 1 and len(request.questions) < 2 and not request.as_json and _is_greedy(request)
+    for scan, outcome in answer_scans(reporter, left, request, stream):
         if isinstance(outcome, str):
             failures[scan] = outcome
-            sys.stderr.write(f"{outcome}\n")
+            sys.stderr.write(f"samf: {outcome}\n")
             continue
-        if out is not None:
-            save_reports(outcome, out, names[scan])
-        sys.stdout.write(json_lines(outcome) if as_json else plain_text(scan, outcome, len(scans) > 1))
+        _save(outcome, request, names[scan])
+        sys.stdout.write(_shown(scan, outcome, request, len(scans) > 1, stream))
         sys.stdout.flush()
-    if out is not None and failures:
-        write_json(out / "failures.json", failures)
-    elif out is not None:
-        (out / "failures.json").unlink(missing_ok=True)  # an earlier run's: all scans have been read now
+        own = [text for text in outcome[0].warnings if text != reporter.model.config.caution]
+        sys.stderr.write("".join(f"Warning: {one_line(text)}\n" for text in own))
+    if request.out is not None:
+        _write_failures(request.out, failures)
     if failures:
         return ALL_FAILED if len(failures) == len(scans) else SOME_FAILED
     return 0
 
 
-def is_answered(reporter: "SamfReportPipeline", scan: str, questions: Sequence[str], file: Path) -> bool:
-    """Return whether a file holds this model's answers to these questions about a scan.
+def _is_greedy(request: Request) -> bool:
+    return request.generation.get("num_beams", 1) == 1
+
+
+def _write_failures(out: Path, failures: dict[str, str]) -> None:
+    """Write the reasons of this run, or remove an earlier run's where all scans have been read now."""
+    if failures:
+        write_json(out / "failures.json", failures)
+    else:
+        (out / "failures.json").unlink(missing_ok=True)
+
+
+def _save(reports: "Sequence[Report]", request: Request, name: str) -> None:
+    """Write the files of one scan; the record comes last, so that a scan that has one has all."""
+    from samf.reporting.exports import RECORD, export
+
+    if request.out is not None:
+        export(reports, request.out, name, sorted(request.formats, key=lambda kind: kind == RECORD))
+
+
+def _is_done(reporter: "SamfReportPipeline", scan: str, request: Request, out: Path, name: str) -> bool:
+    """Return whether a scan's record answers this request; formats that are missing are then written from it.
 
     Args:
         reporter: the pipeline.
         scan: path or address.
-        questions: what is asked; none = the report.
-        file: where the answers are written.
+        request: what is asked.
+        out: folder of the files.
+        name: of the scan's files.
 
     Raises:
-        UsageError: the file holds something else, which would be overwritten.
+        UsageError: the record is of something else, which would be overwritten.
     """
-    from samf.model.report_samf import REPORT_QUESTION, Report
+    from samf.reporting.exports import RECORD, export, report_file
+    from samf.reporting.exports.record import read_reports
 
-    if not file.exists():
+    record = report_file(out, name, RECORD)
+    if not record.exists():
         return False
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        found = [Report.from_dict(values) for values in (content if isinstance(content, list) else [content])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file}: not a report ({error}). Choose another --out, or move the file away.") from error
+        found = read_reports(record)
+    except ValueError as error:
+        raise UsageError(f"{error} Choose another --out, or move the file away.") from error
+    if problem := _difference(reporter, scan, request, found):
+        raise UsageError(f"{record} {problem}. Choose another --out, or move the file away.")
+    missing = [kind for kind in request.formats if not report_file(out, name, kind).exists()]
+    export(found, out, name, missing)
+    return True
+
+
+def _difference(reporter: "SamfReportPipeline", scan: str, request: Request, found: "Sequence[Report]") -> str | None:
+    """Return in what the reports of a record differ from those of a request; None = in nothing."""
+    from samf.model.report_samf import REPORT_QUESTION
+
     config = reporter.model.config
     model = (config._name_or_path, getattr(config, "_commit_hash", None))
-    asked = list(questions) or [REPORT_QUESTION]
-    if [report.question for report in found] != asked:
-        problem = "answers other questions"
-    elif any(report.provenance.source != scan for report in found):
-        problem = f"is about {found[0].provenance.source}, not {scan}"
-    elif any((report.provenance.model, report.provenance.revision) != model for report in found):
-        problem = f"was written by {found[0].provenance.model}, not {model[0]}"
-    else:
-        return True
-    raise UsageError(f"{file} {problem}. Choose another --out, or move the file away.")
+    if [report.question for report in found] != (list(request.questions) or [REPORT_QUESTION]):
+        return "answers other questions"
+    if any(report.provenance.source != scan for report in found):
+        return f"is about {found[0].provenance.source}, not {scan}"
+    if any((report.provenance.model, report.provenance.revision) != model for report in found):
+        return f"was written by {found[0].provenance.model}, not {model[0]}"
+    return None
 
 
-def save_reports(reports: "Sequence[Report]", folder: Path, name: str) -> None:
-    """Write one report as `name`.txt and .json; several answers about one scan as one .json."""
-    if len(reports) == 1:
-        reports[0].save(folder, name)
-    else:
-        write_json(folder / f"{name}.json", [report.to_dict() for report in reports])
-
-
-def json_lines(reports: "Sequence[Report]") -> str:
-    """Return one JSON object per line."""
-    return "".join(json.dumps(report.to_dict(), ensure_ascii=False) + "\n" for report in reports)
-
-
-def plain_text(scan: str, reports: "Sequence[Report]", with_name: bool) -> str:
-    """Return reports as text for a terminal."""
+def _shown(scan: str, reports: "Sequence[Report]", request: Request, with_name: bool, streamed: bool) -> str:
+    """Return what standard output gets of one scan's reports; of streamed ones, what comes after their text."""
     from samf.model.report_samf import DISCLAIMER
 
+    if request.as_json:
+        return "".join(json.dumps(report.to_dict(), ensure_ascii=False) + "\n" for report in reports)
+    if streamed:
+        return f"\n{DISCLAIMER}\n\n"
     parts = [f"{scan}\n"] if with_name else []
     for report in reports:
         asked = f"{report.question}\n" if len(reports) > 1 else ""
         parts.append(f"{asked}{report.text}\n")
     return "\n".join([*parts, f"{DISCLAIMER}\n\n"])
-
-
-@dataclasses.dataclass(frozen=True)
-class ScanFacts:
-    """What a file holds as a CT volume.
-
-    Attributes:
-        source: path or address.
-        shape: voxels along X, Y, Z (right, front, top).
-        spacing_mm: voxel size along the same axes.
-        coverage_mm: extent of the volume along the same axes.
-        stored_orientation: directions of the axes as stored.
-        tilt_degrees: largest angle between an axis of the volume and the patient's.
-        hu: minimum, median and maximum, in HU.
-        warnings: what was repaired or found unusual.
-    """
-
-    source: str
-    shape: tuple[int, ...]
-    spacing_mm: tuple[float, ...]
-    coverage_mm: tuple[float, ...]
-    stored_orientation: str
-    tilt_degrees: float
-    hu: tuple[float, float, float]
-    warnings: tuple[str, ...]
-
-
-def scan_facts(path: str) -> ScanFacts:
-    """Read a scan and return what it is.
-
-    Raises:
-        UsageError: it can't be read as a CT volume.
-    """
-    import numpy as np
-
-    from samf.model.ct_common import collected_warnings
-    from samf.model.ct_volume import CTReadError, read_ct
-
-    try:
-        with collected_warnings("samf.model") as warnings:
-            volume = read_ct(path)
-    except (CTReadError, OSError) as error:
-        raise UsageError(str(error)) from error
-    directions = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
-    tilt = float(np.degrees(np.arccos(np.clip(np.diag(directions), -1, 1))).max())
-    values = volume.hu[::4, ::4, ::4]
-    hu = (float(volume.hu.min()), float(np.median(values)), float(volume.hu.max()))
-    return ScanFacts(
-        source=path,
-        shape=tuple(volume.shape),
-        spacing_mm=tuple(round(float(value), 4) for value in volume.spacing),
-        coverage_mm=tuple(round(float(value), 4) for value in volume.coverage_mm),
-        stored_orientation=volume.stored_orientation,
-        tilt_degrees=round(tilt, 2),
-        hu=hu,
-        warnings=tuple(warnings),
-    )
-
-
-def facts_text(facts: ScanFacts) -> str:
-    """Return the facts as aligned lines."""
-    shown = {
-        "scan": facts.source,
-        "voxels (right, front, top)": " x ".join(map(str, facts.shape)),
-        "voxel size": " x ".join(f"{value:g}" for value in facts.spacing_mm) + " mm",
-        "coverage": " x ".join(f"{value:.0f}" for value in facts.coverage_mm) + " mm",
-        "stored axes": facts.stored_orientation,
-        "tilt": f"{facts.tilt_degrees:g} degrees",
-        "HU (minimum, median, maximum)": ", ".join(f"{value:g}" for value in facts.hu),
-        **{f"warning {number}": text for number, text in enumerate(facts.warnings, start=1)},
-    }
-    width = max(map(len, shown))
-    return "".join(f"{name:<{width}}  {value}\n" for name, value in shown.items())
-
-
-def exit_with(error: Exception) -> typer.Exit:
-    """Write an error as one line and return what ends the command with exit code 2."""
-    sys.stderr.write(f"samf: {' '.join(str(error).split())}\n")
-    return typer.Exit(ALL_FAILED)

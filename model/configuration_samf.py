@@ -88,6 +88,8 @@ class SamfConfig(PretrainedConfig):
             the order of their names. Default: none, the paper's model.
         vision_chunk_size (`int`, *optional*): largest number of slices in one call of the slice encoder; `None` = all.
         initializer_range (`float`, defaults to 0.02): standard deviation of new weights.
+        caution (`str`, *optional*): a sentence for the readers of each report, such as that the model knows phantoms only.
+            Reports have it among their warnings.
         **kwargs: further arguments of `PretrainedConfig`.
 
     Raises:
@@ -136,6 +138,7 @@ class SamfConfig(PretrainedConfig):
         extra_sources: Mapping[str, int] | None = None,
         vision_chunk_size: int | None = None,
         initializer_range: float = 0.02,
+        caution: str | None = None,
         **kwargs: Any,
     ):
         self.vision_config = _as_config(vision_config, DEFAULT_VISION_CONFIG)
@@ -162,6 +165,7 @@ class SamfConfig(PretrainedConfig):
         self.extra_sources = dict(sorted((extra_sources or {}).items()))  # the order of a saved configuration
         self.vision_chunk_size = vision_chunk_size
         self.initializer_range = initializer_range
+        self.caution = caution
         self._check()
 
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))

@@ -28,7 +28,7 @@ _TAGS = ("medical", "radiology", "computed-tomography", "report-generation", "sa
 _CARD = """\
 # {title}
 
-> **For research only. Not a medical device, not for diagnosis.** Every text this model writes may be wrong.
+> **For research only. Not a medical device, not for diagnosis.** Every text this model writes may be wrong.{caution}
 
 A model of the paper *From Slices to Volumes: Multi-Scale Fusion of 2D and 3D Features for CT Scan Report Generation*
 (MICCAI 2025). Fusion `{fusion_type}`: {fusion}.
@@ -91,6 +91,7 @@ safety nor clinical benefit has been shown.
 The code is under Apache-2.0. The weights are also subject to the terms of the base models and of the training
 data.
 """
+_NO_REPOSITORY = "USER/REPOSITORY"  # in the example of a card whose repository isn't known yet
 _MARK = re.compile(r"<!-- samf-card ([0-9a-f]{16}) -->\s*")
 
 
@@ -148,16 +149,36 @@ def make_card(
     )
     text = _CARD.format(
         title=("Adapter of SAMF" if adapter else "SAMF") + ": reports and answers from chest CT volumes",
+        caution=f"\n> {config.caution}" if config.caution else "",
         fusion_type=config.fusion_type,
         fusion=_FUSIONS[config.fusion_type],
         facts="\n".join(f"| {name} | {public_name(str(value))} |" for name, value in rows.items()),
         requirements=" peft" if adapter else "",
-        repository=repository or "USER/REPOSITORY",
+        repository=repository or _NO_REPOSITORY,
         data=f"Trained on {public_name(data)}." if data else "The training data are not recorded here.",
         metrics=_metrics_table(metrics, data) if metrics else "No metrics are recorded here.",
     )
-    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
-    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n<!-- samf-card {_digest(card)} -->\n\n{text}")
+    return _marked(metadata.to_yaml(), text)
+
+
+def with_repository(card: str, repository: str) -> str:
+    """Return a generated card with its repository's name in the example; a card that a person wrote as it is.
+
+    Args:
+        card: the text of README.md.
+        repository: the Hub id.
+    """
+    if not is_generated(card):
+        return card
+    bare = ModelCard(_MARK.sub("", card.replace("\r\n", "\n")), ignore_metadata_errors=True)
+    text = bare.text.strip("\n") + "\n"
+    return str(_marked(bare.data.to_yaml(), text.replace(_NO_REPOSITORY, repository)))
+
+
+def _marked(metadata: str, text: str) -> ModelCard:
+    """Return the card of a metadata block and a text, with the mark by which `is_generated` knows it."""
+    digest = _digest(ModelCard(f"---\n{metadata}\n---\n\n{text}"))
+    return ModelCard(f"---\n{metadata}\n---\n\n<!-- samf-card {digest} -->\n\n{text}")
 
 
 def write_model_card(folder: str | os.PathLike, card: ModelCard) -> bool:

@@ -148,6 +148,7 @@ class SamfReportPipeline(Pipeline):
             return scan
         reader = self.processor.image_processor
         with collected_warnings(type(reader).__module__.rpartition(".")[0]) as warnings:
+            warnings += [self.model.config.caution] if self.model.config.caution else []
             volume = reader.read(scan)
             check_region(volume, describe_source(scan), refuse=require_chest)
             stack = reader([volume], return_tensors="pt")

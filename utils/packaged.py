@@ -1,6 +1,7 @@
 """Files that come with the package beside its code: recipes, the demo model, the list of requirements."""
 
 import difflib
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent  # the clone, or a folder of site-packages
@@ -37,6 +38,21 @@ def find_recipe(name: str | Path) -> Path:
     raise FileNotFoundError(
         f"{name}: no such file, and no recipe of this name comes with the package.{guess} Recipes: {', '.join(names)}."
     )
+
+
+def recipe_text(name: str) -> str:
+    """Return a packaged recipe's text, ready to be saved anywhere: the recipes that it extends are given by name.
+
+    Raises:
+        FileNotFoundError: no recipe of this name.
+    """
+    path = find_recipe(name)
+
+    def base_name(match: re.Match[str]) -> str:
+        base = (path.parent / match[1]).resolve()
+        return f"base: {base.relative_to(RECIPES).with_suffix('').as_posix()}" if base.is_file() else match[0]
+
+    return re.sub(r"^base: *(\S+)$", base_name, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def packaged_path(value: str) -> str:

@@ -4,8 +4,8 @@
     samf train --config ct_rate_ao2d                    # a recipe that comes with the package, by its name
 
 A recipe can extend others: `base: ct_rate.yaml`, or a list of which later ones override earlier ones, names files relative
-to its folder. `--config` takes several recipes in the same way. An unknown key is an error that suggests the nearest valid
-names. Paths below `recipes/` that the working folder doesn't have are those of the package.
+to its folder, or recipes of the package. `--config` takes several recipes in the same way. An unknown key is an error that
+suggests the nearest valid names. Paths below `recipes/` that the working folder doesn't have are those of the package.
 """
 
 import argparse
@@ -94,8 +94,17 @@ def _read_with_bases(path: Path, above: Sequence[Path] = ()) -> dict[str, tuple[
     bases = values.pop(_BASE, None) or []
     keys: dict[str, tuple[RecipeValue, Path]] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        keys |= _read_with_bases(path.parent / str(base), [*above, path.resolve()])
+        keys |= _read_with_bases(_find_base(path, str(base)), [*above, path.resolve()])
     return keys | {key: (value, path) for key, value in values.items()}
+
+
+def _find_base(path: Path, base: str) -> Path:
+    """Return the recipe that `path` extends: beside it, or else the packaged one of that name."""
+    beside = path.parent / base
+    try:
+        return beside if beside.is_file() else find_recipe(base)
+    except FileNotFoundError:
+        return beside  # whose reading fails with the path that was expected
 
 
 def _read_yaml(path: Path) -> dict[str, RecipeValue]:

@@ -9,7 +9,8 @@ import pytest
 from tiny import model_for, tiny_processor
 from typer.testing import CliRunner
 
-from samf.cli.main import DOORS, app
+from samf.cli.doors import DOORS
+from samf.cli.main import app
 
 run = CliRunner().invoke
 
@@ -30,7 +31,7 @@ def scans(tmp_path):
         paths.append(tmp_path / "scans" / str(seed) / "ct_1.5mm.nii.gz")
         paths[-1].parent.mkdir(parents=True)
         hu = np.random.default_rng(seed).integers(-1000, 400, (20, 18, 16)).astype(np.int16)
-        nibabel.save(nibabel.Nifti1Image(hu, np.diag([-2.0, -2.0, 3.0, 1.0])), paths[-1])
+        nibabel.save(nibabel.Nifti1Image(hu, np.diag([-4.0, -4.0, 5.0, 1.0])), paths[-1])
     return paths
 
 
@@ -111,10 +112,10 @@ def test_a_folder_without_a_model_is_one_line(scans, tmp_path):
 def test_info(scans):
     facts = json.loads(run(app, ["info", str(scans[0]), "--json"]).stdout)
     hu = np.asarray(nibabel.load(scans[0]).dataobj)
-    assert facts["shape"] == [20, 18, 16] and facts["spacing_mm"] == [2, 2, 3] and facts["coverage_mm"] == [40, 36, 48]
+    assert facts["shape"] == [20, 18, 16] and facts["spacing_mm"] == [4, 4, 5] and facts["coverage_mm"] == [80, 72, 80]
     assert facts["stored_orientation"] == "LPS" and facts["tilt_degrees"] == 0
     assert (facts["hu"][0], facts["hu"][2]) == (hu.min(), hu.max())
-    assert "2 x 2 x 3 mm" in run(app, ["info", str(scans[0])]).stdout
+    assert "4 x 4 x 5 mm" in run(app, ["info", str(scans[0])]).stdout
     assert run(app, ["info", "/none.nii.gz"]).exit_code == 2
 
 
