@@ -155,11 +155,11 @@ def phantom(
     voxel_mm: Annotated[float, typer.Option(min=0.5, help="Mean voxel edge in mm.")] = 5.0,
 ) -> None:
     """Write one synthetic chest CT, and say what it shows; `samf phantoms` writes a data set of them."""
-    from samf.cli.tools import phantom as write_phantom
+    from samf.phantoms.single import write_phantom
 
     try:
         shown = write_phantom(out, seed, finding or ([] if normal else None), voxel_mm)
-    except (UsageError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise exit_with(error) from error
     sys.stdout.write(f"{out}: {shown}\n")
 

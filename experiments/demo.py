@@ -181,17 +181,22 @@ def evaluate_twice(
     return results
 
 
-def results_rows(results: Mapping[Volumes, Results]) -> list[list[str]]:
-    """Return one row per metric: its name, its value with own volumes, its value with shuffled ones."""
+def metric_values(results: Mapping[Volumes, Results]) -> list[tuple[str, float | None, float | None]]:
+    """Return each metric's name, its value with own volumes, and its value with shuffled ones."""
     own, shuffled = results["own"]["tasks"], results["shuffled"]["tasks"]
     findings = [tasks["report"]["findings"] for tasks in (own, shuffled)]
-    rows = [["reports: findings, macro-F1", *(found["macro"]["f1"] for found in findings)]]
+    rows = [("reports: findings, macro-F1", *(found["macro"]["f1"] for found in findings))]
     for name in DEMO_FINDINGS:
-        rows.append([f"reports: {name}, F1", *(found["per_finding"][name]["f1"] for found in findings)])
+        rows.append((f"reports: {name}, F1", *(found["per_finding"][name]["f1"] for found in findings)))
     choices = [tasks["multiple_choice"]["multiple_choice"] for tasks in (own, shuffled)]
-    rows.append(["multiple choice: accuracy (chance 0.25)", *(choice["accuracy"] for choice in choices)])
-    rows.append(["reports: BLEU-4", *(tasks["report"]["text"]["bleu_4"] for tasks in (own, shuffled))])
-    return [[name, *map(format_value, values)] for name, *values in rows]
+    rows.append(("multiple choice: accuracy (chance 0.25)", *(choice["accuracy"] for choice in choices)))
+    rows.append(("reports: BLEU-4", *(tasks["report"]["text"]["bleu_4"] for tasks in (own, shuffled))))
+    return rows
+
+
+def results_rows(results: Mapping[Volumes, Results]) -> list[list[str]]:
+    """Return `metric_values` as text, one row per metric."""
+    return [[name, *map(format_value, values)] for name, *values in metric_values(results)]
 
 
 def write_report(model: SamfForConditionalGeneration, processor: SamfProcessor, ct: Path, image: Path) -> str:
