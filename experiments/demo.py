@@ -1,7 +1,7 @@
-"""The whole system on phantoms: draw them, train a tiny SAMF in stages, evaluate it, write a report.
+"""The whole system on phantoms: a report by the demo model; then draw phantoms, train a tiny SAMF in stages, evaluate it.
 
-    python -m samf.experiments.demo                    # or: make demo
-    python -m samf.experiments.demo --ct scan.nii.gz   # also a report for a file or DICOM folder; make demo CT=scan.nii.gz
+    python -m samf.experiments.demo                    # or: make demo, samf demo
+    python -m samf.experiments.demo --ct scan.nii.gz   # also reports for a file or DICOM folder; make demo CT=scan.nii.gz
 
 Finished stages under `--output` are kept: an interrupted run resumes.
 """
@@ -21,7 +21,7 @@ from datasets import Dataset
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, set_seed
 from transformers.utils import logging as transformers_logging
 
-from samf import SamfForConditionalGeneration, SamfProcessor, read_ct, train
+from samf import SamfForConditionalGeneration, SamfProcessor, SamfReportPipeline, read_ct, train
 from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.slice_cache import SliceCache
 from samf.data.loading import load_records
@@ -31,10 +31,12 @@ from samf.evaluation.markdown import format_value, markdown_table
 from samf.evaluation.prediction_rows import read_predictions
 from samf.evaluation.schema import Results
 from samf.evaluation.scoring_options import ScoringOptions
+from samf.model.report_samf import DISCLAIMER
 from samf.phantoms.dataset import DEMO_FINDINGS, PhantomSettings, write_dataset
+from samf.phantoms.single import write_phantom
 from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.reporting.slice_view import save_slice_image
-from samf.utils.packaged import RECIPES
+from samf.utils.packaged import DEMO_MODEL, RECIPES
 
 DEMO_RECIPES = RECIPES / "demo"
 STAGES = ("1_aggregator", "2_language", "3_report")
@@ -53,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--valid_patients", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0, help="of phantoms, weights and batches")
     parser.add_argument("--max_steps", type=int, help="steps of each stage; a few to check that everything runs")
-    parser.add_argument("--ct", type=Path, help="CT file or DICOM folder to write a report for at the end")
+    parser.add_argument("--ct", type=Path, help="CT file or DICOM folder to write reports for")
     return parser.parse_args(argv)
 
 
@@ -70,6 +72,24 @@ def step(name: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     say(f"=== {name}: {time.monotonic() - started:.0f} s")
+
+
+def report_at_once(output: Path, seed: int, ct: Path | None) -> None:
+    """Print the demo model's report of a phantom, and of a CT.
+
+    Args:
+        output: folder for all output.
+        seed: of the phantom.
+        ct: file or DICOM folder.
+    """
+    phantom = output / "phantom.nii.gz"
+    shown = write_phantom(phantom, seed)
+    model = SamfForConditionalGeneration.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    reporter = SamfReportPipeline(model=model, processor=SamfProcessor.from_pretrained(DEMO_MODEL))
+    say(f"\nReport of {phantom}, which shows: {shown}\n  {reporter(str(phantom))}")
+    if ct is not None:
+        say(f"\nReport of {ct}:\n  {reporter(str(ct))}")
+    say(f"{model.config.caution} {DISCLAIMER}")
 
 
 def make_language_model(folder: Path, data: Path, seed: int) -> None:
@@ -225,6 +245,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING)
     transformers_logging.set_verbosity_error()
     output, data = args.output, args.output / "phantoms"
+    with step("report, by the demo model of the package"):
+        report_at_once(output, args.seed, args.ct)
     with step("draw phantoms"):
         write_dataset(
             data,
@@ -255,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     say(
         f"\nThe model: {folder}. Load it with AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)."
     )
-    say("For research only, not for diagnosis.")
+    say(DISCLAIMER)
 
 
 if __name__ == "__main__":
