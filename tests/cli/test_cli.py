@@ -1,16 +1,25 @@
 """The `samf` command, by its exit codes, its output and the files that it leaves."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import nibabel
 import numpy as np
 import pytest
+from hub_stand_in import HubStandIn
 from tiny import model_for, tiny_processor
 from typer.testing import CliRunner
 
+from samf.cli import reporting
 from samf.cli.doors import DOORS
 from samf.cli.main import app
+from samf.model.model_card import is_generated
+from samf.phantoms.findings import Finding
+from samf.phantoms.volume import make_phantom
+from samf.utils.packaged import DEMO_MODEL
 
 run = CliRunner().invoke
 
@@ -94,6 +103,81 @@ def test_a_bad_scan_among_good_ones_is_told_by_the_exit_code(model, scans, tmp_p
     assert run(app, ["report", str(bad), *options]).exit_code == 2
 
 
+def save(path, hu, spacing=(4.0, 4.0, 4.0)):
+    nibabel.save(nibabel.Nifti1Image(hu.astype(np.int16), np.diag([*spacing, 1.0])), path)
+    return str(path)
+
+
+def head(shape=(60, 60, 50)) -> np.ndarray:
+    """A skull with a brain in air, on a head rest of foam."""
+    x, y, z = np.meshgrid(*(np.linspace(-1.2, 1.2, n) for n in shape), indexing="ij")
+    radius = np.sqrt((x / 0.7) ** 2 + (y / 0.9) ** 2 + z**2)
+    hu = np.where(y < -0.6, -930.0, -1000.0)
+    hu[radius < 1] = 1100
+    hu[radius < 0.9] = 30
+    return hu
+
+
+def test_the_demo_model_is_used_and_says_what_it_knows(tmp_path):
+    """Without --model; its caution is one line for the reader, and stays with what is written."""
+    scan, out = str(tmp_path / "phantom.nii.gz"), tmp_path / "out"
+    assert run(app, ["phantom", scan, "--seed", "3", "--finding", "Lung nodule"]).stdout.startswith(f"{scan}: Lung nod")
+    done = run(app, ["report", scan, "--out", str(out), "--max-new-tokens", "12"])
+    assert (
+        done.exit_code == 0 and done.stderr.splitlines()[0].startswith("Warning: ") and "phantoms only" in done.stderr
+    )
+    report = json.loads((out / "phantom.json").read_text())
+    assert report["provenance"]["model"] == str(DEMO_MODEL) and any(
+        "phantoms only" in text for text in report["warnings"]
+    )
+    assert "phantoms only" in (out / "phantom.txt").read_text()
+    assert done.stdout.split() == [*report["text"].split(), *report["disclaimer"].split()]  # streamed, and nothing else
+
+
+def test_formats_are_written_and_later_ones_come_from_the_record(model, scans, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    options = ["report", str(scans[0]), "--model", model, "--out", str(out), "--max-new-tokens", "4", "--format"]
+    assert run(app, [*options, "pdf"]).exit_code == 0
+    assert {file.name for file in out.iterdir()} == {"ct_1.5mm.json", "ct_1.5mm.pdf"}
+    assert (out / "ct_1.5mm.pdf").read_bytes().startswith(b"%PDF")
+    monkeypatch.setattr(reporting, "_answer", None)  # a second answering would fail
+    assert run(app, [*options, "txt,pdf"]).exit_code == 0
+    assert json.loads((out / "ct_1.5mm.json").read_text())["text"] in (out / "ct_1.5mm.txt").read_text()
+
+
+@pytest.mark.parametrize(("options", "message"), [(["doc", "--out", "x"], "txt, json, pdf"), (["pdf"], "--out FOLDER")])
+def test_formats_that_nothing_can_be_done_with_are_one_line(options, message, scans, model):
+    done = run(app, ["report", str(scans[0]), "--model", model, "--format", *options])
+    assert done.exit_code == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def make_bad_input(kind, folder) -> str:
+    path = folder / "bad.nii.gz"
+    if kind == "text file":
+        (folder / "notes.txt").write_text("no scan\n" * 50)
+        return str(folder / "notes.txt")
+    if kind == "MR":  # no negative values, dark background
+        return save(path, np.random.default_rng(0).integers(0, 900, (60, 60, 50)) * (head() > -900))
+    if kind == "head":
+        return save(path, head())
+    chest = make_phantom(np.random.default_rng(0), findings=[Finding("Emphysema")])
+    return save(path, chest.hu[:, :, 20:23], chest.spacing)  # three slices
+
+
+@pytest.mark.parametrize("kind", ["text file", "MR", "head", "three slices"])
+def test_what_is_no_chest_ct_is_one_line_and_exit_code_2(kind, model, tmp_path):
+    done = run(app, ["report", make_bad_input(kind, tmp_path), "--model", model, "--max-new-tokens", "4"])
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stdout == "" and str(tmp_path) in done.stderr and "Traceback" not in done.output
+
+
+def test_any_region_can_be_asked_for(model, tmp_path):
+    path = make_bad_input("head", tmp_path)
+    done = run(app, ["report", path, "--model", model, "--max-new-tokens", "4", "--any-region"])
+    assert done.exit_code == 0 and "the report may mean nothing" in done.stderr
+    assert "no chest" in run(app, ["info", path]).stdout
+
+
 @pytest.mark.parametrize(
     ("paths", "message"),
     [(["/none.nii.gz"], "no such file"), (["*.none"], "no file fits"), (["."], "no scan in it")],
@@ -134,3 +218,72 @@ def test_info_tells_the_tilt_and_what_was_resampled(degrees, tilt, resampled, tm
 def test_doors_hand_over_to_the_scripts(name):
     done = run(app, [name, "--help"])
     assert done.exit_code == 0 and "usage:" in done.stdout and "--" in done.stdout
+
+
+def test_every_command_has_help_and_the_app_a_version():
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert names == {"report", "ask", "info", "phantom", "recipe", "push", *DOORS}
+    for name in names - set(DOORS):
+        done = run(app, [name, "--help"])
+        assert done.exit_code == 0 and f"samf {name}" in done.stdout.replace("root", "samf")
+    shown = run(app, ["--help"]).stdout
+    assert all(name in shown for name in names) and "--install-completion" in shown
+    assert run(app, ["--version"]).stdout.startswith("samf")
+
+
+def test_completion_knows_the_commands():
+    """As a shell asks for it, and without the libraries of models, which would take seconds."""
+    words = {"COMP_WORDS": "samf rep", "COMP_CWORD": "1", "_SAMF_COMPLETE": "complete_bash"}
+    code = (
+        "import sys; sys.argv = ['samf']; from samf.cli.main import app\n"
+        "try: app()\nfinally: sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **words}, capture_output=True, text=True)
+    assert done.stdout.split() == ["report"] and done.returncode == 0, done.stderr
+
+
+def test_recipes_are_listed_and_printed():
+    assert "demo/3_report" in run(app, ["recipe"]).stdout
+    assert "base: ct_rate\n" in run(app, ["recipe", "ct_rate_ao2d"]).stdout
+    unknown = run(app, ["recipe", "ct_rate_a2od"])
+    assert unknown.exit_code == 2 and "Did you mean ct_rate_ao2d" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["a.nii"], "ends in .nii.gz"), (["a.nii.gz", "--finding", "x"], "Cardiom")]
+)
+def test_phantoms_that_cant_be_made_are_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(app, ["phantom", *arguments])
+    assert done.exit_code == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_same_seed_and_finding_give_the_same_phantom(tmp_path):
+    for name in ("a", "b"):
+        run(app, ["phantom", str(tmp_path / f"{name}.nii.gz"), "--normal", "--seed", "5"])
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+
+
+def test_push_uploads_a_whole_repository_with_the_folders_card(model, tmp_path):
+    """With the demo model, which has no code in its folder: the Hub's copy has."""
+    with HubStandIn() as hub:
+        environment = {**os.environ, **hub.environment(tmp_path)}
+
+        def push(*arguments: str) -> subprocess.CompletedProcess:
+            command = [sys.executable, "-m", "samf.cli.main", "push", *arguments]
+            return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+        done = push(str(DEMO_MODEL), "someone/demo", "--private")
+        assert done.returncode == 0, done.stderr
+        files = hub.files("someone/demo")
+        missing = push(str(tmp_path / "none"), "someone/none")
+    assert hub.repositories["someone/demo"].private and "someone/none" not in hub.repositories
+    assert {"modeling_samf.py", "pipeline_samf.py", "requirements.txt", "tokenizer.json", "model.safetensors"} <= set(
+        files
+    )
+    card = files["README.md"].decode()
+    assert (
+        'repository = "someone/demo"' in card and "phantoms only" in card and "macro-F1" in card and is_generated(card)
+    )
+    assert "AutoModelForImageTextToText" in json.loads(files["config.json"])["auto_map"]
+    assert missing.returncode == 2 and len(missing.stderr.splitlines()) == 1
