@@ -47,7 +47,6 @@ def site(wheel, tmp_path_factory) -> Path:
 def samf(site, tmp_path) -> Callable[..., str]:
     """Runs the installed command in an empty folder and returns its standard output."""
     environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"USE_CPU": "1"}
 
     def run(*arguments: str) -> str:
         command = [sys.executable, str(site / "bin" / "samf"), *arguments]
