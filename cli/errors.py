@@ -5,6 +5,8 @@ import sys
 
 import typer
 
+# Loggers of libraries that write about themselves.
+CHATTY = ("bitsandbytes", "httpx", "huggingface_hub", "torch.utils._pytree", "torchao", "transformers")
 SOME_FAILED, ALL_FAILED = 1, 2
 
 
@@ -18,10 +20,15 @@ def one_line(message: object) -> str:
 
 
 def log_errors_only() -> None:
-    """Show errors that are logged, but not warnings: those about a scan are collected with its report or facts."""
+    """Show errors that are logged, but not warnings: those about a scan are collected with its report or facts.
+
+    Call it before libraries are imported, since some of them write about themselves when they are.
+    """
     shown = logging.StreamHandler()
     shown.setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", handlers=[shown])
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def exit_with(error: Exception) -> typer.Exit:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,9 +71,7 @@ def _run(
     from samf.cli.reporting import Request, load_reporter, parse_formats, write_reports
     from samf.cli.scans import find_scans
 
-    logging.basicConfig(
-        level=logging.ERROR, format="%(levelname)s %(message)s"
-    )  # what readers warn of is in the reports
+    log_errors_only()
     try:
         asked = Request(formats=parse_formats(formats, request["out"]), **request)
         scans = find_scans(paths)
@@ -191,7 +188,7 @@ def push(
     """Upload a saved model: weights, code, processor and card; it is loaded first, to see that others can."""
     from samf.cli.tools import push as upload
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    log_errors_only()
     try:
         sys.stdout.write(f"{upload(folder, repo_id, private, revision)}\n")
     except UsageError as error:

@@ -1,7 +1,6 @@
 """`samf report` and `samf ask`: scans to reports and answers, on the terminal and as files."""
 
 import json
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,6 @@ from samf.utils.packaged import DEMO_MODEL
 if TYPE_CHECKING:
     from samf.model.pipeline_samf import EncodedScan, SamfReportPipeline
     from samf.model.report_samf import Report
-
-# Loggers of libraries that write about themselves, not about the scan.
-_CHATTY = ("bitsandbytes", "httpx", "huggingface_hub", "torch.utils._pytree", "torchao", "transformers")
 
 
 @dataclass(frozen=True)
@@ -78,8 +74,6 @@ def load_reporter(model: str | None, device: str, revision: str | None) -> "Samf
     Raises:
         UsageError: the model can't be loaded.
     """
-    for name in _CHATTY:  # before the imports, during which some of them write
-        logging.getLogger(name).setLevel(logging.ERROR)
     import torch
     from transformers.utils import logging as transformers_logging
 

@@ -39,6 +39,8 @@ def push(folder: Path, repo_id: str, private: bool | None, revision: str | None)
     Raises:
         UsageError: the folder doesn't load, is an adapter whose base others can't load, or the Hub refuses.
     """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder. Name the output folder of a training.")
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     from samf.scripts.push_model import push_folder

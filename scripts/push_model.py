@@ -29,12 +29,9 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, revi
         revision: branch, created where there is none; None = main.
 
     Raises:
-        FileNotFoundError: no such folder.
         OSError: it holds no model, or the Hub can't be reached.
         ValueError: it is an adapter whose base model isn't on the Hub.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}. Name the output folder of a training.")
     model = SamfForConditionalGeneration.from_pretrained(folder, dtype="auto")
     adapter = active_adapter(model)
     if adapter is not None and hub_id(adapter.base_model_name_or_path) is None:

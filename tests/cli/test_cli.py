@@ -1,6 +1,7 @@
 """The `samf` command, by its exit codes, its output and the files that it leaves."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from hub_stand_in import HubStandIn
 from tiny import model_for, tiny_processor
+from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
 from samf.cli import reporting
 from samf.cli.doors import DOORS
+from samf.cli.errors import CHATTY
 from samf.cli.main import app
 from samf.model.model_card import is_generated
 from samf.phantoms.findings import Finding
@@ -22,6 +25,16 @@ from samf.phantoms.volume import make_phantom
 from samf.utils.packaged import DEMO_MODEL
 
 run = CliRunner().invoke
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers():
+    """The command silences libraries, in a test for all tests that follow."""
+    before = {name: logging.getLogger(name).level for name in CHATTY}
+    yield
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
+    transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +283,8 @@ def test_push_uploads_a_whole_repository_with_the_folders_card(model, tmp_path):
         environment = {**os.environ, **hub.environment(tmp_path)}
 
         def push(*arguments: str) -> subprocess.CompletedProcess:
-            command = [sys.executable, "-m", "samf.cli.main", "push", *arguments]
+            code = "import sys; sys.argv[0] = 'samf'; from samf.cli.main import app; app()"
+            command = [sys.executable, "-c", code, "push", *arguments]
             return subprocess.run(command, env=environment, capture_output=True, text=True)
 
         done = push(str(DEMO_MODEL), "someone/demo", "--private")
