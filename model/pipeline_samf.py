@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from .calibration_samf import finding_probabilities
 from .report_samf import REPORT_QUESTION, Provenance, Report, Sentence, split_sentences
 
 TASK = "ct-report"
@@ -154,7 +155,7 @@ class SamfReportPipeline(Pipeline):
             outputs = self.model(**tensors)
         found: Mapping[str, float] = {}
         if outputs.finding_logits is not None:
-            probabilities = outputs.finding_logits[0].float().sigmoid().tolist()
+            probabilities = finding_probabilities(outputs.finding_logits[0], self.model.config).tolist()
             found = dict(zip(self.model.config.finding_names, probabilities, strict=True))
         features = {
             "slice_embeddings": outputs.image_outputs.last_hidden_state[0].float().cpu().numpy(),
@@ -165,6 +166,16 @@ class SamfReportPipeline(Pipeline):
         return EncodedScan(
             describe_source(scan), volume.shape, volume.spacing, orientation, features, found, tuple(warnings)
         )
+
+    def finding_logits(self, features: Mapping[str, np.ndarray]) -> list[float]:
+        """Return the unscaled logit of each of `config.scored_findings` for one encoded scan.
+
+        Args:
+            features: as in [`EncodedScan`].
+        """
+        tensors = {name: torch.tensor(value)[None].to(self.device) for name, value in features.items()}
+        with torch.inference_mode():
+            return self.model(**tensors).finding_logits[0].float().tolist()
 
     def answer(self, jobs: Sequence[tuple[EncodedScan, str]], **generate_kwargs: Any) -> list[Report]:
         """Answer one question per encoded scan, all in one batch.
