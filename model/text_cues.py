@@ -1,7 +1,7 @@
 """Clauses of a sentence, and the scopes of negation, uncertainty and history in a clause.
 
-The expressions expect abbreviations to be written out (`abbreviations`). Every expression is bounded, and a sentence has at
-most 200 words, so that matching takes linear time.
+The expressions expect abbreviations to be written out (`text_abbreviations`). Every expression is bounded, and a sentence
+has at most 200 words, so that matching takes linear time.
 """
 
 import re
