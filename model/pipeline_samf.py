@@ -13,8 +13,9 @@ import torch
 import transformers
 from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from .agreement_samf import find_disagreements
 from .calibration_samf import finding_probabilities
-from .report_samf import REPORT_QUESTION, Provenance, Report, Sentence, split_sentences
+from .report_samf import REPORT_QUESTION, Provenance, Report, make_sentences
 
 TASK = "ct-report"
 # For config.json; with exactly one entry `pipeline(model=…)` needs no task.
@@ -311,11 +312,9 @@ class SamfReportPipeline(Pipeline):
         ids = tokens[:count].tolist()
         text = tokenizer.decode(ids, skip_special_tokens=True)
         places = [len(tokenizer.decode(ids[:index], skip_special_tokens=True)) for index in range(count)]
-        sentences = []
-        for start, end in split_sentences(text):
-            own = [index for index, place in enumerate(places) if start <= place < end]
-            total = float(log_probabilities[own].sum()) if own else None
-            sentences.append(Sentence(text[start:end], start, end, len(own), total))
+        sentences = make_sentences(text, places, log_probabilities[:count].tolist())
+        said = [sentence.findings for sentence in sentences]
+        disagreements = find_disagreements(said, scan.findings, is_report=question == REPORT_QUESTION)
         made_from = Provenance(
             source=scan.source,
             shape=scan.shape,
@@ -330,7 +329,7 @@ class SamfReportPipeline(Pipeline):
             versions={"transformers": transformers.__version__, "torch": torch.__version__},
         )
         limit = not stops.any()
-        return Report(text.strip(), question, tuple(sentences), made_from, scan.findings, limit, scan.warnings)
+        return Report(text.strip(), question, sentences, made_from, scan.findings, limit, scan.warnings, disagreements)
 
 
 class _Stop(StoppingCriteria):
