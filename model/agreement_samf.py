@@ -56,7 +56,7 @@ def said_of_findings(text: str, spans: Sequence[tuple[int, int]]) -> list[dict[s
         Status.AFFIRMED: "present",
     }
     plain, origins = aligned_text(text)
-    place, start, here = 0, -1, set()
+    place, start, here = 0, -1, set[tuple[str, str, Status]]()
     for mention in find_mentions(text):
         key = mention.clause, mention.label, mention.status
         if key in here or not any(clause == mention.clause for clause, *_ in here):  # a clause mentions nothing twice

@@ -14,7 +14,7 @@ import transformers
 from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from .agreement_samf import find_disagreements
-from .calibration_samf import finding_probabilities
+from .findings_samf import FindingsMixin
 from .report_samf import REPORT_QUESTION, Provenance, Report, make_sentences
 
 TASK = "ct-report"
@@ -46,7 +46,7 @@ class EncodedScan:
         source: the scan as it was given.
         shape, spacing, orientation: of the volume, as in [`Provenance`].
         features: `slice_embeddings` float32 (S, D), `slice_planes` and `slice_positions` (S,).
-        findings: probability of each finding by the findings head; empty without one.
+        findings: probability of each finding, by the findings head or the configuration's statements; empty without either.
         warnings: what the reader repaired or found unusual.
     """
 
@@ -59,7 +59,7 @@ class EncodedScan:
     warnings: tuple[str, ...]
 
 
-class SamfReportPipeline(Pipeline):
+class SamfReportPipeline(FindingsMixin, Pipeline):
     """Write reports of CT scans, or answer questions about them.
 
     ```python
@@ -154,29 +154,16 @@ class SamfReportPipeline(Pipeline):
         tensors = {name: stack[name].to(self.device) for name in SLICE_INPUTS}
         with torch.inference_mode():
             outputs = self.model(**tensors)
-        found: Mapping[str, float] = {}
-        if outputs.finding_logits is not None:
-            probabilities = finding_probabilities(outputs.finding_logits[0], self.model.config).tolist()
-            found = dict(zip(self.model.config.finding_names, probabilities, strict=True))
         features = {
             "slice_embeddings": outputs.image_outputs.last_hidden_state[0].float().cpu().numpy(),
             "slice_planes": stack["slice_planes"][0].numpy(),
             "slice_positions": stack["slice_positions"][0].numpy(),
         }
+        found = self.finding_probabilities(self.finding_logits(features, outputs.finding_logits))
         orientation = volume.stored_orientation
         return EncodedScan(
             describe_source(scan), volume.shape, volume.spacing, orientation, features, found, tuple(warnings)
         )
-
-    def finding_logits(self, features: Mapping[str, np.ndarray]) -> list[float]:
-        """Return the unscaled logit of each of `config.scored_findings` for one encoded scan.
-
-        Args:
-            features: as in [`EncodedScan`].
-        """
-        tensors = {name: torch.tensor(value)[None].to(self.device) for name, value in features.items()}
-        with torch.inference_mode():
-            return self.model(**tensors).finding_logits[0].float().tolist()
 
     def answer(self, jobs: Sequence[tuple[EncodedScan, str]], **generate_kwargs: Any) -> list[Report]:
         """Answer one question per encoded scan, all in one batch.
