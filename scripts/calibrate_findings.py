@@ -18,8 +18,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-import datasets
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -152,7 +152,7 @@ def load_model(args: CalibrateArguments) -> SamfReportPipeline:
     return SamfReportPipeline(model=model, processor=processor, device=device)
 
 
-def choose_records(args: CalibrateArguments, names: list[str]) -> datasets.Dataset:
+def choose_records(args: CalibrateArguments, names: list[str]) -> list[Record]:
     """Return one record for each volume of the split, with finding labels.
 
     Args:
@@ -168,10 +168,10 @@ def choose_records(args: CalibrateArguments, names: list[str]) -> datasets.Datas
     )
     records = label_findings(records, args.data_arguments(), args.split, names)
     first = {volume: row for row, volume in reversed(list(enumerate(records["volume"][:]))) if volume is not None}
-    records = records.select(sorted(first.values())[: args.limit])
-    if not any(label >= 0 for row in records["finding_labels"][:] for label in row):
+    chosen = cast(list[Record], list(records.select(sorted(first.values())[: args.limit])))
+    if not any(label >= 0 for record in chosen for label in record["finding_labels"]):
         raise ValueError(f"{args.data}, {args.split}: no volume has a label of {', '.join(names)}.")
-    return records
+    return chosen
 
 
 def score_volumes(
@@ -195,7 +195,7 @@ def score_volumes(
     try:
         for place, record in enumerate(tqdm(records, desc="scans", unit="scan")):
             if ahead is not None:
-                ahead.start([record, *records.select(range(place + 1, min(place + 2, len(records))))])  # type: ignore[attr-defined]
+                ahead.start(records[place : place + 2])
             try:
                 features = store.get(volume_of(record))  # type: ignore[arg-type]  # every record has a volume
             except _RECORD_ERRORS as error:
