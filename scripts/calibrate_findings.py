@@ -59,6 +59,7 @@ from samf.utils.recipe import parse_recipe
 logger = logging.getLogger("samf.calibrate")
 
 REPORT, DIAGRAM = "calibration.json", "calibration.png"
+_CODE = "calibration_samf.py"  # of a model's folder: what applies a calibration
 _RECORD_ERRORS = (OSError, ValueError)  # of a volume that can't be read
 
 
@@ -301,6 +302,8 @@ def save(
             reporter.save_pretrained(folder)
         elif folder.resolve() != Path(args.model).resolve():
             shutil.copytree(args.model, folder, dirs_exist_ok=True)
+    if not (folder / _CODE).exists() and (folder / "modeling_samf.py").exists():
+        reporter.model.save_config_and_code(folder)  # saved by code that would ignore the calibration
     path = folder / "config.json"
     write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **values})
     write_json(folder / REPORT, report)

@@ -68,9 +68,11 @@ def test_the_calibration_is_that_of_the_pipelines_logits_and_labels(model, data,
 
 def test_a_copy_leaves_the_model_as_it_is_and_a_second_run_starts_from_unscaled_logits(model, data, tmp_path):
     before = config_of(tmp_path / "model")
+    (tmp_path / "model" / "calibration_samf.py").unlink()  # a folder of an earlier version
     options = [model, "--data", data, "--folds", "2", "--scaling", "temperature"]
     assert main([*options, "--output", str(tmp_path / "copy")]) == 0
     assert config_of(tmp_path / "model") == before
+    assert (tmp_path / "copy" / "calibration_samf.py").is_file(), "code that applies the calibration"
     first = config_of(tmp_path / "copy")["finding_temperature"]
     assert len(set(first)) == 1 and config_of(tmp_path / "copy")["finding_bias"] is None
     assert main([str(tmp_path / "copy"), *options[1:]]) == 0
