@@ -5,6 +5,8 @@
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks volumes       # a scan of 512 x 512 x 300: 2 GB, four minutes
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data          # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
     python -m samf.benchmarks training --device cuda              # a step as in recipes/ct_rate.yaml
+    python -m samf.benchmarks report --model runs/demo/model      # a report's seconds, batches and shared scans
+    python -m samf.benchmarks report --size medium                # the same with random weights
 
 FOLDER has real scans in ct/, reports in reports/ and Phi-3's tokenizer in tokenizers/phi3; phantoms replace what is missing.
 Each stage of a line runs in its own process. The exit status is 1 when a limit is missed or a stage fails.
@@ -26,6 +28,7 @@ from tqdm import tqdm
 from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
 from samf.benchmarks.measuring import Machine, Measurement, Summary, describe_machine, describe_versions, peak_memory
 from samf.benchmarks.memory_lines import quantise_model, reload_model, reload_quantised, save_model, train_lora
+from samf.benchmarks.report_lines import prepare_reports, time_questions, time_scans, time_start
 from samf.benchmarks.speed_lines import count_parameters, time_decoding, time_fusion, time_vit
 from samf.benchmarks.train_lines import STAGES as TRAINING_STAGES
 from samf.benchmarks.volume_lines import measure_memory, measure_slab_memory, time_cache, time_slices, write_scan
@@ -57,14 +60,19 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
         "padding": {"padding": count_padding},
     },
     "training": {name: {name: stage} for name, stage in TRAINING_STAGES.items()},
+    "report": {
+        "start": {"prepare": prepare_reports, "start": time_start},
+        "batches": {"prepare": prepare_reports, "scans": time_scans, "questions": time_questions},
+    },
 }
 _COMMANDS = {
     "model": "parameters, speed and memory of the model",
     "volumes": "from a scan's file to its slices",
     "data": "from CT-RATE's tables to records",
     "training": "a training step",
+    "report": "a report from the command to its end, and what batches and shared scans save",
 }
-_ON_A_DEVICE = ("model", "training")
+_ON_A_DEVICE = ("model", "training", "report")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HEADER = ["stage", "quantity", "median", "quartiles", "repeats", "limit", "", "note"]
 
@@ -111,7 +119,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             command.add_argument("--dtype", choices=_DTYPES, help="default: float32 on the CPU, bfloat16 on a GPU")
         else:
             command.set_defaults(device="cpu", dtype=None)
-        command.add_argument("--size", choices=SIZES, default="full", help="tiny shows that everything runs")
+        if name == "report":
+            command.add_argument("--model", help="folder of a model; default: random weights of --size")
+        else:
+            command.set_defaults(model=None)
+        command.add_argument(
+            "--size", choices=SIZES, default="full", help="medium is a tenth; tiny shows that everything runs"
+        )
         command.add_argument("--budget", type=float, default=60, help="approximate seconds for a stage's repeats")
         command.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
         command.add_argument("--folder", type=Path, help="for large temporary files; default: the system's")
@@ -135,7 +149,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def run_stage(args: argparse.Namespace) -> StageOutcome:
     """Measure `args.stage` and this process's peak memory."""
     line, _, stage = args.stage.partition("/")
-    settings = Settings(args.size, args.device, args.dtype, args.budget, args.folder)
+    settings = Settings(args.size, args.device, args.dtype, args.budget, args.folder, args.model)
     try:
         measurements = LINES[args.command][line][stage](settings)
     except LineSkipped as reason:
@@ -193,6 +207,7 @@ def run_child(args: argparse.Namespace, stage: str, folder: Path) -> StageOutcom
     if args.command in _ON_A_DEVICE:
         dtype = next(name for name, dtype in _DTYPES.items() if dtype == args.dtype)
         command += [f"--device={args.device}", f"--dtype={dtype}"]
+    command += [f"--model={args.model}"] if args.model else []
     command += [f"--threads={args.threads}"] if args.threads else []
     started = time.monotonic()
     child = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)

@@ -28,6 +28,26 @@ _TINY_VISION = {
     "num_attention_heads": 4,
     "intermediate_size": 64,
 }
+# A small ViT at 224 pixels and a language model of 170 million weights.
+_MEDIUM_VISION = {
+    "model_type": "vit",
+    "hidden_size": 384,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+}
+_MEDIUM_TEXT = {
+    "model_type": "phi3",
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "intermediate_size": 2816,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
+_MEDIUM_OPTIONS = {"image_token_id": 8000, "num_image_tokens": 256}
 TINY_TEXT = {
     "model_type": "phi3",
     "vocab_size": 128,
@@ -98,7 +118,7 @@ FULL = Sizes(
     lora_prompt=32,
     lora_answer=32,
 )
-SIZES = {"full": FULL, "tiny": TINY}
+SIZES = {"full": FULL, "medium": FULL, "tiny": TINY}
 
 
 @dataclass(frozen=True)
@@ -111,6 +131,7 @@ class Settings:
         dtype: of its weights.
         budget: approximate seconds for repeats.
         folder: shared by the stages of a line.
+        model: folder of a trained model, where a line takes one in place of random weights.
     """
 
     size: str
@@ -118,6 +139,7 @@ class Settings:
     dtype: torch.dtype
     budget: float
     folder: Path
+    model: str | None = None
 
     @property
     def sizes(self) -> Sizes:
@@ -156,6 +178,10 @@ class Settings:
         """Return the model's configuration; `options` are arguments of `SamfConfig`."""
         if self.size == "full":
             return SamfConfig(**options)
+        if self.size == "medium":
+            return SamfConfig(
+                **{"vision_config": _MEDIUM_VISION, "text_config": _MEDIUM_TEXT, **_MEDIUM_OPTIONS, **options}
+            )
         return SamfConfig(**{"vision_config": _TINY_VISION, "text_config": TINY_TEXT, **_TINY_OPTIONS, **options})
 
 

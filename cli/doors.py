@@ -15,6 +15,7 @@ DOORS = {
     "preprocess": ("samf.preprocess", "Fill the slice cache ahead of training (preprocess.py)."),
     "pretrain": ("samf.pretrain_encoder", "Pretrain the slice encoder (pretrain_encoder.py)."),
     "warmup": ("samf.warmup_aggregator", "Warm up the aggregator (warmup_aggregator.py)."),
+    "calibrate": ("samf.scripts.calibrate_findings", "Calibrate the findings of a model on held-out patients."),
     "convert": ("samf.scripts.convert_published_checkpoint", "Convert the authors' checkpoints."),
     "benchmark": ("samf.benchmarks.runner", "Measure speed and memory."),
     "phantoms": ("samf.phantoms.dataset", "Write a data set of phantoms."),

@@ -245,5 +245,5 @@ def _shown(scan: str, reports: "Sequence[Report]", request: Request, with_name: 
     parts = [f"{scan}\n"] if with_name else []
     for report in reports:
         asked = f"{report.question}\n" if len(reports) > 1 else ""
-        parts.append(f"{asked}{report.text}\n")
+        parts.append(f"{asked}{report.to_text()}\n")
     return "\n".join([*parts, f"{DISCLAIMER}\n\n"])

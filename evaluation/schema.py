@@ -347,6 +347,52 @@ class Comparison(TypedDict):
     not_available: dict[str, str]
 
 
+# --- Calibration ------------------------------------------------------------------------------------------------
+
+
+class CalibrationScores(TypedDict):
+    """Calibration of probabilities: what `calibration_scores` returns."""
+
+    n: int  # pairs of a scan and a finding
+    positives: int
+    bins: int
+    ece: float | None
+    brier: float | None
+    nll: float | None
+    intervals: Intervals
+    ece_if_perfect: float  # mean error of perfectly calibrated predictions of the same n
+    ece_if_perfect_range: list[float]  # 95 % of them
+
+
+class FindingCalibration(TypedDict):
+    """One finding in calibration.json; AUROC depends only on the order, which scaling keeps."""
+
+    temperature: float
+    bias: float
+    auroc: float | None
+    before: CalibrationScores
+    after: CalibrationScores
+
+
+class CalibrationReport(TypedDict):
+    """The content of calibration.json; every `after` is cross-fitted: no patient's labels scaled his own probabilities."""
+
+    disclaimer: str
+    model: str
+    data: str
+    split: str
+    source: str  # "findings head" or "statements"
+    scaling: str
+    folds: int
+    seed: int
+    patients: int
+    scans: int
+    before: CalibrationScores
+    after: CalibrationScores
+    other_scalings: dict[str, CalibrationScores]
+    findings: dict[str, FindingCalibration]
+
+
 # --- Judge ------------------------------------------------------------------------------------------------------
 
 JudgeStatus = Literal["scored", "unparsed", "failed", "empty", "without_reference"]

@@ -146,10 +146,11 @@ def _statistics(rows: Sequence[PredictionRow], options: ScoringOptions) -> Stati
 def _code_versions() -> dict[str, str]:
     """Return the versions of this package and of the libraries that scores are computed with.
 
-    `source` is a hash of this package's evaluation code: a checkout has one version number for many states of it.
+    `source` is a hash of this package's evaluation code, the labeller's included: a checkout has one version number for many
+    states of it.
     """
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    digest, here = hashlib.sha256(), Path(__file__).parent
+    for path in [*sorted(here.rglob("*.py")), *sorted(here.parent.joinpath("model").glob("text_*.py"))]:
         digest.update(path.read_bytes())
     found = {name: _version(name) for name in ("samf", *_LIBRARIES)}
     return {"source": digest.hexdigest()[:12], **{name: version for name, version in found.items() if version}}

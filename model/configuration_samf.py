@@ -3,6 +3,7 @@
 Paper: "From Slices to Volumes: Multi-Scale Fusion of 2D and 3D Features for CT Scan Report Generation", MICCAI 2025.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -82,6 +83,13 @@ class SamfConfig(PretrainedConfig):
             `fusion_dim` to be the language model's width.
         finding_names (`Sequence[str]`, defaults to `()`): labels of the optional findings head on z_3d; empty = no head.
         finding_loss_weight (`float`, defaults to 1.0): factor of the findings' loss next to the language model's.
+        finding_temperature (`float | Sequence[float]`, *optional*): divides the logit of each finding where its probability is
+            computed, so that it agrees with frequencies on held-out data (calibrate_findings.py fits it); one number is for
+            all findings. The loss and `finding_logits` are not scaled. `None` = no scaling.
+        finding_bias (`Sequence[float]`, *optional*): added to each finding's scaled logit. `None` = none.
+        finding_statements (`Mapping[str, Sequence]`, *optional*): for a model without a findings head, by finding, what a
+            report says when it is present and when it is absent: `{"Lung nodule": ["A nodule is seen.", "No nodule."]}`, or
+            several sentences in place of either. Their likelihoods then give the findings' probabilities.
         extra_sources (`Mapping[str, int]`, *optional*): further inputs of the fusion by name, each with the width of its
             vector: `{"prior_volume": 256, "age_sex": 2}` for an earlier scan's volume embedding and patient data. Each is
             projected to d_proj and joins the concatenation of eqs. 10 and 12; one that a patient lacks is masked. Stored in
@@ -135,6 +143,9 @@ class SamfConfig(PretrainedConfig):
         project_text: bool = True,
         finding_names: Sequence[str] = (),
         finding_loss_weight: float = 1.0,
+        finding_temperature: float | Sequence[float] | None = None,
+        finding_bias: Sequence[float] | None = None,
+        finding_statements: Mapping[str, Sequence[str | Sequence[str]]] | None = None,
         extra_sources: Mapping[str, int] | None = None,
         vision_chunk_size: int | None = None,
         initializer_range: float = 0.02,
@@ -162,6 +173,9 @@ class SamfConfig(PretrainedConfig):
         self.project_text = project_text
         self.finding_names = list(finding_names)
         self.finding_loss_weight = finding_loss_weight
+        self.finding_statements = dict(finding_statements or {})
+        self.finding_temperature = _one_each(finding_temperature, len(self.scored_findings))
+        self.finding_bias = None if finding_bias is None else list(finding_bias)
         self.extra_sources = dict(sorted((extra_sources or {}).items()))  # the order of a saved configuration
         self.vision_chunk_size = vision_chunk_size
         self.initializer_range = initializer_range
@@ -185,6 +199,11 @@ class SamfConfig(PretrainedConfig):
             )
         return width
 
+    @property
+    def scored_findings(self) -> list[str]:
+        """Return the findings that have a probability: those of the head, else those with statements."""
+        return self.finding_names or list(self.finding_statements)
+
     def _check(self) -> None:
         """Raise ValueError for a choice that doesn't exist, or widths that don't fit together."""
         for name, choices in _CHOICES.items():
@@ -207,11 +226,38 @@ class SamfConfig(PretrainedConfig):
                     f"SamfConfig.extra_sources has {name!r}: {width!r}; expected a name that is a Python identifier and "
                     "the width of its vector, a positive whole number."
                 )
+        self._check_calibration()
         if not self.project_text and self.fusion_dim != self.text_config.hidden_size:
             raise ValueError(
                 f"project_text=False leaves the text embeddings {self.text_config.hidden_size} wide, but fusion_dim is "
                 f"{self.fusion_dim}. Set project_text=True or fusion_dim={self.text_config.hidden_size}."
             )
+
+    def _check_calibration(self) -> None:
+        """Raise ValueError unless temperatures and biases are finite, one per finding, and temperatures positive."""
+        for name, lowest in (("finding_temperature", 0.0), ("finding_bias", -math.inf)):
+            values, count = getattr(self, name), len(self.scored_findings)
+            if values is None:
+                continue
+            if len(values) != count or not all(lowest < value < math.inf for value in values):
+                kind = "positive number" if lowest == 0.0 else "finite number"
+                raise ValueError(
+                    f"SamfConfig.{name} is {values}; expected one {kind} for each of the {count} findings "
+                    f"{self.scored_findings}. Fit it again (samf calibrate), or leave it None."
+                )
+        for finding, pair in self.finding_statements.items():
+            if isinstance(pair, str) or len(pair) != 2 or not all(pair):
+                raise ValueError(
+                    f"SamfConfig.finding_statements has {finding!r}: {pair!r}; expected two entries, what a report says when "
+                    "the finding is present and when it is absent, each a sentence or a list of sentences."
+                )
+
+
+def _one_each(values: float | Sequence[float] | None, count: int) -> list[float] | None:
+    """Return a list of one value per finding; a single number is repeated."""
+    if values is None:
+        return None
+    return [float(values)] * count if isinstance(values, (int, float)) else list(values)
 
 
 def _as_config(config: PretrainedConfig | SubConfig | None, default: SubConfig) -> PretrainedConfig:

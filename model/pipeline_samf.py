@@ -11,9 +11,11 @@ import torch
 import transformers
 from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from .agreement_samf import find_disagreements
 from .ct_common import collected_warnings
 from .ct_region import check_region
-from .report_samf import REPORT_QUESTION, Provenance, Report, Sentence, split_sentences
+from .findings_samf import FindingsMixin
+from .report_samf import REPORT_QUESTION, Provenance, Report, make_sentences
 
 TASK = "ct-report"
 # For config.json; with exactly one entry `pipeline(model=…)` needs no task.
@@ -44,7 +46,7 @@ class EncodedScan:
         source: the scan as it was given.
         shape, spacing, orientation: of the volume, as in [`Provenance`].
         features: `slice_embeddings` float32 (S, D), `slice_planes` and `slice_positions` (S,).
-        findings: probability of each finding by the findings head; empty without one.
+        findings: probability of each finding, by the findings head or the configuration's statements; empty without either.
         warnings: what the reader repaired or found unusual.
     """
 
@@ -57,7 +59,7 @@ class EncodedScan:
     warnings: tuple[str, ...]
 
 
-class SamfReportPipeline(Pipeline):
+class SamfReportPipeline(FindingsMixin, Pipeline):
     """Write reports of CT scans, or answer questions about them.
 
     ```python
@@ -155,15 +157,12 @@ class SamfReportPipeline(Pipeline):
         tensors = {name: stack[name].to(self.device) for name in SLICE_INPUTS}
         with torch.inference_mode():
             outputs = self.model(**tensors)
-        found: Mapping[str, float] = {}
-        if outputs.finding_logits is not None:
-            probabilities = outputs.finding_logits[0].float().sigmoid().tolist()
-            found = dict(zip(self.model.config.finding_names, probabilities, strict=True))
         features = {
             "slice_embeddings": outputs.image_outputs.last_hidden_state[0].float().cpu().numpy(),
             "slice_planes": stack["slice_planes"][0].numpy(),
             "slice_positions": stack["slice_positions"][0].numpy(),
         }
+        found = self.finding_probabilities(self.finding_logits(features, outputs.finding_logits))
         orientation = volume.stored_orientation
         return EncodedScan(
             describe_source(scan), volume.shape, volume.spacing, orientation, features, found, tuple(warnings)
@@ -303,11 +302,9 @@ class SamfReportPipeline(Pipeline):
         ids = tokens[:count].tolist()
         text = tokenizer.decode(ids, skip_special_tokens=True)
         places = [len(tokenizer.decode(ids[:index], skip_special_tokens=True)) for index in range(count)]
-        sentences = []
-        for start, end in split_sentences(text):
-            own = [index for index, place in enumerate(places) if start <= place < end]
-            total = float(log_probabilities[own].sum()) if own else None
-            sentences.append(Sentence(text[start:end], start, end, len(own), total))
+        sentences = make_sentences(text, places, log_probabilities[:count].tolist())
+        said = [sentence.findings for sentence in sentences]
+        disagreements = find_disagreements(said, scan.findings, is_report=question == REPORT_QUESTION)
         made_from = Provenance(
             source=scan.source,
             shape=scan.shape,
@@ -322,7 +319,7 @@ class SamfReportPipeline(Pipeline):
             versions={"transformers": transformers.__version__, "torch": torch.__version__},
         )
         limit = not stops.any()
-        return Report(text.strip(), question, tuple(sentences), made_from, scan.findings, limit, scan.warnings)
+        return Report(text.strip(), question, sentences, made_from, scan.findings, limit, scan.warnings, disagreements)
 
 
 class _Stop(StoppingCriteria):

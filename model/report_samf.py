@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .agreement_samf import Disagreement, Said, said_of_findings
 from .files_samf import atomic_path
 
 SCHEMA_VERSION = 1
@@ -28,7 +30,8 @@ class Sentence:
         start, end: its characters in the report's text.
         tokens: how many tokens it has.
         log_probability: the sum of its tokens' log-probabilities given the scan, the prompt and what precedes it; None
-            where it was not computed.
+            where it was not computed. It is the model's own, at temperature 1, also of sampled tokens and of beams.
+        findings: the findings that it mentions, and what it says of them: "present", "uncertain" or "absent".
     """
 
     text: str
@@ -36,6 +39,14 @@ class Sentence:
     end: int
     tokens: int = 0
     log_probability: float | None = None
+    findings: Mapping[str, Said] = field(default_factory=dict)
+
+    @property
+    def token_probability(self) -> float | None:
+        """Return the geometric mean of the tokens' probabilities, which doesn't depend on the sentence's length."""
+        if self.log_probability is None or not self.tokens:
+            return None
+        return math.exp(self.log_probability / self.tokens)
 
 
 @dataclass(frozen=True)
@@ -72,10 +83,12 @@ class Report:
         text: what the model wrote.
         question: the question that it answers.
         sentences: the text's sentences, in order.
-        findings: probability of each finding by the findings head, uncalibrated; empty for a model without one.
+        findings: probability of each finding, by the findings head or the model's statements, calibrated if the model was
+            (`finding_temperature` in its configuration); empty for a model without either.
         truncated: whether the text ended at the limit of new tokens.
         warnings: what was repaired or unusual when the scan was read.
         provenance: what it was made from and with.
+        disagreements: findings of which the text and `findings` say different things: to be checked first.
     """
 
     text: str
@@ -85,10 +98,18 @@ class Report:
     findings: Mapping[str, float] = field(default_factory=dict)
     truncated: bool = False
     warnings: tuple[str, ...] = ()
+    disagreements: tuple[Disagreement, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a mapping of plain values, with its schema version and the disclaimer."""
-        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self), "disclaimer": DISCLAIMER}
+        values = dataclasses.asdict(self)
+        for sentence, written in zip(self.sentences, values["sentences"], strict=True):
+            written["token_probability"] = sentence.token_probability
+        return {"schema_version": SCHEMA_VERSION, **values, "disclaimer": DISCLAIMER}
+
+    def to_text(self) -> str:
+        """Return the text, and below it one line, "check: …", for each disagreement."""
+        return "\n".join([self.text, *(f"check: {item}" for item in self.disagreements)])
 
     def to_json(self) -> str:
         """Return the report as indented JSON."""
@@ -105,12 +126,18 @@ class Report:
             raise ValueError(
                 f"The report has schema version {values.get('schema_version')}; this code reads {SCHEMA_VERSION}."
             )
-        known = {item.name: values[item.name] for item in dataclasses.fields(cls)}
+        known = {"disagreements": (), **{name: values[name] for name in _names(cls) if name in values}}
         made = {**known["provenance"]}
         made |= {name: tuple(made[name]) for name in ("shape", "spacing")}
-        sentences = tuple(Sentence(**sentence) for sentence in known["sentences"])
-        warnings = tuple(known["warnings"])
-        return cls(**{**known, "sentences": sentences, "provenance": Provenance(**made), "warnings": warnings})
+        known["provenance"] = Provenance(**made)
+        own = _names(Sentence)  # without token_probability, which follows from them
+        known["sentences"] = tuple(
+            Sentence(**{name: value for name, value in sentence.items() if name in own})
+            for sentence in known["sentences"]
+        )
+        known["warnings"] = tuple(known["warnings"])
+        known["disagreements"] = tuple(Disagreement(**item) for item in known["disagreements"])
+        return cls(**known)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
@@ -127,7 +154,7 @@ class Report:
         Returns:
             The files' paths.
         """
-        contents = {".txt": f"{self.text}\n\n{DISCLAIMER}\n", ".json": self.to_json()}
+        contents = {".txt": f"{self.to_text()}\n\n{DISCLAIMER}\n", ".json": self.to_json()}
         files = [Path(folder) / f"{name}{ending}" for ending in contents]
         for file, content in zip(files, contents.values(), strict=True):
             with atomic_path(file) as temporary:
@@ -136,6 +163,37 @@ class Report:
 
     def __str__(self) -> str:
         return self.text
+
+
+def _names(kind: type) -> list[str]:
+    """Return the fields of a dataclass."""
+    return [item.name for item in dataclasses.fields(kind)]
+
+
+def make_sentences(text: str, places: Sequence[int], log_probabilities: Sequence[float]) -> tuple[Sentence, ...]:
+    """Return the sentences of a text with the log-probabilities of their tokens; every token belongs to one sentence.
+
+    A token belongs to the sentence of its first character that isn't blank: " No" after a full stop begins the next one.
+
+    Args:
+        text: the decoded tokens.
+        places: the index in the text where each token begins, (T,).
+        log_probabilities: of the tokens, (T,).
+    """
+    spans = split_sentences(text)
+    if not spans:
+        return ()
+    own: list[list[float]] = [[] for _ in spans]
+    for place, end, value in zip(places, [*places[1:], len(text)], log_probabilities, strict=True):
+        piece = text[place:end]
+        anchor = place + (len(piece) - len(piece.lstrip()) if piece.strip() else 0)
+        own[max((index for index, (start, _) in enumerate(spans) if start <= anchor), default=0)].append(value)
+    said = said_of_findings(text, spans)
+    lead = len(text) - len(text.lstrip())  # a report's text begins without blanks
+    return tuple(
+        Sentence(text[start:end], start - lead, end - lead, len(values), sum(values) if values else None, findings)
+        for (start, end), values, findings in zip(spans, own, said, strict=True)
+    )
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:

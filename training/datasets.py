@@ -19,8 +19,8 @@ from samf.data.schema import IGNORE_INDEX, JsonObject, OnError
 from samf.data.table_columns import TableColumns
 from samf.data.volume_discovery import distinct_volumes
 from samf.evaluation.answering.generation import shuffle_volumes
-from samf.evaluation.metrics.finding_labeller import label_report
 from samf.model.processing_samf import SamfProcessor
+from samf.model.text_labeller import label_report
 from samf.training.arguments import DataArguments
 from samf.training.sampling import order_seed
 from samf.utils.distributed import Processes

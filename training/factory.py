@@ -35,6 +35,7 @@ def build_model(args: ModelArguments, processor: SamfProcessor) -> SamfForCondit
     """
     if args.model is not None:
         model = SamfForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype)
+        forget_calibration(model)
     else:
         own = {field.name for field in dataclasses.fields(ModelArguments)}
         config = {name: getattr(args, name) for name in own if name in SamfConfig.__init__.__annotations__}
@@ -52,6 +53,14 @@ def build_model(args: ModelArguments, processor: SamfProcessor) -> SamfForCondit
     agree_on_stop_tokens(model, processor)
     train_parts(model, args.train_parts)
     return model
+
+
+def forget_calibration(model: SamfForConditionalGeneration) -> None:
+    """Remove the calibration of the findings' probabilities, which training makes invalid."""
+    if model.config.finding_temperature is None and model.config.finding_bias is None:
+        return
+    logger.warning("The calibration of the findings is removed: fit it again after training (samf calibrate).")
+    model.config.finding_temperature = model.config.finding_bias = None
 
 
 def agree_on_stop_tokens(model: SamfForConditionalGeneration, processor: SamfProcessor) -> None:

@@ -10,12 +10,12 @@ from functools import partial
 import numpy as np
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
-from samf.evaluation.metrics.finding_labeller import effusion_sides, finding_sides, label_reports
 from samf.evaluation.metrics.radbert import RADBERT, RadBertLabeller
 from samf.evaluation.metrics.radeval_metrics import RADEVAL_METRICS, RADEVAL_REMEDY, check_radeval, radeval_samples
 from samf.evaluation.metrics.report_sizes import read_sizes
 from samf.evaluation.metrics.sampled_metric import SampledMetric, divide, finite_or_none, ratio
 from samf.evaluation.schema import FindingScores, FindingValues, PerFinding, PrecisionRecallF1, SupportedScores
+from samf.model.text_labeller import effusion_sides, finding_sides, label_reports
 
 __all__ = [
     "CRG_REMEDY",

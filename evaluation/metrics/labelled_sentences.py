@@ -10,8 +10,8 @@ from pathlib import Path
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
 from samf.evaluation.markdown import format_value, markdown_table
-from samf.evaluation.metrics.finding_labeller import finding_sides, label_report
 from samf.evaluation.metrics.report_sizes import read_sizes
+from samf.model.text_labeller import finding_sides, label_report
 
 COLUMNS = ("manner", "part", "findings", "lengths", "sentence")
 _OPEN_MARKS, _NOT_SCORED = "?~", "*"

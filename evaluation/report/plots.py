@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from samf.evaluation.markdown import TEXT_NAMES
+from samf.evaluation.metrics.calibration import ReliabilityBin
 from samf.evaluation.metrics.multiple_choice import parse_choice, reference_choice
 from samf.evaluation.report.side_by_side import report_scores
 from samf.evaluation.results_table import value_at
@@ -204,3 +205,29 @@ def _calibration_panel(axes: Axes, name: str, judged: np.ndarray, truth: np.ndar
     correlation = np.corrcoef(judged, truth)[0, 1] if judged.std() > 0 and truth.std() > 0 else None
     note = "" if correlation is None else f", r = {correlation:.2f}"
     axes.set_title(f"{name} ({len(judged)}{note})", fontsize=10)
+
+
+def reliability_diagram(curves: Mapping[str, Sequence[ReliabilityBin]], title: str) -> Figure:
+    """Plot frequency against probability, one curve per name, with the 95 % range of chance (Wilson) at each point.
+
+    Args:
+        curves: name → points.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(5.0, 5.0))
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle="--", label="perfect calibration")
+    for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
+        x, y, n = (
+            np.array([getattr(point, part) for point in points]) for part in ("probability", "frequency", "count")
+        )
+        centre, reach = (y + 1.92 / n) / (1 + 3.84 / n), 1.96 * np.sqrt(y * (1 - y) / n + 0.96 / n**2) / (1 + 3.84 / n)
+        axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1.2, label=name)
+        axes.vlines(x, centre - reach, centre + reach, color=colour, alpha=0.4, linewidth=2)
+    axes.set_xlabel("predicted probability")
+    axes.set_ylabel("frequency of the finding")
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_title(title, fontsize=9)
+    axes.legend(loc="upper left", fontsize=8)
+    return figure

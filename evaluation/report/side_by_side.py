@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 
 from samf.evaluation.metrics.clinical_metrics import finding_samples
-from samf.evaluation.metrics.finding_labeller import Mention, Status, find_mentions, finding_sides
 from samf.evaluation.metrics.multiple_choice import parse_choice, reference_choice
-from samf.evaluation.metrics.report_text import aligned_text
 from samf.evaluation.metrics.text_metrics import bleu_samples, combine_bleu
 from samf.evaluation.schema import PredictionRow
+from samf.model.text_labeller import Mention, Status, find_mentions, finding_sides
+from samf.model.text_sentences import aligned_text
 
 Verdict = Literal["agrees", "contradicts", "unsupported"]
 AGREES: Verdict = "agrees"

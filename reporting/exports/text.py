@@ -13,7 +13,7 @@ def report_text(reports: Sequence[Report]) -> str:
     Args:
         reports: one report, or the answers about one scan.
     """
-    parts = [f"{report.question}\n{report.text}" if len(reports) > 1 else report.text for report in reports]
+    parts = [f"{report.question}\n{report.to_text()}" if len(reports) > 1 else report.to_text() for report in reports]
     notes = dict.fromkeys(warning for report in reports for warning in report.warnings)
     return "\n\n".join([*parts, *(f"Warning: {note}" for note in notes), DISCLAIMER]) + "\n"
 

@@ -17,8 +17,8 @@ from samf.evaluation.meta_evaluation import change_sizes
 from samf.evaluation.metrics import clinical_metrics as clinical
 from samf.evaluation.metrics import radbert
 from samf.evaluation.metrics.bootstrap import bootstrap_intervals, bootstrap_values
-from samf.evaluation.metrics.finding_labeller import label_reports
 from samf.evaluation.metrics.report_sizes import read_sizes
+from samf.model.text_labeller import label_reports
 
 # --- F1 ---------------------------------------------------------------------------------------------------------
 

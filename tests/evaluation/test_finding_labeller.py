@@ -10,7 +10,15 @@ import pytest
 from sklearn.metrics import f1_score
 
 from samf.data.ct_rate.loader import CT_RATE_LABELS
-from samf.evaluation.metrics.finding_labeller import (
+from samf.evaluation.metrics.labelled_sentences import (
+    LabelledSentence,
+    counted,
+    precision_recall,
+    read_as,
+    read_labelled_sentences,
+)
+from samf.evaluation.report.side_by_side import mark_report
+from samf.model.text_labeller import (
     TERMS,
     Status,
     effusion_sides,
@@ -21,15 +29,7 @@ from samf.evaluation.metrics.finding_labeller import (
     split_clauses,
     split_sentences,
 )
-from samf.evaluation.metrics.labelled_sentences import (
-    LabelledSentence,
-    counted,
-    precision_recall,
-    read_as,
-    read_labelled_sentences,
-)
-from samf.evaluation.metrics.report_text import aligned_text, logical_lines, plain_text
-from samf.evaluation.report.side_by_side import mark_report
+from samf.model.text_sentences import aligned_text, logical_lines, plain_text
 from samf.phantoms.findings import sample_findings
 from samf.phantoms.text import join_report, write_impression, write_statements
 

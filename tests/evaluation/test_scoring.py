@@ -12,7 +12,6 @@ from sklearn.metrics import precision_recall_fscore_support
 from samf.data.ct_rate.loader import CT_RATE_LABELS
 from samf.evaluation import metric_samples
 from samf.evaluation.metric_samples import choice_samples
-from samf.evaluation.metrics.finding_labeller import label_reports
 from samf.evaluation.metrics.multiple_choice import score_multiple_choice
 from samf.evaluation.metrics.text_metrics import text_metrics
 from samf.evaluation.results_table import comparison_table
@@ -27,6 +26,7 @@ from samf.evaluation.scoring import (
     score_predictions,
     write_results,
 )
+from samf.model.text_labeller import label_reports
 
 CHOICES = ["emphysema", "consolidation", "cardiomegaly", "lung nodule"]
 REPORTS = [

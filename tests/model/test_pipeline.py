@@ -47,7 +47,7 @@ def by_hand(reporter, scan, question, **options):
     )
     inputs = {name: value for name, value in inputs.items() if name not in ("slice_indices", "slice_mm")}
     length = inputs["input_ids"].shape[1]
-    tokens = reporter.model.generate(**inputs, do_sample=False, **options)
+    tokens = reporter.model.generate(**inputs, **{"do_sample": False, **options})
     whole = {**inputs, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     mask[:, :length] = inputs["prompt_mask"]
@@ -82,6 +82,42 @@ def test_beams_have_the_log_probabilities_of_the_sequence_that_is_returned(repor
     )
     with pytest.raises(ValueError, match="num_return_sequences"):
         reporter(scans[0], num_beams=2, num_return_sequences=2)
+
+
+def test_sampled_tokens_have_the_probabilities_of_the_model_at_temperature_1(reporter, scans):
+    """Not those of the distribution that they are drawn from, which other settings would make another scale."""
+    options = {"do_sample": True, "temperature": 0.3, "top_k": 20, "repetition_penalty": 1.3, "max_new_tokens": 10}
+    torch.manual_seed(5)
+    report = reporter(scans[0], **options)
+    torch.manual_seed(5)
+    text, log_probs, _ = by_hand(reporter, scans[0], REPORT_QUESTION, **options)
+    assert report.text == text.strip()
+    total = sum(sentence.log_probability for sentence in report.sentences)
+    assert total == pytest.approx(log_probs.sum().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_of_a_batch_have_the_log_probabilities_of_single_calls(reporter, scans, beams):
+    """Prompts of different lengths are padded, and answers of different lengths end in padding."""
+    options = {"max_new_tokens": 9, "num_beams": beams, "do_sample": False}
+    together = reporter(scans, question=QUESTIONS, batch_size=4, **options)
+    for scan, answers in zip(scans, together, strict=True):
+        for question, answer in zip(QUESTIONS, answers, strict=True):
+            alone = reporter(scan, question=question, **options)
+            assert answer.text == alone.text
+            for one, other in zip(answer.sentences, alone.sentences, strict=True):
+                assert one.tokens == other.tokens
+                assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
+
+
+def test_the_calibration_of_the_model_is_that_of_its_reports(reporter, scans, monkeypatch):
+    raw = np.array([*reporter(scans[0], max_new_tokens=2).findings.values()])
+    monkeypatch.setattr(reporter.model.config, "finding_temperature", [2.0, 0.5])
+    scaled = np.array([*reporter(scans[0], max_new_tokens=2).findings.values()])
+    logits = np.log(raw / (1 - raw))
+    np.testing.assert_allclose(scaled, 1 / (1 + np.exp(-logits / [2.0, 0.5])), rtol=1e-4)
+    features = reporter.encode(scans[0]).features
+    np.testing.assert_allclose(reporter.finding_logits(features), logits, atol=1e-4)
 
 
 def test_without_an_end_token_an_answer_ends_at_its_limit(reporter, scans, monkeypatch):

@@ -73,7 +73,8 @@ def plain_text(report: str) -> str:
 
 def aligned_text(report: str) -> tuple[str, list[int]]:
     """Return `plain_text` and, for each of its characters, its place in the report; the last entry is the report's end."""
-    text, origins = [], []
+    text: list[str] = []
+    origins: list[int] = []
     for piece, start, is_copy in _pieces(report):
         text.append(piece)
         origins += range(start, start + len(piece)) if is_copy else [start] * len(piece)

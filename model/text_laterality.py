@@ -7,7 +7,7 @@ shares one; "the right lower lobe", "lingula" and "both lung bases" name sides, 
 import re
 from collections.abc import Sequence
 
-from samf.evaluation.metrics.finding_cues import FRESH
+from .text_cues import FRESH
 
 _NO_SIDE = (
     r"(?! (?:atri|ventric|heart|main cor|main pulmonary|main stem cor|anterior descending|coronary|circumflex"

@@ -1,8 +1,9 @@
 """Rule-based labeller of English chest-CT reports: CT-RATE's 18 labels, with negation and uncertainty.
 
-A report is split into sentences (`report_text`) and clauses (`finding_cues`). In each clause the expressions of `TERMS`
-(`finding_terms`) are looked up; the cues around a mention decide whether it is affirmed, uncertain or negated, and its side
-is read in its own phrase (`laterality`). Nothing is downloaded. docs/results/metrics.md gives its accuracy by reporting style.
+A report is split into sentences (`text_sentences`) and clauses (`text_cues`). In each clause the expressions of `TERMS`
+(`text_terms`) are looked up; the cues around a mention decide whether it is affirmed, uncertain or negated, and its side
+is read in its own phrase (`text_laterality`). It is part of the model's code, so that a published model can compare what it
+writes with what its findings head says. Nothing is downloaded. docs/results/metrics.md gives its accuracy by reporting style.
 """
 
 import re
@@ -12,12 +13,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from samf.data.ct_rate.loader import CT_RATE_LABELS
-from samf.evaluation.metrics.abbreviations import WrittenOut
-from samf.evaluation.metrics.finding_cues import Cues, Status, clause_spans, refers_back, split_clauses
-from samf.evaluation.metrics.finding_terms import TERMS, Term
-from samf.evaluation.metrics.laterality import ClauseSides, named_sides
-from samf.evaluation.metrics.report_text import Sentence, read_findings, split_sentences
+from .text_abbreviations import WrittenOut
+from .text_cues import Cues, Status, clause_spans, refers_back, split_clauses
+from .text_laterality import ClauseSides, named_sides
+from .text_sentences import Sentence, read_findings, split_sentences
+from .text_terms import TERMS, Term
 
 __all__ = [
     "TERMS",
@@ -179,13 +179,13 @@ def _clause_mentions(clause: str, first: int) -> dict[tuple[str, Status], frozen
 def label_report(report: str, *, uncertain_is_positive: bool = True) -> dict[str, int]:
     """Return CT-RATE's 18 labels of a report: 1 when any clause affirms the finding (or, by default, calls it possible)."""
     present = {mention.label for mention in _present(report, uncertain_is_positive)}
-    return {label: int(label in present) for label in CT_RATE_LABELS}
+    return {label: int(label in present) for label in TERMS}
 
 
 def label_reports(reports: Sequence[str], *, uncertain_is_positive: bool = True) -> np.ndarray:
-    """Return the labels of N reports as an int64 array (N, 18), columns in the order of `CT_RATE_LABELS`."""
+    """Return the labels of N reports as an int64 array (N, 18), columns in the order of `TERMS`."""
     rows = [list(label_report(report, uncertain_is_positive=uncertain_is_positive).values()) for report in reports]
-    return np.array(rows, dtype=np.int64).reshape(len(rows), len(CT_RATE_LABELS))
+    return np.array(rows, dtype=np.int64).reshape(len(rows), len(TERMS))
 
 
 def finding_sides(report: str, *, uncertain_is_positive: bool = True) -> frozenset[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Clauses of a sentence, and the scopes of negation, uncertainty and history in a clause.
 
-The expressions expect abbreviations to be written out (`abbreviations`). Every expression is bounded, and a sentence has at
-most 200 words, so that matching takes linear time.
+The expressions expect abbreviations to be written out (`text_abbreviations`). Every expression is bounded, and a sentence
+has at most 200 words, so that matching takes linear time.
 """
 
 import re
@@ -122,7 +122,8 @@ def _statements(sentence: str, start: int, end: int) -> list[tuple[int, int]]:
         elif has_verb and not _CONTINUES.match(piece):
             belongs = not complete
         else:
-            belongs = not complete or "and" in joint or negated or _CONTINUES.match(piece) or _PLACE.match(piece)
+            goes_on = _CONTINUES.match(piece) or _PLACE.match(piece)
+            belongs = bool(not complete or "and" in joint or negated or goes_on)
         if belongs:
             spans[-1] = (spans[-1][0], stops[number])
             complete, negated = complete or has_verb, negated or bool(_denies(piece))
