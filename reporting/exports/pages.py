@@ -149,7 +149,7 @@ class Pages:
             size: of the font, in points.
         """
         y, width = self._next_line(size), _WIDTH - 2 * _MARGIN
-        line = next(wrapped(name, _BAR_START * width - 6, size))
+        line, *more = wrapped(name, _BAR_START * width - 6, size)
         self._write(line, _MARGIN, y, _font(size, False))
         start, length = _MARGIN + _BAR_START * width, _BAR_LENGTH * width
         for part, colour in ((1.0, _GREY), (min(max(share, 0.0), 1.0), _BLUE)):
@@ -163,6 +163,8 @@ class Pages:
             )
             self.figures[-1].add_artist(box)
         self._write(f"{share:.2f}", start + length + 6, y, _font(size, False))
+        for rest in more:
+            self.text(rest, size=size)
 
     def save(self, path: Path, title: str) -> None:
         """Write the pages as a PDF with embedded fonts, searchable, without a date.

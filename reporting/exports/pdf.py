@@ -17,10 +17,11 @@ def write(reports: Sequence[Report], file: Path) -> None:
     """Write reports as a PDF."""
     pages = Pages(DISCLAIMER)
     pages.text(_TITLE, size=16, bold=True)
-    pages.text(f"Scan: {_file_name(reports[0].provenance.source)}")
+    source = reports[0].provenance.source
+    pages.text(f"Scan: {_file_name(source)}")
     pages.text(f"{DISCLAIMER} Every sentence may be wrong.", bold=True)
     for warning in dict.fromkeys(warning for report in reports for warning in report.warnings):
-        pages.text(f"Warning: {warning}", size=9)
+        pages.text(f"Warning: {warning.replace(source, _file_name(source))}", size=9)
     for report in reports:
         _add_answer(pages, report)
     _add_findings(pages, reports[0])
