@@ -241,7 +241,7 @@ def _shown(scan: str, reports: "Sequence[Report]", request: Request, with_name: 
     if request.as_json:
         return "".join(json.dumps(report.to_dict(), ensure_ascii=False) + "\n" for report in reports)
     if streamed:
-        return f"\n{DISCLAIMER}\n\n"
+        return "\n".join(["", *reports[0].checks(), f"{DISCLAIMER}\n\n"])
     parts = [f"{scan}\n"] if with_name else []
     for report in reports:
         asked = f"{report.question}\n" if len(reports) > 1 else ""

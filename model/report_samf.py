@@ -109,7 +109,11 @@ class Report:
 
     def to_text(self) -> str:
         """Return the text, and below it one line, "check: …", for each disagreement."""
-        return "\n".join([self.text, *(f"check: {item}" for item in self.disagreements)])
+        return "\n".join([self.text, *self.checks()])
+
+    def checks(self) -> list[str]:
+        """Return one line, "check: …", for each disagreement."""
+        return [f"check: {item}" for item in self.disagreements]
 
     def to_json(self) -> str:
         """Return the report as indented JSON."""

@@ -47,6 +47,8 @@ def _add_answer(pages: Pages, report: Report) -> None:
         known = sentence.log_probability is not None and sentence.tokens
         mean = f"  [{math.exp((sentence.log_probability or 0.0) / sentence.tokens):.2f}]" if known else ""
         pages.text(f"{sentence.text}{mean}")
+    for check in report.checks():
+        pages.text(check, bold=True)
     if not report.sentences:
         pages.text("(no text)")
     if report.truncated:
