@@ -18,7 +18,7 @@ from typing import Literal
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments, ViTConfig, ViTModel, set_seed
 
 from samf.cache.settings import has_slice_settings
-from samf.model.image_processing_samf import SamfImageProcessor
+from samf.model.image_processing_samf import SLABS, SamfImageProcessor
 from samf.pretraining.dino import DinoArguments
 from samf.pretraining.dino_trainer import DinoTrainer
 from samf.pretraining.labelled_sets import SliceSets, some_slices
@@ -53,8 +53,12 @@ class EncoderArguments(ScanArguments):
     intermediate_size: int = field(default=3072)
     initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of new weights"})
     slices_per_plane: int = field(default=24, metadata={"help": "of each CT"})
-    slab: Literal["none", "mean", "mip"] = field(
-        default="none", metadata={"help": "projection of the voxels between two slices"}
+    slab: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={
+            "help": "projection of the voxels between two slices, one or one for each HU window",
+            "choices": SLABS,
+        },
     )
     data: list[str] = field(
         default_factory=list,
