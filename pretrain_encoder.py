@@ -83,6 +83,10 @@ class EncoderArguments(ScanArguments):
     valid_patients: int = field(
         default=150, metadata={"help": "objective labels: other phantoms, for the measured AUC"}
     )
+    patch_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "objective labels: factor of the loss of each patch's own labels; small findings need it"},
+    )
 
 
 def vit_config(args: EncoderArguments) -> ViTConfig:
@@ -194,7 +198,8 @@ def main(argv: list[str] | None = None) -> None:
         train_by_dino(args, dino_args, training)
         return
     image_processor = build_image_processor(args)
-    train_on_labels(vit_config(args), training, image_processor, args.train_patients, args.valid_patients)
+    patients = (args.train_patients, args.valid_patients)
+    train_on_labels(vit_config(args), training, image_processor, patients, args.patch_loss_weight)
 
 
 if __name__ == "__main__":
