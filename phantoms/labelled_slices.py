@@ -11,12 +11,15 @@ from tqdm import tqdm
 
 from samf.model.ct_volume import CTVolume
 from samf.model.image_processing_samf import SamfImageProcessor
+from samf.phantoms.findings import sample_findings
 from samf.phantoms.volume import Phantom, make_phantom
 from samf.utils.parallel import process_pool, usable_cores
 
 _MASK_HU = 1000
 # Pixels of a finding's mask in a quarter from which the quarter is labelled with it.
 _MIN_PIXELS = 4
+# Probability of each finding: more than in the phantoms of the demo, so that small ones are seen more often.
+_PREVALENCE = 0.5
 # Share of a patch's pixels from which the patch is labelled: three of 8 x 8.
 _MIN_SHARE = 0.04
 
@@ -136,7 +139,9 @@ def _draw(
     patient: int, seed: int, image_processor: SamfImageProcessor, finding_names: Sequence[str], patch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     # The first number makes these patients different from those that `samf.phantoms.dataset` writes to disk.
-    phantom = make_phantom(np.random.default_rng([0x51CE, seed, patient]))
+    keys = [0x51CE, seed, patient]
+    findings = sample_findings(np.random.default_rng([*keys, 1]), prevalence=_PREVALENCE)
+    phantom = make_phantom(np.random.default_rng(keys), findings=findings)
     volume = CTVolume(phantom.hu, phantom.spacing, phantom.affine, f"phantom {patient}")
     masks = finding_masks(phantom, image_processor, finding_names)
     return image_processor.extract(volume)["slices"], quarter_labels(masks), patch_labels(masks, patch_size)

@@ -48,7 +48,8 @@ class LabelledEncoder(nn.Module):
         super().__init__()
         labels = torch.from_numpy(train.labels)
         patch_labels = torch.from_numpy(train.patch_labels).flatten(0, 1)  # (N * P, F)
-        self.vit = ViTModel(config, add_pooling_layer=False)
+        # The fused kernel's backward in bfloat16 takes longer on a CPU than all the rest of a step.
+        self.vit = ViTModel._from_config(config, add_pooling_layer=False, attn_implementation="eager")
         self.quarters = nn.Linear(config.hidden_size, labels.shape[1])
         self.patches = nn.Linear(config.hidden_size, patch_labels.shape[1])
         self.patch_loss_weight = patch_loss_weight
