@@ -86,7 +86,7 @@ def _build_parser() -> argparse.ArgumentParser:
     slices.add_argument("--preset", choices=PRESETS)
     slices.add_argument("--slices_per_plane", type=int)
     slices.add_argument("--field", choices=FIELDS, help="field of view")
-    slices.add_argument("--slab", choices=SLABS)
+    slices.add_argument("--slab", nargs="+", choices=SLABS, help="one, or one for each HU window")
     slices.add_argument("--image_size", type=int, help="width and height in pixels")
 
     _add_work_options(parser.add_argument_group("work"))

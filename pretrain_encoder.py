@@ -18,7 +18,7 @@ from typing import Literal
 from transformers import AutoConfig, AutoModel, PreTrainedModel, TrainingArguments, ViTConfig, ViTModel, set_seed
 
 from samf.cache.settings import has_slice_settings
-from samf.model.image_processing_samf import SamfImageProcessor
+from samf.model.image_processing_samf import SLABS, SamfImageProcessor
 from samf.pretraining.dino import DinoArguments
 from samf.pretraining.dino_trainer import DinoTrainer
 from samf.pretraining.labelled_sets import SliceSets, some_slices
@@ -53,8 +53,12 @@ class EncoderArguments(ScanArguments):
     intermediate_size: int = field(default=3072)
     initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of new weights"})
     slices_per_plane: int = field(default=24, metadata={"help": "of each CT"})
-    slab: Literal["none", "mean", "mip"] = field(
-        default="none", metadata={"help": "projection of the voxels between two slices"}
+    slab: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={
+            "help": "projection of the voxels between two slices, one or one for each HU window",
+            "choices": SLABS,
+        },
     )
     data: list[str] = field(
         default_factory=list,
@@ -78,6 +82,10 @@ class EncoderArguments(ScanArguments):
     train_patients: int = field(default=1500, metadata={"help": "objective labels: phantoms to learn from"})
     valid_patients: int = field(
         default=150, metadata={"help": "objective labels: other phantoms, for the measured AUC"}
+    )
+    patch_loss_weight: float = field(
+        default=0.0,
+        metadata={"help": "objective labels: factor of the loss of each patch's own labels; small findings need it"},
     )
 
 
@@ -190,7 +198,8 @@ def main(argv: list[str] | None = None) -> None:
         train_by_dino(args, dino_args, training)
         return
     image_processor = build_image_processor(args)
-    train_on_labels(vit_config(args), training, image_processor, args.train_patients, args.valid_patients)
+    patients = (args.train_patients, args.valid_patients)
+    train_on_labels(vit_config(args), training, image_processor, patients, args.patch_loss_weight)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from .slice_settings import (
     checked_counts,
     checked_planes,
     checked_size,
+    checked_slab,
     checked_windows,
 )
 
@@ -106,7 +107,7 @@ class SamfImagesKwargs(ImagesKwargs, total=False):
     slices_per_plane: int | list[int] | tuple[int, ...]
     hu_windows: list | tuple
     field: str
-    slab: str
+    slab: str | list[str] | tuple[str, ...]
 
 
 class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
@@ -123,7 +124,9 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
             of view had been fitted to the body. Sagittal pixels shrink by up to 18 %, or 48 % over a wide table, and
             coronal slices are closer together by the same factor.
         slab: "none" takes the slice at each position; "mean" and "mip" (maximum) reduce all voxels that are nearer to it
-            than to its neighbours, so that each voxel contributes to exactly one slice.
+            than to its neighbours, so that each voxel contributes to exactly one slice. One for all channels, or one for
+            each: `("mip", "mean", "mean")` shows small nodules in the lung window at full contrast, and leaves what is
+            darker than its surroundings to the other two.
         size: width and height of the images in pixels.
         do_rescale: whether to multiply the grey values 0 to 255 by `rescale_factor`.
         rescale_factor: the factor.
@@ -160,7 +163,7 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
         slices_per_plane: int | Sequence[int] = 24,
         hu_windows: Sequence[Sequence[float]] | None = None,
         field: FieldOfView = "full",
-        slab: Slab = "none",
+        slab: Slab | Sequence[Slab] = "none",
         size: int | Mapping[str, int] = 224,
         do_rescale: bool = True,
         rescale_factor: float = 1 / 255,
@@ -184,9 +187,8 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
         self.slices_per_plane = checked_counts(slices_per_plane, len(self.planes))
         self.hu_windows = checked_windows(defaults["hu_windows"] if hu_windows is None else hu_windows)
         check_choice("field", field, FIELDS)
-        check_choice("slab", slab, SLABS)
-        self.field, self.slab = field, slab
-        if preset == "published" and (self.planes, field, slab) != (defaults["planes"], "full", "none"):
+        self.field, self.slab = field, checked_slab(slab, self.num_channels)
+        if preset == "published" and (self.planes, field, self.slab) != (defaults["planes"], "full", "none"):
             raise ValueError(f"{self.planes=}, {field=} and {slab=} can't be chosen with preset='published'")
         self.size = checked_size(size)
         self.do_rescale = bool(do_rescale)
@@ -324,6 +326,14 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
         counts = self.slices_per_plane
         return (counts,) * len(self.planes) if isinstance(counts, int) else counts
 
+    def _channels_by_slab(self) -> dict[Slab, list[int]]:
+        """Return the channels that share a projection, so that each is computed once."""
+        slabs = (self.slab,) * self.num_channels if isinstance(self.slab, str) else self.slab
+        groups: dict[Slab, list[int]] = {}
+        for channel, slab in enumerate(slabs):
+            groups.setdefault(slab, []).append(channel)
+        return groups
+
     def _with(self, overrides: Mapping[str, object]) -> "SamfImageProcessor":
         """Return a copy with some settings changed; None leaves a setting as it is, as elsewhere in transformers."""
         settings = {name: getattr(self, name) for name in (*_EXTRACT_SETTINGS, *PIXEL_SETTINGS, "preset")}
@@ -351,13 +361,28 @@ class SamfImageProcessor(PushToHubWithCard, BaseImageProcessor):
         # measured, dense specks survive in narrow windows, and one resize serves all channels.
         spacing = (volume.spacing[row_axis], volume.spacing[column_axis])
         resampler = SquareResampler.for_spacing((rows, columns), spacing, self.size)
-        canvas = resampler.canvas(count)
-        reduce_slabs(images, indices, self.slab, out=resampler.interior(canvas))
-        hu = resampler.resize(canvas)  # (count, size, size)
         slices = np.empty((count, len(windows), self.size, self.size), dtype=np.uint8)
-        run_parallel(lambda i: apply_windows(hu[i], windows, out=slices[i]), range(count))
+        for slab, channels in self._channels_by_slab().items():
+            canvas = resampler.canvas(count)
+            reduce_slabs(images, indices, slab, out=resampler.interior(canvas))
+            _fill_channels(slices, resampler.resize(canvas), windows, channels)
         positions = (np.arange(count) + 0.5) / count
         return {"slices": slices, **slice_coordinates(volume, box, plane, indices + box[normal].start, positions)}
+
+
+def _fill_channels(slices: np.ndarray, hu: np.ndarray, windows: Sequence[Window], channels: Sequence[int]) -> None:
+    """Write the grey values of some channels.
+
+    Args:
+        slices: uint8 (N, C, size, size), of which `channels` are written.
+        hu: float32 (N, size, size).
+        windows: (low, high) of all channels.
+        channels: indices of the channels.
+    """
+    chosen = [windows[channel] for channel in channels]
+    run_parallel(
+        lambda i: apply_windows(hu[i], chosen, out=[slices[i, channel] for channel in channels]), range(len(hu))
+    )
 
 
 def _as_list(images: Any) -> list[Any]:

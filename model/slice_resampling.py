@@ -152,13 +152,15 @@ def _centred_overlap(centre: float, have: int, size: int) -> tuple[slice, slice]
     return slice(start, stop), slice(start - shift, stop - shift)
 
 
-def apply_windows(hu: np.ndarray, windows: Sequence[tuple[float, float]], out: np.ndarray) -> None:
+def apply_windows(
+    hu: np.ndarray, windows: Sequence[tuple[float, float]], out: np.ndarray | Sequence[np.ndarray]
+) -> None:
     """Map HU to grey values, one channel per window.
 
     Args:
         hu: float32 (H, W).
         windows: (low, high) in HU for each of C channels: low and below becomes 0, high and above 255, rounded between.
-        out: uint8 (C, H, W), written.
+        out: uint8 (C, H, W), or C arrays (H, W), written.
     """
     for (low, high), grey in zip(windows, out, strict=True):
         values = hu - np.float32(low)

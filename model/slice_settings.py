@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, TypedDict
 
 from .slice_geometry import ORIENTATION_LABELS, PLANES, Plane
+from .slice_resampling import SLABS, Slab
 
 Preset = Literal["triplanar", "paper", "published"]
 Window: TypeAlias = tuple[float, float]  # lowest and highest HU of a channel
@@ -84,6 +85,26 @@ def checked_counts(counts: int | Sequence[int], planes: int) -> int | tuple[int,
     if len(many) != planes:
         raise ValueError(f"slices_per_plane={counts} for {planes} planes; expected one number, or one for each plane")
     return many
+
+
+def checked_slab(slab: Slab | Sequence[Slab], channels: int) -> Slab | tuple[Slab, ...]:
+    """Return the projection of the channels: one for all, or one for each where they differ.
+
+    "mean" and ("mean", "mean", "mean") are the same setting: both are saved, and enter `settings_hash`, as "mean".
+
+    Args:
+        slab: one of SLABS, or one for each channel.
+        channels: number of channels.
+
+    Raises:
+        ValueError: an unknown projection, or another number of them than of channels.
+    """
+    slabs = (slab,) if isinstance(slab, str) else tuple(slab)
+    for one in slabs:
+        check_choice("slab", one, SLABS)
+    if len(slabs) not in (1, channels):
+        raise ValueError(f"slab={list(slabs)} for {channels} HU windows; expected one, or one for each window")
+    return slabs[0] if len(set(slabs)) == 1 else slabs
 
 
 def checked_windows(windows: Sequence[Sequence[float]] | None) -> tuple[Window, ...] | None:

@@ -1,14 +1,17 @@
 """Arguments that stages 2 and 3 share: the slice encoder, the aggregator, and how slices are cut."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypedDict
+
+from samf.model.image_processing_samf import SLABS
 
 
 class SliceSettings(TypedDict):
     """Settings of a SamfImageProcessor; None = its own."""
 
     slices_per_plane: int | None
-    slab: str | None
+    slab: str | Sequence[str] | None
     size: int | None
 
 
@@ -31,8 +34,13 @@ class AggregatorArguments:
         default=None, metadata={"help": "most slices that the encoder reads in one call"}
     )
     slices_per_plane: int | None = field(default=None, metadata={"help": "default: the image processor's, 24"})
-    slab: Literal["none", "mean", "mip"] | None = field(
-        default=None, metadata={"help": "projection of the voxels between two slices; default: the image processor's"}
+    slab: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "projection of the voxels between two slices, one or one for each HU window; default: the image "
+            "processor's",
+            "choices": SLABS,
+        },
     )
     image_size: int | None = field(
         default=None, metadata={"help": "pixels per side; default: the image processor's, 224"}

@@ -285,6 +285,21 @@ def test_slab_none_is_the_slice_itself():
         np.testing.assert_allclose(stack["slices"][s, 0] / 255 * 2040 - 1000, expected, atol=4.01)
 
 
+def test_each_window_can_have_a_slab_of_its_own(tmp_path):
+    """Each channel is that of a processor with its slab for all channels."""
+    volume = make_volume(np.random.default_rng(9).integers(-1000, 1000, (20, 22, 24)), SPACING)
+    settings = {"slices_per_plane": 5, "size": 24}
+    uniform = {slab: SamfImageProcessor(slab=slab, **settings).extract(volume)["slices"] for slab in SLABS}
+    for slabs in itertools.product(SLABS, repeat=3):
+        mixed = SamfImageProcessor(slab=slabs, **settings)
+        expected = np.stack([uniform[slab][:, channel] for channel, slab in enumerate(slabs)], axis=1)
+        np.testing.assert_array_equal(mixed.extract(volume)["slices"], expected)
+    names = [SamfImageProcessor(slab=slab).settings_hash() for slab in ("mip", ("mip",) * 3, ["mip", "mean", "mean"])]
+    assert names[0] == names[1] != names[2]
+    SamfImageProcessor(slab=("mip", "mean", "none")).save_pretrained(tmp_path)
+    assert SamfImageProcessor.from_pretrained(tmp_path).slab == ("mip", "mean", "none")
+
+
 MEMORY_ORDERS = list(itertools.permutations(range(3)))
 
 
@@ -551,6 +566,8 @@ def test_what_goes_wrong_in_a_thread_is_raised(monkeypatch):
         ({"hu_windows": ()}, "empty"),
         ({"hu_windows": ((-1000, 1000),), "image_mean": (0.1, 0.2, 0.3)}, "3 values for 1 HU windows"),
         ({"slab": "median"}, "none, mean, mip"),
+        ({"slab": ("mip", "median", "mean")}, "none, mean, mip"),
+        ({"slab": ("mip", "mean")}, "3 HU windows"),
         ({"field": "lungs"}, "full, body"),
         ({"preset": "published", "field": "body"}, "can't be chosen"),
         ({"orientation": {"axial": "LRAP"}}, "orientation=.*can't be set"),

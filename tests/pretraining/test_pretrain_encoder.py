@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from launch import kill_script, logged, run_script
-from transformers import AutoModel
+from transformers import AutoModel, ViTConfig, ViTModel
 
 from samf import SamfImageProcessor, pretrain_encoder
 from samf.phantoms.dataset import Finding, make_phantom, write_nifti
-from samf.phantoms.labelled_slices import slice_labels
+from samf.phantoms.labelled_slices import finding_masks, patch_labels, quarter_labels
+from samf.pretraining.labels import label_weights
 
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 
@@ -29,7 +30,8 @@ def test_labels_are_in_the_quarter_where_a_radiologist_sees_the_finding(lobe, ax
     """The patient's right is on the image's left; in coronal images the head is at the top."""
     processor = SamfImageProcessor(slices_per_plane=6, size=32, slab="mean")
     finding = Finding("Consolidation", lobe=lobe)
-    labels = slice_labels(make_phantom(np.random.default_rng(3), findings=[finding]), processor, ["Consolidation"])
+    masks = finding_masks(make_phantom(np.random.default_rng(3), findings=[finding]), processor, ["Consolidation"])
+    labels = quarter_labels(masks)
     seen = {
         plane: {QUARTERS[quarter] for quarter in np.flatnonzero(labels[6 * number : 6 * number + 6].any(axis=0))}
         for number, plane in enumerate(("axial", "coronal"))
@@ -41,14 +43,38 @@ def test_labels_are_in_the_quarter_where_a_radiologist_sees_the_finding(lobe, ax
 
 def test_a_normal_chest_has_no_labels():
     processor = SamfImageProcessor(slices_per_plane=4, size=32)
-    assert not slice_labels(make_phantom(np.random.default_rng(0), findings=[]), processor, ["Consolidation"]).any()
+    masks = finding_masks(make_phantom(np.random.default_rng(0), findings=[]), processor, ["Consolidation"])
+    assert not masks.any() and not quarter_labels(masks).any() and not patch_labels(masks, 8).any()
+
+
+def test_patch_labels_are_in_the_order_of_a_vits_patches():
+    """A ViT whose patch embedding sums a patch's pixels has its largest tokens where the labels are."""
+    masks = np.zeros((2, 2, 32, 32), dtype=bool)
+    masks[0, 0, 3:6, 25:29] = masks[1, 1, 17:24, 9:12] = True
+    config = ViTConfig(image_size=32, patch_size=8, num_channels=1, hidden_size=4, num_attention_heads=1)
+    embeddings = ViTModel(config, add_pooling_layer=False).embeddings.patch_embeddings
+    torch.nn.init.ones_(embeddings.projection.weight), torch.nn.init.zeros_(embeddings.projection.bias)
+    labels = patch_labels(masks, 8)
+    for finding in range(2):
+        sums = embeddings(torch.from_numpy(masks[:, finding, None]).float())[..., 0]  # (S, P)
+        np.testing.assert_array_equal(labels[:, :, finding], sums.detach().numpy() >= 3)
+
+
+def test_a_constant_prediction_costs_the_same_for_rare_and_for_common_labels():
+    shares = torch.tensor([0.5, 0.1, 0.01])
+    labels = (torch.arange(1000)[:, None] < 1000 * shares).float()  # (N, L)
+    constant = torch.logit(shares).expand_as(labels)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(constant, labels, reduction="none").mean(0)
+    weights = label_weights(labels)
+    torch.testing.assert_close(losses * weights, (losses * weights).mean().expand(3))
+    assert weights.mean() == pytest.approx(1)
 
 
 def test_a_run_on_labels_ends_in_an_encoder_folder(tmp_path):
     sizes = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16}
     options = sizes | {"slices_per_plane": 2, "train_patients": 4, "valid_patients": 4, "max_steps": 2}
     options |= {"output_dir": tmp_path, "report_to": "none", "save_strategy": "no", "use_cpu": True}
-    options["objective"] = "labels"
+    options |= {"objective": "labels", "patch_loss_weight": 1.0}
     pretrain_encoder.main([f"--{key}={value}" for key, value in options.items()])
     encoder, processor = AutoModel.from_pretrained(tmp_path), SamfImageProcessor.from_pretrained(tmp_path)
     assert (encoder.config.hidden_size, processor.size, processor.slices_per_plane) == (16, 32, 2)

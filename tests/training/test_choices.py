@@ -42,3 +42,11 @@ def test_no_value_stays_no_value():
     assert arguments.fusion_scale is None and arguments.slab is None
     with pytest.raises(RecipeError, match="--slab"):
         parse_recipe((ModelArguments,), ["--slab", "thick"])
+
+
+def test_slabs_are_one_or_one_for_each_window(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    for text, expected in (("mip", ["mip"]), ("[mip, mean, mean]", ["mip", "mean", "mean"])):
+        recipe.write_text(f"slab: {text}\n", encoding="utf-8")
+        (arguments,) = parse_recipe((ModelArguments,), ["--config", str(recipe)])
+        assert arguments.slab == expected
