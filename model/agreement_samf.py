@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 Said: TypeAlias = Literal["present", "uncertain", "absent"]
 # How far a probability must be from 1/2 to contradict the text.
-MARGIN = 0.1
+MARGIN = 0.0
 _OPTION = re.compile(r"\(?[a-h]\)")
 
 

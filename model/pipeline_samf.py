@@ -46,7 +46,7 @@ class EncodedScan:
         source: the scan as it was given.
         shape, spacing, orientation: of the volume, as in [`Provenance`].
         features: `slice_embeddings` float32 (S, D), `slice_planes` and `slice_positions` (S,).
-        findings: probability of each finding, by the findings head or the configuration's statements; empty without either.
+        findings: probability of each finding by the findings head; empty without one.
         warnings: what the reader repaired or found unusual.
     """
 
@@ -162,7 +162,8 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
             "slice_planes": stack["slice_planes"][0].numpy(),
             "slice_positions": stack["slice_positions"][0].numpy(),
         }
-        found = self.finding_probabilities(self.finding_logits(features, outputs.finding_logits))
+        logits = outputs.finding_logits
+        found = {} if logits is None else self.finding_probabilities(logits[0].float().tolist())
         orientation = volume.stored_orientation
         return EncodedScan(
             describe_source(scan), volume.shape, volume.spacing, orientation, features, found, tuple(warnings)
@@ -304,7 +305,8 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         places = [len(tokenizer.decode(ids[:index], skip_special_tokens=True)) for index in range(count)]
         sentences = make_sentences(text, places, log_probabilities[:count].tolist())
         said = [sentence.findings for sentence in sentences]
-        disagreements = find_disagreements(said, scan.findings, is_report=question == REPORT_QUESTION)
+        findings = self.findings_of(scan, question, text.strip())
+        disagreements = find_disagreements(said, findings, is_report=question == REPORT_QUESTION)
         made_from = Provenance(
             source=scan.source,
             shape=scan.shape,
@@ -319,7 +321,7 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
             versions={"transformers": transformers.__version__, "torch": torch.__version__},
         )
         limit = not stops.any()
-        return Report(text.strip(), question, sentences, made_from, scan.findings, limit, scan.warnings, disagreements)
+        return Report(text.strip(), question, sentences, made_from, findings, limit, scan.warnings, disagreements)
 
 
 class _Stop(StoppingCriteria):

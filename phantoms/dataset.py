@@ -17,9 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
-from isal import igzip
 from tqdm import tqdm
 
 from samf.phantoms.draws import pick, shuffled
@@ -31,10 +29,10 @@ from samf.phantoms.findings import (
     Finding,
     sample_findings,
 )
+from samf.phantoms.nifti import write_nifti
 from samf.phantoms.plan import PhantomSettings, plan_patient, reconstruction_seed
 from samf.phantoms.tables import text_vqa_entries, write_json, write_tables, write_text
 from samf.phantoms.volume import Phantom, make_phantom, render_phantom
-from samf.utils.files import atomic_write
 from samf.utils.parallel import process_pool, usable_cores
 
 __all__ = [
@@ -62,30 +60,6 @@ from what was drawn. Nothing measured on them says anything about clinical perfo
 
 Settings: {settings}
 """
-
-
-def write_nifti(phantom: Phantom, path: Path, axis_codes: str = "RAS") -> nib.Nifti1Image:
-    """Write a phantom to a .nii.gz file, whole or not at all.
-
-    Equal phantoms give equal bytes: the gzip header has neither a time nor a name.
-
-    Args:
-        phantom: the phantom.
-        path: the file.
-        axis_codes: directions of the stored array's axes, such as "LPS" or "PIR".
-
-    Returns:
-        The image as written.
-    """
-    stored = nib.Nifti1Image(phantom.hu, phantom.affine)
-    before = nib.orientations.io_orientation(stored.affine)
-    after = nib.orientations.axcodes2ornt(axis_codes)
-    stored = stored.as_reoriented(nib.orientations.ornt_transform(before, after))
-    stored.header.set_xyzt_units("mm")
-    stored.set_sform(stored.affine, code=1)
-    stored.set_qform(stored.affine, code=1)
-    atomic_write(path, igzip.compress(stored.to_bytes(), 1, mtime=0))
-    return stored
 
 
 def _random_axis_codes(rng: np.random.Generator) -> str:

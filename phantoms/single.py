@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from samf.phantoms.dataset import write_nifti
 from samf.phantoms.findings import FINDING_NAMES, Finding, sample_findings
+from samf.phantoms.nifti import write_nifti
 from samf.phantoms.text import write_impression
 from samf.phantoms.volume import make_phantom
 

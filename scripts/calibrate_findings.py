@@ -47,7 +47,7 @@ from samf.evaluation.metrics.calibration import BINS, reliability
 from samf.evaluation.report.plots import reliability_diagram, to_png
 from samf.evaluation.schema import CalibrationReport, CalibrationScores
 from samf.model.modeling_samf import SamfForConditionalGeneration
-from samf.model.pipeline_samf import SamfReportPipeline
+from samf.model.pipeline_samf import EncodedScan, SamfReportPipeline
 from samf.model.processing_samf import SamfProcessor
 from samf.model.report_samf import DISCLAIMER
 from samf.training.arguments import DataArguments
@@ -204,7 +204,8 @@ def score_volumes(
                     raise
                 logger.warning("%s is skipped: %s", record["volume"], error)
                 continue
-            yield record, reporter.finding_logits(features)
+            scan = EncodedScan(record["id"], (0, 0, 0), (0.0, 0.0, 0.0), "", features, {}, ())
+            yield record, reporter.finding_logits(scan)
     finally:
         if ahead is not None:
             ahead.close()

@@ -116,8 +116,7 @@ def test_the_calibration_of_the_model_is_that_of_its_reports(reporter, scans, mo
     scaled = np.array([*reporter(scans[0], max_new_tokens=2).findings.values()])
     logits = np.log(raw / (1 - raw))
     np.testing.assert_allclose(scaled, 1 / (1 + np.exp(-logits / [2.0, 0.5])), rtol=1e-4)
-    features = reporter.encode(scans[0]).features
-    np.testing.assert_allclose(reporter.finding_logits(features), logits, atol=1e-4)
+    np.testing.assert_allclose(reporter.finding_logits(reporter.encode(scans[0])), logits, atol=1e-4)
 
 
 def test_without_an_end_token_an_answer_ends_at_its_limit(reporter, scans, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from tiny import model_for, tiny_processor
 
 from samf.model import statements_samf
+from samf.model.findings_samf import text_before_findings
 from samf.model.pipeline_samf import REPORT_QUESTION, SamfReportPipeline
 from samf.model.statements_samf import log_likelihoods
 
@@ -56,7 +57,7 @@ def expected_ratio(reporter, scan, pair, before="") -> float:
 
 
 def test_the_ratio_is_that_of_direct_forward_passes(reporter, scan):
-    found = reporter.finding_likelihoods(scan, STATEMENTS)
+    found = reporter.finding_likelihoods(scan, STATEMENTS, after={})
     assert list(found) == list(STATEMENTS)
     for name, value in found.items():
         ratio = expected_ratio(reporter, scan, STATEMENTS[name])
@@ -69,7 +70,7 @@ def test_what_the_answer_said_before_counts(reporter, scan):
     ratio = expected_ratio(reporter, scan, STATEMENTS["Cardiomegaly"], f"{before['Cardiomegaly']} ")
     assert found["Cardiomegaly"] == pytest.approx(1 / (1 + np.exp(-ratio)), rel=1e-3, abs=1e-6)
     assert found["Lung nodule"] == pytest.approx(
-        reporter.finding_likelihoods(scan, STATEMENTS)["Lung nodule"], rel=1e-4
+        reporter.finding_likelihoods(scan, STATEMENTS, after={})["Lung nodule"], rel=1e-4
     )
 
 
@@ -80,7 +81,7 @@ def test_the_encoder_and_the_prompt_run_once(reporter, scan, monkeypatch):
     monkeypatch.setattr(
         reporter.model, "forward", lambda *a, **k: lengths.append(k.get("input_ids")) or forward(*a, **k)
     )
-    reporter.finding_likelihoods(scan, STATEMENTS)
+    reporter.finding_likelihoods(scan, STATEMENTS, after={})
     read = [ids.shape for ids in lengths if ids is not None]
     prompts = [shape for shape in read if shape[0] == 1]
     assert len(encoded) == 1 and len(prompts) == 1 and len(read) == 2
@@ -98,13 +99,35 @@ def test_batches_and_rereading_change_nothing(reporter, scan, monkeypatch):
     assert together == pytest.approx(log_likelihoods(reporter.model, prompt, rows), abs=1e-3)
 
 
+def test_statements_stand_where_the_report_mentions_their_finding():
+    text = (
+        "No cardiomegaly was detected. A nodule is seen in the left lung.\nNo nodule on the right. Bones are natural."
+    )
+    names = ["Lung nodule", "Cardiomegaly", "Emphysema", "Rib fracture"]
+    assert text_before_findings(text, names) == {
+        "Lung nodule": "No cardiomegaly was detected.",
+        "Cardiomegaly": "",
+        "Emphysema": text,
+        "Rib fracture": text,
+    }
+
+
 def test_a_model_without_a_head_reports_findings_by_its_statements(reporter, scan, monkeypatch):
-    assert reporter(scan, max_new_tokens=2).findings == {}
-    plain = reporter.finding_likelihoods(scan, STATEMENTS)
+    options = {"max_new_tokens": 4}
+    assert reporter(scan, **options).findings == {}
     monkeypatch.setattr(reporter.model.config, "finding_statements", STATEMENTS)
-    assert reporter(scan, max_new_tokens=2).findings == pytest.approx(plain, rel=1e-4)
+    monkeypatch.setattr(reporter.model.generation_config, "max_new_tokens", 4)
+    report = reporter(scan, **options)
+    ratios = {
+        name: expected_ratio(reporter, scan, pair, f"{before} " if (before := after[name]) else "")
+        for after in [text_before_findings(report.text, STATEMENTS)]
+        for name, pair in STATEMENTS.items()
+    }
+    expected = {name: 1 / (1 + np.exp(-ratio)) for name, ratio in ratios.items()}
+    assert report.findings == pytest.approx(expected, rel=1e-3)
+    assert reporter.finding_likelihoods(scan, STATEMENTS) == pytest.approx(expected, rel=1e-3)
+    assert reporter.finding_logits(reporter.encode(scan)) == pytest.approx(list(ratios.values()), abs=1e-3)
     monkeypatch.setattr(reporter.model.config, "finding_temperature", [2.0, 2.0])
-    scaled = reporter(scan, max_new_tokens=2).findings
-    for name, value in plain.items():
-        logit = np.log(value / (1 - value))
-        assert scaled[name] == pytest.approx(1 / (1 + np.exp(-logit / 2)), rel=1e-3)
+    scaled = reporter(scan, **options).findings
+    assert scaled == pytest.approx({name: 1 / (1 + np.exp(-ratio / 2)) for name, ratio in ratios.items()}, rel=1e-3)
+    assert reporter(scan, question="Is the heart enlarged?", **options).findings == {}, "only reports have places"

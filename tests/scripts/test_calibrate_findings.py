@@ -49,7 +49,7 @@ def test_the_calibration_is_that_of_the_pipelines_logits_and_labels(model, data,
     records = load_records(data, "valid", tasks=("report",), finding_names=NAMES)
     loaded = SamfForConditionalGeneration.from_pretrained(model)
     reporter = SamfReportPipeline(model=loaded, processor=tiny_processor(), device=torch.device("cpu"))
-    logits = [reporter.finding_logits(reporter.encode(path).features) for path in records["volume"]]
+    logits = [reporter.finding_logits(reporter.encode(path)) for path in records["volume"]]
     held_out = HeldOut(
         tuple(NAMES), np.array(logits), np.array(records["finding_labels"][:]), tuple(records["patient_id"])
     )
@@ -89,6 +89,9 @@ def test_a_model_without_a_head_is_calibrated_by_its_statements(data, tmp_path):
     (tmp_path / "statements.json").write_text(json.dumps(STATEMENTS), encoding="utf-8")
     options = [str(tmp_path / "plain"), "--data", data, "--folds", "2"]
     assert main(options) == 2, "neither a head nor statements"
+    with_limit = SamfForConditionalGeneration.from_pretrained(tmp_path / "plain")
+    with_limit.generation_config.max_new_tokens = 6  # of the report before the statements
+    with_limit.save_pretrained(tmp_path / "plain")
     assert main([*options, "--statements", str(tmp_path / "statements.json")]) == 0
     config = SamfForConditionalGeneration.from_pretrained(tmp_path / "plain").config
     assert config.finding_statements == STATEMENTS and len(config.finding_temperature) == 1
