@@ -19,6 +19,7 @@ from .model.image_processing_samf import SamfImageProcessor
 from .model.modeling_samf import SamfForConditionalGeneration, SamfModel, SamfPreTrainedModel
 from .model.pipeline_samf import SamfReportPipeline
 from .model.processing_samf import SamfProcessor
+from .model.quantization_samf import SamfQuantizationConfig
 from .model.report_samf import Report
 from .utils.moved import install as _install_old_names
 
@@ -52,6 +53,7 @@ __all__ = [
     "SamfModel",
     "SamfPreTrainedModel",
     "SamfProcessor",
+    "SamfQuantizationConfig",
     "SamfReportPipeline",
     "read_ct",
 ]

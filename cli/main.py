@@ -30,6 +30,7 @@ Scans = Annotated[list[str], typer.Argument(help="Files, folders, globs or addre
 Model = Annotated[str, typer.Option(envvar="SAMF_MODEL", help="Folder or Hub id of the model.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
+Quantize = Annotated[str | None, typer.Option(help="int4 or int8: a smaller and faster language model on a CPU.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for a .txt and a .json per scan; what is there is left out.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line on standard output.")]
 Tokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens; default: the model's.")]
@@ -42,6 +43,7 @@ def _run(
     model: str,
     revision: str | None,
     device: str,
+    quantize: str | None,
     out: Path | None,
     as_json: bool,
     max_new_tokens: int | None,
@@ -53,7 +55,7 @@ def _run(
         options["max_new_tokens"] = max_new_tokens
     try:
         scans = find_scans(paths)
-        reporter = load_reporter(model, device, revision)
+        reporter = load_reporter(model, device, revision, quantize)
         code = write_reports(reporter, scans, questions, out, as_json, **options)
     except UsageError as error:
         raise exit_with(error) from error
@@ -67,13 +69,14 @@ def report(
     model: Model,
     revision: Revision = None,
     device: Device = "auto",
+    quantize: Quantize = None,
     out: Out = None,
     as_json: Json = False,
     max_new_tokens: Tokens = None,
     num_beams: Beams = 1,
 ) -> None:
     """Write the report of each scan."""
-    _run(paths, [], model, revision, device, out, as_json, max_new_tokens, num_beams)
+    _run(paths, [], model, revision, device, quantize, out, as_json, max_new_tokens, num_beams)
 
 
 @app.command()
@@ -83,13 +86,14 @@ def ask(
     question: Annotated[list[str], typer.Option(help="What to ask; may be given several times.")],
     revision: Revision = None,
     device: Device = "auto",
+    quantize: Quantize = None,
     out: Out = None,
     as_json: Json = False,
     max_new_tokens: Tokens = None,
     num_beams: Beams = 1,
 ) -> None:
     """Answer questions about each scan, which is encoded once for all of them."""
-    _run(paths, question, model, revision, device, out, as_json, max_new_tokens, num_beams)
+    _run(paths, question, model, revision, device, quantize, out, as_json, max_new_tokens, num_beams)
 
 
 @app.command()

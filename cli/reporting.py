@@ -15,6 +15,7 @@ from samf.utils.files import write_json
 
 if TYPE_CHECKING:
     from samf.model.pipeline_samf import SamfReportPipeline
+    from samf.model.quantization_samf import SamfQuantizationConfig
     from samf.model.report_samf import Report
 
 SOME_FAILED, ALL_FAILED = 1, 2
@@ -54,33 +55,61 @@ def find_scans(paths: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def load_reporter(model: str, device: str, revision: str | None) -> "SamfReportPipeline":
+def load_reporter(model: str, device: str, revision: str | None, quantize: str | None = None) -> "SamfReportPipeline":
     """Return the pipeline of a model.
 
     Args:
         model: folder or Hub id.
         device: "auto" takes the accelerator where there is one; else a name such as "cpu" or "cuda:0".
         revision: branch, tag or commit on the Hub.
+        quantize: "int4" or "int8" rounds the language model's weights; None leaves them as they are saved.
 
     Raises:
-        UsageError: the model can't be loaded.
+        UsageError: the model can't be loaded, or not with such weights.
     """
     import torch
 
     from samf import SamfForConditionalGeneration, SamfProcessor
     from samf.model.pipeline_samf import SamfReportPipeline
+    from samf.model.quantization_samf import describe_quantization
     from samf.utils.distributed import default_device
 
     place = default_device() if device == "auto" else torch.device(device)
     dtype = torch.float32 if place.type == "cpu" else "auto"
-    at = {} if revision is None else {"revision": revision}
+    at: dict[str, Any] = {} if revision is None else {"revision": revision}
+    rounded = {} if quantize is None else {"quantization_config": _quantization(quantize, place.type)}
     loaded: Any
     try:
-        loaded = SamfForConditionalGeneration.from_pretrained(model, dtype=dtype, **at)
+        loaded = SamfForConditionalGeneration.from_pretrained(model, dtype=dtype, **rounded, **at)
         processor = SamfProcessor.from_pretrained(model, **at)
     except (OSError, ValueError) as error:
         raise UsageError(f"{model}: can't be loaded as a SAMF model: {error}") from error
+    quantization = describe_quantization(loaded)
+    if quantization is not None:
+        sys.stderr.write(f"{quantization}\n")
     return SamfReportPipeline(model=loaded, processor=processor, device=place)
+
+
+def _quantization(name: str, device: str) -> "SamfQuantizationConfig":
+    """Return the configuration that `--quantize` names.
+
+    Args:
+        name: of the weights' type.
+        device: type of the device.
+
+    Raises:
+        UsageError: another name than int4 and int8, or another device than the CPU.
+    """
+    from samf.model.quantization_samf import SamfQuantizationConfig
+
+    if name not in ("int4", "int8"):
+        raise UsageError(f"--quantize {name}: expected int4 or int8.")
+    if device != "cpu":
+        raise UsageError(
+            f"--quantize {name} is for a CPU, and the device is {device}. Add --device cpu; on a GPU, from_pretrained takes "
+            "quantization_config=BitsAndBytesConfig(load_in_4bit=True) or TorchAoConfig(…)."
+        )
+    return SamfQuantizationConfig(bits=int(name.removeprefix("int")))
 
 
 def answer_scans(
