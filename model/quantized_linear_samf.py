@@ -144,7 +144,7 @@ class QuantizedLinear(nn.Linear):
             output = self.direct(rows.bfloat16())
         else:
             output = self.dequantized(rows.to(kernel_plan(self.bits).dtype))
-        return output[:, : self.out_features].reshape(*input.shape[:-1], -1).to(input.dtype)
+        return output[:, : self.out_features].reshape(*input.shape[:-1], self.out_features).to(input.dtype)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the input (…, inputs) for that of the output (…, channels)."""
@@ -157,7 +157,7 @@ class QuantizedLinear(nn.Linear):
         total = torch.zeros(rows.shape[0], padded(self.in_features, self.step), device=rows.device)
         for channels, weight in self.chunks(rows.dtype):
             total += rows[:, channels] @ weight.mT
-        return total[:, : self.in_features].reshape(*gradient.shape[:-1], -1).to(gradient.dtype)
+        return total[:, : self.in_features].reshape(*gradient.shape[:-1], self.in_features).to(gradient.dtype)
 
     def extra_repr(self) -> str:
         """Return what is printed of the layer."""
