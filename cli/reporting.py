@@ -209,6 +209,7 @@ def is_answered(reporter: "SamfReportPipeline", scan: str, questions: Sequence[s
     Raises:
         UsageError: the file holds something else, which would be overwritten.
     """
+    from samf.model.quantization_samf import quantization_name
     from samf.model.report_samf import REPORT_QUESTION, Report
 
     if not file.exists():
@@ -220,6 +221,7 @@ def is_answered(reporter: "SamfReportPipeline", scan: str, questions: Sequence[s
         raise UsageError(f"{file}: not a report ({error}). Choose another --out, or move the file away.") from error
     config = reporter.model.config
     model = (config._name_or_path, getattr(config, "_commit_hash", None))
+    weights = quantization_name(reporter.model)
     asked = list(questions) or [REPORT_QUESTION]
     if [report.question for report in found] != asked:
         problem = "answers other questions"
@@ -227,6 +229,9 @@ def is_answered(reporter: "SamfReportPipeline", scan: str, questions: Sequence[s
         problem = f"is about {found[0].provenance.source}, not {scan}"
     elif any((report.provenance.model, report.provenance.revision) != model for report in found):
         problem = f"was written by {found[0].provenance.model}, not {model[0]}"
+    elif any(report.provenance.versions.get("quantization") != weights for report in found):
+        written = found[0].provenance.versions.get("quantization")
+        problem = f"was written with weights quantised by {written}, not by {weights}"
     else:
         return True
     raise UsageError(f"{file} {problem}. Choose another --out, or move the file away.")

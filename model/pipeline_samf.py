@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
+from .quantization_samf import quantization_name
 from .report_samf import REPORT_QUESTION, Provenance, Report, Sentence, split_sentences
 
 TASK = "ct-report"
@@ -305,6 +306,7 @@ class SamfReportPipeline(Pipeline):
             own = [index for index, place in enumerate(places) if start <= place < end]
             total = float(log_probabilities[own].sum()) if own else None
             sentences.append(Sentence(text[start:end], start, end, len(own), total))
+        quantization = quantization_name(self.model)
         made_from = Provenance(
             source=scan.source,
             shape=scan.shape,
@@ -316,7 +318,11 @@ class SamfReportPipeline(Pipeline):
             generation={
                 name: value for name, value in generate_kwargs.items() if isinstance(value, (bool, int, float, str))
             },
-            versions={"transformers": transformers.__version__, "torch": torch.__version__},
+            versions={
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                **({"quantization": quantization} if quantization is not None else {}),
+            },
         )
         limit = not stops.any()
         return Report(text.strip(), question, tuple(sentences), made_from, scan.findings, limit, scan.warnings)

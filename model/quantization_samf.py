@@ -129,6 +129,16 @@ def describe_quantization(model: nn.Module) -> str | None:
     return f"{len(layers)} layers of the language model, {size / 1e9:.2f} GB: {plan}"
 
 
+def quantization_name(model: nn.Module) -> str | None:
+    """Return how a model's weights are quantised, such as "samf int4"; None where they aren't."""
+    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    method = getattr(config, "quant_method", None)
+    bits = f" int{config.bits}" if isinstance(getattr(config, "bits", None), int) else ""
+    return f"{getattr(method, 'value', method)}{bits}"
+
+
 class SamfQuantizer(HfQuantizer):
     """What the library asks of a method of quantisation."""
 
