@@ -32,7 +32,10 @@ class Products(Protocol):
 
     bits: int
     in_features: int
-    has_direct_product: bool
+
+    @property
+    def has_direct_product(self) -> bool:
+        """Return whether there is such a product on this processor."""
 
     def direct(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the product of rows (M, inputs) bfloat16 by torch's own product with quantised weights."""
@@ -132,13 +135,17 @@ def measure_plan(layer: Products, seconds: Callable[[Callable[[], object]], floa
     """
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(_PROBED[-1], layer.in_features, dtype=torch.float32, generator=generator)
-    types = (torch.bfloat16, torch.float32)
-    many = {dtype: seconds(lambda dtype=dtype: layer.dequantized(rows.to(dtype))) for dtype in types}
-    dtype = min(types, key=lambda dtype: many[dtype])
+
+    def dequantized(count: int, dtype: torch.dtype) -> float:
+        return seconds(lambda: layer.dequantized(rows[:count].to(dtype)))
+
+    def direct(count: int) -> float:
+        return seconds(lambda: layer.direct(rows[:count].bfloat16()))
+
+    dtype = min((torch.bfloat16, torch.float32), key=lambda dtype: dequantized(_PROBED[-1], dtype))
     most_rows = 0
     for count in _PROBED if layer.has_direct_product else ():
-        direct = seconds(lambda count=count: layer.direct(rows[:count].bfloat16()))
-        if direct > seconds(lambda count=count: layer.dequantized(rows[:count].to(dtype))):
+        if direct(count) > dequantized(count, dtype):
             break
         most_rows = count
     return KernelPlan(layer.bits, str(dtype).removeprefix("torch."), most_rows)

@@ -12,10 +12,11 @@ from hub_stand_in import HubStandIn
 from peft import LoraConfig, get_peft_model
 from tiny import FUSION_TYPES, tiny_batch, tiny_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from samf import SamfForConditionalGeneration, SamfModel, SamfQuantizationConfig
-from samf.model import quantized_linear_samf, quantized_plan_samf
+from samf.model import generation_samf, quantized_linear_samf, quantized_plan_samf
+from samf.model.cache_samf import grow_in_place
 from samf.model.quantization_samf import describe_quantization, quantizable_layers, quantize
 from samf.model.quantized_linear_samf import Int4Linear, Int8Linear, QuantizedLinear
 from samf.model.quantized_plan_samf import KernelPlan, find_plan, measure_plan
@@ -358,6 +359,24 @@ def test_a_head_that_shares_the_embeddings_weight_keeps_it(tmp_path, batch):
 def test_the_model_without_its_head_is_rounded_too(folder):
     model = SamfModel.from_pretrained(folder, quantization_config=SamfQuantizationConfig(bits=8))
     assert isinstance(model.language_model.layers[0].mlp.down_proj, Int8Linear)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}])
+@pytest.mark.parametrize("window", [None, 14, 1000])
+def test_the_cache_that_grows_in_place_changes_no_token(window, options, monkeypatch, batch):
+    """Against the library's cache; 14 tokens are the prompt and a few more."""
+    text = {"hidden_size": 64, "intermediate_size": 128, "sliding_window": window}
+    model = quantize(tiny_model(text=text), SamfQuantizationConfig(bits=8))
+    prompt = {name: value for name, value in batch.items() if name != "labels"}
+    if "prompt_lookup_num_tokens" in options:  # takes one prompt
+        prompt = {name: value[:1] for name, value in prompt.items()}
+    changed = []
+    monkeypatch.setattr(generation_samf, "grow_in_place", lambda cache: changed.append(cache) or grow_in_place(cache))
+    found = model.generate(**prompt, **options, **{**GREEDY, "max_new_tokens": 12, "min_new_tokens": 12})
+    assert any(isinstance(cache, DynamicCache) for cache in changed)
+    monkeypatch.setattr(generation_samf, "grow_in_place", lambda cache: None)
+    expected = model.generate(**prompt, **options, **{**GREEDY, "max_new_tokens": 12, "min_new_tokens": 12})
+    assert torch.equal(found, expected)
 
 
 def test_gradients_reach_the_slices_through_a_rounded_language_model(folder, batch, plans):
