@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .model.modeling_samf import SamfForConditionalGeneration, SamfModel, SamfPreTrainedModel
     from .model.pipeline_samf import SamfReportPipeline
     from .model.processing_samf import SamfProcessor
+    from .model.quantization_samf import SamfQuantizationConfig
     from .model.report_samf import Report
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "SamfModel",
     "SamfPreTrainedModel",
     "SamfProcessor",
+    "SamfQuantizationConfig",
     "SamfReportPipeline",
     "read_ct",
 ]
@@ -43,6 +45,7 @@ _MODULES = {
     "modeling_samf": ("SamfForConditionalGeneration", "SamfModel", "SamfPreTrainedModel"),
     "pipeline_samf": ("SamfReportPipeline",),
     "processing_samf": ("SamfProcessor",),
+    "quantization_samf": ("SamfQuantizationConfig",),
     "report_samf": ("Report",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

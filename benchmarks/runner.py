@@ -2,6 +2,7 @@
 
     python -m samf.benchmarks model                               # every line at full size: about 20 GB of memory
     python -m samf.benchmarks model --lines vit,fusion --device cuda --json figures.json
+    python -m samf.benchmarks model --lines quantized             # 4 and 8 bits on a CPU: 17 GB of memory, 15 GB of disk
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks volumes       # a scan of 512 x 512 x 300: 2 GB, four minutes
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data          # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
     python -m samf.benchmarks training --device cuda              # a step as in recipes/ct_rate.yaml
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
 from samf.benchmarks.measuring import Machine, Measurement, Summary, describe_machine, describe_versions, peak_memory
 from samf.benchmarks.memory_lines import quantise_model, reload_model, reload_quantised, save_model, train_lora
+from samf.benchmarks.quantized_lines import stages as quantized_stages
 from samf.benchmarks.report_lines import prepare_reports, time_questions, time_scans, time_start
 from samf.benchmarks.speed_lines import count_parameters, time_decoding, time_fusion, time_vit
 from samf.benchmarks.train_lines import STAGES as TRAINING_STAGES
@@ -45,6 +47,7 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
         "decode": {"decode": time_decoding},
         "save": {"save": save_model, "reload": reload_model, "8bit": quantise_model, "8bit_reload": reload_quantised},
         "lora": {"lora": train_lora},
+        "quantized": quantized_stages(),
     },
     "volumes": {
         "slices": {

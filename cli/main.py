@@ -28,6 +28,7 @@ Model = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
+Quantize = Annotated[str | None, typer.Option(help="int4 or int8: a smaller and faster language model on a CPU.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the files of each scan; what is there is left out.")]
 Format = Annotated[
     str | None,
@@ -64,6 +65,7 @@ def _run(
     model: str | None,
     revision: str | None,
     device: str,
+    quantize: str | None,
     formats: str | None,
     **request: Any,
 ) -> None:
@@ -75,7 +77,7 @@ def _run(
     try:
         asked = Request(formats=parse_formats(formats, request["out"]), **request)
         scans = find_scans(paths)
-        code = write_reports(load_reporter(model, device, revision), scans, asked)
+        code = write_reports(load_reporter(model, device, revision, quantize), scans, asked)
     except UsageError as error:
         raise exit_with(error) from error
     if code:
@@ -93,6 +95,7 @@ def report(
     model: Model = None,
     revision: Revision = None,
     device: Device = "auto",
+    quantize: Quantize = None,
     out: Out = None,
     formats: Format = None,
     any_region: AnyRegion = False,
@@ -103,7 +106,7 @@ def report(
     """Write the report of each scan."""
     generation = _generation(max_new_tokens, num_beams)
     asked = {"out": out, "as_json": as_json, "any_region": any_region, "generation": generation}
-    _run(paths, model, revision, device, formats, **asked)
+    _run(paths, model, revision, device, quantize, formats, **asked)
 
 
 @app.command()
@@ -113,6 +116,7 @@ def ask(
     model: Model = None,
     revision: Revision = None,
     device: Device = "auto",
+    quantize: Quantize = None,
     out: Out = None,
     formats: Format = None,
     any_region: AnyRegion = False,
@@ -123,7 +127,7 @@ def ask(
     """Answer questions about each scan, which is encoded once for all of them."""
     generation = _generation(max_new_tokens, num_beams)
     asked = {"out": out, "as_json": as_json, "any_region": any_region, "generation": generation}
-    _run(paths, model, revision, device, formats, questions=question, **asked)
+    _run(paths, model, revision, device, quantize, formats, questions=question, **asked)
 
 
 @app.command()

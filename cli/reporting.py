@@ -16,6 +16,7 @@ from samf.utils.packaged import DEMO_MODEL
 
 if TYPE_CHECKING:
     from samf.model.pipeline_samf import EncodedScan, SamfReportPipeline
+    from samf.model.quantization_samf import SamfQuantizationConfig
     from samf.model.report_samf import Report
 
 
@@ -63,21 +64,25 @@ def parse_formats(text: str | None, out: Path | None) -> list[str]:
     return list(dict.fromkeys([*names, RECORD]))
 
 
-def load_reporter(model: str | None, device: str, revision: str | None) -> "SamfReportPipeline":
+def load_reporter(
+    model: str | None, device: str, revision: str | None, quantize: str | None = None
+) -> "SamfReportPipeline":
     """Return the pipeline of a model; a model with a caution, such as the demo model, gets it written to standard error.
 
     Args:
         model: folder or Hub id; None takes the demo model that comes with the package.
         device: "auto" takes the accelerator where there is one; else a name such as "cpu" or "cuda:0".
         revision: branch, tag or commit on the Hub.
+        quantize: "int4" or "int8" rounds the language model's weights; None leaves them as they are saved.
 
     Raises:
-        UsageError: the model can't be loaded.
+        UsageError: the model can't be loaded, or not with such weights.
     """
     import torch
     from transformers.utils import logging as transformers_logging
 
     from samf import SamfForConditionalGeneration, SamfProcessor, SamfReportPipeline
+    from samf.model.quantization_samf import describe_quantization
     from samf.utils.distributed import default_device
 
     transformers_logging.disable_progress_bar()
@@ -87,16 +92,41 @@ def load_reporter(model: str | None, device: str, revision: str | None) -> "Samf
     source = str(DEMO_MODEL) if model is None else model
     place = default_device() if device == "auto" else torch.device(device)
     dtype = torch.float32 if place.type == "cpu" else "auto"
-    at = {} if revision is None else {"revision": revision}
+    at: dict[str, Any] = {} if revision is None else {"revision": revision}
+    rounded = {} if quantize is None else {"quantization_config": _quantization(quantize, place.type)}
     loaded: Any
     try:
-        loaded = SamfForConditionalGeneration.from_pretrained(source, dtype=dtype, **at)
+        loaded = SamfForConditionalGeneration.from_pretrained(source, dtype=dtype, **rounded, **at)
         processor = SamfProcessor.from_pretrained(source, **at)
     except (OSError, ValueError) as error:
         raise UsageError(f"{source}: can't be loaded as a SAMF model: {error}") from error
     if loaded.config.caution:
         sys.stderr.write(f"Warning: {one_line(loaded.config.caution)}\n")
+    if (quantization := describe_quantization(loaded)) is not None:
+        sys.stderr.write(f"{quantization}\n")
     return SamfReportPipeline(model=loaded, processor=processor, device=place)
+
+
+def _quantization(name: str, device: str) -> "SamfQuantizationConfig":
+    """Return the configuration that `--quantize` names.
+
+    Args:
+        name: of the weights' type.
+        device: type of the device.
+
+    Raises:
+        UsageError: another name than int4 and int8, or another device than the CPU.
+    """
+    from samf.model.quantization_samf import SamfQuantizationConfig
+
+    if name not in ("int4", "int8"):
+        raise UsageError(f"--quantize {name}: expected int4 or int8.")
+    if device != "cpu":
+        raise UsageError(
+            f"--quantize {name} is for a CPU, and the device is {device}. Add --device cpu; on a GPU, from_pretrained takes "
+            "quantization_config=BitsAndBytesConfig(load_in_4bit=True) or TorchAoConfig(…)."
+        )
+    return SamfQuantizationConfig(bits=int(name.removeprefix("int")))
 
 
 def answer_scans(
@@ -221,6 +251,7 @@ def _is_done(reporter: "SamfReportPipeline", scan: str, request: Request, out: P
 
 def _difference(reporter: "SamfReportPipeline", scan: str, request: Request, found: "Sequence[Report]") -> str | None:
     """Return in what the reports of a record differ from those of a request; None = in nothing."""
+    from samf.model.quantization_samf import quantization_name
     from samf.model.report_samf import REPORT_QUESTION
 
     config = reporter.model.config
@@ -231,6 +262,10 @@ def _difference(reporter: "SamfReportPipeline", scan: str, request: Request, fou
         return f"is about {found[0].provenance.source}, not {scan}"
     if any((report.provenance.model, report.provenance.revision) != model for report in found):
         return f"was written by {found[0].provenance.model}, not {model[0]}"
+    weights = quantization_name(reporter.model)
+    if any(report.provenance.versions.get("quantization") != weights for report in found):
+        written = found[0].provenance.versions.get("quantization")
+        return f"was written with weights quantised by {written}, not by {weights}"
     return None
 
 

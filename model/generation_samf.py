@@ -10,9 +10,10 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.utils import logging
 
+from .cache_samf import grow_in_place
 from .configuration_samf import SamfConfig
 from .inputs_samf import ModelInputs, StepInputs
-from .language_model_samf import CausalLanguageModel, rope_sets, rope_stretch
+from .language_model_samf import CACHE_NAMES, CausalLanguageModel, rope_sets, rope_stretch
 
 logger = logging.get_logger(__name__)
 
@@ -108,9 +109,14 @@ class SamfGenerationMixin(GenerationMixin):
             refilled = rope_sets(self.config.text_config, length) != rope_sets(self.config.text_config, 0)
             if refilled or not generation_config.use_cache:  # then some or all steps read the whole prompt again
                 self._encode_once(model_kwargs)
-        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+        given = {name for name in CACHE_NAMES if model_kwargs.get(name) is not None}
+        result = super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, *args, **kwargs
         )
+        if getattr(self, "is_quantized", False) and self.device.type == "cpu":
+            for name in set(CACHE_NAMES) - given:
+                grow_in_place(model_kwargs.get(name))
+        return result
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Return the library's processors, and suppress the image placeholder.

@@ -21,6 +21,7 @@ from .adapters_samf import active_adapter, adapter_base, base_problem, load_full
 from .configuration_samf import SamfConfig
 from .model_card import README, CardSettings, hub_id, is_generated, make_card, write_model_card
 from .pipeline_samf import CUSTOM_PIPELINES  # so the library copies the pipeline's code with the model's
+from .quantization_samf import register as register_quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _ModelBase
@@ -273,6 +274,7 @@ class HubModel(PushToHubWithCard, _ModelBase):
             ValueError: the adapter names no base model.
             FileNotFoundError: the adapter's base model was a folder that no longer exists.
         """
+        register_quantization()
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = restrict_to_language_model(kwargs["quantization_config"])
         base = adapter_base(pretrained_model_name_or_path)

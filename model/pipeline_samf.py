@@ -15,6 +15,7 @@ from .agreement_samf import find_disagreements
 from .ct_common import collected_warnings
 from .ct_region import check_region
 from .findings_samf import FindingsMixin
+from .quantization_samf import quantization_name
 from .report_samf import REPORT_QUESTION, Provenance, Report, make_sentences
 
 TASK = "ct-report"
@@ -307,6 +308,7 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         said = [sentence.findings for sentence in sentences]
         findings = self.findings_of(scan, question, text.strip())
         disagreements = find_disagreements(said, findings, is_report=question == REPORT_QUESTION)
+        quantization = quantization_name(self.model)
         made_from = Provenance(
             source=scan.source,
             shape=scan.shape,
@@ -318,7 +320,11 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
             generation={
                 name: value for name, value in generate_kwargs.items() if isinstance(value, (bool, int, float, str))
             },
-            versions={"transformers": transformers.__version__, "torch": torch.__version__},
+            versions={
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                **({"quantization": quantization} if quantization is not None else {}),
+            },
         )
         limit = not stops.any()
         return Report(text.strip(), question, sentences, made_from, findings, limit, scan.warnings, disagreements)

@@ -61,7 +61,7 @@ class Provenance:
         slice_settings: hash of the image processor's settings.
         model, revision: Hub id or folder of the model, and its commit where it came from the Hub.
         generation: options of `generate` that differ from the model's own.
-        versions: of this model's code and of the libraries.
+        versions: of this model's code and of the libraries; `quantization` where the weights are quantised.
     """
 
     source: str

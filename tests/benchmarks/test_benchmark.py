@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from samf import SamfForConditionalGeneration, SamfModel
-from samf.benchmarks import memory_lines, speed_lines, volume_lines, workloads
+from samf.benchmarks import memory_lines, quantized_lines, speed_lines, volume_lines, workloads
 from samf.benchmarks import runner as benchmark
 from samf.benchmarks.measuring import (
     FEWEST_ROUNDS,
@@ -240,6 +240,35 @@ def test_reload_notices_a_weight_that_changed(tmp_path):
     (tmp_path / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
     with pytest.raises(RuntimeError, match="lm_head.weight"):
         memory_lines.reload_model(settings(tmp_path))
+
+
+def test_formats_are_compared_round_by_round(tmp_path):
+    """Decoding, prefill, and the share of what the fastest read of the memory allows."""
+    speeds = {
+        "float32": [(1.0, 20.0, 4e9, 4e9), (2.0, 20.0, 3e9, 4e9)],
+        "bfloat16": [(2.0, 40.0, 4e9, 2e9), (4.0, 60.0, 4e9, 2e9)],
+        "int8": [(3.0, 40.0, 4e9, 1e9), (6.0, 60.0, 4e9, 1e9)],
+        "int4": [(6.0, 50.0, 10e9, 5e8), (18.0, 70.0, 4e9, 5e8)],
+    }
+    keys = ("decode", "prefill", "memory", "bytes")
+    kept = {name: [dict(zip(keys, turn, strict=True)) for turn in turns] for name, turns in speeds.items()}
+    (tmp_path / "speeds.json").write_text(json.dumps(kept), encoding="utf-8")
+    found = {figure.name: list(figure.values) for figure in quantized_lines.compare(settings(tmp_path))}
+    assert found["decode, int4 / float32"] == [6.0, 9.0]
+    assert found["prefill, int4 / float32"] == [2.5, 3.5]
+    assert found["decode, int4, of the memory's speed"] == pytest.approx([30.0, 90.0])  # of 10e9 / 5e8 = 20 tokens/s
+
+
+def test_a_format_that_was_not_measured_is_not_compared(tmp_path):
+    with pytest.raises(workloads.LineSkipped, match="float32, bfloat16, int8, int4"):
+        quantized_lines.compare(settings(tmp_path))
+
+
+def test_a_step_reads_the_weights_of_its_linear_layers_and_the_cache():
+    model = workloads.random_model(SamfForConditionalGeneration, settings().config(), CPU, torch.float32)
+    width, inner, vocabulary, layers, length = 32, 64, 128, 2, 10
+    weights = layers * (4 * width * width + 3 * width * inner) + width * vocabulary
+    assert quantized_lines.bytes_per_token(model, length) == 4 * (weights + 2 * layers * width * length)
 
 
 def test_quantised_weights_must_be_the_language_models_alone():

@@ -206,6 +206,33 @@ def test_a_folder_without_a_model_is_one_line(scans, tmp_path):
     assert done.exit_code == 2 and str(tmp_path) in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_a_quantised_model_reports_and_says_what_computes(name, model, scans, tmp_path):
+    """Its reports aren't taken for those of the whole model, or the other way round."""
+    options = ["--model", model, "--device", "cpu", "--max-new-tokens", "4", "--json", "--out", str(tmp_path / "out")]
+    done = run(app, ["report", str(scans[0]), *options, "--quantize", name])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["provenance"]["versions"]["quantization"] == f"samf {name}"
+    assert f"{name} weights" in done.stderr and "activations" in done.stderr
+    whole = run(app, ["report", str(scans[0]), *options])
+    assert whole.exit_code == 2 and f"samf {name}, not by None" in whole.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quantize", "int3"], "expected int4 or int8"),
+        (
+            ["--quantize", "int4", "--device", "meta"],
+            "--device cpu; on a GPU, from_pretrained takes quantization_config=",
+        ),
+    ],
+)
+def test_quantising_to_what_does_not_exist_is_one_line(options, message, model, scans):
+    done = run(app, ["report", str(scans[0]), "--model", model, *options])
+    assert done.exit_code == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_info(scans):
     facts = json.loads(run(app, ["info", str(scans[0]), "--json"]).stdout)
     hu = np.asarray(nibabel.load(scans[0]).dataobj)

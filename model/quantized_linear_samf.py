@@ -1,0 +1,317 @@
+"""Linear layers with weights in 4 or 8 bits, for a language model on a CPU.
+
+They answer and pass gradients on to their input; their weights can't be trained. On another device than the CPU they
+work too, by dequantised weights, but aren't fast.
+"""
+
+import functools
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .quantized_plan_samf import KernelPlan, find_plan
+from .quantized_weights_samf import (
+    BLOCK,
+    SAVED_LAYOUT,
+    NibbleLayout,
+    dequantize_4_bits,
+    pack,
+    padded,
+    processor_layout,
+    quantize_4_bits,
+    quantize_8_bits,
+    unpack,
+)
+
+_CHUNK = 3 << 19  # weights that are dequantised at once: 3 MB in bfloat16
+_STEP_8_BIT = 32  # torch's 8-bit product crashes on other numbers of inputs than multiples of 16
+_SAMPLE = (1024, 2048)  # channels and inputs of the layer that is measured
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer that keeps its weight in few bits; `for_bits` returns the class of 4 or of 8.
+
+    Args:
+        in_features: inputs.
+        out_features: channels.
+        bias: whether it adds a bias.
+        group_size: inputs that share a scale; 8 bits have one scale for all.
+        device: where its tensors are made.
+    """
+
+    bits: int
+    scales: torch.Tensor
+    step: int  # the number of inputs is padded to a multiple of it
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        group_size: int = 64,
+        device: torch.device | str | None = None,
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        bias_value = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
+        self.register_parameter("bias", bias_value)
+
+    @staticmethod
+    def for_bits(bits: int) -> "type[QuantizedLinear]":
+        """Return the class of 4 or 8 bits."""
+        return Int4Linear if bits == 4 else Int8Linear
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, group_size: int = 64) -> "QuantizedLinear":
+        """Return a layer with a linear layer's weight, rounded.
+
+        Args:
+            linear: it isn't changed; the bias is shared.
+            group_size: inputs that share a scale.
+        """
+        layer = cls(linear.in_features, linear.out_features, False, group_size, device="meta")
+        layer.bias = linear.bias
+        layer.fill(linear.weight.detach())
+        return layer.arrange()
+
+    def quantized(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a weight (channels, inputs) as this layer saves it, and its scales."""
+        raise NotImplementedError
+
+    def fill(self, weight: torch.Tensor) -> None:
+        """Set the layer's weight to a weight (channels, inputs), rounded."""
+        packed, self.scales = self.quantized(weight)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def arrange(self) -> "QuantizedLinear":
+        """Bring the weight from the saved layout to that of this processor; return the layer."""
+        return self
+
+    @property
+    def has_direct_product(self) -> bool:
+        """Return whether torch has a product with such weights on this processor."""
+        raise NotImplementedError
+
+    def direct(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the product of rows (M, padded inputs) bfloat16 by torch's own product with quantised weights."""
+        raise NotImplementedError
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the channels of each chunk, and their weights (padded inputs, n) without `row_scales`."""
+        raise NotImplementedError
+
+    @property
+    def row_scales(self) -> torch.Tensor | None:
+        """Return the factor of each channel (N,) that `chunks` leaves out; None = none."""
+        return None
+
+    def dequantized(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the product of rows (M, padded inputs) with dequantised weights of the same type."""
+        output = rows.new_empty(rows.shape[0], self.channels)
+        for channels, weight in self.chunks(rows.dtype):
+            torch.mm(rows, weight, out=output[:, channels])
+        scales = self.row_scales
+        return output if scales is None else output.mul_(scales.to(output.dtype))
+
+    @property
+    def channels(self) -> int:
+        """Return the number of channels with those that fill the last block."""
+        return self.out_features
+
+    def full_weight(self) -> torch.Tensor:
+        """Return the dequantised weight (channels, inputs) in float32."""
+        weight = torch.cat([chunk for _, chunk in self.chunks(torch.float32)], dim=1).mT
+        if self.row_scales is not None:
+            weight = weight * self.row_scales.float().unsqueeze(-1)
+        return weight[: self.out_features, : self.in_features]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input (…, inputs) times the weight plus the bias, (…, channels)."""
+        needs_gradient = torch.is_grad_enabled() and input.requires_grad
+        output = _Product.apply(input, self) if needs_gradient else self.product(input)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def product(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input (…, inputs) times the weight, in the input's type."""
+        rows = input.reshape(-1, self.in_features)
+        rows = F.pad(rows, (0, padded(self.in_features, self.step) - self.in_features))
+        if input.device.type != "cpu":
+            output = self.dequantized(rows)
+        elif 0 < rows.shape[0] <= kernel_plan(self.bits).most_rows:
+            output = self.direct(rows.bfloat16())
+        else:
+            output = self.dequantized(rows.to(kernel_plan(self.bits).dtype))
+        return output[:, : self.out_features].reshape(*input.shape[:-1], self.out_features).to(input.dtype)
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the input (…, inputs) for that of the output (…, channels)."""
+        rows = gradient.reshape(-1, self.out_features)
+        rows = F.pad(rows, (0, self.channels - self.out_features))
+        if self.row_scales is not None:
+            rows = rows * self.row_scales.to(rows.dtype)
+        if gradient.device.type == "cpu":
+            rows = rows.to(kernel_plan(self.bits).dtype)
+        total = torch.zeros(rows.shape[0], padded(self.in_features, self.step), device=rows.device)
+        for channels, weight in self.chunks(rows.dtype):
+            total += rows[:, channels] @ weight.mT
+        return total[:, : self.in_features].reshape(*gradient.shape[:-1], self.in_features).to(gradient.dtype)
+
+    def extra_repr(self) -> str:
+        """Return what is printed of the layer."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, bits={self.bits}"
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "QuantizedLinear":
+        """Keep the scales in bfloat16, as the products take them, when a model's type is changed."""
+        super()._apply(*args, **kwargs)
+        self.scales = self.scales.bfloat16()
+        return self
+
+
+class Int4Linear(QuantizedLinear):
+    """A linear layer with 4-bit weights in groups."""
+
+    bits = 4
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        group_size: int = 64,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, group_size, device)
+        self.step, self.layout = group_size, SAVED_LAYOUT
+        inputs = padded(in_features, group_size)
+        weight = torch.zeros(self.channels // BLOCK, inputs, BLOCK // 2, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        scales = torch.zeros(inputs // group_size, self.channels, 2, dtype=torch.bfloat16, device=device)
+        self.register_buffer("scales", scales)
+
+    @property
+    def channels(self) -> int:
+        """Return the number of channels with those that fill the last block."""
+        return padded(self.out_features, BLOCK)
+
+    def quantized(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a weight (channels, inputs) as bytes in the saved layout, and its scales."""
+        return quantize_4_bits(weight, self.group_size)
+
+    def arrange(self) -> "Int4Linear":
+        """Bring the weight from the saved layout to that of this processor; return the layer."""
+        self.weight.data = _rearranged(self.weight.data, self.layout, processor_layout() or SAVED_LAYOUT)
+        self.layout = processor_layout() or SAVED_LAYOUT
+        return self
+
+    @property
+    def has_direct_product(self) -> bool:
+        """Return whether torch has a product with 4-bit weights on this processor."""
+        return self.layout == processor_layout()
+
+    def direct(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the product of rows (M, padded inputs) bfloat16 by torch's own product with 4-bit weights."""
+        packed = self.weight.view(self.channels, -1)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.group_size, self.scales)
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the channels of each chunk, and their weights (padded inputs, n)."""
+        step = max(_CHUNK // self.weight.shape[1] // BLOCK, 1)
+        for start in range(0, self.weight.shape[0], step):
+            packed = self.weight[start : start + step]
+            channels = slice(start * BLOCK, (start + len(packed)) * BLOCK)
+            yield channels, dequantize_4_bits(packed, self.scales[:, channels], self.layout, dtype)
+
+    def extra_repr(self) -> str:
+        """Return what is printed of the layer."""
+        return f"{super().extra_repr()}, group_size={self.group_size}"
+
+    def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != SAVED_LAYOUT:
+            destination[f"{prefix}weight"] = _rearranged(self.weight.data, self.layout, SAVED_LAYOUT)
+
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
+        key = f"{prefix}weight"
+        if key in state_dict and self.layout != SAVED_LAYOUT:
+            state_dict = {**state_dict, key: _rearranged(state_dict[key], SAVED_LAYOUT, self.layout)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Int8Linear(QuantizedLinear):
+    """A linear layer with 8-bit weights and one scale for each channel."""
+
+    bits = 8
+    step = _STEP_8_BIT
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        group_size: int = 64,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, group_size, device)
+        weight = torch.zeros(out_features, padded(in_features, self.step), dtype=torch.int8, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scales", torch.zeros(out_features, dtype=torch.bfloat16, device=device))
+
+    def quantized(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a weight (channels, inputs) as int8, padded, and its scales."""
+        rounded, scales = quantize_8_bits(weight)
+        return F.pad(rounded, (0, padded(self.in_features, self.step) - self.in_features)), scales
+
+    @property
+    def has_direct_product(self) -> bool:
+        """Return whether torch has a product with 8-bit weights."""
+        return hasattr(torch.ops.aten, "_weight_int8pack_mm")
+
+    def direct(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the product of rows (M, padded inputs) bfloat16 by torch's own product with 8-bit weights."""
+        return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
+
+    @property
+    def row_scales(self) -> torch.Tensor:
+        """Return the scale of each channel."""
+        return self.scales
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the channels of each chunk, and their weights (padded inputs, n) without the scales."""
+        step = max(_CHUNK // self.weight.shape[1], 1)
+        for start in range(0, self.out_features, step):
+            chunk = slice(start, min(start + step, self.out_features))
+            yield chunk, self.weight[chunk].to(dtype).mT
+
+
+class _Product(torch.autograd.Function):
+    """A layer's product for inputs that need a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.product(input)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.layer.input_gradient(gradient), None
+
+
+def _rearranged(packed: torch.Tensor, layout: NibbleLayout, wanted: NibbleLayout) -> torch.Tensor:
+    return packed if layout == wanted else pack(unpack(packed, layout), wanted)
+
+
+@functools.cache
+def kernel_plan(bits: int) -> KernelPlan:
+    """Return what computes products with weights of `bits` bits on this processor."""
+    with torch.device("cpu"):  # the library builds models within another
+        return find_plan(bits, lambda: _sample(bits))
+
+
+def _sample(bits: int) -> QuantizedLinear:
+    channels, inputs = _SAMPLE
+    layer = QuantizedLinear.for_bits(bits)(inputs, channels, device="meta")
+    layer.fill(torch.randn(channels, inputs, dtype=torch.float32, generator=torch.Generator().manual_seed(0)))
+    return layer.arrange()
