@@ -1,6 +1,7 @@
 """`pipeline("ct-report")`: CT scans to reports, or to the answers of questions about them."""
 
 import contextlib
+import dataclasses
 import logging as python_logging
 import os
 import threading
@@ -13,7 +14,8 @@ import torch
 import transformers
 from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from .report_samf import REPORT_QUESTION, Provenance, Report, Sentence, split_sentences
+from .explain_samf import EvidenceMode, EvidenceOptions, Explainer, ScanImages
+from .report_samf import REPORT_QUESTION, Provenance, Report, Sentence, find_sentence_tokens
 
 TASK = "ct-report"
 # For config.json; with exactly one entry `pipeline(model=…)` needs no task.
@@ -46,6 +48,7 @@ class EncodedScan:
         features: `slice_embeddings` float32 (S, D), `slice_planes` and `slice_positions` (S,).
         findings: probability of each finding by the findings head; empty without one.
         warnings: what the reader repaired or found unusual.
+        images: the slices themselves, for evidence; None unless they were asked for.
     """
 
     source: str
@@ -55,6 +58,7 @@ class EncodedScan:
     features: Mapping[str, np.ndarray]
     findings: Mapping[str, float]
     warnings: tuple[str, ...]
+    images: ScanImages | None = None
 
 
 class SamfReportPipeline(Pipeline):
@@ -82,6 +86,7 @@ class SamfReportPipeline(Pipeline):
         inputs: Any,
         question: str | Sequence[str] | None = None,
         batch_size: int | None = None,
+        evidence: bool | EvidenceMode = False,
         **generate_kwargs: Any,
     ) -> Any:
         """Return the report of a scan, or what `question` asks for.
@@ -92,6 +97,8 @@ class SamfReportPipeline(Pipeline):
                 of one DICOM series go as a folder, or as a list within the list.)
             question: None for the report, a question, or several questions: the scan is then encoded once.
             batch_size: prompts that are answered together; 1 by default.
+            evidence: find what of the scan each sentence rests on: True or "full" finds its slices by occlusion, "fast" by
+                gradient. Heat maps take megabytes per report; save the reports of a long list one by one.
             generate_kwargs: of `generate`, such as `max_new_tokens` or `num_beams`.
 
         Returns:
@@ -105,13 +112,14 @@ class SamfReportPipeline(Pipeline):
         if not questions:
             raise ValueError("question is an empty list; leave it out for a report, or pass at least one question.")
         if not isinstance(inputs, (list, tuple)):
-            (outcome,) = self._answer_scans([self.encode(inputs)], questions, batch_size, generate_kwargs)
+            scan = self.encode(inputs, keep_images=bool(evidence))
+            (outcome,) = self._answer_scans([scan], questions, batch_size, generate_kwargs, evidence)
             return self._unwrapped(outcome, question)
         size = batch_size or self._batch_size or 1
         results: list[Any] = []
         for start in range(0, len(inputs), size):  # no more scans than a batch has room for are held at once
-            scans = [self._encode_or_fail(scan) for scan in inputs[start : start + size]]
-            results += self._answer_scans(scans, questions, size, generate_kwargs)
+            scans = [self._encode_or_fail(scan, bool(evidence)) for scan in inputs[start : start + size]]
+            results += self._answer_scans(scans, questions, size, generate_kwargs, evidence)
         return [self._unwrapped(outcome, question) for outcome in results]
 
     def _answer_scans(
@@ -120,12 +128,17 @@ class SamfReportPipeline(Pipeline):
         questions: Sequence[str],
         batch_size: int | None,
         generate_kwargs: GenerateOptions,
+        evidence: bool | EvidenceMode,
     ) -> list["list[Report] | Failure"]:
         """Return the reports of each scan, one per question, and failures as they are."""
         jobs = [(scan, asked) for scan in scans if isinstance(scan, EncodedScan) for asked in questions]
         size = batch_size or self._batch_size or 1
         batches = (jobs[start : start + size] for start in range(0, len(jobs), size))
-        answered = iter([report for batch in batches for report in self.answer(batch, **generate_kwargs)])
+        reports = [report for batch in batches for report in self.answer(batch, **generate_kwargs)]
+        if evidence:
+            mode: EvidenceMode = "full" if evidence is True else evidence
+            reports = [self.explain(report, scan, mode) for report, (scan, _) in zip(reports, jobs, strict=True)]
+        answered = iter(reports)
         return [scan if isinstance(scan, Failure) else [next(answered) for _ in questions] for scan in scans]
 
     @staticmethod
@@ -134,11 +147,35 @@ class SamfReportPipeline(Pipeline):
         single = question is None or isinstance(question, str)
         return outcome[0] if single and isinstance(outcome, list) else outcome
 
-    def encode(self, scan: Any) -> EncodedScan:
+    def explain(self, report: Report, scan: Any, mode: EvidenceMode = "full") -> Report:
+        """Return a report, or an answer, with what of the scan each of its sentences rests on.
+
+        Args:
+            report: of the scan; its text need not be the model's own.
+            scan: as in `__call__`; or encoded with `keep_images=True`, so that it is not read again.
+            mode: "full" finds slices by occlusion, "fast" by gradient.
+
+        Raises:
+            CTReadError: the scan can't be read.
+            ValueError: an encoded scan without its images, or a language model without a backward pass.
+        """
+        encoded = self.encode(scan, keep_images=True)
+        if encoded.images is None:
+            raise ValueError(
+                "Evidence needs the slices' pixels: encode(scan, keep_images=True), or pass the scan itself."
+            )
+        if not report.sentences:
+            return report
+        explainer = Explainer(self.model, self.processor, EvidenceOptions(mode=mode))
+        found = explainer.explain(encoded.images, encoded.features, report.text, report.question)
+        return dataclasses.replace(report, evidence=found)
+
+    def encode(self, scan: Any, keep_images: bool = False) -> EncodedScan:
         """Read a scan and run the slice encoder, aggregator and findings head on it.
 
         Args:
             scan: as in `__call__`, or an `EncodedScan`, which is returned as it is.
+            keep_images: keep the slices' pixels, for `explain`: 150 kB per slice of 224 x 224 in three windows.
 
         Raises:
             CTReadError: the scan can't be read.
@@ -148,7 +185,8 @@ class SamfReportPipeline(Pipeline):
         reader = self.processor.image_processor
         with collected_warnings(type(reader).__module__.rpartition(".")[0]) as warnings:
             volume = reader.read(scan)
-            stack = reader([volume], return_tensors="pt")
+            extracted = reader.extract(volume)
+            stack = reader([extracted], return_tensors="pt")
         tensors = {name: stack[name].to(self.device) for name in SLICE_INPUTS}
         with torch.inference_mode():
             outputs = self.model(**tensors)
@@ -162,8 +200,9 @@ class SamfReportPipeline(Pipeline):
             "slice_positions": stack["slice_positions"][0].numpy(),
         }
         orientation = volume.stored_orientation
+        images = ScanImages.of(volume, extracted, reader) if keep_images else None
         return EncodedScan(
-            describe_source(scan), volume.shape, volume.spacing, orientation, features, found, tuple(warnings)
+            describe_source(scan), volume.shape, volume.spacing, orientation, features, found, tuple(warnings), images
         )
 
     def answer(self, jobs: Sequence[tuple[EncodedScan, str]], **generate_kwargs: Any) -> list[Report]:
@@ -255,9 +294,9 @@ class SamfReportPipeline(Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
-    def _encode_or_fail(self, scan: Any) -> EncodedScan | Failure:
+    def _encode_or_fail(self, scan: Any, keep_images: bool) -> EncodedScan | Failure:
         try:
-            return self.encode(scan)
+            return self.encode(scan, keep_images)
         except (OSError, TypeError, ValueError) as error:  # CTReadError is a ValueError
             return Failure(describe_source(scan), str(error))
 
@@ -298,11 +337,9 @@ class SamfReportPipeline(Pipeline):
         stops = torch.isin(tokens, torch.tensor(known, dtype=tokens.dtype))
         count = int(stops.nonzero()[0]) if stops.any() else len(tokens)
         ids = tokens[:count].tolist()
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        places = [len(tokenizer.decode(ids[:index], skip_special_tokens=True)) for index in range(count)]
+        text, spans, tokens_of = find_sentence_tokens(tokenizer, ids)
         sentences = []
-        for start, end in split_sentences(text):
-            own = [index for index, place in enumerate(places) if start <= place < end]
+        for (start, end), own in zip(spans, tokens_of, strict=True):
             total = float(log_probabilities[own].sum()) if own else None
             sentences.append(Sentence(text[start:end], start, end, len(own), total))
         made_from = Provenance(

@@ -4,11 +4,12 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .evidence_samf import Evidence
 from .files_samf import atomic_path
 
 SCHEMA_VERSION = 1
@@ -76,6 +77,7 @@ class Report:
         truncated: whether the text ended at the limit of new tokens.
         warnings: what was repaired or unusual when the scan was read.
         provenance: what it was made from and with.
+        evidence: what of the scan each sentence rests on; None where it was not asked for.
     """
 
     text: str
@@ -85,10 +87,13 @@ class Report:
     findings: Mapping[str, float] = field(default_factory=dict)
     truncated: bool = False
     warnings: tuple[str, ...] = ()
+    evidence: Evidence | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a mapping of plain values, with its schema version and the disclaimer."""
-        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self), "disclaimer": DISCLAIMER}
+        values = dataclasses.asdict(dataclasses.replace(self, evidence=None))
+        values["evidence"] = None if self.evidence is None else self.evidence.to_dict()
+        return {"schema_version": SCHEMA_VERSION, **values, "disclaimer": DISCLAIMER}
 
     def to_json(self) -> str:
         """Return the report as indented JSON."""
@@ -105,7 +110,10 @@ class Report:
             raise ValueError(
                 f"The report has schema version {values.get('schema_version')}; this code reads {SCHEMA_VERSION}."
             )
-        known = {item.name: values[item.name] for item in dataclasses.fields(cls)}
+        known = {"evidence": None, **values}  # reports of earlier versions have none
+        known = {item.name: known[item.name] for item in dataclasses.fields(cls)}
+        if known["evidence"] is not None:
+            known["evidence"] = Evidence.from_dict(known["evidence"])
         made = {**known["provenance"]}
         made |= {name: tuple(made[name]) for name in ("shape", "spacing")}
         sentences = tuple(Sentence(**sentence) for sentence in known["sentences"])
@@ -118,16 +126,25 @@ class Report:
         return cls.from_dict(json.loads(text))
 
     def save(self, folder: str | os.PathLike, name: str = "report") -> list[Path]:
-        """Write `name`.txt and `name`.json into a folder.
+        """Write `name`.txt and `name`.json into a folder, and the evidence's heat maps as `name`.evidence.nii.gz.
 
         Args:
             folder: where to write; made when missing.
             name: of the files, without an ending.
 
         Returns:
-            The files' paths.
+            The files' paths; those of the text and the JSON come first.
         """
-        contents = {".txt": f"{self.text}\n\n{DISCLAIMER}\n", ".json": self.to_json()}
+        maps = [] if self.evidence is None else self.evidence.save_maps(folder, name)
+        return [*self._save_texts(folder, name, maps), *maps]
+
+    def _save_texts(self, folder: str | os.PathLike, name: str, others: list[Path]) -> list[Path]:
+        """Write the text and the JSON, in which the `others` are listed as the evidence's files."""
+        saved = self
+        if others and self.evidence is not None:
+            listed = dataclasses.replace(self.evidence, files=tuple(file.name for file in others))
+            saved = dataclasses.replace(self, evidence=listed)
+        contents = {".txt": f"{self.text}\n\n{DISCLAIMER}\n", ".json": saved.to_json()}
         files = [Path(folder) / f"{name}{ending}" for ending in contents]
         for file, content in zip(files, contents.values(), strict=True):
             with atomic_path(file) as temporary:
@@ -136,6 +153,24 @@ class Report:
 
     def __str__(self) -> str:
         return self.text
+
+
+def find_sentence_tokens(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]], list[list[int]]]:
+    """Return the text of tokens, the (start, end) characters of its sentences, and the indices of each sentence's tokens.
+
+    A token belongs to the sentence in which it ends, since many tokens begin with the blank before a word; special tokens
+    belong to none.
+
+    Args:
+        tokenizer: decodes the tokens.
+        ids: of the tokens.
+    """
+    ids, special = list(ids), set(tokenizer.all_special_ids)
+    ends = [len(tokenizer.decode(ids[: index + 1], skip_special_tokens=True)) for index in range(len(ids))]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    spans = split_sentences(text)
+    words = [(index, end) for index, end in enumerate(ends) if ids[index] not in special]
+    return text, spans, [[index for index, end in words if first < end <= last] for first, last in spans]
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
