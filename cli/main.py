@@ -33,6 +33,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 Out = Annotated[Path | None, typer.Option(help="Folder for a .txt and a .json per scan; what is there is left out.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line on standard output.")]
 Tokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens; default: the model's.")]
+Evidence = Annotated[
+    bool,
+    typer.Option("--evidence", help="Also write what of the scan each sentence rests on (PNG, NIfTI); needs --out."),
+]
 Beams = Annotated[int, typer.Option(help="Beams of the search; 1 = greedy.")]
 
 
@@ -46,12 +50,17 @@ def _run(
     as_json: bool,
     max_new_tokens: int | None,
     num_beams: int,
+    evidence: bool,
 ) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     options = {"num_beams": num_beams, "do_sample": False}
     if max_new_tokens is not None:
         options["max_new_tokens"] = max_new_tokens
+    if evidence:
+        options["evidence"] = True
     try:
+        if evidence and out is None:
+            raise UsageError("--evidence writes files: name a folder for them with --out.")
         scans = find_scans(paths)
         reporter = load_reporter(model, device, revision)
         code = write_reports(reporter, scans, questions, out, as_json, **options)
@@ -71,9 +80,10 @@ def report(
     as_json: Json = False,
     max_new_tokens: Tokens = None,
     num_beams: Beams = 1,
+    evidence: Evidence = False,
 ) -> None:
     """Write the report of each scan."""
-    _run(paths, [], model, revision, device, out, as_json, max_new_tokens, num_beams)
+    _run(paths, [], model, revision, device, out, as_json, max_new_tokens, num_beams, evidence)
 
 
 @app.command()
@@ -87,9 +97,10 @@ def ask(
     as_json: Json = False,
     max_new_tokens: Tokens = None,
     num_beams: Beams = 1,
+    evidence: Evidence = False,
 ) -> None:
     """Answer questions about each scan, which is encoded once for all of them."""
-    _run(paths, question, model, revision, device, out, as_json, max_new_tokens, num_beams)
+    _run(paths, question, model, revision, device, out, as_json, max_new_tokens, num_beams, evidence)
 
 
 @app.command()

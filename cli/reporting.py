@@ -1,6 +1,7 @@
 """`samf report`, `samf ask` and `samf info`: scans to reports, answers, and facts about their files."""
 
 import dataclasses
+import functools
 import glob
 import json
 import sys
@@ -140,14 +141,15 @@ def write_reports(
         out: folder of a .txt and a .json for each scan. Scans whose .json is there already are left out; failures.json
             lists those that couldn't be read in the last run.
         as_json: one JSON object per line on standard output, in place of text.
-        generation: options of `generate`.
+        generation: options of `generate`; and `evidence`, which needs `out`.
 
     Raises:
         UsageError: `out` holds reports of other scans, questions or models under the names of these.
     """
     names, failures, left = report_names(scans), {}, list(scans)
     if out is not None:
-        left = [scan for scan in scans if not is_answered(reporter, scan, questions, out / f"{names[scan]}.json")]
+        asked = functools.partial(is_answered, reporter, questions=questions, evidence=bool(generation.get("evidence")))
+        left = [scan for scan in scans if not asked(scan, file=out / f"{names[scan]}.json")]
         if len(left) < len(scans):
             sys.stderr.write(f"{len(scans) - len(left)} of {len(scans)} scans have their report in {out} already.\n")
     for scan, outcome in answer_scans(reporter, left, questions, **generation):
@@ -156,7 +158,7 @@ def write_reports(
             sys.stderr.write(f"{outcome}\n")
             continue
         if out is not None:
-            save_reports(outcome, out, names[scan])
+            save_reports(outcome, out, names[scan], reporter.processor.image_processor.preset != "published")
         sys.stdout.write(json_lines(outcome) if as_json else plain_text(scan, outcome, len(scans) > 1))
         sys.stdout.flush()
     if out is not None and failures:
@@ -168,7 +170,9 @@ def write_reports(
     return 0
 
 
-def is_answered(reporter: "SamfReportPipeline", scan: str, questions: Sequence[str], file: Path) -> bool:
+def is_answered(
+    reporter: "SamfReportPipeline", scan: str, questions: Sequence[str], file: Path, evidence: bool = False
+) -> bool:
     """Return whether a file holds this model's answers to these questions about a scan.
 
     Args:
@@ -176,6 +180,7 @@ def is_answered(reporter: "SamfReportPipeline", scan: str, questions: Sequence[s
         scan: path or address.
         questions: what is asked; none = the report.
         file: where the answers are written.
+        evidence: whether the answers must come with evidence.
 
     Raises:
         UsageError: the file holds something else, which would be overwritten.
@@ -199,16 +204,48 @@ def is_answered(reporter: "SamfReportPipeline", scan: str, questions: Sequence[s
     elif any((report.provenance.model, report.provenance.revision) != model for report in found):
         problem = f"was written by {found[0].provenance.model}, not {model[0]}"
     else:
-        return True
+        return not evidence or all(report.evidence is not None for report in found if report.sentences)
     raise UsageError(f"{file} {problem}. Choose another --out, or move the file away.")
 
 
-def save_reports(reports: "Sequence[Report]", folder: Path, name: str) -> None:
-    """Write one report as `name`.txt and .json; several answers about one scan as one .json."""
+def save_reports(reports: "Sequence[Report]", folder: Path, name: str, orientation: bool = True) -> None:
+    """Write one report as `name`.txt and .json; several answers about one scan as one .json.
+
+    The evidence of a report is written next to it as `name`.evidence.nii.gz and .evidence.png; that of several answers with
+    their numbers, `name`.1.evidence.nii.gz and so on.
+
+    Args:
+        reports: about one scan.
+        folder: where to write.
+        name: of the files, without an ending.
+        orientation: whether the slices are in the patient's orientation, and get its letters.
+    """
     if len(reports) == 1:
-        reports[0].save(folder, name)
-    else:
-        write_json(folder / f"{name}.json", [report.to_dict() for report in reports])
+        save_sheet(reports[0], folder, name, orientation).save(folder, name)
+        return
+    saved = []
+    for number, report in enumerate(reports, start=1):
+        own = f"{name}.{number}"
+        saved.append(save_sheet(report, folder, own, orientation).save_maps(folder, own)[0].to_dict())
+    write_json(folder / f"{name}.json", saved)
+
+
+def save_sheet(report: "Report", folder: Path, name: str, orientation: bool) -> "Report":
+    """Write a report's evidence as `name`.evidence.png, if it has any; return the report with the file's name in it.
+
+    Args:
+        report: the report.
+        folder: where to write.
+        name: of the file, without its ending.
+        orientation: see `save_reports`.
+    """
+    if report.evidence is None:
+        return report
+    from samf.reporting.evidence_sheet import save_evidence_sheet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet = save_evidence_sheet(report, folder / f"{name}.evidence.png", orientation=orientation)
+    return dataclasses.replace(report, evidence=dataclasses.replace(report.evidence, files=(sheet.name,)))
 
 
 def json_lines(reports: "Sequence[Report]") -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .heat_map_samf import resample_heat, save_heat
+from .slice_geometry import Plane
 
 NAME_ENDING = ".evidence.nii.gz"
 
@@ -54,15 +55,21 @@ class SliceEvidence:
 
 @dataclass(frozen=True, eq=False)
 class SliceHeat:
-    """Images of a sentence's top slices, for the sheet; they are not part of the JSON.
+    """One slice of each plane through the maximum of a sentence's heat, for the sheet; they are not part of the JSON.
 
     Attributes:
         numbers: (N,) of the slices in the stack.
+        planes: of the slices.
+        mm: (N,) coordinate of each slice along its plane's normal, RAS+.
+        marks: (N, 2) row and column of the heat map's maximum in each image, in pixels.
         images: uint8 (N, C, size, size), the windowed slices.
         heat: float32 (N, size, size) in [0, 1], in proportion to the largest value on any slice.
     """
 
     numbers: np.ndarray
+    planes: tuple[Plane, ...]
+    mm: np.ndarray
+    marks: np.ndarray
     images: np.ndarray
     heat: np.ndarray
 

@@ -2,11 +2,13 @@
 
 Slices. Occlusion: how much log-likelihood a sentence loses when slices are taken away, in contiguous blocks of a plane that
 are divided where it matters; the slice encoder runs once. Fast: the gradient of the log-likelihood by a slice's embedding
-times what the embedding changes when the slice becomes blank.
+times its difference from the scan's mean slice.
 
-Places. A window of a slice is blanked, the slice is encoded again, and the change of its embedding is multiplied by the same
+Places. A window of a slice is emptied, the slice is encoded again, and the change of its embedding is multiplied by the same
 gradient: occlusion where it is cheap (one slice through the encoder, shared by all sentences), a first-order estimate where
 it is not (the language model). The planes' heat then meets in one 3-D map.
+
+The gradient is the mean over a path that begins at a scan of mean slices: a sentence that is certain has none of its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,18 +22,18 @@ from .ct_volume import CTVolume
 from .evidence_samf import Evidence, Place, SentenceEvidence, SliceEvidence, SliceHeat
 from .heat_map_samf import GRID_MM, HeatGrid, back_project, meet
 from .sentence_likelihood_samf import SentenceLikelihood, tokenize_answer
-from .slice_occlusion_samf import OccludedSlices, occlude_slices
+from .slice_occlusion_samf import occlude_slices
 from .slice_views_samf import ScanGeometry, SliceSettings
-from .window_occlusion_samf import Encode, in_batches, selected, slice_effects, window_effects
+from .window_occlusion_samf import Encode, heat_of, in_batches, selected, window_losses
 
 EvidenceMode = Literal["fast", "full"]
 _SLICE_METHODS = {
     "full": "occlusion: nats of the sentence's log-likelihood lost without the slice",
-    "fast": "gradient: nats lost to first order if the slice became blank",
+    "fast": "integrated gradient: the slice's share of the nats gained over a scan of mean slices",
 }
 _PLACE_METHOD = (
-    "windows of the slice blanked and encoded again, times the gradient of the sentence's log-likelihood by the slice's "
-    "embedding; the planes' geometric mean"
+    "windows of the slices emptied and encoded again, times the integrated gradient of the sentence's log-likelihood by the "
+    "slice's embedding; geometric mean of the planes"
 )
 
 
@@ -72,6 +74,7 @@ class EvidenceOptions:
         mode: "full" finds slices by occlusion, "fast" by gradient; both find places.
         blocks: of slices per plane that occlusion begins with.
         refined: blocks per sentence that each round of it divides.
+        steps: of the path over which the gradient is averaged.
         searched: slices per plane in which places are sought; the others get no heat.
         windows: along a side of a slice.
         shown: slices per sentence that are listed, and drawn in the sheet.
@@ -83,6 +86,7 @@ class EvidenceOptions:
     mode: EvidenceMode = "full"
     blocks: int = 4
     refined: int = 2
+    steps: int = 4
     searched: int = 12
     windows: int = 7
     shown: int = 6
@@ -122,22 +126,34 @@ class Explainer:
         tokens = tokenize_answer(self.processor, features, answer, question)
         likelihood = SentenceLikelihood(self.model, tokens, features, self.options.rows)
         slices = torch.as_tensor(features["slice_embeddings"]).to(self.model.device)
-        whole, gradients, weights = likelihood.gradients(slices)
-        encode = self._encoder()
-        pixels = torch.from_numpy(images.slices)
+        whole, weights = likelihood.with_weights(slices)
+        mean = slices.mean(dim=0, keepdim=True).expand_as(slices)
+        gradients = likelihood.gradients(slices, mean, self.options.steps)  # (K, S, D)
         planes = np.asarray(features["slice_planes"])
-        effects = slice_effects(encode, pixels, slices, gradients).cpu().numpy()
-        found = None
+        scores = torch.einsum("ksd,sd->ks", gradients, (slices - mean).to(gradients.dtype)).cpu().numpy()
+        searched = list(selected(scores, planes, self.options.searched))
+        heat = self._slice_heat(torch.from_numpy(images.slices), slices, gradients, searched)
+        without: list[float | None] = [None] * len(scores)
         if self.options.mode == "full":
             found = occlude_slices(
                 likelihood, slices, torch.as_tensor(planes), self.options.blocks, self.options.refined
             )
-        heat = self._slice_heat(
-            encode, pixels, slices, gradients, list(selected(effects, planes, self.options.searched))
-        )
+            scores, without = found.scores.numpy(), found.without.tolist()
+        grid = HeatGrid.over(images.geometry, self.options.cell_mm)
         texts = [tokens.text[start:end] for start, end in tokens.spans]
-        return self._evidence(
-            images, texts, whole.tolist(), effects, found, heat, fusion_weights(weights, tokens.prompt_mask)
+        sentences = [
+            self._sentence(images, grid, *parts)
+            for parts in zip(texts, whole.tolist(), without, scores, heat, strict=True)
+        ]
+        return Evidence(
+            slice_method=_SLICE_METHODS[self.options.mode],
+            place_method=_PLACE_METHOD,
+            sentences=tuple(sentences),
+            fusion_weights=fusion_weights(weights, tokens.prompt_mask),
+            grid_shape=grid.shape,
+            grid_affine=_rows(grid.affine),
+            scan_shape=tuple(images.geometry.stored_shape),
+            scan_affine=_rows(images.geometry.stored_affine),
         )
 
     def _encoder(self) -> Encode:
@@ -151,62 +167,59 @@ class Explainer:
         return in_batches(encode, self.options.images)
 
     def _slice_heat(
-        self,
-        encode: Encode,
-        pixels: torch.Tensor,
-        slices: torch.Tensor,
-        gradients: torch.Tensor,
-        searched: Sequence[int],
+        self, pixels: torch.Tensor, slices: torch.Tensor, gradients: torch.Tensor, searched: Sequence[int]
     ) -> np.ndarray:
-        """Return the heat (K, S, windows + 1, windows + 1) of the searched slices, zero elsewhere."""
-        cells = self.options.windows + 1
+        """Return the heat (K, S, windows + 1, windows + 1) of the searched slices, zero elsewhere.
+
+        Args:
+            pixels: uint8 (S, C, H, W).
+            slices: embeddings (S, D).
+            gradients: (K, S, D).
+            searched: numbers of slices.
+        """
+        encode, windows, cells = self._encoder(), self.options.windows, self.options.windows + 1
+        losses = [
+            window_losses(encode, pixels[number], slices[number], gradients[:, number], windows) for number in searched
+        ]
+        per_sentence = np.stack(losses, axis=2).swapaxes(0, 1)  # (K, FILLS, searched, windows, windows)
         heat = np.zeros((len(gradients), len(slices), cells, cells), dtype=np.float32)
-        for number in searched:
-            heat[:, number] = window_effects(
-                encode, pixels[number], slices[number], gradients[:, number], self.options.windows
-            )
+        for own, found in zip(heat, per_sentence, strict=True):
+            own[list(searched)] = heat_of(found)
         return heat
 
-    def _evidence(
+    def _sentence(
         self,
         images: ScanImages,
-        texts: Sequence[str],
-        whole: Sequence[float],
-        effects: np.ndarray,
-        occluded: OccludedSlices | None,
+        grid: HeatGrid,
+        text: str,
+        whole: float,
+        without: float | None,
+        scores: np.ndarray,
         heat: np.ndarray,
-        weights: Mapping[str, tuple[float, ...]],
-    ) -> Evidence:
-        grid = HeatGrid.over(images.geometry, self.options.cell_mm)
-        voxels = grid.voxels()
-        scores = effects if occluded is None else occluded.scores.numpy()
-        sentences = []
-        for number, text in enumerate(texts):
-            own = heat[number]
-            together = meet(back_project(images.geometry, own, voxels))
-            cell = np.array(np.unravel_index(int(together.argmax()), together.shape))
-            top = np.argsort(-scores[number], kind="stable")[: self.options.shown]
-            sentences.append(
-                SentenceEvidence(
-                    text=text,
-                    log_probability=whole[number],
-                    without_volume=None if occluded is None else float(occluded.without[number]),
-                    slice_scores=tuple(float(score) for score in scores[number]),
-                    top_slices=tuple(slice_evidence(images, index, float(scores[number, index]), own) for index in top),
-                    peak=place_of(images.geometry, grid.voxel(cell)) if together.max() > 0 else None,
-                    heat=together,
-                    slice_heat=slice_images(images, own, grid.voxel(cell)),
-                )
-            )
-        return Evidence(
-            slice_method=_SLICE_METHODS[self.options.mode],
-            place_method=_PLACE_METHOD,
-            sentences=tuple(sentences),
-            fusion_weights=weights,
-            grid_shape=grid.shape,
-            grid_affine=_rows(grid.affine),
-            scan_shape=tuple(images.geometry.stored_shape),
-            scan_affine=_rows(images.geometry.stored_affine),
+    ) -> SentenceEvidence:
+        """Return the evidence of one sentence.
+
+        Args:
+            images: of the scan.
+            grid: of the map.
+            text: of the sentence.
+            whole: its log-likelihood with all slices.
+            without: and without the volume.
+            scores: (S,) of the slices.
+            heat: (S, h, w).
+        """
+        together = meet(back_project(images.geometry, heat, grid.voxels()))
+        cell = np.array(np.unravel_index(int(together.argmax()), together.shape))
+        top = np.argsort(-scores, kind="stable")[: self.options.shown]
+        return SentenceEvidence(
+            text=text,
+            log_probability=whole,
+            without_volume=without,
+            slice_scores=tuple(float(score) for score in scores),
+            top_slices=tuple(slice_evidence(images, number, float(scores[number]), heat) for number in top),
+            peak=place_of(images.geometry, grid.voxel(cell)) if together.max() > 0 else None,
+            heat=together,
+            slice_heat=slice_images(images, heat, grid.voxel(cell)),
         )
 
 
@@ -250,7 +263,10 @@ def slice_evidence(images: ScanImages, number: int, score: float, heat: np.ndarr
     own, place = heat[number], None
     if own.max() > 0:
         row, column = np.unravel_index(int(own.argmax()), own.shape)
-        pixels = [(index + 0.5) * images.geometry.size / cells - 0.5 for index, cells in zip((row, column), own.shape)]
+        pixels = [
+            (index + 0.5) * images.geometry.size / cells - 0.5
+            for index, cells in zip((row, column), own.shape, strict=True)
+        ]
         place = place_of(images.geometry, view.voxels(within, np.array(pixels[0]), np.array(pixels[1])))
     return SliceEvidence(
         int(number), view.plane, int(images.indices[number]), round(float(images.mm[number]), 2), score, place
@@ -265,12 +281,20 @@ def slice_images(images: ScanImages, heat: np.ndarray, voxel: np.ndarray) -> Sli
         heat: (S, h, w) of the sentence.
         voxel: (3,), where the sentence's heat is largest.
     """
-    size = images.geometry.size
-    numbers = np.array([view.slices[round(float(view.coordinates(voxel)[0]))] for view in images.geometry.views])
+    size, views = images.geometry.size, images.geometry.views
+    places = [[float(value) for value in view.coordinates(voxel)] for view in views]  # number, row, column
+    numbers = np.array([view.slices[round(place[0])] for view, place in zip(views, places, strict=True)])
     own = torch.from_numpy(heat[numbers].clip(min=0))[:, None]
     fine = torch.nn.functional.interpolate(own, size=(size, size), mode="bilinear", align_corners=False)
     shares = fine[:, 0].numpy() / max(float(heat.max()), 1e-12)
-    return SliceHeat(numbers, images.slices[numbers], shares.astype(np.float32))
+    return SliceHeat(
+        numbers=numbers,
+        planes=tuple(view.plane for view in views),
+        mm=np.asarray(images.mm)[numbers],
+        marks=np.array(places)[:, 1:],
+        images=images.slices[numbers],
+        heat=shares.astype(np.float32),
+    )
 
 
 def _rows(affine: np.ndarray) -> tuple[tuple[float, ...], ...]:

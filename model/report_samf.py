@@ -135,21 +135,29 @@ class Report:
         Returns:
             The files' paths; those of the text and the JSON come first.
         """
-        maps = [] if self.evidence is None else self.evidence.save_maps(folder, name)
-        return [*self._save_texts(folder, name, maps), *maps]
-
-    def _save_texts(self, folder: str | os.PathLike, name: str, others: list[Path]) -> list[Path]:
-        """Write the text and the JSON, in which the `others` are listed as the evidence's files."""
-        saved = self
-        if others and self.evidence is not None:
-            listed = dataclasses.replace(self.evidence, files=tuple(file.name for file in others))
-            saved = dataclasses.replace(self, evidence=listed)
+        saved, maps = self.save_maps(folder, name)
         contents = {".txt": f"{self.text}\n\n{DISCLAIMER}\n", ".json": saved.to_json()}
         files = [Path(folder) / f"{name}{ending}" for ending in contents]
         for file, content in zip(files, contents.values(), strict=True):
             with atomic_path(file) as temporary:
                 temporary.write_text(content, encoding="utf-8")
-        return files
+        return [*files, *maps]
+
+    def save_maps(self, folder: str | os.PathLike, name: str = "report") -> tuple["Report", list[Path]]:
+        """Write the evidence's heat maps as `name`.evidence.nii.gz.
+
+        Args:
+            folder: where to write; made when missing.
+            name: of the file, without its ending.
+
+        Returns:
+            The report, whose evidence names the file, and the file's path; no path for a report without evidence.
+        """
+        if self.evidence is None:
+            return self, []
+        maps = self.evidence.save_maps(folder, name)
+        listed = (*self.evidence.files, *(file.name for file in maps))
+        return dataclasses.replace(self, evidence=dataclasses.replace(self.evidence, files=listed)), maps
 
     def __str__(self) -> str:
         return self.text

@@ -100,28 +100,45 @@ class SentenceLikelihood:
                 parts.append(self._run(slices.expand(len(rows), -1, -1), rows.to(slices.device))[0])
         return torch.cat(parts)
 
-    def gradients(self, slices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]]:
-        """Return log-likelihoods (K,), their gradients by the slice embeddings (K, S, D), and the fusion's weights.
+    def with_weights(self, slices: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """Return the log-likelihoods (K,) with all slices (S, D), and the fusion's softmax weights."""
+        with torch.inference_mode():
+            scores, weights = self._run(slices[None], self._all(slices), weights=True)
+        return scores[0], weights
 
-        One forward pass, and one backward pass per sentence; weights get no gradient.
+    def gradients(self, slices: torch.Tensor, start: torch.Tensor, steps: int = 4) -> torch.Tensor:
+        """Return the gradients (K, S, D) of the log-likelihoods by the slice embeddings, averaged over a path.
+
+        Where a sentence is near certain its own gradient vanishes, although its evidence is strong; the mean over the straight
+        line from `start` to the slices does not (integrated gradients): times (slices − start) it adds up to the gain in
+        log-likelihood. Each step takes one forward pass and one backward pass per sentence; weights get no gradient.
 
         Args:
             slices: embeddings (S, D).
+            start: (S, D), where the path begins.
+            steps: points of the path, in the middle of its parts.
 
         Raises:
             ValueError: the language model's kernels have no backward pass.
         """
-        leaf = slices.detach().clone().requires_grad_(True)
-        keep = torch.ones(1, len(slices), dtype=torch.bool, device=slices.device)
+        total = torch.zeros(())
+        slices, start = slices.clone(), start.clone()  # not inference tensors
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
-            scores, weights = self._run(leaf[None], keep, weights=True)
-            if not scores.requires_grad:
-                raise ValueError(
-                    "The language model has no backward pass (quantised kernels?), which evidence needs; load the model "
-                    "without quantisation."
-                )
-            found = [torch.autograd.grad(score, leaf, retain_graph=True)[0] for score in scores[0]]
-        return scores[0].detach(), torch.stack(found), {name: weight.detach() for name, weight in weights.items()}
+            for step in range(steps):
+                leaf = torch.lerp(start, slices, (step + 0.5) / steps).requires_grad_(True)
+                scores = self._run(leaf[None], self._all(slices))[0][0]
+                if not scores.requires_grad:
+                    raise ValueError(
+                        "The language model has no backward pass (quantised kernels?), which evidence needs; load the "
+                        "model without quantisation."
+                    )
+                found = [torch.autograd.grad(score, leaf, retain_graph=True)[0] for score in scores]
+                total = torch.stack(found) / steps + total.to(found[0].device)
+        return total
+
+    @staticmethod
+    def _all(slices: torch.Tensor) -> torch.Tensor:
+        return torch.ones(1, len(slices), dtype=torch.bool, device=slices.device)
 
     def _run(
         self, slices: torch.Tensor, keep: torch.Tensor, weights: bool = False

@@ -1,7 +1,7 @@
-"""Occlusion of windows of slice images: what their loss changes in the slices' embeddings, to first order in the text.
+"""Occlusion of windows of slice images: what their loss changes in the slices' embeddings, and by it in the sentences.
 
 One slice through the slice encoder is cheap, and its change serves all sentences; the language model enters by the gradient
-of each sentence's log-likelihood alone. Only the encoder's output is needed, so every encoder will do, with patches or not.
+of each sentence's log-likelihood. Only the encoder's output is needed, so every encoder will do, with patches or not.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +11,7 @@ import torch
 
 # uint8 images (N, C, H, W) → embeddings (N, D).
 Encode = Callable[[torch.Tensor], torch.Tensor]
+FILLS = 2
 
 
 def windows_of(size: int, windows: int) -> list[tuple[int, int]]:
@@ -24,47 +25,27 @@ def windows_of(size: int, windows: int) -> list[tuple[int, int]]:
     return [(edges[number], edges[number + 2]) for number in range(windows)]
 
 
-def blank(images: torch.Tensor) -> torch.Tensor:
-    """Return images (…, C, H, W) in which all is as dark as their darkest pixel, in each channel: air."""
-    return images.amin(dim=(-2, -1), keepdim=True).expand_as(images).contiguous()
+def filled(image: torch.Tensor, row: tuple[int, int], column: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """Yield copies of an image (C, H, W) in which a window holds nothing: the image's darkest value, then its own mean.
 
-
-def blanked_windows(image: torch.Tensor, windows: int) -> torch.Tensor:
-    """Return copies (windows², C, H, W) of an image, each with one window blanked; row by row.
+    One fill alone would find what differs from it, dense tissue in air, or what has structure; evidence has either.
 
     Args:
         image: (C, H, W).
-        windows: along a side.
+        row: (start, stop) of the window.
+        column: (start, stop) of the window.
     """
-    rows, columns = windows_of(image.shape[-2], windows), windows_of(image.shape[-1], windows)
-    dark = blank(image)
-    copies = image.repeat(len(rows) * len(columns), 1, 1, 1)
-    places = [(row, column) for row in rows for column in columns]
-    for copy, (row, column) in zip(copies, places, strict=True):
-        copy[:, slice(*row), slice(*column)] = dark[:, slice(*row), slice(*column)]
-    return copies
+    place = (slice(None), slice(*row), slice(*column))
+    for value in (image.amin(dim=(-2, -1)), image[place].float().mean(dim=(-2, -1)).round().to(image.dtype)):
+        copy = image.clone()
+        copy[place] = value[:, None, None]
+        yield copy
 
 
-def slice_effects(
-    encode: Encode, images: torch.Tensor, embeddings: torch.Tensor, gradients: torch.Tensor
-) -> torch.Tensor:
-    """Return (K, S): by how much the K log-likelihoods would fall, to first order, if a slice became blank.
-
-    Args:
-        encode: the slice encoder.
-        images: uint8 (S, C, H, W).
-        embeddings: (S, D) of the images.
-        gradients: (K, S, D) of the log-likelihoods by the embeddings.
-    """
-    return torch.einsum("ksd,sd->ks", gradients, embeddings - encode(blank(images)))
-
-
-def window_effects(
+def window_losses(
     encode: Encode, image: torch.Tensor, embedding: torch.Tensor, gradients: torch.Tensor, windows: int
 ) -> np.ndarray:
-    """Return (K, windows + 1, windows + 1): by how much the K log-likelihoods would fall with the parts of one slice.
-
-    A cell is a quarter of a window; its value is the mean over the windows that cover it.
+    """Return (FILLS, K, windows, windows): by how much the K log-likelihoods would fall without each window of a slice.
 
     Args:
         encode: the slice encoder.
@@ -73,13 +54,31 @@ def window_effects(
         gradients: (K, D) of the log-likelihoods by the embedding.
         windows: along a side.
     """
-    changes = embedding - encode(blanked_windows(image, windows))  # (W, D)
-    falls = (gradients @ changes.T).reshape(-1, windows, windows).cpu().numpy()  # (K, rows, columns)
-    cells, covers = np.zeros((len(falls), windows + 1, windows + 1)), np.zeros((windows + 1, windows + 1))
+    rows, columns = windows_of(image.shape[-2], windows), windows_of(image.shape[-1], windows)
+    copies = [copy for row in rows for column in columns for copy in filled(image, row, column)]
+    changes = embedding - encode(torch.stack(copies))  # (windows² · FILLS, D)
+    losses = (gradients @ changes.T.to(gradients.dtype)).view(-1, windows, windows, FILLS)
+    return losses.permute(3, 0, 1, 2).cpu().numpy()
+
+
+def heat_of(losses: np.ndarray) -> np.ndarray:
+    """Return the heat (S, windows + 1, windows + 1) of one sentence on all slices.
+
+    What speaks against the sentence has no heat. Each fill counts in units of its standard deviation. A cell is a quarter of a
+    window, and its heat the mean over the windows that cover it.
+
+    Args:
+        losses: (FILLS, S, windows, windows).
+    """
+    spread = losses.std(axis=(1, 2, 3), keepdims=True).clip(min=1e-12)
+    positive = (losses.clip(min=0) / spread).sum(axis=0)  # (S, windows, windows)
+    windows = positive.shape[-1]
+    cells = np.zeros((len(positive), windows + 1, windows + 1))
+    covers = np.zeros((windows + 1, windows + 1))
     for row in (0, 1):
         for column in (0, 1):
             place = (slice(row, row + windows), slice(column, column + windows))
-            cells[:, place[0], place[1]] += falls
+            cells[:, place[0], place[1]] += positive
             covers[place] += 1
     return (cells / covers).astype(np.float32)
 
@@ -93,15 +92,15 @@ def in_batches(encode: Encode, batch_size: int) -> Encode:
     return encoded
 
 
-def selected(effects: np.ndarray, planes: np.ndarray, count: int) -> Iterator[int]:
-    """Yield the slices of each plane whose effect on any sentence is largest.
+def selected(scores: np.ndarray, planes: np.ndarray, count: int) -> Iterator[int]:
+    """Yield the slices of each plane whose score for any sentence is largest.
 
     Args:
-        effects: (K, S), each sentence's counted as a share of its largest.
+        scores: (K, S), each sentence's counted as a share of its largest, of either sign.
         planes: (S,) plane of each slice.
         count: slices per plane.
     """
-    shares = np.abs(effects) / np.abs(effects).max(axis=1, keepdims=True).clip(min=1e-12)
+    shares = np.abs(scores) / np.abs(scores).max(axis=1, keepdims=True).clip(min=1e-12)
     strongest = shares.max(axis=0)  # (S,)
     for plane in np.unique(planes):
         own = np.flatnonzero(planes == plane)

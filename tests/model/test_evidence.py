@@ -1,6 +1,7 @@
 """Evidence: likelihoods, gradients and heat against the same quantities computed another way."""
 
 import dataclasses
+import itertools
 import json
 
 import nibabel
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny import FUSION_TYPES, model_for, tiny_processor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
 from samf import read_ct
 from samf.model.explain_samf import EvidenceOptions, Explainer
@@ -16,7 +18,7 @@ from samf.model.pipeline_samf import SamfReportPipeline
 from samf.model.report_samf import REPORT_QUESTION, Report
 from samf.model.sentence_likelihood_samf import SentenceLikelihood, tokenize_answer
 from samf.model.slice_occlusion_samf import occlude_slices
-from samf.model.window_occlusion_samf import blanked_windows, selected, slice_effects, window_effects, windows_of
+from samf.model.window_occlusion_samf import FILLS, filled, heat_of, selected, window_losses, windows_of
 
 ANSWER = "Heart size is normal. A consolidation is seen in the right lower lobe."
 SLICES = 9
@@ -80,21 +82,30 @@ def test_the_likelihood_without_slices_is_that_of_a_volume_that_never_had_them(f
 
 
 @pytest.mark.parametrize("fusion_type", FUSION_TYPES)
-def test_gradients_are_directional_derivatives(fusion_type):
-    """Finite differences (Phi-3 normalises in float32, which limits them); the weights' own gradients stay untouched."""
+def test_gradients_are_directional_derivatives(fusion_type, monkeypatch):
+    """Finite differences in float64; the weights' own gradients stay untouched."""
+
+    def norm(self, x):  # Phi-3's own is in float32, too coarse for differences
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(Phi3RMSNorm, "forward", norm)
     (processor, model), features = parts(fusion_type), features_of(dtype=np.float64)
     model = model.double()
     likelihood = SentenceLikelihood(model, tokenize_answer(processor, features, ANSWER), features)
     slices = torch.from_numpy(features["slice_embeddings"])
-    whole, gradients, weights = likelihood.gradients(slices)
+    gradients = likelihood.gradients(slices, slices, steps=1)
     assert gradients.shape == (2, SLICES, 32) and all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     keep = torch.ones(1, SLICES, dtype=torch.bool)
     direction = torch.randn(slices.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    step = 1e-2 * direction
-    change = (likelihood(slices + step, keep) - likelihood(slices - step, keep))[0] / 2e-2
-    np.testing.assert_allclose((gradients * direction).sum(dim=(1, 2)), change, rtol=0.02, atol=0.01)
-    np.testing.assert_allclose(whole, likelihood(slices, keep)[0], atol=1e-5)
+    step = 1e-4 * direction
+    change = (likelihood(slices + step, keep) - likelihood(slices - step, keep))[0] / 2e-4
+    np.testing.assert_allclose((gradients * direction).sum(dim=(1, 2)), change, rtol=1e-3, atol=1e-5)
+    whole, weights = likelihood.with_weights(slices)
+    np.testing.assert_allclose(whole, likelihood(slices, keep)[0], atol=1e-8)
+    mean = slices.mean(dim=0, keepdim=True).expand_as(slices)
+    shares = (likelihood.gradients(slices, mean, steps=40) * (slices - mean)).sum(dim=(1, 2))
+    np.testing.assert_allclose(shares, whole - likelihood(mean, keep)[0], rtol=0.02, atol=0.02)
     name = "slice_text" if fusion_type == "slice_tokens" else "alpha"
     np.testing.assert_allclose(weights[name].sum(-1), np.ones(weights[name].shape[:-1]), atol=1e-6)
 
@@ -131,38 +142,51 @@ def test_occlusion_shares_the_loss_of_a_block_and_counts_each_slice_once():
     np.testing.assert_allclose(added.scores[0], values, atol=1e-5)  # all blocks were divided
 
 
-def test_windows_cover_a_slice_and_blank_only_themselves():
+def test_windows_cover_a_slice_and_empty_only_themselves():
     spans = windows_of(224, 7)
     assert spans[0] == (0, 56) and spans[-1] == (168, 224) and all(stop - start == 56 for start, stop in spans)
+    assert all(later[0] == (earlier[0] + earlier[1]) / 2 for earlier, later in itertools.pairwise(spans))
     image = torch.randint(5, 256, (2, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image[0, 3, 3], image[1, 9, 1] = 1, 2
-    copies = blanked_windows(image, 3)
-    assert copies.shape == (9, 2, 16, 16)
-    changed = (copies != image).any(dim=1)
-    assert changed[0, :8, :8].sum() >= 60 and not changed[0, 8:].any() and not changed[0, :, 8:].any()
-    assert changed.any(dim=0).sum() >= 253, "together they cover the image"
-    assert set(copies[8, 0, 8:, 8:].unique().tolist()) == {1} and set(copies[8, 1, 8:, 8:].unique().tolist()) == {2}
+    dark, even = filled(image, (4, 12), (8, 16))
+    inside = torch.zeros(16, 16, dtype=torch.bool)
+    inside[4:12, 8:16] = True
+    for copy in (dark, even):
+        assert torch.equal(copy[:, ~inside], image[:, ~inside]) and copy.dtype == torch.uint8
+    assert dark[0, inside].unique().tolist() == [1] and dark[1, inside].unique().tolist() == [2]
+    assert even[0, inside].unique().tolist() == [round(float(image[0, inside].float().mean()))]
 
 
-def test_effects_of_a_linear_encoder_are_the_exact_losses():
-    """An encoder that sums what is in the middle, and a likelihood linear in it: first order is exact."""
+def test_losses_of_a_linear_encoder_are_exact():
+    """An encoder that sums a block's pixels, and a likelihood linear in it: first order is exact."""
     weight = torch.zeros(16, 16)
     weight[4:8, 8:12] = 1.0
 
     def encode(images):
         return ((images.float() * weight).sum(dim=(1, 2, 3)))[:, None]
 
-    image = torch.full((3, 1, 16, 16), 10, dtype=torch.uint8)
-    image[:, :, 0, 0] = 0
-    image[1, :, 4:8, 8:12] = 50
-    embeddings, gradients = encode(image), torch.tensor([[[1.0]] * 3, [[-2.0]] * 3])
-    effects = slice_effects(encode, image, embeddings, gradients)
-    np.testing.assert_allclose(effects, [[160, 800, 160], [-320, -1600, -320]])
-    cells = window_effects(encode, image[1], embeddings[1], gradients[:, 1], 3)
-    assert cells.shape == (2, 4, 4)
-    assert cells[0, 1, 2] == cells[0].max() == 800 and cells[0, 3, 0] == 0 and cells[0, 2, 2] == 400
-    np.testing.assert_allclose(cells[1], -2 * cells[0])
-    assert list(selected(effects.numpy(), np.array([0, 0, 2]), 1)) == [1, 2]
+    image = torch.full((1, 16, 16), 10, dtype=torch.uint8)
+    image[:, 0, 0] = 0
+    image[:, 4:8, 8:12] = 50
+    gradients = torch.tensor([[1.0], [-2.0]])
+    losses = window_losses(encode, image, encode(image[None])[0], gradients, 3)
+    assert losses.shape == (FILLS, 2, 3, 3)
+    covered = np.zeros((3, 3))
+    covered[:2, 1:] = 1  # the windows of 8 x 8 that hold the block
+    np.testing.assert_allclose(losses[0, 0], 16 * 50 * covered)
+    np.testing.assert_allclose(losses[1, 0], 16 * 30 * covered)  # the mean of a window: (16 · 50 + 48 · 10) / 64
+    np.testing.assert_allclose(losses[:, 1], -2 * losses[:, 0])
+    heat = heat_of(np.stack([losses[:, 0], 0 * losses[:, 0]], axis=1))
+    assert heat.shape == (2, 4, 4) and not heat[1].any()
+    assert heat[0, 1, 2] == heat[0].max() > 0 and heat[0, 3, 0] == 0
+    assert heat[0, 2, 2] == pytest.approx(heat[0, 1, 2] / 2), "half of the windows over that cell hold the block"
+    assert not heat_of(losses[:, 1:2]).any(), "what speaks against a sentence has no heat"
+
+
+def test_of_each_plane_the_slices_that_matter_most_to_any_sentence_are_searched():
+    scores = np.array([[0.1, -9.0, 1.0, 0.2], [0.5, 0.1, 0.1, 0.0]])
+    assert list(selected(scores, np.array([0, 0, 2, 2]), 1)) == [0, 2], "shares: 1.0 and 1.0, then 0.2"
+    assert list(selected(scores, np.array([0, 0, 2, 2]), 2)) == [0, 1, 2, 3]
 
 
 class BrightnessEncoder:
@@ -207,9 +231,9 @@ def test_the_place_of_a_sentence_that_needs_a_block_is_the_block(fusion_type, sp
     monkeypatch.setattr(reporter.model.model, "encode_slices", encoder)
     own = SentenceLikelihood.gradients
 
-    def gradients(self, slices):
-        whole, found, weights = own(self, slices)
-        return whole, torch.stack([encoder.direction, -encoder.direction])[:, None].expand_as(found), weights
+    def gradients(self, slices, start, steps):
+        found = own(self, slices, start, steps)
+        return torch.stack([encoder.direction, -encoder.direction])[:, None].expand_as(found)
 
     monkeypatch.setattr(SentenceLikelihood, "gradients", gradients)
     scan = reporter.encode(path, keep_images=True)
@@ -284,6 +308,6 @@ def test_scans_of_a_list_get_evidence_and_failures_stay(spot, tmp_path):
     reporter = reporter_of("ao2d", slices_per_plane=2)
     (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
     first, failed = reporter([spot[0], str(tmp_path / "bad.nii.gz")], evidence="fast", max_new_tokens=6)
-    assert first.evidence.slice_method.startswith("gradient") and "bad.nii.gz" in failed.error
+    assert first.evidence.slice_method.startswith("integrated gradient") and "bad.nii.gz" in failed.error
     assert {"alpha", "beta", "gamma"} == set(first.evidence.fusion_weights)
     assert len(first.evidence.fusion_weights["gamma"]) == len(first.evidence.fusion_weights["alpha"]) == 6
