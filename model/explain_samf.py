@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from .ct_volume import CTVolume
 from .evidence_samf import Evidence, Place, SentenceEvidence, SliceEvidence, SliceHeat
@@ -27,6 +28,7 @@ from .slice_views_samf import ScanGeometry, SliceSettings
 from .window_occlusion_samf import Encode, heat_of, in_batches, selected, window_losses
 
 EvidenceMode = Literal["fast", "full"]
+_PATIENCE = 5.0  # seconds before a progress bar appears
 _SLICE_METHODS = {
     "full": "occlusion: nats of the sentence's log-likelihood lost without the slice",
     "fast": "integrated gradient: the slice's share of the nats gained over a scan of mean slices",
@@ -179,7 +181,8 @@ class Explainer:
         """
         encode, windows, cells = self._encoder(), self.options.windows, self.options.windows + 1
         losses = [
-            window_losses(encode, pixels[number], slices[number], gradients[:, number], windows) for number in searched
+            window_losses(encode, pixels[number], slices[number], gradients[:, number], windows)
+            for number in logging.tqdm(searched, desc="evidence", unit="slice", leave=False, delay=_PATIENCE)
         ]
         per_sentence = np.stack(losses, axis=2).swapaxes(0, 1)  # (K, FILLS, searched, windows, windows)
         heat = np.zeros((len(gradients), len(slices), cells, cells), dtype=np.float32)

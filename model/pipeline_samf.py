@@ -97,8 +97,7 @@ class SamfReportPipeline(Pipeline):
                 of one DICOM series go as a folder, or as a list within the list.)
             question: None for the report, a question, or several questions: the scan is then encoded once.
             batch_size: prompts that are answered together; 1 by default.
-            evidence: find what of the scan each sentence rests on: True or "full" finds its slices by occlusion, "fast" by
-                gradient. Heat maps take megabytes per report; save the reports of a long list one by one.
+            evidence: also `explain`: True or "full", or "fast". Heat maps take megabytes per report.
             generate_kwargs: of `generate`, such as `max_new_tokens` or `num_beams`.
 
         Returns:
@@ -157,7 +156,7 @@ class SamfReportPipeline(Pipeline):
 
         Raises:
             CTReadError: the scan can't be read.
-            ValueError: an encoded scan without its images, or a language model without a backward pass.
+            ValueError: an encoded scan without images, or a language model without a backward pass.
         """
         encoded = self.encode(scan, keep_images=True)
         if encoded.images is None:
@@ -166,8 +165,8 @@ class SamfReportPipeline(Pipeline):
             )
         if not report.sentences:
             return report
-        explainer = Explainer(self.model, self.processor, EvidenceOptions(mode=mode))
-        found = explainer.explain(encoded.images, encoded.features, report.text, report.question)
+        explain = Explainer(self.model, self.processor, EvidenceOptions(mode=mode)).explain
+        found = explain(encoded.images, encoded.features, report.text, report.question)
         return dataclasses.replace(report, evidence=found)
 
     def encode(self, scan: Any, keep_images: bool = False) -> EncodedScan:
@@ -338,10 +337,10 @@ class SamfReportPipeline(Pipeline):
         count = int(stops.nonzero()[0]) if stops.any() else len(tokens)
         ids = tokens[:count].tolist()
         text, spans, tokens_of = find_sentence_tokens(tokenizer, ids)
-        sentences = []
-        for (start, end), own in zip(spans, tokens_of, strict=True):
-            total = float(log_probabilities[own].sum()) if own else None
-            sentences.append(Sentence(text[start:end], start, end, len(own), total))
+        sentences = [
+            Sentence(text[start:end], start, end, len(own), float(log_probabilities[own].sum()) if own else None)
+            for (start, end), own in zip(spans, tokens_of, strict=True)
+        ]
         made_from = Provenance(
             source=scan.source,
             shape=scan.shape,

@@ -100,7 +100,7 @@ def test_gradients_are_directional_derivatives(fusion_type, monkeypatch):
     direction = torch.randn(slices.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     step = 1e-4 * direction
     change = (likelihood(slices + step, keep) - likelihood(slices - step, keep))[0] / 2e-4
-    np.testing.assert_allclose((gradients * direction).sum(dim=(1, 2)), change, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose((gradients * direction).sum(dim=(1, 2)), change, rtol=0.01, atol=1e-4)
     whole, weights = likelihood.with_weights(slices)
     np.testing.assert_allclose(whole, likelihood(slices, keep)[0], atol=1e-8)
     mean = slices.mean(dim=0, keepdim=True).expand_as(slices)
