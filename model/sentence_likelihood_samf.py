@@ -126,15 +126,22 @@ class SentenceLikelihood:
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.model):
             for step in range(steps):
                 leaf = torch.lerp(start, slices, (step + 0.5) / steps).requires_grad_(True)
-                scores = self._run(leaf[None], self._all(slices))[0][0]
-                if not scores.requires_grad:
-                    raise ValueError(
-                        "The language model has no backward pass (quantised kernels?), which evidence needs; load the "
-                        "model without quantisation."
-                    )
-                found = [torch.autograd.grad(score, leaf, retain_graph=True)[0] for score in scores]
-                total = torch.stack(found) / steps + total.to(found[0].device)
+                found = self._gradients_at(leaf)
+                total = found / steps + total.to(found.device)
         return total
+
+    def _gradients_at(self, leaf: torch.Tensor) -> torch.Tensor:
+        """Return the gradients (K, S, D) at one point."""
+        try:
+            scores = self._run(leaf[None], self._all(leaf))[0][0]
+            return torch.stack([torch.autograd.grad(score, leaf, retain_graph=True)[0] for score in scores])
+        except RuntimeError as error:  # torch's "derivative for … is not implemented", "does not require grad"
+            if not any(word in str(error) for word in ("derivative", "not implemented", "does not require grad")):
+                raise
+            raise ValueError(
+                "The language model has no backward pass, which evidence needs (quantised kernels?): load the model "
+                f"without quantisation. ({error})"
+            ) from error
 
     @staticmethod
     def _all(slices: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,16 @@ def test_gradients_are_directional_derivatives(fusion_type, monkeypatch):
     np.testing.assert_allclose(weights[name].sum(-1), np.ones(weights[name].shape[:-1]), atol=1e-6)
 
 
+def test_a_language_model_without_backward_pass_is_named(monkeypatch):
+    (processor, model), features = parts("ao2d"), features_of()
+    forward = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: forward(hidden.detach()))
+    likelihood = SentenceLikelihood(model, tokenize_answer(processor, features, ANSWER), features)
+    slices = torch.from_numpy(features["slice_embeddings"])
+    with pytest.raises(ValueError, match="without quantisation"):
+        likelihood.gradients(slices, slices, steps=1)
+
+
 @pytest.mark.parametrize("decisive", [0, 4, 11, 17, 26])
 def test_occlusion_finds_the_slice_on_which_a_sentence_depends(decisive):
     """Sentence 0 needs one slice; sentence 1 needs none; sentence 2 needs any one of two, in two planes."""
