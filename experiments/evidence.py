@@ -106,7 +106,9 @@ class PhantomRun:
         self.reporter = SamfReportPipeline(model=loaded, processor=SamfProcessor.from_pretrained(model))
         self.data, self.margin_mm, self.settings = data, margin_mm, load_settings(data)
         self.explainer = Explainer(loaded, self.reporter.processor, EvidenceOptions(mode=mode))
-        self.fast = Explainer(loaded, self.reporter.processor, EvidenceOptions(mode="fast"))
+        # Of another patient's scan only the place counts, found as for the own scan.
+        searched = self.explainer.options.searched_slices
+        self.fast = Explainer(loaded, self.reporter.processor, EvidenceOptions(mode="fast", searched=searched))
 
     def cases(self, patient: int) -> list[Case]:
         """Return the scores of the findings of one phantom."""

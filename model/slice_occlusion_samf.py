@@ -57,7 +57,7 @@ def occlude_slices(
     return OccludedSlices(scores, whole, without, rows)
 
 
-def _likelihoods(likelihood: Likelihood, slices: torch.Tensor, blocks: Sequence[Block]) -> Mapping[Block, torch.Tensor]:
+def _likelihoods(likelihood: Likelihood, slices: torch.Tensor, blocks: Sequence[Block]) -> dict[Block, torch.Tensor]:
     """Return the log-likelihoods (K,) without each block."""
     keep = torch.ones(len(blocks), len(slices), dtype=torch.bool)
     for row, block in zip(keep, blocks, strict=True):
