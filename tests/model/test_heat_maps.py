@@ -8,7 +8,7 @@ import pytest
 import SimpleITK as sitk
 
 from samf import SamfImageProcessor, read_ct
-from samf.model.heat_map_samf import HeatGrid, back_project, contiguous_blocks, resample_heat, save_heat
+from samf.model.heat_map_samf import HeatGrid, back_project, meet, resample_heat, save_heat
 from samf.model.slice_views_samf import ScanGeometry
 
 SPACING = (2.0, 3.0, 5.0)
@@ -170,8 +170,12 @@ def test_a_grid_covers_the_volume_and_has_no_more_cells_than_voxels(tmp_path):
             np.testing.assert_allclose(found, geometry.to_mm(voxel), atol=1e-9)
 
 
-@pytest.mark.parametrize(("count", "blocks"), [(12, 4), (13, 4), (3, 8), (1, 1)])
-def test_blocks_cover_each_item_once(count, blocks):
-    found = list(contiguous_blocks(count, blocks))
-    assert [item for block in found for item in block] == list(range(count))
-    assert max(map(len, found)) - min(map(len, found)) <= 1
+def test_planes_meet_where_all_are_hot():
+    maps = np.zeros((3, 2, 2, 2))
+    maps[:, 0, 0, 0], maps[:2, 1, 1, 1] = (2.0, 4.0, 8.0), 50.0
+    maps[2, 1, 1, 1] = -1.0
+    heat = meet(maps)
+    assert heat[0, 0, 0] == 1 and heat.sum() == 1, "one plane that speaks against it is enough"
+    alone = meet(maps[:1])
+    assert alone[1, 1, 1] == 1 and alone[0, 0, 0] == pytest.approx(2 / 50)
+    assert not meet(-np.abs(maps)).any()
