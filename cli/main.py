@@ -37,6 +37,10 @@ Format = Annotated[
 AnyRegion = Annotated[bool, typer.Option("--any-region", help="Also take scans that show no chest.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line on standard output.")]
 Tokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens. Default: the model's.")]
+Evidence = Annotated[
+    bool,
+    typer.Option("--evidence", help="Also write what of the scan each sentence rests on (PNG, NIfTI); needs --out."),
+]
 Beams = Annotated[int, typer.Option(help="Beams of the search; 1 = greedy.")]
 
 
@@ -75,6 +79,8 @@ def _run(
 
     log_errors_only()
     try:
+        if request["evidence"] and request["out"] is None:
+            raise UsageError("--evidence writes files: say where they go, by --out FOLDER.")
         asked = Request(formats=parse_formats(formats, request["out"]), **request)
         scans = find_scans(paths)
         code = write_reports(load_reporter(model, device, revision, quantize), scans, asked)
@@ -102,10 +108,11 @@ def report(
     as_json: Json = False,
     max_new_tokens: Tokens = None,
     num_beams: Beams = 1,
+    evidence: Evidence = False,
 ) -> None:
     """Write the report of each scan."""
     generation = _generation(max_new_tokens, num_beams)
-    asked = {"out": out, "as_json": as_json, "any_region": any_region, "generation": generation}
+    asked = {"out": out, "as_json": as_json, "any_region": any_region, "generation": generation, "evidence": evidence}
     _run(paths, model, revision, device, quantize, formats, **asked)
 
 
@@ -123,10 +130,11 @@ def ask(
     as_json: Json = False,
     max_new_tokens: Tokens = None,
     num_beams: Beams = 1,
+    evidence: Evidence = False,
 ) -> None:
     """Answer questions about each scan, which is encoded once for all of them."""
     generation = _generation(max_new_tokens, num_beams)
-    asked = {"out": out, "as_json": as_json, "any_region": any_region, "generation": generation}
+    asked = {"out": out, "as_json": as_json, "any_region": any_region, "generation": generation, "evidence": evidence}
     _run(paths, model, revision, device, quantize, formats, questions=question, **asked)
 
 

@@ -31,6 +31,7 @@ class Request:
         as_json: one JSON object per line on standard output, in place of text.
         any_region: also take scans that show no chest.
         generation: options of `generate`.
+        evidence: also find what of the scan each sentence rests on, and write it into `out`.
     """
 
     questions: Sequence[str] = ()
@@ -39,6 +40,7 @@ class Request:
     as_json: bool = False
     any_region: bool = False
     generation: dict[str, Any] = field(default_factory=dict)
+    evidence: bool = False
 
 
 def parse_formats(text: str | None, out: Path | None) -> list[str]:
@@ -143,7 +145,7 @@ def answer_scans(
     caution = reporter.model.config.caution
     for scan in tqdm(scans, desc="scans", unit="scan", disable=len(scans) < 2):
         try:
-            encoded = reporter.encode(scan, require_chest=not request.any_region)
+            encoded = reporter.encode(scan, require_chest=not request.any_region, keep_images=request.evidence)
             if caution:
                 sys.stderr.write(f"Warning: {one_line(caution)}\n")
                 caution = None
@@ -161,7 +163,7 @@ def _answer(reporter: "SamfReportPipeline", scan: "EncodedScan", request: Reques
     options = dict(request.generation)
     if stream:
         options["streamer"] = TextStreamer(reporter.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    reports = reporter(scan, question=list(request.questions) or None, **options)
+    reports = reporter(scan, question=list(request.questions) or None, evidence=request.evidence, **options)
     return reports if isinstance(reports, list) else [reports]
 
 
@@ -191,8 +193,8 @@ def write_reports(reporter: "SamfReportPipeline", scans: Sequence[str], request:
             failures[scan] = outcome
             sys.stderr.write(f"samf: {outcome}\n")
             continue
-        _save(outcome, request, names[scan])
-        sys.stdout.write(_shown(scan, outcome, request, len(scans) > 1, stream))
+        saved = _save(reporter, outcome, request, names[scan])
+        sys.stdout.write(_shown(scan, saved, request, len(scans) > 1, stream))
         sys.stdout.flush()
         own = [text for text in outcome[0].warnings if text != reporter.model.config.caution]
         sys.stderr.write("".join(f"Warning: {one_line(text)}\n" for text in own))
@@ -215,12 +217,30 @@ def _write_failures(out: Path, failures: dict[str, str]) -> None:
         (out / "failures.json").unlink(missing_ok=True)
 
 
-def _save(reports: "Sequence[Report]", request: Request, name: str) -> None:
-    """Write the files of one scan; the record comes last, so that a scan that has one has all."""
+def _save(
+    reporter: "SamfReportPipeline", reports: "Sequence[Report]", request: Request, name: str
+) -> "Sequence[Report]":
+    """Write the files of one scan; the record comes last, so that a scan that has one has all.
+
+    Args:
+        reporter: the pipeline.
+        reports: about the scan.
+        request: what was asked.
+        name: of the files, without an ending.
+
+    Returns:
+        The reports; their evidence names its files.
+    """
+    if request.out is None:
+        return reports
     from samf.reporting.exports import RECORD, export
 
-    if request.out is not None:
-        export(reports, request.out, name, sorted(request.formats, key=lambda kind: kind == RECORD))
+    if request.evidence:
+        from samf.reporting.evidence_files import save_evidence  # imports matplotlib
+
+        reports = save_evidence(reports, request.out, name, reporter.processor.image_processor)
+    export(reports, request.out, name, sorted(request.formats, key=lambda kind: kind == RECORD))
+    return reports
 
 
 def _is_done(reporter: "SamfReportPipeline", scan: str, request: Request, out: Path, name: str) -> bool:
@@ -248,9 +268,18 @@ def _is_done(reporter: "SamfReportPipeline", scan: str, request: Request, out: P
         raise UsageError(f"{error} Choose another --out, or move the file away.") from error
     if problem := _difference(reporter, scan, request, found):
         raise UsageError(f"{record} {problem}. Choose another --out, or move the file away.")
+    if request.evidence and not all(_has_evidence(report, out) for report in found):
+        return False
     missing = [kind for kind in request.formats if not report_file(out, name, kind).exists()]
     export(found, out, name, missing)
     return True
+
+
+def _has_evidence(report: "Report", out: Path) -> bool:
+    """Return whether a report that was read from a folder has its evidence there; one without text needs none."""
+    if report.evidence is None:
+        return not report.sentences
+    return all((out / file).exists() for file in report.evidence.files)
 
 
 def _difference(reporter: "SamfReportPipeline", scan: str, request: Request, found: "Sequence[Report]") -> str | None:

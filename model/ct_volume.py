@@ -55,6 +55,8 @@ class CTVolume:
         source: where it came from.
         stored_orientation: where the axes of the file's own array point, such as "LPS"; "RAS" if they are those of `hu`.
             Of a resampled volume: where they pointed most nearly.
+        stored_shape: shape of the file's own array; None = that of `hu`, in the order of `stored_axes`.
+        stored_affine: float64 (4, 4), index in the file's own array → RAS+ millimetres; None = unknown.
     """
 
     hu: np.ndarray
@@ -62,6 +64,8 @@ class CTVolume:
     affine: np.ndarray
     source: str
     stored_orientation: str = "RAS"
+    stored_shape: tuple[int, ...] | None = None
+    stored_affine: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -203,11 +207,12 @@ def _build(
     if judge is not False:
         check_intensity(stored, array, hu, rescale, refuse=bool(judge))
     hu = padding_to_air(hu, source, own=stored.own or hu is not array)
-    stored_orientation = orientation(affine)
+    stored_orientation, stored_affine = orientation(affine), affine
     if oblique > MAX_OBLIQUE_DEGREES or shear > MAX_SHEAR_DEGREES:
         hu, affine = resample(hu, affine, source, oblique, shear)
     hu, affine = canonical(hu, affine)
-    return CTVolume(hu, _voxel_size(affine, source), affine, source, stored_orientation)
+    sizes = _voxel_size(affine, source)
+    return CTVolume(hu, sizes, affine, source, stored_orientation, array.shape, stored_affine)
 
 
 def _voxel_size(affine: np.ndarray, source: str) -> tuple[float, float, float]:

@@ -1,5 +1,6 @@
 """`pipeline("ct-report")`: CT scans to reports, or to the answers of questions about them."""
 
+import dataclasses
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +15,10 @@ from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextI
 from .agreement_samf import find_disagreements
 from .ct_common import collected_warnings
 from .ct_region import check_region
+from .explain_samf import EvidenceMode, EvidenceOptions, Explainer, ScanImages
 from .findings_samf import FindingsMixin
 from .quantization_samf import quantization_name
-from .report_samf import REPORT_QUESTION, Provenance, Report, make_sentences
+from .report_samf import REPORT_QUESTION, Provenance, Report, locate_tokens, make_sentences
 
 TASK = "ct-report"
 # For config.json; with exactly one entry `pipeline(model=…)` needs no task.
@@ -49,6 +51,7 @@ class EncodedScan:
         features: `slice_embeddings` float32 (S, D), `slice_planes` and `slice_positions` (S,).
         findings: probability of each finding by the findings head; empty without one.
         warnings: what the reader repaired or found unusual.
+        images: the slices themselves, for evidence; None unless they were asked for.
     """
 
     source: str
@@ -58,6 +61,7 @@ class EncodedScan:
     features: Mapping[str, np.ndarray]
     findings: Mapping[str, float]
     warnings: tuple[str, ...]
+    images: ScanImages | None = None
 
 
 class SamfReportPipeline(FindingsMixin, Pipeline):
@@ -85,6 +89,7 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         inputs: Any,
         question: str | Sequence[str] | None = None,
         batch_size: int | None = None,
+        evidence: bool | EvidenceMode = False,
         **generate_kwargs: Any,
     ) -> Any:
         """Return the report of a scan, or what `question` asks for.
@@ -95,6 +100,7 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
                 of one DICOM series go as a folder, or as a list within the list.)
             question: None for the report, a question, or several questions: the scan is then encoded once.
             batch_size: prompts that are answered together; 1 by default.
+            evidence: also `explain`: True or "full", or "fast". Heat maps take megabytes per report.
             generate_kwargs: of `generate`, such as `max_new_tokens` or `num_beams`.
 
         Returns:
@@ -108,13 +114,14 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         if not questions:
             raise ValueError("question is an empty list; leave it out for a report, or pass at least one question.")
         if not isinstance(inputs, (list, tuple)):
-            (outcome,) = self._answer_scans([self.encode(inputs)], questions, batch_size, generate_kwargs)
+            scan = self.encode(inputs, keep_images=bool(evidence))
+            (outcome,) = self._answer_scans([scan], questions, batch_size, generate_kwargs, evidence)
             return self._unwrapped(outcome, question)
         size = batch_size or self._batch_size or 1
         results: list[Any] = []
         for start in range(0, len(inputs), size):  # no more scans than a batch has room for are held at once
-            scans = [self._encode_or_fail(scan) for scan in inputs[start : start + size]]
-            results += self._answer_scans(scans, questions, size, generate_kwargs)
+            scans = [self._encode_or_fail(scan, bool(evidence)) for scan in inputs[start : start + size]]
+            results += self._answer_scans(scans, questions, size, generate_kwargs, evidence)
         return [self._unwrapped(outcome, question) for outcome in results]
 
     def _answer_scans(
@@ -123,12 +130,17 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         questions: Sequence[str],
         batch_size: int | None,
         generate_kwargs: GenerateOptions,
+        evidence: bool | EvidenceMode,
     ) -> list["list[Report] | Failure"]:
         """Return the reports of each scan, one per question, and failures as they are."""
         jobs = [(scan, asked) for scan in scans if isinstance(scan, EncodedScan) for asked in questions]
         size = batch_size or self._batch_size or 1
         batches = (jobs[start : start + size] for start in range(0, len(jobs), size))
-        answered = iter([report for batch in batches for report in self.answer(batch, **generate_kwargs)])
+        reports = [report for batch in batches for report in self.answer(batch, **generate_kwargs)]
+        if evidence:
+            mode: EvidenceMode = "full" if evidence is True else evidence
+            reports = [self.explain(report, scan, mode) for report, (scan, _) in zip(reports, jobs, strict=True)]
+        answered = iter(reports)
         return [scan if isinstance(scan, Failure) else [next(answered) for _ in questions] for scan in scans]
 
     @staticmethod
@@ -137,12 +149,36 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         single = question is None or isinstance(question, str)
         return outcome[0] if single and isinstance(outcome, list) else outcome
 
-    def encode(self, scan: Any, require_chest: bool = False) -> EncodedScan:
+    def explain(self, report: Report, scan: Any, mode: EvidenceMode = "full") -> Report:
+        """Return a report, or an answer, with what of the scan each of its sentences rests on.
+
+        Args:
+            report: of the scan; its text need not be the model's own.
+            scan: as in `__call__`; or encoded with `keep_images=True`, so that it is not read again.
+            mode: "full" finds slices by occlusion, "fast" by gradient.
+
+        Raises:
+            CTReadError: the scan can't be read.
+            ValueError: an encoded scan without images, or a language model without a backward pass.
+        """
+        encoded = self.encode(scan, keep_images=True)
+        if encoded.images is None:
+            raise ValueError(
+                "Evidence needs the slices' pixels: encode(scan, keep_images=True), or pass the scan itself."
+            )
+        if not report.sentences:
+            return report
+        explain = Explainer(self.model, self.processor, EvidenceOptions(mode=mode)).explain
+        found = explain(encoded.images, encoded.features, report.text, report.question)
+        return dataclasses.replace(report, evidence=found)
+
+    def encode(self, scan: Any, require_chest: bool = False, keep_images: bool = False) -> EncodedScan:
         """Read a scan and run the slice encoder, aggregator and findings head on it.
 
         Args:
             scan: as in `__call__`, or an `EncodedScan`, which is returned as it is.
             require_chest: refuse a scan that shows no chest; by default the report's warnings say so.
+            keep_images: keep the slices' pixels, for `explain`: 150 kB per slice of 224 x 224 in three windows.
 
         Raises:
             CTReadError: the scan can't be read, or shows no chest.
@@ -154,7 +190,8 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
             warnings += [self.model.config.caution] if self.model.config.caution else []
             volume = reader.read(scan)
             check_region(volume, describe_source(scan), refuse=require_chest)
-            stack = reader([volume], return_tensors="pt")
+            extracted = reader.extract(volume)
+            stack = reader([extracted], return_tensors="pt")
         tensors = {name: stack[name].to(self.device) for name in SLICE_INPUTS}
         with torch.inference_mode():
             outputs = self.model(**tensors)
@@ -166,8 +203,9 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         logits = outputs.finding_logits
         found = {} if logits is None else self.finding_probabilities(logits[0].float().tolist())
         orientation = volume.stored_orientation
+        images = ScanImages.of(volume, extracted, reader) if keep_images else None
         return EncodedScan(
-            describe_source(scan), volume.shape, volume.spacing, orientation, features, found, tuple(warnings)
+            describe_source(scan), volume.shape, volume.spacing, orientation, features, found, tuple(warnings), images
         )
 
     def answer(self, jobs: Sequence[tuple[EncodedScan, str]], **generate_kwargs: Any) -> list[Report]:
@@ -259,9 +297,9 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
-    def _encode_or_fail(self, scan: Any) -> EncodedScan | Failure:
+    def _encode_or_fail(self, scan: Any, keep_images: bool) -> EncodedScan | Failure:
         try:
-            return self.encode(scan)
+            return self.encode(scan, keep_images=keep_images)
         except (OSError, TypeError, ValueError) as error:  # CTReadError is a ValueError
             return Failure(describe_source(scan), str(error))
 
@@ -302,9 +340,8 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         stops = torch.isin(tokens, torch.tensor(known, dtype=tokens.dtype))
         count = int(stops.nonzero()[0]) if stops.any() else len(tokens)
         ids = tokens[:count].tolist()
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        places = [len(tokenizer.decode(ids[:index], skip_special_tokens=True)) for index in range(count)]
-        sentences = make_sentences(text, places, log_probabilities[:count].tolist())
+        text, kept, places = locate_tokens(tokenizer, ids)
+        sentences = make_sentences(text, places, log_probabilities[kept].tolist())
         said = [sentence.findings for sentence in sentences]
         findings = self.findings_of(scan, question, text.strip())
         disagreements = find_disagreements(said, findings, is_report=question == REPORT_QUESTION)

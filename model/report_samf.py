@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .agreement_samf import Disagreement, Said, said_of_findings
+from .evidence_samf import Evidence
 from .files_samf import atomic_path
 
 SCHEMA_VERSION = 1
@@ -89,6 +90,7 @@ class Report:
         warnings: what was repaired or unusual when the scan was read.
         provenance: what it was made from and with.
         disagreements: findings of which the text and `findings` say different things: to be checked first.
+        evidence: what of the scan each sentence rests on; None where it was not asked for.
     """
 
     text: str
@@ -99,10 +101,12 @@ class Report:
     truncated: bool = False
     warnings: tuple[str, ...] = ()
     disagreements: tuple[Disagreement, ...] = ()
+    evidence: Evidence | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a mapping of plain values, with its schema version and the disclaimer."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(dataclasses.replace(self, evidence=None))
+        values["evidence"] = None if self.evidence is None else self.evidence.to_dict()
         for sentence, written in zip(self.sentences, values["sentences"], strict=True):
             written["token_probability"] = sentence.token_probability
         return {"schema_version": SCHEMA_VERSION, **values, "disclaimer": DISCLAIMER}
@@ -130,7 +134,10 @@ class Report:
             raise ValueError(
                 f"The report has schema version {values.get('schema_version')}; this code reads {SCHEMA_VERSION}."
             )
-        known = {"disagreements": (), **{name: values[name] for name in _names(cls) if name in values}}
+        known = {name: values[name] for name in _names(cls) if name in values}
+        known = {"disagreements": (), "evidence": None, **known}  # which reports of earlier versions lack
+        if known["evidence"] is not None:
+            known["evidence"] = Evidence.from_dict(known["evidence"])
         made = {**known["provenance"]}
         made |= {name: tuple(made[name]) for name in ("shape", "spacing")}
         known["provenance"] = Provenance(**made)
@@ -149,21 +156,38 @@ class Report:
         return cls.from_dict(json.loads(text))
 
     def save(self, folder: str | os.PathLike, name: str = "report") -> list[Path]:
-        """Write `name`.txt and `name`.json into a folder.
+        """Write `name`.txt and `name`.json into a folder, and the evidence's heat maps as `name`.evidence.nii.gz.
 
         Args:
             folder: where to write; made when missing.
             name: of the files, without an ending.
 
         Returns:
-            The files' paths.
+            The files' paths; those of the text and the JSON come first.
         """
-        contents = {".txt": f"{self.to_text()}\n\n{DISCLAIMER}\n", ".json": self.to_json()}
+        saved, maps = self.save_maps(folder, name)
+        contents = {".txt": f"{self.to_text()}\n\n{DISCLAIMER}\n", ".json": saved.to_json()}
         files = [Path(folder) / f"{name}{ending}" for ending in contents]
         for file, content in zip(files, contents.values(), strict=True):
             with atomic_path(file) as temporary:
                 temporary.write_text(content, encoding="utf-8")
-        return files
+        return [*files, *maps]
+
+    def save_maps(self, folder: str | os.PathLike, name: str = "report") -> tuple["Report", list[Path]]:
+        """Write the evidence's heat maps as `name`.evidence.nii.gz.
+
+        Args:
+            folder: where to write; made when missing.
+            name: of the file, without its ending.
+
+        Returns:
+            The report, whose evidence names the file, and the file's path; no path for a report without evidence.
+        """
+        if self.evidence is None:
+            return self, []
+        maps = self.evidence.save_maps(folder, name)
+        listed = (*self.evidence.files, *(file.name for file in maps))
+        return dataclasses.replace(self, evidence=dataclasses.replace(self.evidence, files=listed)), maps
 
     def __str__(self) -> str:
         return self.text
@@ -175,9 +199,7 @@ def _names(kind: type) -> list[str]:
 
 
 def make_sentences(text: str, places: Sequence[int], log_probabilities: Sequence[float]) -> tuple[Sentence, ...]:
-    """Return the sentences of a text with the log-probabilities of their tokens; every token belongs to one sentence.
-
-    A token belongs to the sentence of its first character that isn't blank: " No" after a full stop begins the next one.
+    """Return the sentences of a text with the log-probabilities of their tokens; see `assign_tokens`.
 
     Args:
         text: the decoded tokens.
@@ -185,19 +207,47 @@ def make_sentences(text: str, places: Sequence[int], log_probabilities: Sequence
         log_probabilities: of the tokens, (T,).
     """
     spans = split_sentences(text)
-    if not spans:
-        return ()
-    own: list[list[float]] = [[] for _ in spans]
-    for place, end, value in zip(places, [*places[1:], len(text)], log_probabilities, strict=True):
-        piece = text[place:end]
-        anchor = place + (len(piece) - len(piece.lstrip()) if piece.strip() else 0)
-        own[max((index for index, (start, _) in enumerate(spans) if start <= anchor), default=0)].append(value)
+    own = [[log_probabilities[index] for index in indices] for indices in assign_tokens(text, spans, places)]
     said = said_of_findings(text, spans)
     lead = len(text) - len(text.lstrip())  # a report's text begins without blanks
     return tuple(
         Sentence(text[start:end], start - lead, end - lead, len(values), sum(values) if values else None, findings)
         for (start, end), values, findings in zip(spans, own, said, strict=True)
     )
+
+
+def assign_tokens(text: str, spans: Sequence[tuple[int, int]], places: Sequence[int]) -> list[list[int]]:
+    """Return the indices of each sentence's tokens; every token belongs to one sentence.
+
+    A token belongs to the sentence of its first character that isn't blank: " No" after a full stop begins the next one.
+
+    Args:
+        text: the decoded tokens.
+        spans: start and end of its sentences.
+        places: the index in the text where each token begins, (T,).
+    """
+    own: list[list[int]] = [[] for _ in spans]
+    if not spans:
+        return own
+    for token, (place, end) in enumerate(zip(places, [*places[1:], len(text)], strict=True)):
+        piece = text[place:end]
+        anchor = place + (len(piece) - len(piece.lstrip()) if piece.strip() else 0)
+        own[max((index for index, (start, _) in enumerate(spans) if start <= anchor), default=0)].append(token)
+    return own
+
+
+def locate_tokens(tokenizer: Any, ids: Sequence[int]) -> tuple[str, list[int], list[int]]:
+    """Return the text of tokens, the indices of those that aren't special, and where in the text each of them begins.
+
+    Args:
+        tokenizer: decodes the tokens.
+        ids: of the tokens.
+    """
+    special = set(tokenizer.all_special_ids)
+    kept = [index for index, token in enumerate(ids) if token not in special]
+    words = [ids[index] for index in kept]
+    places = [len(tokenizer.decode(words[:count], skip_special_tokens=True)) for count in range(len(words))]
+    return tokenizer.decode(words, skip_special_tokens=True), kept, places
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:

@@ -103,6 +103,15 @@ class SquareResampler:
         )
         return cls(counts, (row_axis[0], column_axis[0]), (row_axis[1], column_axis[1]), size)
 
+    def pixel_map(self, axis: int) -> tuple[float, float]:
+        """Return (scale, shift) of rows (0) or columns (1): input index i is at pixel scale · i + shift of the square."""
+        scale = self.scales[axis]
+        return scale, (self.margins[axis] + 0.5) * scale - 0.5 + _shift(self._centre(axis), self.size)
+
+    def _centre(self, axis: int) -> float:
+        """Return the middle of the input in resized pixels from the canvas's edge."""
+        return (self.counts[axis] / 2 + self.margins[axis]) * self.scales[axis]
+
     def canvas(self, images: int) -> np.ndarray:
         """Return uninitialised images with margins of air, float32 (n, rows + margins, columns + margins)."""
         (rows, columns), (above, left) = self.counts, self.margins
@@ -126,10 +135,7 @@ class SquareResampler:
             recompute_scale_factor=False,
         )[0].numpy()
         (to_rows, from_rows), (to_columns, from_columns) = (
-            _centred_overlap((count / 2 + margin) * scale, have, self.size)
-            for count, margin, scale, have in zip(
-                self.counts, self.margins, self.scales, resized.shape[1:], strict=True
-            )
+            _centred_overlap(self._centre(axis), have, self.size) for axis, have in enumerate(resized.shape[1:])
         )
         squares = np.full((len(canvas), self.size, self.size), AIR_HU, dtype=np.float32)
         squares[:, to_rows, to_columns] = resized[:, from_rows, from_columns]
@@ -145,9 +151,14 @@ def _scale_axis(count: int, share: float, size: int) -> tuple[float, int]:
     return scale, 0 if share == 1 else math.ceil(1 / scale)
 
 
+def _shift(centre: float, size: int) -> int:
+    """Return by how many whole pixels to move an image so that its point `centre` is in the middle of `size` pixels."""
+    return math.floor(size / 2 - centre + 0.5)
+
+
 def _centred_overlap(centre: float, have: int, size: int) -> tuple[slice, slice]:
     """Return where `have` pixels go in `size`, and which of them, so that their point `centre` is in the middle."""
-    shift = math.floor(size / 2 - centre + 0.5)
+    shift = _shift(centre, size)
     start, stop = max(shift, 0), min(shift + have, size)
     return slice(start, stop), slice(start - shift, stop - shift)
 

@@ -73,14 +73,14 @@ def save_slice_image(
     if weights is not None and len(weights) != count:
         raise ValueError(f"{len(weights)} weights for {count} slices; expected one for each")
     heading = ", ".join(part for part in (title, _window_name(window, image_processor)) if part)
-    figure = _draw(extracted, window, weights, heading, _has_orientation(image_processor))
+    figure = _draw(extracted, window, weights, heading, has_orientation(image_processor))
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=110, facecolor=figure.get_facecolor())
     atomic_write(path, png.getvalue())
     return Path(path)
 
 
-def _has_orientation(image_processor: SamfImageProcessor | None) -> bool:
+def has_orientation(image_processor: SamfImageProcessor | None) -> bool:
     """Return whether images are in patient orientation; the preset "published" keeps that of the stored array."""
     return image_processor is None or image_processor.preset != "published"
 
@@ -113,7 +113,7 @@ def _draw(
             axes = figure.add_subplot(grid[row + place // columns, place % columns])
             _draw_slice(axes, extracted, s, window)
             if letters:
-                _draw_orientation(axes, ORIENTATION_LABELS[PLANES[planes[s]]])
+                draw_orientation(axes, ORIENTATION_LABELS[PLANES[planes[s]]])
             if weights is not None:
                 _draw_weight(axes, float(weights[s]), largest)
         row += -(-len(group) // columns)
@@ -135,8 +135,8 @@ def _draw_slice(axes: Axes, extracted: Mapping[str, np.ndarray], s: int, window:
     axes.set_yticks([])
 
 
-def _draw_orientation(axes: Axes, labels: str) -> None:
-    """Write the patient directions at the left, right, top and bottom edge."""
+def draw_orientation(axes: Axes, labels: str) -> None:
+    """Write the patient directions, such as "RLAP", at the left, right, top and bottom edge of an image."""
     sides = [(0.03, 0.5, "left", "center"), (0.97, 0.5, "right", "center")]
     sides += [(0.5, 0.97, "center", "top"), (0.5, 0.03, "center", "bottom")]
     for letter, (x, y, ha, va) in zip(labels, sides, strict=True):

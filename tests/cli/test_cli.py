@@ -98,6 +98,43 @@ def test_failures_of_an_earlier_run_are_gone_when_all_scans_were_read(model, sca
     assert not (tmp_path / "out" / "failures.json").exists()
 
 
+def test_evidence_is_written_next_to_the_report_and_resumed(model, scans, tmp_path):
+    out = tmp_path / "out"
+    options = ["--model", model, "--out", str(out), "--max-new-tokens", "6"]
+    assert run(app, ["report", str(scans[0]), *options]).exit_code == 0
+    done = run(app, ["report", str(scans[0]), *options, "--evidence"])  # the report is there, its evidence isn't
+    assert done.exit_code == 0, done.output
+    names = {"ct_1.5mm.json", "ct_1.5mm.txt", "ct_1.5mm.evidence.nii.gz", "ct_1.5mm.evidence.png"}
+    assert {file.name for file in out.iterdir()} == names
+    found = json.loads((out / "ct_1.5mm.json").read_text())
+    assert set(found["evidence"]["files"]) == {name for name in names if "evidence" in name}
+    assert len(found["evidence"]["sentences"]) == len(found["sentences"]) > 0
+    image = nibabel.load(out / "ct_1.5mm.evidence.nii.gz")
+    assert image.shape == (*found["evidence"]["grid_shape"], len(found["sentences"]))
+    assert (out / "ct_1.5mm.evidence.png").read_bytes()[:4] == b"\x89PNG"
+    again = run(app, ["report", str(scans[0]), *options, "--evidence"])
+    assert again.exit_code == 0 and "1 of 1 scans" in again.stderr
+    (out / "ct_1.5mm.evidence.png").unlink()
+    done = run(app, ["report", str(scans[0]), *options, "--evidence", "--json"])  # a file of it is gone: answered again
+    assert json.loads(done.stdout) == json.loads((out / "ct_1.5mm.json").read_text()) == found
+    assert {file.name for file in out.iterdir()} == names
+
+
+def test_evidence_of_several_answers_is_numbered(model, scans, tmp_path):
+    asked = ["--question", "Is there emphysema?", "--question", "Is the heart enlarged?"]
+    options = ["--model", model, "--out", str(tmp_path / "out"), "--max-new-tokens", "4", "--evidence"]
+    assert run(app, ["ask", str(scans[0]), *asked, *options]).exit_code == 0
+    answers = json.loads((tmp_path / "out" / "ct_1.5mm.json").read_text())
+    listed = [name for answer in answers for name in answer["evidence"]["files"]]
+    assert {*listed, "ct_1.5mm.json", "ct_1.5mm.txt"} == {file.name for file in (tmp_path / "out").iterdir()}
+    assert len(set(listed)) == 4
+
+
+def test_evidence_without_a_folder_is_one_line(model, scans):
+    done = run(app, ["report", str(scans[0]), "--model", model, "--evidence"])
+    assert done.exit_code == 2 and "--out" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_questions_and_json(model, scans):
     asked = ["--question", "Is there emphysema?", "--question", "Is the heart enlarged?"]
     done = run(app, ["ask", str(scans[0]), *asked, "--model", model, "--json", "--max-new-tokens", "4"])

@@ -3,7 +3,14 @@
 import pytest
 
 from samf.model.agreement_samf import Disagreement, find_disagreements, said_of_findings
-from samf.model.report_samf import Provenance, Report, make_sentences, split_sentences
+from samf.model.report_samf import (
+    Provenance,
+    Report,
+    assign_tokens,
+    locate_tokens,
+    make_sentences,
+    split_sentences,
+)
 
 TEXT = (
     "Heart size is normal, cardiomegaly was not observed. A lung nodule is observed in the left upper lobe. "
@@ -88,6 +95,23 @@ def test_every_token_belongs_to_one_sentence_by_its_first_letter():
         assert text.strip()[sentence.start : sentence.end] == sentence.text
     assert first.token_probability == pytest.approx(2.718281828 ** (-10 / 4))
     assert second.findings == {"Pleural effusion": "absent"}
+
+
+class Letters:
+    """A tokenizer of one letter per id; 0 is special."""
+
+    all_special_ids = (0,)
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(chr(token) for token in ids if token)
+
+
+def test_special_tokens_belong_to_no_sentence():
+    ids = [0, *map(ord, "One. "), 0, *map(ord, "Two."), 0]
+    text, kept, places = locate_tokens(Letters(), ids)
+    assert text == "One. Two." and [ids[index] for index in kept] == list(map(ord, text))
+    first, second = assign_tokens(text, split_sentences(text), places)
+    assert [text[places[index]] for index in first] == list("One. ") and len(first) + len(second) == len(kept)
 
 
 def test_a_report_with_disagreements_survives_its_json_and_shows_them_in_its_text():

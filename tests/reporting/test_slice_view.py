@@ -14,7 +14,7 @@ from PIL import Image
 
 from samf.model.ct_volume import read_ct, to_ct_volume
 from samf.model.image_processing_samf import SamfImageProcessor
-from samf.reporting.slice_view import _draw, _has_orientation, main, save_slice_image
+from samf.reporting.slice_view import _draw, has_orientation, main, save_slice_image
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_wrong_calls_say_so(tmp_path, volume, processor):
 
 
 def letters(processor: SamfImageProcessor, volume) -> list[list[str]]:
-    figure = _draw(processor.extract(volume), 0, None, "", _has_orientation(processor))
+    figure = _draw(processor.extract(volume), 0, None, "", has_orientation(processor))
     return [[text.get_text() for text in axes.texts] for axes in figure.axes]
 
 
