@@ -69,7 +69,7 @@ def parse_formats(text: str | None, out: Path | None) -> list[str]:
 def load_reporter(
     model: str | None, device: str, revision: str | None, quantize: str | None = None
 ) -> "SamfReportPipeline":
-    """Return the pipeline of a model; a model with a caution, such as the demo model, gets it written to standard error.
+    """Return the pipeline of a model.
 
     Args:
         model: folder or Hub id; None takes the demo model that comes with the package.
@@ -102,8 +102,6 @@ def load_reporter(
         processor = SamfProcessor.from_pretrained(source, **at)
     except (OSError, ValueError) as error:
         raise UsageError(f"{source}: can't be loaded as a SAMF model: {error}") from error
-    if loaded.config.caution:
-        sys.stderr.write(f"Warning: {one_line(loaded.config.caution)}\n")
     if (quantization := describe_quantization(loaded)) is not None:
         sys.stderr.write(f"{quantization}\n")
     return SamfReportPipeline(model=loaded, processor=processor, device=place)
@@ -136,15 +134,21 @@ def answer_scans(
 ) -> "Iterator[tuple[str, list[Report] | str]]":
     """Yield each scan with its reports, or with the reason why it has none.
 
+    Before the first report, a model's caution, such as the demo model's, goes to standard error.
+
     Args:
         reporter: the pipeline.
         scans: paths and addresses.
         request: what is asked.
         stream: write the text to standard output as it comes; for one question.
     """
+    caution = reporter.model.config.caution
     for scan in tqdm(scans, desc="scans", unit="scan", disable=len(scans) < 2):
         try:
             encoded = reporter.encode(scan, require_chest=not request.any_region, keep_images=request.evidence)
+            if caution:
+                sys.stderr.write(f"Warning: {one_line(caution)}\n")
+                caution = None
             reports = _answer(reporter, encoded, request, stream)
         except (OSError, ValueError) as error:  # CTReadError is a ValueError
             yield scan, one_line(error)

@@ -29,6 +29,8 @@ CODE |= {"hub_samf.py", "model_card.py", "chat_template_samf.py", "conversation_
 CODE |= {"components_samf.py", "ct_memory.py", "files_samf.py", "language_model_samf.py", "slice_encoder_samf.py"}
 CODE |= {"modules_samf.py", "image_tokens_samf.py", "inputs_samf.py", "outputs_samf.py", "losses_samf.py"}
 CODE |= {"adapters_samf.py", "checks_samf.py", "extra_sources_samf.py", "workarounds_samf.py"}
+CODE |= {"cache_samf.py", "quantization_samf.py", "quantized_linear_samf.py", "quantized_plan_samf.py"}
+CODE |= {"quantized_weights_samf.py"}
 
 COMMON = """
 import hashlib, json, sys

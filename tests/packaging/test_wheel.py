@@ -91,7 +91,7 @@ def test_training_and_evaluation_without_a_clone(samf, site, tmp_path):
     few = ["--train_patients", "8", "--valid_patients", "3", "--max_steps", "2"]
     assert "reports: findings, macro-F1" in samf("demo", *few)
     data, model = "runs/demo/phantoms", "runs/again"
-    start = ["--model", "runs/demo/2_language", "--slice_cache", "runs/demo/cache", "--valid_limit", "2"]
+    start = ["--model", "runs/demo/2_language", "--slice_cache", "runs/demo/cache"]
     samf("train", "--config", "demo/3_report", *start, "--data", data, "--max_steps", "2", "--output_dir", model)
     few = ["--limit", "3", "--resamples", "0", "--max_new_tokens", "8"]
     samf("evaluate", "--model", model, "--data", data, "--split", "valid", "--output_dir", "runs/eval", *few)
