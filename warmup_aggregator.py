@@ -55,6 +55,7 @@ class WarmupArguments(ScanArguments, AggregatorArguments):
 
 _MODEL_SETTINGS = (
     *("slice_position_scope", "volume_dim", "aggregator_num_heads", "aggregator_ffn_dim", "aggregator_dropout"),
+    "aggregator_pooling",
     *("initializer_range", "vision_chunk_size"),
 )
 

@@ -36,6 +36,7 @@ FusionType = Literal["samf", "ao2d", "slice_tokens"]
 FusionScale = Literal["rsqrt"]
 TextScope = Literal["prompt", "sequence"]
 AggregatorNorm = Literal["post", "pre"]
+AggregatorPooling = Literal["cls", "cls_max"]
 PositionScope = Literal["none", "aggregator", "all"]
 Pooling = Literal["cls", "mean", "pooler"]
 
@@ -44,6 +45,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "fusion_scale": (None, *get_args(FusionScale)),
     "fusion_text_scope": get_args(TextScope),
     "aggregator_norm": get_args(AggregatorNorm),
+    "aggregator_pooling": get_args(AggregatorPooling),
     "slice_position_scope": get_args(PositionScope),
     "slice_pooling": (None, *get_args(Pooling)),
 }
@@ -71,6 +73,8 @@ class SamfConfig(PretrainedConfig):
         aggregator_dropout (`float`, defaults to 0.1): probability of dropout.
         aggregator_layer_norm_eps (`float`, defaults to 1e-5): epsilon of the LayerNorms.
         aggregator_norm (`str`, defaults to `"post"`): LayerNorm after (`"post"`, paper) or before (`"pre"`) each block.
+        aggregator_pooling (`str`, defaults to `"cls"`): z_3d is read out at the CLS token (`"cls"`, paper), or at the CLS
+            token and the maximum over the slices of each feature (`"cls_max"`), which keeps what a single slice shows.
         volume_dim (`int`, defaults to 256): width of the volume embedding z_3d.
         fusion_type (`str`, defaults to `"ao2d"`): `"samf"` (eq. 10), `"ao2d"` (eq. 12) or `"slice_tokens"` (one image
             token for each slice, with that slice and the text that it attends to; not in the paper).
@@ -135,6 +139,7 @@ class SamfConfig(PretrainedConfig):
         aggregator_dropout: float = 0.1,
         aggregator_layer_norm_eps: float = 1e-5,
         aggregator_norm: AggregatorNorm = "post",
+        aggregator_pooling: AggregatorPooling = "cls",
         volume_dim: int = 256,
         fusion_type: FusionType = "ao2d",
         fusion_dim: int | None = None,
@@ -165,6 +170,7 @@ class SamfConfig(PretrainedConfig):
         self.aggregator_dropout = aggregator_dropout
         self.aggregator_layer_norm_eps = aggregator_layer_norm_eps
         self.aggregator_norm = aggregator_norm
+        self.aggregator_pooling = aggregator_pooling
         self.volume_dim = volume_dim
         self.fusion_type = fusion_type
         self.fusion_dim = fusion_dim if fusion_dim is not None else self.text_config.hidden_size

@@ -182,7 +182,11 @@ class SamfAggregatorLayer(GradientCheckpointingLayer):
 
 
 class SamfAggregator(nn.Module):
-    """f_3d (eq. 2): a transformer encoder over the slice embeddings, read out at its own CLS token."""
+    """f_3d (eq. 2): a transformer encoder over the slice embeddings, read out at its own CLS token.
+
+    With `config.aggregator_pooling="cls_max"` (not in the paper) the maximum over the slices joins the CLS token: a small
+    finding is in one or two of many slices, and the CLS token's attention has to learn to look there.
+    """
 
     def __init__(self, config: SamfConfig):
         super().__init__()
@@ -196,7 +200,8 @@ class SamfAggregator(nn.Module):
             if config.aggregator_norm == "pre"
             else nn.Identity()
         )
-        self.projection = nn.Linear(dim, config.volume_dim)
+        self.reads_maximum = config.aggregator_pooling == "cls_max"
+        self.projection = nn.Linear(dim * (1 + self.reads_maximum), config.volume_dim)
 
     def forward(self, slices: torch.Tensor, slice_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Return the volume embedding z_3d, (B, volume_dim).
@@ -213,7 +218,15 @@ class SamfAggregator(nn.Module):
         )
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask)
-        return self.projection(self.norm(hidden_states[:, 0]))
+        if not self.reads_maximum:
+            return self.projection(self.norm(hidden_states[:, 0]))
+        hidden_states = self.norm(hidden_states)
+        maximum = hidden_states[:, 1:]
+        if slice_mask is not None:
+            padding = ~slice_mask[:, 1:, None]
+            maximum = maximum.masked_fill(padding, torch.finfo(maximum.dtype).min)
+            maximum = maximum.masked_fill(padding.all(dim=1, keepdim=True), 0)  # a row without a volume
+        return self.projection(torch.cat([hidden_states[:, 0], maximum.amax(dim=1)], dim=-1))
 
 
 # --- Fusion, eqs. 3 to 12 ---------------------------------------------------------------------------------------------

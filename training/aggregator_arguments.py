@@ -29,6 +29,9 @@ class AggregatorArguments:
     aggregator_num_heads: int = field(default=8)
     aggregator_ffn_dim: int = field(default=1024)
     aggregator_dropout: float = field(default=0.1)
+    aggregator_pooling: Literal["cls", "cls_max"] = field(
+        default="cls", metadata={"help": "z_3d from the CLS token, or also from the maximum over the slices"}
+    )
     initializer_range: float = field(default=0.02, metadata={"help": "standard deviation of new weights"})
     vision_chunk_size: int | None = field(
         default=None, metadata={"help": "most slices that the encoder reads in one call"}

@@ -22,6 +22,7 @@ _SETTINGS = (
     "aggregator_activation",
     "aggregator_layer_norm_eps",
     "aggregator_norm",
+    "aggregator_pooling",
     "volume_dim",
     "slice_pooling",
 )
@@ -71,7 +72,8 @@ def load_aggregator(model: SamfPreTrainedModel, folder: str | os.PathLike) -> No
     for name in (_SETTINGS_FILE, _WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder}: no {name}; expected the output folder of warmup_aggregator.py.")
-    stored = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))
+    # Files from before this setting existed are of the paper's pooling.
+    stored = {"aggregator_pooling": "cls", **json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))}
     differing = [
         f"{name}: {stored.get(name)!r} there, {value!r} here"
         for name, value in _aggregator_settings(model.config).items()

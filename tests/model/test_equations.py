@@ -67,7 +67,7 @@ def feed_forward(layer: torch.nn.Module, tokens: np.ndarray) -> np.ndarray:
     return linear(layer.down_proj, np.maximum(linear(layer.up_proj, tokens), 0))
 
 
-def aggregate(aggregator: torch.nn.Module, slices: np.ndarray, norm: str) -> np.ndarray:
+def aggregate(aggregator: torch.nn.Module, slices: np.ndarray, norm: str, pooling: str = "cls") -> np.ndarray:
     """z_3d of eq. 2 for slices (S, D): Vaswani et al. 2017 with the norm after each block, or Xiong et al. 2020 before."""
     tokens = np.concatenate([array(aggregator.cls_token)[0], slices])
     for layer in aggregator.layers:
@@ -78,8 +78,9 @@ def aggregate(aggregator: torch.nn.Module, slices: np.ndarray, norm: str) -> np.
         else:
             tokens = tokens + attend_heads(layer.attention, first(tokens))
             tokens = tokens + feed_forward(layer, second(tokens))
-    read_out = tokens[:1] if norm == "post" else layer_norm(aggregator.norm, tokens[:1])
-    return linear(aggregator.projection, read_out)[0]
+    tokens = tokens if norm == "post" else layer_norm(aggregator.norm, tokens)
+    read_out = tokens[0] if pooling == "cls" else np.concatenate([tokens[0], tokens[1:].max(axis=0)])
+    return linear(aggregator.projection, read_out[None])[0]
 
 
 def places(embedding: SlicePositionEmbedding, planes: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -123,20 +124,31 @@ def embeddings_read(model: SamfForConditionalGeneration, **inputs) -> torch.Tens
     return read[0]
 
 
+@pytest.mark.parametrize("pooling", ["cls", "cls_max"])
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_the_volume_embedding_and_its_findings_are_equation_2(norm):
+def test_the_volume_embedding_and_its_findings_are_equation_2(norm, pooling):
     """Padded slices take no part; every bias, norm and eps does."""
     options = {**SMALL, "aggregator_norm": norm, "slice_position_scope": "none", "finding_names": ["a", "b", "c"]}
+    options["aggregator_pooling"] = pooling
     model = drawn_model(**options)
     slices = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).double()
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
     with torch.no_grad():
         output = model(slice_embeddings=slices, slice_mask=mask)
     for row in range(2):
-        expected = aggregate(model.model.aggregator, array(slices[row][mask[row]]), norm)
+        expected = aggregate(model.model.aggregator, array(slices[row][mask[row]]), norm, pooling)
         np.testing.assert_allclose(array(output.image_outputs.pooler_output[row, 0]), expected, rtol=1e-9, atol=1e-12)
         logits = linear(model.model.finding_head, expected[None])[0]
         np.testing.assert_allclose(array(output.finding_logits[row]), logits, rtol=1e-9, atol=1e-12)
+
+
+def test_a_row_without_a_volume_has_finite_gradients():
+    model = drawn_model(**SMALL, aggregator_pooling="cls_max", finding_names=["a"])
+    slices = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    output = model(slice_embeddings=slices, slice_mask=torch.tensor([[True] * 3, [False] * 3]))
+    output.finding_logits.sum().backward()
+    assert torch.isfinite(output.finding_logits).all() and torch.isfinite(slices.grad).all()
+    assert slices.grad[0].any() and not slices.grad[1].any()
 
 
 @pytest.mark.parametrize(
