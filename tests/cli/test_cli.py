@@ -20,6 +20,7 @@ from samf.cli.doors import DOORS
 from samf.cli.errors import CHATTY
 from samf.cli.main import app
 from samf.model.model_card import is_generated
+from samf.model.report_samf import Report
 from samf.phantoms.findings import Finding
 from samf.phantoms.volume import make_phantom
 from samf.utils.packaged import DEMO_MODEL
@@ -181,7 +182,8 @@ def test_the_demo_model_is_used_and_says_what_it_knows(tmp_path):
         "phantoms only" in text for text in report["warnings"]
     )
     assert "phantoms only" in (out / "phantom.txt").read_text()
-    assert done.stdout.split() == [*report["text"].split(), *report["disclaimer"].split()]  # streamed, and nothing else
+    checks = Report.from_dict(report).checks()
+    assert done.stdout.split() == " ".join([report["text"], *checks, report["disclaimer"]]).split(), "streamed"
 
 
 def test_formats_are_written_and_later_ones_come_from_the_record(model, scans, tmp_path, monkeypatch):

@@ -12,13 +12,16 @@ from tiny import FUSION_TYPES, model_for, tiny_processor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
 
-from samf import read_ct
+from samf import SamfForConditionalGeneration, SamfProcessor, read_ct
 from samf.model.explain_samf import EvidenceOptions, Explainer
 from samf.model.pipeline_samf import SamfReportPipeline
+from samf.model.quantization_samf import SamfQuantizationConfig
 from samf.model.report_samf import REPORT_QUESTION, Report
 from samf.model.sentence_likelihood_samf import SentenceLikelihood, tokenize_answer
 from samf.model.slice_occlusion_samf import occlude_slices
 from samf.model.window_occlusion_samf import FILLS, filled, heat_of, selected, window_losses, windows_of
+from samf.phantoms.single import write_phantom
+from samf.utils.packaged import DEMO_MODEL
 
 ANSWER = "Heart size is normal. A consolidation is seen in the right lower lobe."
 SLICES = 9
@@ -282,15 +285,27 @@ def test_each_sentence_has_its_evidence(explained):
             sentence.heat.shape == report.evidence.grid_shape and 0 <= sentence.heat.min() <= sentence.heat.max() <= 1
         )
     assert len(report.evidence.fusion_weights["slice_text"]) > 3
-    for said, found in zip(
-        report.sentences, report.evidence.sentences, strict=True
-    ):  # one rule gives both their tokens
-        assert said.text == found.text
-        assert said.log_probability == pytest.approx(found.log_probability, rel=0.01, abs=0.01)
+    assert [said.text for said in report.sentences] == [found.text for found in report.evidence.sentences]
     with pytest.raises(ValueError, match="keep_images"):
         reporter.explain(report, reporter.encode(np.zeros((8, 8, 8), np.int16)))
     with pytest.raises(ValueError, match="one of full, fast"):
         Explainer(reporter.model, reporter.processor, EvidenceOptions(mode="quick"))
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(None, 1e-3), (4, 0.1)])
+def test_generation_and_evidence_agree_on_a_sentences_tokens(bits, tolerance, tmp_path):
+    """The likelihood of the tokens as they were written is that of a forward pass; also with quantised weights."""
+    write_phantom(tmp_path / "phantom.nii.gz", 1, ["Lung nodule"])
+    options = {} if bits is None else {"quantization_config": SamfQuantizationConfig(bits=bits)}
+    model = SamfForConditionalGeneration.from_pretrained(DEMO_MODEL, dtype=torch.float32, **options)
+    reporter = SamfReportPipeline(model=model, processor=SamfProcessor.from_pretrained(DEMO_MODEL))
+    report = reporter(str(tmp_path / "phantom.nii.gz"), evidence="fast", max_new_tokens=40)
+    pairs = list(zip(report.sentences, report.evidence.sentences, strict=True))[:-1]  # the last is cut off
+    assert len(pairs) > 2 and all(said.text == found.text for said, found in pairs)
+    for said, found in pairs:
+        assert said.log_probability == pytest.approx(found.log_probability, rel=tolerance, abs=tolerance)
+    assert any(any(found.slice_scores) for _, found in pairs)
+    assert Report.from_json(report.to_json()) == report
 
 
 def test_evidence_survives_its_json_and_names_its_files(explained, tmp_path):
