@@ -42,8 +42,9 @@ def quantise(settings: Settings, bits: int) -> list[Measurement]:
     """
     settings.require_memory(_BYTES[f"int{bits}"])
     started = time.monotonic()
+    config = SamfQuantizationConfig(bits=bits)
     model = SamfForConditionalGeneration.from_pretrained(
-        settings.folder / "saved", quantization_config=SamfQuantizationConfig(bits=bits)
+        settings.folder / "saved", quantization_config=config, dtype=settings.dtype
     )
     loaded = time.monotonic()
     tokens, seconds = _answer(settings, model)
@@ -71,7 +72,7 @@ def reload(settings: Settings, bits: int) -> list[Measurement]:
     """
     settings.require_memory(_BYTES[f"int{bits}"])
     started = time.monotonic()
-    model = SamfForConditionalGeneration.from_pretrained(settings.folder / f"saved_int{bits}")
+    model = SamfForConditionalGeneration.from_pretrained(settings.folder / f"saved_int{bits}", dtype=settings.dtype)
     loaded = time.monotonic()
     tokens, seconds = _answer(settings, model)
     if not torch.equal(tokens, torch.load(settings.folder / f"int{bits}.pt", weights_only=True)):
@@ -150,7 +151,8 @@ def bytes_per_token(model: PreTrainedModel, length: int) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = text.hidden_size // text.num_attention_heads
     cached = 2 * text.num_hidden_layers * heads * width * length
-    return weights + cached * model.get_input_embeddings().weight.element_size()
+    norm = next(parameter for name, parameter in model.get_decoder().named_parameters() if "norm" in name)
+    return weights + cached * norm.element_size()  # the hidden states' type
 
 
 def compare(settings: Settings) -> list[Measurement]:

@@ -4,14 +4,12 @@
     model = SamfForConditionalGeneration.from_pretrained(folder, quantization_config=config)  # rounds while it loads
     model.save_pretrained("small")  # loads as it is, without a configuration
 
-The linear layers of the language model and its head are rounded. Its embeddings and norms are in the precision of its
-hidden states (`KernelPlan.compute`); all other parts keep their own.
+The linear layers of the language model and its head are rounded. Its embeddings are in bfloat16, and its norms in the
+precision of its hidden states (`KernelPlan.compute`); all other parts keep their own.
 """
 
-import ctypes
-import sys
 from collections.abc import Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -23,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .file_memory_samf import keep_no_freed_blocks, release_memory
 from .quantized_linear_samf import QuantizedLinear, kernel_plan
 from .quantized_weights_samf import GROUP_SIZES
 
@@ -31,7 +30,6 @@ logger = logging.get_logger(__name__)
 METHOD = "samf"
 _BITS = (4, 8)
 _DEVICE_CHOICES = ("auto", "balanced", "balanced_low_0", "sequential")
-_MADV_PAGEOUT = 21
 
 
 class SamfQuantizationConfig(QuantizationConfigMixin):
@@ -173,19 +171,31 @@ class SamfQuantizer(HfQuantizer):
         return model
 
     def cast_language_model(self, model: PreTrainedModel) -> None:
-        """Bring the parameters that aren't rounded to the type of the hidden states; buffers stay as they are."""
+        """Bring the parameters that aren't rounded to the type of the hidden states; buffers stay as they are.
+
+        Embeddings that share no weight with the head are in bfloat16: one row of them is read for each token.
+        """
         dtype = kernel_plan(self.quantization_config.bits).dtype
+        if not model.all_tied_weights_keys:
+            model.set_input_embeddings(Bfloat16Embedding.from_embedding(model.get_input_embeddings(), dtype))
         parts = [model.get_decoder(), model.get_output_embeddings()]
         for module in (module for part in parts if part is not None for module in part.modules()):
+            kept = torch.bfloat16 if isinstance(module, Bfloat16Embedding) else dtype
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.is_floating_point() and parameter.dtype != dtype:
-                    setattr(module, name, nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))
+                if parameter.is_floating_point() and parameter.dtype != kept:
+                    setattr(module, name, nn.Parameter(parameter.detach().to(kept), parameter.requires_grad))
         model.tie_weights()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear):
-                module.arrange()
+        layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+        for bits in {layer.bits for layer in layers}:
+            kernel_plan(bits)  # measured before other threads are at work
+        keep_no_freed_blocks()
+        # The largest first: its copies are in memory for a moment, as long as others aren't yet.
+        layers.sort(key=lambda layer: layer.weight.nbytes, reverse=True)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(QuantizedLinear.arrange, layers))
+        keep_no_freed_blocks()  # of the threads
         logger.info(describe_quantization(model))
         return model
 
@@ -214,6 +224,29 @@ class SamfQuantizer(HfQuantizer):
         return False
 
 
+class Bfloat16Embedding(nn.Embedding):
+    """Embeddings in bfloat16 that are looked up in the type of the hidden states."""
+
+    hidden_dtype: torch.dtype
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Module, hidden_dtype: torch.dtype) -> "Bfloat16Embedding":
+        """Return embeddings with another's weight, which `cast_language_model` brings to bfloat16.
+
+        Args:
+            embedding: it isn't changed; the weight is shared.
+            hidden_dtype: of what is looked up.
+        """
+        old = cast(nn.Embedding, embedding)
+        new = cls(old.num_embeddings, old.embedding_dim, old.padding_idx, device="meta")
+        new.weight, new.hidden_dtype = old.weight, hidden_dtype
+        return new
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings of tokens (…) as (…, D)."""
+        return super().forward(input).to(self.hidden_dtype)
+
+
 class _Round(ConversionOps):
     """Rounds a weight as soon as it has been read, so that no more than one is in memory whole."""
 
@@ -234,23 +267,8 @@ class _Round(ConversionOps):
         weight, scales = layer.quantized(value[0] if isinstance(value, list) else value)
         if missing_keys is not None:
             missing_keys.discard(f"{prefix}.scales")
-        _release_pages()
+        release_memory()
         return {f"{prefix}.weight": weight, f"{prefix}.scales": scales}
-
-
-def _release_pages() -> None:
-    """Ask Linux to give back the memory of safetensors files that were read, which counts as this process's own.
-
-    It reads a page again where it is still needed. Other systems, and kernels before 5.4, keep the pages for as long as
-    nothing else needs the memory.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    madvise = ctypes.CDLL(None).madvise
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.endswith(".safetensors"):
-            start, end = (int(address, 16) for address in line.split(maxsplit=1)[0].split("-"))
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 
 def register() -> None:

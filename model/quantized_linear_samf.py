@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .quantized_plan_samf import KernelPlan, find_plan
+from .file_memory_samf import in_file, release_memory
+from .onnx_product_samf import BLOCKS, OnnxProduct, is_available
+from .quantized_plan_samf import ONNX_RUNTIME, TORCH, KernelPlan, find_plan
 from .quantized_weights_samf import (
     BLOCK,
     SAVED_LAYOUT,
@@ -20,14 +22,17 @@ from .quantized_weights_samf import (
     dequantize_4_bits,
     pack,
     padded,
+    pair_inputs,
     processor_layout,
     quantize_4_bits,
     quantize_8_bits,
     unpack,
+    zero_codes,
 )
 
 _CHUNK = 3 << 19  # weights that are dequantised at once: 3 MB in bfloat16
 _STEP_8_BIT = 32  # torch's 8-bit product crashes on other numbers of inputs than multiples of 16
+_ZERO_8_BIT = 128  # the code without a sign of a weight of 0
 _SAMPLE = (1024, 2048)  # channels and inputs of the layer that is measured
 
 
@@ -55,6 +60,7 @@ class QuantizedLinear(nn.Linear):
         device: torch.device | str | None = None,
     ):
         nn.Module.__init__(self)
+        self._onnx: OnnxProduct | None = None
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
         bias_value = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
         self.register_parameter("bias", bias_value)
@@ -87,16 +93,49 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(packed, requires_grad=False)
 
     def arrange(self) -> "QuantizedLinear":
-        """Bring the weight from the saved layout to that of this processor; return the layer."""
+        """Bring the weight from the saved layout to the one that this processor's product reads; return the layer."""
+        plan = kernel_plan(self.bits)
+        if plan.library == TORCH:
+            self.arrange_for_torch()
+        elif plan.most_rows != 0:
+            self._onnx = self.make_onnx_product()
+            if plan.most_rows is None:  # what it has copied is needed again for saving and for gradients only
+                self.weight.data, self.scales = in_file(self.weight.data), in_file(self.scales)
+            release_memory()
         return self
 
+    def arrange_for_torch(self) -> None:
+        """Bring the weight from the saved layout to that of torch's product."""
+
     @property
-    def has_direct_product(self) -> bool:
+    def libraries(self) -> list[str]:
+        """Return which libraries have a direct product with such weights on this processor."""
+        return [TORCH] * self.has_torch_product + [ONNX_RUNTIME] * is_available()
+
+    def direct(self, rows: torch.Tensor, library: str) -> torch.Tensor:
+        """Return the product of rows (M, padded inputs) by a library's product with quantised weights.
+
+        Args:
+            rows: of any type.
+            library: `TORCH`, or `ONNX_RUNTIME`.
+        """
+        if library == TORCH:
+            return self.torch_product(rows.bfloat16())
+        if self._onnx is None:
+            self._onnx = self.make_onnx_product()
+        return self._onnx(rows.float())
+
+    @property
+    def has_torch_product(self) -> bool:
         """Return whether torch has a product with such weights on this processor."""
         raise NotImplementedError
 
-    def direct(self, rows: torch.Tensor) -> torch.Tensor:
+    def torch_product(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the product of rows (M, padded inputs) bfloat16 by torch's own product with quantised weights."""
+        raise NotImplementedError
+
+    def make_onnx_product(self) -> OnnxProduct:
+        """Return ONNX Runtime's product with this weight."""
         raise NotImplementedError
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -137,19 +176,19 @@ class QuantizedLinear(nn.Linear):
     def product(self, input: torch.Tensor) -> torch.Tensor:
         """Return input (…, inputs) times the weight, in the input's type."""
         rows = input.reshape(-1, self.in_features)
-        rows = F.pad(rows, (0, padded(self.in_features, self.step) - self.in_features))
+        rows = _padded(rows, padded(self.in_features, self.step))
         if input.device.type != "cpu":
             output = self.dequantized(rows)
-        elif 0 < rows.shape[0] <= kernel_plan(self.bits).most_rows:
-            output = self.direct(rows.bfloat16())
+        elif (plan := kernel_plan(self.bits)).is_direct(rows.shape[0]):
+            output = self.direct(rows, plan.library)
         else:
-            output = self.dequantized(rows.to(kernel_plan(self.bits).dtype))
+            output = self.dequantized(rows.to(plan.dtype))
         return output[:, : self.out_features].reshape(*input.shape[:-1], self.out_features).to(input.dtype)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the input (…, inputs) for that of the output (…, channels)."""
         rows = gradient.reshape(-1, self.out_features)
-        rows = F.pad(rows, (0, self.channels - self.out_features))
+        rows = _padded(rows, self.channels)
         if self.row_scales is not None:
             rows = rows * self.row_scales.to(rows.dtype)
         if gradient.device.type == "cpu":
@@ -168,6 +207,14 @@ class QuantizedLinear(nn.Linear):
         super()._apply(*args, **kwargs)
         self.scales = self.scales.bfloat16()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what can't be copied or pickled; it is made again when it is needed."""
+        return {**self.__dict__, "_onnx": None}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._onnx = None
 
 
 class Int4Linear(QuantizedLinear):
@@ -200,21 +247,26 @@ class Int4Linear(QuantizedLinear):
         """Return a weight (channels, inputs) as bytes in the saved layout, and its scales."""
         return quantize_4_bits(weight, self.group_size)
 
-    def arrange(self) -> "Int4Linear":
-        """Bring the weight from the saved layout to that of this processor; return the layer."""
+    def arrange_for_torch(self) -> None:
+        """Bring the weight from the saved layout to that of torch's product."""
         self.weight.data = _rearranged(self.weight.data, self.layout, processor_layout() or SAVED_LAYOUT)
         self.layout = processor_layout() or SAVED_LAYOUT
-        return self
 
     @property
-    def has_direct_product(self) -> bool:
+    def has_torch_product(self) -> bool:
         """Return whether torch has a product with 4-bit weights on this processor."""
         return self.layout == processor_layout()
 
-    def direct(self, rows: torch.Tensor) -> torch.Tensor:
+    def torch_product(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the product of rows (M, padded inputs) bfloat16 by torch's own product with 4-bit weights."""
         packed = self.weight.view(self.channels, -1)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, self.group_size, self.scales)
+
+    def make_onnx_product(self) -> OnnxProduct:
+        """Return ONNX Runtime's product with this weight."""
+        scales, zeros = self.scales.float().transpose(0, 1).unbind(-1)  # (N, G)
+        codes = pair_inputs(_rearranged(self.weight.data, self.layout, SAVED_LAYOUT))
+        return OnnxProduct(codes, scales, zero_codes(scales, zeros), self.bits)
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the channels of each chunk, and their weights (padded inputs, n)."""
@@ -265,13 +317,21 @@ class Int8Linear(QuantizedLinear):
         return F.pad(rounded, (0, padded(self.in_features, self.step) - self.in_features)), scales
 
     @property
-    def has_direct_product(self) -> bool:
+    def has_torch_product(self) -> bool:
         """Return whether torch has a product with 8-bit weights."""
         return hasattr(torch.ops.aten, "_weight_int8pack_mm")
 
-    def direct(self, rows: torch.Tensor) -> torch.Tensor:
+    def torch_product(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the product of rows (M, padded inputs) bfloat16 by torch's own product with 8-bit weights."""
         return torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales)
+
+    def make_onnx_product(self) -> OnnxProduct:
+        """Return ONNX Runtime's product with this weight, whose codes have no sign."""
+        channels, inputs = self.weight.shape
+        block = next(block for block in BLOCKS if inputs % block == 0)
+        scales = self.scales.float().unsqueeze(1).expand(channels, inputs // block)
+        zeros = torch.full(scales.shape, _ZERO_8_BIT, dtype=torch.uint8)
+        return OnnxProduct(self.weight.data.view(torch.uint8) ^ _ZERO_8_BIT, scales, zeros, self.bits)
 
     @property
     def row_scales(self) -> torch.Tensor:
@@ -299,6 +359,11 @@ class _Product(torch.autograd.Function):
         return ctx.layer.input_gradient(gradient), None
 
 
+def _padded(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Return rows (M, n) as (M, size), with zeros; without a copy where they have the size."""
+    return rows if rows.shape[1] == size else F.pad(rows, (0, size - rows.shape[1]))
+
+
 def _rearranged(packed: torch.Tensor, layout: NibbleLayout, wanted: NibbleLayout) -> torch.Tensor:
     return packed if layout == wanted else pack(unpack(packed, layout), wanted)
 
@@ -314,4 +379,5 @@ def _sample(bits: int) -> QuantizedLinear:
     channels, inputs = _SAMPLE
     layer = QuantizedLinear.for_bits(bits)(inputs, channels, device="meta")
     layer.fill(torch.randn(channels, inputs, dtype=torch.float32, generator=torch.Generator().manual_seed(0)))
-    return layer.arrange()
+    layer.arrange_for_torch()
+    return layer

@@ -1,16 +1,19 @@
 """Choose what computes a product with quantised weights on this processor: measured once, and kept.
 
-torch's own products read the small weights directly. For one row they are several times faster than float32; for many
-rows they are slower than the processor's matrix product with weights that are dequantised first. Where the one overtakes
-the other, and whether that matrix product is faster in bfloat16 or in float32, depends on the processor. The choice
-changes the last digits of results, so it is kept under `$HF_HOME/samf` and the same in every process.
+Direct products read the small weights: torch's own, and ONNX Runtime's where it is installed. For one row they are several
+times faster than float32; for many rows torch's are slower than the processor's matrix product with weights that are
+dequantised first. Where the one overtakes the other, and whether that matrix product is faster in bfloat16 or in float32,
+depends on the processor. The choice changes the last digits of results, so it is kept under `$HF_HOME/samf` and the same
+in every process.
 """
 
+import functools
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +22,17 @@ from huggingface_hub import constants
 from transformers.utils import logging
 
 from .files_samf import atomic_path
+from .onnx_product_samf import is_available
 
 logger = logging.get_logger(__name__)
 
 _PLANS = "quantized_products.json"
-_PROBED = (1, 4, 8, 16, 32, 64, 128)  # numbers of rows
+_PROBED = (1, 4, 8, 16, 32, 64, 128, 256)  # numbers of rows
 _REPEATS = 3
+TORCH, ONNX_RUNTIME = "torch", "onnxruntime"
+_NAMES = {TORCH: "torch", ONNX_RUNTIME: "ONNX Runtime"}
+# A direct product for any number of rows needs no second copy of the weights, which is worth a slower start.
+_PRICE_OF_MEMORY = 1.25
 
 
 class Products(Protocol):
@@ -34,11 +42,11 @@ class Products(Protocol):
     in_features: int
 
     @property
-    def has_direct_product(self) -> bool:
-        """Return whether there is such a product on this processor."""
+    def libraries(self) -> Sequence[str]:
+        """Return which libraries have a direct product on this processor: `TORCH`, `ONNX_RUNTIME`."""
 
-    def direct(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the product of rows (M, inputs) bfloat16 by torch's own product with quantised weights."""
+    def direct(self, rows: torch.Tensor, library: str) -> torch.Tensor:
+        """Return the product of rows (M, inputs) by a library's product with quantised weights."""
 
     def dequantized(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the product of rows (M, inputs) with dequantised weights of their type."""
@@ -51,22 +59,32 @@ class KernelPlan:
     Attributes:
         bits: of the weights.
         compute: precision of the products of dequantised weights and of the hidden states, "bfloat16" or "float32".
-        most_rows: the largest number of rows for which torch's own product is used; 0 = never.
+        most_rows: the largest number of rows for which the direct product is used; 0 = never, None = always.
+        library: whose direct product it is, `TORCH` or `ONNX_RUNTIME`.
     """
 
     bits: int
     compute: str
-    most_rows: int
+    most_rows: int | None
+    library: str = TORCH
 
     @property
     def dtype(self) -> torch.dtype:
         """Return `compute` as a type of torch."""
         return torch.bfloat16 if self.compute == "bfloat16" else torch.float32
 
+    def is_direct(self, rows: int) -> bool:
+        """Return whether the direct product is used for a number of rows."""
+        return self.most_rows is None or 0 < rows <= self.most_rows
+
     def __str__(self) -> str:
         """Describe the plan in one line."""
-        direct = f"torch's int{self.bits} product up to {self.most_rows} rows, else " if self.most_rows else ""
-        return f"int{self.bits} weights, {self.compute} activations; {direct}dequantised to {self.compute}"
+        weights = f"int{self.bits} weights, {self.compute} activations"
+        product = f"{_NAMES[self.library]}'s int{self.bits} product"
+        if self.most_rows is None:
+            return f"{weights}; {product}"
+        direct = f"{product} up to {self.most_rows} rows, else " if self.most_rows else ""
+        return f"{weights}; {direct}dequantised to {self.compute}"
 
 
 def find_plan(bits: int, sample: Callable[[], Products]) -> KernelPlan:
@@ -83,6 +101,7 @@ def find_plan(bits: int, sample: Callable[[], Products]) -> KernelPlan:
             _processor_name(),
             torch.backends.cpu.get_cpu_capability(),
             f"torch {torch.__version__}",
+            f"onnxruntime {metadata.version(ONNX_RUNTIME)}" if is_available() else "no onnxruntime",
             f"{torch.get_num_threads()} threads",
         )
     )
@@ -129,6 +148,8 @@ def shortest(task: Callable[[], object]) -> float:
 def measure_plan(layer: Products, seconds: Callable[[Callable[[], object]], float] = shortest) -> KernelPlan:
     """Time a layer's products for some numbers of rows and return the plan of the fastest.
 
+    The library of the direct product is the one that is faster for one row, as in decoding.
+
     Args:
         layer: the layer.
         seconds: returns the time of a call.
@@ -139,13 +160,20 @@ def measure_plan(layer: Products, seconds: Callable[[Callable[[], object]], floa
     def dequantized(count: int, dtype: torch.dtype) -> float:
         return seconds(lambda: layer.dequantized(rows[:count].to(dtype)))
 
-    def direct(count: int) -> float:
-        return seconds(lambda: layer.direct(rows[:count].bfloat16()))
+    def direct(count: int, library: str) -> float:
+        return seconds(lambda: layer.direct(rows[:count], library))
 
     dtype = min((torch.bfloat16, torch.float32), key=lambda dtype: dequantized(_PROBED[-1], dtype))
+    compute = str(dtype).removeprefix("torch.")
+    if not layer.libraries:
+        return KernelPlan(layer.bits, compute, 0)
+    library = min(layer.libraries, key=functools.partial(direct, 1))
+    price = _PRICE_OF_MEMORY if library == ONNX_RUNTIME else 1.0
     most_rows = 0
-    for count in _PROBED if layer.has_direct_product else ():
-        if direct(count) > dequantized(count, dtype):
-            break
+    for count in _PROBED:
+        if direct(count, library) > price * dequantized(count, dtype):
+            return KernelPlan(layer.bits, compute, most_rows, library)
         most_rows = count
-    return KernelPlan(layer.bits, str(dtype).removeprefix("torch."), most_rows)
+    if library == ONNX_RUNTIME:
+        return KernelPlan(layer.bits, "float32", None, library)
+    return KernelPlan(layer.bits, compute, most_rows, library)

@@ -1,7 +1,7 @@
 """Weights of linear layers in 4 or 8 bits: how they are rounded, and how they are laid out in memory.
 
 4 bits: channels are the rows of a weight, groups are runs of inputs that share a scale and a zero point,
-weight = (code - 8) * scale + zero with codes 0 to 15. 8 bits: one scale for each channel.
+weight = (code - 8) * scale + zero with codes 0 to 15; a weight of 0 has a code of its own. 8 bits: one scale for each channel.
 
 The saved layout is the same on every processor: blocks of 64 channels; byte j of an input holds channel j of the block
 in its low half and channel 32 + j in its high half. It is the layout of torch's product on AVX-512, so there nothing is
@@ -13,12 +13,14 @@ Shapes: N channels (a multiple of 64), K inputs (a multiple of the group size), 
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 BLOCK = 64
 GROUP_SIZES = (32, 64, 128)
 _CODES = 15  # the largest 4-bit code
+_HIGH_HALF = 0xF0
 _MIDDLE = 8  # the code of a weight that equals the zero point
 _LARGEST_8_BIT = 127
 _CHUNK = 1 << 20  # weights that are rounded at once: the intermediate results stay in the processor's caches
@@ -73,6 +75,16 @@ def unpack(packed: torch.Tensor, layout: NibbleLayout) -> torch.Tensor:
     return codes.transpose(1, 2).reshape(-1, inputs)
 
 
+def pair_inputs(packed: torch.Tensor) -> torch.Tensor:
+    """Return bytes (N / 64, K, 32) in the saved layout as bytes (N, K / 2) of neighbouring inputs, the first low."""
+    bytes_ = packed.numpy()  # numpy transposes bytes twice as fast as torch
+    even, odd = bytes_[:, 0::2], bytes_[:, 1::2]  # (N / 64, K / 2, 32)
+    paired = np.empty((len(bytes_), 2, BLOCK // 2, even.shape[1]), np.uint8)
+    paired[:, 0] = ((even & _CODES) | (odd << 4)).transpose(0, 2, 1)  # channels 0 to 31
+    paired[:, 1] = ((even >> 4) | (odd & _HIGH_HALF)).transpose(0, 2, 1)
+    return torch.from_numpy(paired).view(-1, even.shape[1])
+
+
 @functools.cache
 def processor_layout() -> NibbleLayout | None:
     """Return the layout that torch's 4-bit product reads on this processor; None where there is no such product."""
@@ -88,7 +100,7 @@ def processor_layout() -> NibbleLayout | None:
 
 
 def quantize_4_bits(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round a weight to 4 bits, between the smallest and the largest weight of each group.
+    """Round a weight to 4 bits, between the smallest and the largest weight of each group, or 0.
 
     Args:
         weight: (channels, inputs), of any size; what is missing to whole blocks and groups is filled with zeros.
@@ -106,15 +118,21 @@ def quantize_4_bits(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor
         size = min(step, channels - start)
         rows = F.pad(rows.float(), (0, inputs - rows.shape[1], 0, size - rows.shape[0]))
         groups = rows.view(size, -1, group_size)
-        low, high = groups.amin(-1), groups.amax(-1)
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         # Rounded before the codes are chosen, so that the codes fit the scales that are kept.
         scale = ((high - low) / _CODES).clamp(min=torch.finfo(torch.float32).tiny).bfloat16()
-        zero = (low + _MIDDLE * scale.float()).bfloat16()
-        codes = ((groups - zero.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)).add_(_MIDDLE)
+        zero_code = (-low / scale.float()).round_()  # whole: integer products have no others
+        zero = ((_MIDDLE - zero_code) * scale.float()).bfloat16()
+        codes = (groups / scale.float().unsqueeze(-1)).add_(zero_code.unsqueeze(-1))
         codes = codes.round_().clamp_(0, _CODES).to(torch.uint8).view(size, inputs)
         packed[start // BLOCK : (start + size) // BLOCK] = pack(codes, SAVED_LAYOUT)
         scales[:, start : start + size] = torch.stack([scale, zero], dim=-1).transpose(0, 1)
     return packed, scales
+
+
+def zero_codes(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Return the codes of weights of 0, uint8, for scales and zero points of one shape."""
+    return (_MIDDLE - zeros / scales).round_().clamp_(0, _CODES).to(torch.uint8)
 
 
 def quantize_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
