@@ -22,7 +22,7 @@ from samf.training.memory import peak_bytes, peak_resident
 
 _MEASURED_PACKAGES = (
     *("samf", "torch", "transformers", "accelerate", "peft", "torchao", "safetensors"),
-    *("numpy", "nibabel", "isal", "pillow"),
+    *("numpy", "nibabel", "isal", "pillow", "xllamacpp"),
 )
 _SHORTEST_SAMPLE = 0.05  # seconds; shorter tasks are called several times per sample
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 30

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from samf.benchmarks import llama_cpp_lines
 from samf.benchmarks.measuring import Measurement, ratios
 from samf.benchmarks.memory_lines import save_model
 from samf.benchmarks.workloads import LineSkipped, Settings, conversation_batch, generate
@@ -25,6 +26,7 @@ from samf.training.memory import peak_resident
 
 ROUNDS = 2
 FORMATS = ("float32", "bfloat16", "int8", "int4")
+_LLAMA_CPP = {file: f"llama.cpp {file}" for file in llama_cpp_lines.FILES}
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.5, "int4": 1.0}  # per weight, with what isn't quantised
 _BUFFER = {"full": 1 << 30, "tiny": 1 << 20}  # bytes that are read to measure the memory's speed
 _READS = 5
@@ -129,6 +131,16 @@ def time_format(settings: Settings, name: str) -> list[Measurement]:
     ]
 
 
+def time_llama_cpp(settings: Settings) -> list[Measurement]:
+    """Time llama.cpp in its own formats, and a read of the memory."""
+    found = []
+    for file, name in _LLAMA_CPP.items():
+        speeds, measured = llama_cpp_lines.time_file(settings, file)
+        _keep(settings.folder / _SPEEDS, name, speeds | {"memory": read_speed(settings)})
+        found += measured
+    return found
+
+
 def _keep(file: Path, name: str, speeds: dict[str, float]) -> None:
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     kept.setdefault(name, []).append(speeds)
@@ -156,7 +168,7 @@ def bytes_per_token(model: PreTrainedModel, length: int) -> int:
 
 
 def compare(settings: Settings) -> list[Measurement]:
-    """Compare the formats round by round.
+    """Compare the formats round by round, and with llama.cpp where it was measured.
 
     Raises:
         LineSkipped: a format was not measured.
@@ -176,9 +188,13 @@ def compare(settings: Settings) -> list[Measurement]:
         limits = (settings.limit(decode), settings.limit(prefill)) if name == "int4" else (None, None)
         for key, limit in zip(("decode", "prefill"), limits, strict=True):
             found.append(Measurement(f"{key}, {name} / float32", "x", ratios(speeds[name][key], whole[key]), limit))
+    others = [name for name in _LLAMA_CPP.values() if len(kept.get(name, [])) == ROUNDS]
+    for name in others:
+        for key in ("decode", "prefill"):
+            found.append(Measurement(f"{key}, int4 / {name}", "x", ratios(speeds["int4"][key], speeds[name][key])))
     # The fastest read of all processes: what else runs can only slow it down.
     memory = max(speed for values in speeds.values() for speed in values["memory"])
-    for name in FORMATS:
+    for name in (*FORMATS, *others):
         shares = [
             100 * rate * read / memory for rate, read in zip(*map(speeds[name].get, ("decode", "bytes")), strict=True)
         ]
@@ -194,6 +210,8 @@ def stages() -> dict[str, Callable[[Settings], list[Measurement]]]:
     for bits in (4, 8):
         found[f"int{bits}"] = functools.partial(quantise, bits=bits)
         found[f"int{bits}_reload"] = functools.partial(reload, bits=bits)
+    found["llama_cpp"] = llama_cpp_lines.write_files
     for turn in range(1, ROUNDS + 1):
         found |= {f"{name}_{turn}": functools.partial(time_format, name=name) for name in FORMATS}
+        found[f"llama_cpp_{turn}"] = time_llama_cpp
     return found | {"compare": compare}

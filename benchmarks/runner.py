@@ -2,7 +2,7 @@
 
     python -m samf.benchmarks model                               # every line at full size: about 20 GB of memory
     python -m samf.benchmarks model --lines vit,fusion --device cuda --json figures.json
-    python -m samf.benchmarks model --lines quantized             # 4 and 8 bits on a CPU: 17 GB of memory, 15 GB of disk
+    python -m samf.benchmarks model --lines quantized             # 4 and 8 bits on a CPU: 17 GB of memory, 20 GB of disk
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks volumes       # a scan of 512 x 512 x 300: 2 GB, four minutes
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data          # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
     python -m samf.benchmarks training --device cuda              # a step as in recipes/ct_rate.yaml

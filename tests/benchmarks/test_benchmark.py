@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from samf import SamfForConditionalGeneration, SamfModel
-from samf.benchmarks import memory_lines, quantized_lines, speed_lines, volume_lines, workloads
+from samf.benchmarks import llama_cpp_lines, memory_lines, quantized_lines, speed_lines, volume_lines, workloads
 from samf.benchmarks import runner as benchmark
 from samf.benchmarks.measuring import (
     FEWEST_ROUNDS,
@@ -214,6 +214,8 @@ def test_every_line_runs(command, line, tmp_path):
     """Each stage in turn, in this process; what it asserts itself (equal weights, answers, results) holds."""
     for stage in benchmark.LINES[command][line]:
         if stage.startswith("8bit") and importlib.util.find_spec("torchao") is None:
+            continue
+        if stage.startswith("llama_cpp") and not all(map(importlib.util.find_spec, llama_cpp_lines.PACKAGES)):
             continue
         args = benchmark.parse_args(
             [command, "--size=tiny", "--budget=0.01", f"--stage={line}/{stage}", f"--folder={tmp_path}"]
