@@ -15,6 +15,7 @@ Each stage of a line runs in its own process. The exit status is 1 when a limit 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ from samf.benchmarks.train_lines import STAGES as TRAINING_STAGES
 from samf.benchmarks.volume_lines import measure_memory, measure_slab_memory, time_cache, time_slices, write_scan
 from samf.benchmarks.workloads import SIZES, LineSkipped, Settings
 from samf.utils.files import write_json
+from samf.utils.threads import let_idle_threads_sleep
 
 Stage = Callable[[Settings], list[Measurement]]
 # Command → line → its stages, which share a folder.
@@ -212,8 +214,11 @@ def run_child(args: argparse.Namespace, stage: str, folder: Path) -> StageOutcom
         command += [f"--device={args.device}", f"--dtype={dtype}"]
     command += [f"--model={args.model}"] if args.model else []
     command += [f"--threads={args.threads}"] if args.threads else []
+    environment = dict(os.environ)
+    if stage.partition("/")[2].startswith("int"):
+        let_idle_threads_sleep(environment)  # as the samf command does
     started = time.monotonic()
-    child = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    child = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False)
     seconds = round(time.monotonic() - started, 1)
     if child.returncode == 0:
         outcome: StageOutcome = json.loads(output.read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
 """`samf report` and `samf ask`: scans to reports and answers, on the terminal and as files."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from samf.cli.errors import ALL_FAILED, SOME_FAILED, UsageError, one_line
 from samf.cli.scans import report_names
 from samf.utils.files import write_json
 from samf.utils.packaged import DEMO_MODEL
+from samf.utils.threads import let_idle_threads_sleep
 
 if TYPE_CHECKING:
     from samf.model.pipeline_samf import EncodedScan, SamfReportPipeline
@@ -84,10 +86,13 @@ def load_reporter(
     Raises:
         UsageError: the model can't be loaded, or not with such weights.
     """
+    if quantize is not None:
+        let_idle_threads_sleep(os.environ)
     import torch
     from transformers.utils import logging as transformers_logging
 
     from samf import SamfForConditionalGeneration, SamfProcessor, SamfReportPipeline
+    from samf.model.onnx_product_samf import is_available
     from samf.model.quantization_samf import describe_quantization
     from samf.utils.distributed import default_device
 
@@ -108,6 +113,8 @@ def load_reporter(
         raise UsageError(f"{source}: can't be loaded as a SAMF model: {error}") from error
     if (quantization := describe_quantization(loaded)) is not None:
         sys.stderr.write(f"{quantization}\n")
+        if not is_available():
+            sys.stderr.write("ONNX Runtime's products are faster on most processors: pip install onnx onnxruntime\n")
     return SamfReportPipeline(model=loaded, processor=processor, device=place)
 
 

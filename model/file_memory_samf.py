@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import mmap
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -49,12 +50,12 @@ def in_file(tensor: torch.Tensor) -> torch.Tensor:
     try:
         with tempfile.NamedTemporaryFile(prefix="samf-") as file:
             # Written, not assigned to mapped memory: a full disk is an error then, not the end of the process.
-            file.write(tensor.contiguous().view(torch.uint8).numpy())
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
             file.flush()
-            storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=tensor.nbytes)
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError:
         return tensor
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
 
 
 def _is_in_file(tensor: torch.Tensor) -> bool:

@@ -47,16 +47,13 @@ class OnnxProduct:
             zeros = F.pad(zeros, (0, groups % 2))
             zeros = zeros[:, 0::2] | (zeros[:, 1::2] << 4)
         constants = {"weight": codes.view(channels, groups, -1), "scales": scales.flatten(), "zeros": zeros.flatten()}
-        arrays = [constant.contiguous().numpy() for constant in constants.values()]
         options = runtime.SessionOptions()
         options.use_per_session_threads = False
         options.enable_cpu_mem_arena = False  # keeps what a long prompt needed
         options.log_severity_level = 3  # errors
-        options.add_external_initializers(list(constants), list(map(runtime.OrtValue.ortvalue_from_numpy, arrays)))
-        model = _model_bytes(bits, codes.shape[1] * 8 // bits, {name: tuple(c.shape) for name, c in constants.items()})
+        model = _model_bytes(bits, codes.shape[1] * 8 // bits, constants)
         self.session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        # The wrapper would keep a second copy of the weight.
-        self.session._sess_options = self.session._sess_options_initial = None
+        self.session._model_bytes = None  # the wrapper would keep a second copy of the weight
 
     @torch.compiler.disable
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
@@ -74,14 +71,18 @@ def _share_threads(threads: int) -> None:
         runtime.set_global_thread_pool_sizes(threads, 1)
 
 
-def _model_bytes(bits: int, inputs: int, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """Return an ONNX model of the one operator, whose constants are handed over apart from it."""
+def _model_bytes(bits: int, inputs: int, constants: Mapping[str, torch.Tensor]) -> bytes:
+    """Return an ONNX model of the one operator.
+
+    Constants are part of it. Those that are handed over apart from it would have to stay in memory beside ONNX Runtime's
+    rearranged copy, as it may go on reading them.
+    """
     onnx: Any = importlib.import_module("onnx")
     make, types = onnx.helper, onnx.TensorProto
-    channels, groups, _ = shapes["weight"]
+    channels, groups, _ = constants["weight"].shape
     node = make.make_node(
         "MatMulNBits",
-        ["rows", *shapes],
+        ["rows", *constants],
         ["output"],
         domain="com.microsoft",
         K=inputs,
@@ -96,10 +97,10 @@ def _model_bytes(bits: int, inputs: int, shapes: Mapping[str, tuple[int, ...]]) 
         [make.make_tensor_value_info("rows", types.FLOAT, ["M", inputs])],
         [make.make_tensor_value_info("output", types.FLOAT, ["M", channels])],
     )
-    for name, shape in shapes.items():
-        constant = graph.initializer.add(name=name, data_type=types.FLOAT if name == "scales" else types.UINT8)
-        constant.dims.extend(shape)
-        constant.data_location = types.EXTERNAL
-        constant.external_data.add(key="location", value=name)
+    for name, constant in constants.items():
+        kind = types.FLOAT if constant.is_floating_point() else types.UINT8
+        graph.initializer.add(
+            name=name, data_type=kind, dims=constant.shape, raw_data=constant.contiguous().numpy().tobytes()
+        )
     sets = [make.make_opsetid("", _OPERATOR_SET), make.make_opsetid("com.microsoft", 1)]
     return make.make_model(graph, opset_imports=sets, ir_version=_IR_VERSION).SerializeToString()

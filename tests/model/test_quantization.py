@@ -20,7 +20,7 @@ from samf import SamfForConditionalGeneration, SamfModel, SamfQuantizationConfig
 from samf.model import generation_samf, quantized_linear_samf, quantized_plan_samf
 from samf.model.cache_samf import grow_in_place
 from samf.model.file_memory_samf import in_file
-from samf.model.onnx_product_samf import is_available
+from samf.model.onnx_product_samf import OnnxProduct, is_available
 from samf.model.quantization_samf import describe_quantization, quantizable_layers, quantize
 from samf.model.quantized_linear_samf import Int4Linear, Int8Linear, QuantizedLinear
 from samf.model.quantized_plan_samf import ONNX_RUNTIME, TORCH, KernelPlan, find_plan, measure_plan
@@ -236,6 +236,22 @@ def test_onnx_runtimes_product_is_that_of_the_dequantised_weight(
     exact = nn.functional.linear(x, layer.full_weight(), linear.bias).detach()
     assert (found - expected).norm() < 4e-3 * exact.norm()
     assert (found - exact).norm() < 0.03 * exact.norm()
+
+
+@needs_onnx
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnx_runtime_has_its_own_copy_of_the_weight(bits):
+    """It must not go on reading memory that isn't its own."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(256, (48, 128 * bits // 8), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(48, 2, generator=generator)
+    zeros = torch.randint(2**bits, (48, 2), dtype=torch.uint8, generator=generator)
+    product = OnnxProduct(codes, scales, zeros, bits)
+    rows = torch.randn(3, 128, generator=generator)
+    before = product(rows)
+    for constant in (codes, scales, zeros):
+        constant.zero_()
+    assert torch.equal(product(rows), before) and before.abs().max() > 0
 
 
 @needs_onnx
