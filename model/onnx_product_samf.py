@@ -9,14 +9,15 @@ Shapes: N channels, K inputs (a multiple of the block), G = K / block.
 import contextlib
 import functools
 import importlib
-import importlib.util
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.nn import functional as F
 
-PACKAGES = ("onnx", "onnxruntime")
+_OLDEST = {"onnx": "1.23", "onnxruntime": "1.32"}  # as in the extra `cpu`; older ones have not been tried
 BLOCKS = (128, 64, 32)  # inputs that share a scale; the operator knows no others that weights here have
 _INTEGER_ACTIVATIONS = 4  # the operator's accuracy_level for activations in 8 bits
 _IR_VERSION = 10  # of the model file; any that has operator set 21
@@ -25,8 +26,11 @@ _OPERATOR_SET = 21
 
 @functools.cache
 def is_available() -> bool:
-    """Return whether the packages are installed."""
-    return all(importlib.util.find_spec(name) is not None for name in PACKAGES)
+    """Return whether the packages are installed, and recent enough."""
+    try:
+        return all(Version(metadata.version(name)) >= Version(oldest) for name, oldest in _OLDEST.items())
+    except metadata.PackageNotFoundError:
+        return False
 
 
 class OnnxProduct:

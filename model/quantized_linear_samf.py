@@ -97,7 +97,7 @@ class QuantizedLinear(nn.Linear):
         plan = kernel_plan(self.bits)
         if plan.library == TORCH:
             self.arrange_for_torch()
-        elif plan.most_rows != 0:
+        elif plan.most_rows != 0 and self._onnx is None:
             self._onnx = self.make_onnx_product()
             if plan.most_rows is None:  # what it has copied is needed again for saving and for gradients only
                 self.weight.data, self.scales = in_file(self.weight.data), in_file(self.scales)
