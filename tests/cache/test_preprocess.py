@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ import psutil
 import pytest
 import torch
 from launch import command, environment
+from tqdm import tqdm
 from transformers import ViTConfig, ViTModel
 
 from samf import SamfForConditionalGeneration, preprocess
@@ -146,6 +148,8 @@ def in_a_fork(work: Callable[[], int]) -> int:
         status = 99
         try:
             os.setsid()
+            # The parent's monitor of progress bars may have held the old one in this moment, and isn't here to release it.
+            tqdm.set_lock(threading.RLock())
             with open(os.devnull, "w", encoding="utf-8") as nowhere:
                 os.dup2(nowhere.fileno(), 1)
                 os.dup2(nowhere.fileno(), 2)
