@@ -75,7 +75,7 @@ class KernelPlan:
 
     def is_direct(self, rows: int) -> bool:
         """Return whether the direct product is used for a number of rows."""
-        return self.most_rows is None or 0 < rows <= self.most_rows
+        return rows > 0 and (self.most_rows is None or rows <= self.most_rows)
 
     def __str__(self) -> str:
         """Describe the plan in one line."""
