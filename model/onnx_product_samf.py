@@ -78,8 +78,8 @@ def _share_threads(threads: int) -> None:
 def _model_bytes(bits: int, inputs: int, constants: Mapping[str, torch.Tensor]) -> bytes:
     """Return an ONNX model of the one operator.
 
-    Constants are part of it. Those that are handed over apart from it would have to stay in memory beside ONNX Runtime's
-    rearranged copy, as it may go on reading them.
+    Constants are part of it: those that are handed over apart from it belong to the caller, who would have to keep them in
+    memory beside ONNX Runtime's rearranged copy.
     """
     onnx: Any = importlib.import_module("onnx")
     make, types = onnx.helper, onnx.TensorProto
