@@ -5,14 +5,22 @@ import ctypes
 import mmap
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
+from huggingface_hub import constants
 
 _MADV_PAGEOUT = 21
+_MADV_POPULATE_READ = 22
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_LARGE = 1 << 20  # bytes: hidden states of a prompt are a few million
+_KEPT_BLOCKS = 16  # of the largest size, as much as is kept free at the end of the memory
+WHILE_LOADING = 1 << 20
+AFTERWARDS = 1 << 23
+_files: MutableMapping[int, mmap.mmap] = WeakValueDictionary()  # of the tensors that begin at these addresses
 
 
 def release_memory() -> None:
@@ -26,41 +34,75 @@ def release_memory() -> None:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 
-def keep_no_freed_blocks() -> None:
-    """Let glibc give large blocks back to the system as soon as they are freed, from now on, and those that it keeps.
+def keep_freed_blocks(largest: int) -> None:
+    """Let glibc keep freed blocks of memory for later up to a size, from now on, and give back what it keeps now.
 
-    It keeps blocks of up to 32 MB for later: the copies of weights that are rounded or arranged, and of a prompt's hidden
-    states, are many, and of many sizes, so that without this gigabytes are kept of a Phi-3-mini with 4-bit weights.
+    By itself it keeps blocks of up to 32 MB: the copies of weights that are rounded or arranged are many, and of many
+    sizes, so that gigabytes are kept of a Phi-3-mini with 4-bit weights. `WHILE_LOADING` keeps none of them. Hidden states
+    are in blocks that are needed again and again, and new memory costs more time than the products of a prompt: `AFTERWARDS`
+    keeps them.
+
+    Args:
+        largest: bytes of the largest block that is kept.
     """
     if not sys.platform.startswith("linux"):
         return
     system = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):  # another C library
-        system.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        system.mallopt(_M_MMAP_THRESHOLD, largest)
+        system.mallopt(_M_TRIM_THRESHOLD, _KEPT_BLOCKS * largest)
         system.malloc_trim(0)
 
 
 def in_file(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor whose content is in a file: a copy in a temporary one, or the tensor itself where it is in one already.
+    """Return a tensor whose content is in a temporary file, of which `release_pages` frees the memory.
 
-    A tensor that can't be copied, without Linux or without room on the disk, is returned as it is.
+    A tensor that can't be copied, without Linux or without room on the disk, is returned as it is, and so is one that is in
+    such a file already.
     """
-    if not sys.platform.startswith("linux") or _is_in_file(tensor):
+    if not sys.platform.startswith("linux") or tensor.data_ptr() in _files:
         return tensor
     try:
-        with tempfile.NamedTemporaryFile(prefix="samf-") as file:
+        with _temporary_file() as file:
             # Written, not assigned to mapped memory: a full disk is an error then, not the end of the process.
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
             file.flush()
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # Shared: what is written to it goes to the file, so that its memory can be freed at any time.
+            memory = mmap.mmap(file.fileno(), 0)
     except OSError:
         return tensor
-    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+    _files[copy.data_ptr()] = memory
+    return copy
 
 
-def _is_in_file(tensor: torch.Tensor) -> bool:
-    address = tensor.data_ptr()
-    return any(start <= address < end for start, end, _ in _mapped_files())
+def fetch_pages(tensor: torch.Tensor) -> None:
+    """Bring all of a tensor that `in_file` returned into memory: at once is faster than page after page.
+
+    Other tensors stay as they are, and so do all where the system can't (Linux before 5.14).
+    """
+    if (memory := _files.get(tensor.data_ptr())) is not None:
+        with contextlib.suppress(OSError):
+            memory.madvise(_MADV_POPULATE_READ)
+
+
+def release_pages(tensor: torch.Tensor) -> None:
+    """Free the memory of a tensor that `in_file` returned; what is needed of it again comes from the file.
+
+    The system keeps the file's content as long as nothing else needs the memory. Other tensors stay as they are.
+    """
+    if (memory := _files.get(tensor.data_ptr())) is not None:
+        memory.madvise(mmap.MADV_DONTNEED)
+
+
+def _temporary_file() -> Any:
+    """Open a temporary file next to the models: the system's folder for temporary files is often in memory."""
+    folder = Path(constants.HF_HOME, "samf")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=folder, prefix="samf-")
+    except OSError:
+        return tempfile.TemporaryFile(prefix="samf-")
 
 
 def _mapped_files() -> Iterator[tuple[int, int, str]]:

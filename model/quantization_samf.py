@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .file_memory_samf import keep_no_freed_blocks, release_memory
+from .file_memory_samf import AFTERWARDS, WHILE_LOADING, keep_freed_blocks, release_memory
 from .quantized_linear_samf import QuantizedLinear, kernel_plan
 from .quantized_weights_samf import GROUP_SIZES
 
@@ -190,12 +190,12 @@ class SamfQuantizer(HfQuantizer):
         layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
         for bits in {layer.bits for layer in layers}:
             kernel_plan(bits)  # measured before other threads are at work
-        keep_no_freed_blocks()
+        keep_freed_blocks(WHILE_LOADING)
         # The largest first: its copies are in memory for a moment, as long as others aren't yet.
         layers.sort(key=lambda layer: layer.weight.nbytes, reverse=True)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             list(threads.map(QuantizedLinear.arrange, layers))
-        keep_no_freed_blocks()  # of the threads
+        keep_freed_blocks(AFTERWARDS)
         logger.info(describe_quantization(model))
         return model
 

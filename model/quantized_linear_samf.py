@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .file_memory_samf import in_file, release_memory
+from .file_memory_samf import fetch_pages, in_file, release_memory, release_pages
 from .onnx_product_samf import BLOCKS, OnnxProduct, is_available
 from .quantized_plan_samf import ONNX_RUNTIME, TORCH, KernelPlan, find_plan
 from .quantized_weights_samf import (
     BLOCK,
     SAVED_LAYOUT,
+    WORKSPACE,
     NibbleLayout,
     dequantize_4_bits,
     pack,
@@ -30,10 +31,10 @@ from .quantized_weights_samf import (
     zero_codes,
 )
 
-_CHUNK = 3 << 19  # weights that are dequantised at once: 3 MB in bfloat16
+_CHUNK = 1 << 23  # weights that are dequantised at once: 16 MB in bfloat16
 _STEP_8_BIT = 32  # torch's 8-bit product crashes on other numbers of inputs than multiples of 16
 _ZERO_8_BIT = 128  # the code without a sign of a weight of 0
-_SAMPLE = (1024, 2048)  # channels and inputs of the layer that is measured
+_SAMPLE = (4096, 3072)  # channels and inputs of the layer that is measured: large, as those that decoding waits for
 
 
 class QuantizedLinear(nn.Linear):
@@ -99,8 +100,8 @@ class QuantizedLinear(nn.Linear):
             self.arrange_for_torch()
         elif plan.most_rows != 0 and self._onnx is None:
             self._onnx = self.make_onnx_product()
-            if plan.most_rows is None:  # what it has copied is needed again for saving and for gradients only
-                self.weight.data, self.scales = in_file(self.weight.data), in_file(self.scales)
+            # What it has copied is needed again for long prompts, saving and gradients only.
+            self.weight.data, self.scales = in_file(self.weight.data), in_file(self.scales)
             release_memory()
         return self
 
@@ -139,7 +140,17 @@ class QuantizedLinear(nn.Linear):
         raise NotImplementedError
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield the channels of each chunk, and their weights (padded inputs, n) without `row_scales`."""
+        """Yield the channels of each chunk, and their weights (padded inputs, n) without `row_scales`.
+
+        A chunk is valid until the next one.
+        """
+        fetch_pages(self.weight)
+        yield from self.read_chunks(dtype)
+        release_pages(self.weight)
+        release_pages(self.scales)
+
+    def read_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield what `chunks` yields."""
         raise NotImplementedError
 
     @property
@@ -162,7 +173,7 @@ class QuantizedLinear(nn.Linear):
 
     def full_weight(self) -> torch.Tensor:
         """Return the dequantised weight (channels, inputs) in float32."""
-        weight = torch.cat([chunk for _, chunk in self.chunks(torch.float32)], dim=1).mT
+        weight = torch.cat([chunk.clone() for _, chunk in self.chunks(torch.float32)], dim=1).mT
         if self.row_scales is not None:
             weight = weight * self.row_scales.float().unsqueeze(-1)
         return weight[: self.out_features, : self.in_features]
@@ -268,7 +279,7 @@ class Int4Linear(QuantizedLinear):
         codes = pair_inputs(_rearranged(self.weight.data, self.layout, SAVED_LAYOUT))
         return OnnxProduct(codes, scales, zero_codes(scales, zeros), self.bits)
 
-    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    def read_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the channels of each chunk, and their weights (padded inputs, n)."""
         step = max(_CHUNK // self.weight.shape[1] // BLOCK, 1)
         for start in range(0, self.weight.shape[0], step):
@@ -338,12 +349,13 @@ class Int8Linear(QuantizedLinear):
         """Return the scale of each channel."""
         return self.scales
 
-    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    def read_chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the channels of each chunk, and their weights (padded inputs, n) without the scales."""
         step = max(_CHUNK // self.weight.shape[1], 1)
         for start in range(0, self.out_features, step):
             chunk = slice(start, min(start + step, self.out_features))
-            yield chunk, self.weight[chunk].to(dtype).mT
+            codes = self.weight[chunk]
+            yield chunk, WORKSPACE.tensor("weight", codes.shape, dtype, codes.device).copy_(codes).mT
 
 
 class _Product(torch.autograd.Function):

@@ -29,10 +29,9 @@ logger = logging.get_logger(__name__)
 _PLANS = "quantized_products.json"
 _PROBED = (1, 4, 8, 16, 32, 64, 128, 256)  # numbers of rows
 _REPEATS = 3
+_METHOD = 2  # counts the ways of measuring, whose plans differ
 TORCH, ONNX_RUNTIME = "torch", "onnxruntime"
 _NAMES = {TORCH: "torch", ONNX_RUNTIME: "ONNX Runtime"}
-# A direct product for any number of rows needs no second copy of the weights, which is worth a slower start.
-_PRICE_OF_MEMORY = 1.25
 
 
 class Products(Protocol):
@@ -97,7 +96,7 @@ def find_plan(bits: int, sample: Callable[[], Products]) -> KernelPlan:
     file = Path(constants.HF_HOME, "samf", _PLANS)
     key = ", ".join(
         (
-            f"{bits} bits",
+            f"method {_METHOD}, {bits} bits",
             _processor_name(),
             torch.backends.cpu.get_cpu_capability(),
             f"torch {torch.__version__}",
@@ -168,10 +167,9 @@ def measure_plan(layer: Products, seconds: Callable[[Callable[[], object]], floa
     if not layer.libraries:
         return KernelPlan(layer.bits, compute, 0)
     library = min(layer.libraries, key=functools.partial(direct, 1))
-    price = _PRICE_OF_MEMORY if library == ONNX_RUNTIME else 1.0
     most_rows = 0
     for count in _PROBED:
-        if direct(count, library) > price * dequantized(count, dtype):
+        if direct(count, library) > dequantized(count, dtype):
             return KernelPlan(layer.bits, compute, most_rows, library)
         most_rows = count
     if library == ONNX_RUNTIME:

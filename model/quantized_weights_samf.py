@@ -11,6 +11,9 @@ Shapes: N channels (a multiple of 64), K inputs (a multiple of the group size), 
 """
 
 import functools
+import math
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,10 +155,41 @@ def quantize_8_bits(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return rounded, scales
 
 
+class Workspace(threading.local):
+    """Memory of a thread for weights that are dequantised part by part.
+
+    It is kept: for new memory the system has to fill page after page with zeros, which takes longer than to dequantise.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return a tensor of any content, in the memory of the last one of this name.
+
+        Args:
+            name: what it is for.
+            shape: its shape.
+            dtype: its type.
+            device: where it is; only the CPU's memory is kept.
+        """
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = math.prod(shape) * dtype.itemsize
+        kept = self._buffers.get(name)
+        if kept is None or kept.numel() < size:
+            with torch.inference_mode(False):  # it is needed outside too
+                kept = self._buffers[name] = torch.empty(size, dtype=torch.uint8)
+        return kept[:size].view(dtype).view(shape)
+
+
+WORKSPACE = Workspace()
+
+
 def dequantize_4_bits(
     packed: torch.Tensor, scales: torch.Tensor, layout: NibbleLayout, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return weights as a matrix of inputs by channels (K, n), as a product takes it.
+    """Return weights as a matrix of inputs by channels (K, n), as a product takes it, in `WORKSPACE`.
 
     Args:
         packed: bytes (n / 64, K, 32) of some blocks.
@@ -164,11 +198,12 @@ def dequantize_4_bits(
         dtype: of the result.
     """
     inputs, groups = packed.shape[1], scales.shape[0]
-    halves = packed.view(-1, inputs, layout.block // 2)
-    weight = torch.empty(inputs, scales.shape[1], dtype=dtype, device=packed.device)
+    bytes_ = packed.view(-1, inputs, layout.block // 2)
+    halves = WORKSPACE.tensor("halves", bytes_.shape, torch.uint8, packed.device)
+    weight = WORKSPACE.tensor("weight", (inputs, scales.shape[1]), dtype, packed.device)
     blocks = weight.view(inputs, -1, layout.block).transpose(0, 1)  # (blocks, K, channels)
-    blocks[..., layout.low] = halves & _CODES
-    blocks[..., layout.high] = halves >> 4
+    blocks[..., layout.low] = torch.bitwise_and(bytes_, _CODES, out=halves)
+    blocks[..., layout.high] = torch.bitwise_right_shift(bytes_, 4, out=halves)
     scale, zero = scales.float().unsqueeze(1).unbind(-1)  # (G, 1, n)
     grouped = weight.view(groups, -1, scales.shape[1])  # (G, group size, n)
     torch.addcmul((zero - _MIDDLE * scale).to(dtype), grouped, scale.to(dtype), out=grouped)
