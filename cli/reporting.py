@@ -86,7 +86,7 @@ def load_reporter(
     Raises:
         UsageError: the model can't be loaded, or not with such weights.
     """
-    if quantize is not None:
+    if quantize is not None or (model is not None and _is_quantised(model, revision)):
         let_idle_threads_sleep(os.environ)
     import torch
     from transformers.utils import logging as transformers_logging
@@ -116,6 +116,27 @@ def load_reporter(
         if not is_available():
             sys.stderr.write("ONNX Runtime's products are faster on most processors: pip install onnx onnxruntime\n")
     return SamfReportPipeline(model=loaded, processor=processor, device=place)
+
+
+def _is_quantised(model: str, revision: str | None) -> bool:
+    """Return whether a model's weights were saved in 4 or 8 bits; False for one on the Hub that isn't in the cache yet.
+
+    It imports no torch, whose threads are to be told before.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    file: Any = Path(model, "config.json")
+    try:
+        if not file.is_file():
+            file = try_to_load_from_cache(model, "config.json", revision=revision)
+        saved = json.loads(Path(file).read_text(encoding="utf-8")) if isinstance(file, (str, Path)) else {}
+        return saved.get("quantization_config", {}).get("quant_method") == "samf"
+    except (OSError, ValueError, AttributeError):  # loading it tells more
+        return False
 
 
 def _quantization(name: str, device: str) -> "SamfQuantizationConfig":

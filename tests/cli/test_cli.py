@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import nibabel
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from samf.cli import reporting
 from samf.cli.doors import DOORS
 from samf.cli.errors import CHATTY
 from samf.cli.main import app
+from samf.cli.reporting import _is_quantised
 from samf.model.model_card import is_generated
 from samf.model.report_samf import Report
 from samf.phantoms.findings import Finding
@@ -256,6 +258,22 @@ def test_a_quantised_model_reports_and_says_what_computes(name, model, scans, tm
     assert f"{name} weights" in done.stderr and "activations" in done.stderr
     whole = run(app, ["report", str(scans[0]), *options])
     assert whole.exit_code == 2 and f"samf {name}, not by None" in whole.stderr
+
+
+def test_threads_may_sleep_for_a_model_that_is_saved_quantised(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name, saved in (
+        ("rounded", {"quantization_config": {"quant_method": "samf", "bits": 4}}),
+        ("whole", {"quantization_config": None}),
+        ("other", {"quantization_config": {"quant_method": "bitsandbytes"}}),
+        ("list", []),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(saved), encoding="utf-8")
+        assert _is_quantised(str(tmp_path / name), None) == (name == "rounded")
+    (tmp_path / "whole" / "config.json").write_text("{", encoding="utf-8")
+    assert not _is_quantised(str(tmp_path / "whole"), None)
+    assert not _is_quantised("owner/model", None) and not _is_quantised(str(tmp_path / "no folder"), None)
 
 
 @pytest.mark.parametrize(
