@@ -185,10 +185,6 @@ def normalised_header(file: Path) -> Dataset:
 
 def _readable(header: Dataset) -> Dataset:
     """Return the standard attributes of a dataset that can be read, with their text decoded."""
-    try:
-        header.decode()
-    except PARSE_ERRORS:
-        pass  # attribute by attribute below
     kept = Dataset()
     for tag in sorted(header.keys()):
         if tag.is_private or tag.group in (0x0000, 0x0002) or tag == 0x00080005:
