@@ -150,7 +150,7 @@ class _Resources:
         }
         if observations:
             resource["result"] = [{"reference": entry["fullUrl"]} for entry in observations]
-        if self.series is not None:
+        if self.series is not None and self.series.header.StudyInstanceUID:
             resource["imagingStudy"] = [{"type": "ImagingStudy", "identifier": _study(self.series)}]
         return resource
 

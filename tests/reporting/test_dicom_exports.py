@@ -259,6 +259,16 @@ def test_an_enhanced_multi_frame_file_is_referred_to_by_frames(tmp_path):
     assert_points(sitk.ReadImage(str(seg)), report)
 
 
+def test_a_tilted_gantry(tmp_path):
+    """SEG and SR refer to the slices as they were taken, not to the straightened volume."""
+    tilted = [(x, y + 1.5 * k, z) for k, (x, y, z) in enumerate(POSITIONS)]
+    report = report_on(hospital_series(tmp_path / "scan", positions=tilted))
+    sr, seg = (pydicom.dcmread(file) for file in export([report], tmp_path, "scan", ["sr", "seg"]))
+    frames = [item.PlanePositionSequence[0].ImagePositionPatient for item in seg.PerFrameFunctionalGroupsSequence]
+    assert np.allclose(sorted((list(map(float, frame)) for frame in frames), key=lambda place: place[2]), tilted)
+    assert seg.pixel_array.max() > 100 and list(items_of(sr, "IMAGE"))
+
+
 def test_a_zip_and_a_list_of_files_and_a_compressed_series_are_found_again(folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "scan.zip", "w") as archive:
         for file in folder.iterdir():
