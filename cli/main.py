@@ -10,6 +10,7 @@ import typer
 
 from samf.cli.doors import add_doors
 from samf.cli.errors import UsageError, exit_with, log_errors_only
+from samf.cli.serving import add_serving
 
 app = typer.Typer(
     name="samf",
@@ -208,6 +209,7 @@ def push(
 
 
 add_doors(app)
+add_serving(app)
 
 if __name__ == "__main__":
     app()
