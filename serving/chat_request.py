@@ -187,6 +187,8 @@ def read_messages(messages: Sequence[Message], settings: ApiSettings) -> Asked:
             "question_too_long",
             "messages",
         )
+    if not question.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in question):
+        raise ApiError(400, "The question has half a character (a lone surrogate).", "invalid_value", "messages")
     data, path = volumes[0]
     return Asked(question or None, data, path, tuple(_notes(messages)))
 
