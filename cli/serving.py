@@ -43,7 +43,7 @@ def api(
     max_upload: Annotated[str, typer.Option(help="Largest volume, as a file.")] = "1gb",
     scan_folder: Annotated[Path | None, typer.Option(help="Clients may name scans below this folder.")] = None,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are told to come back.", min=1)] = 32,
-    batch: Annotated[int, typer.Option(help="Requests that are answered together.", min=1)] = 4,
+    batch: Annotated[int, typer.Option(help="Requests that are answered together.", min=1)] = 8,
     cache_scans: Annotated[int, typer.Option(help="Encoded scans kept for further questions.", min=0)] = 16,
 ) -> None:
     """Serve reports and answers by an OpenAI-compatible API."""

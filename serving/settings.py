@@ -30,7 +30,7 @@ class ApiSettings:
     max_upload: int = 1 << 30
     scan_folder: Path | None = None
     queue: int = 32
-    batch: int = 4
+    batch: int = 8
     cached_scans: int = 16
     cached_bytes: int = 256 << 20
     max_question: int = 4000
