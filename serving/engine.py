@@ -5,7 +5,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import StoppingCriteriaList
@@ -210,7 +210,7 @@ class Engine:
         return Row(decode, frozenset(ends), self._limit(job), lambda: job.cancelled, on_text, on_end)
 
     def _finish(self, job: Job, scan: "EncodedScan", was_kept: bool, row: Row, report: "Report | None") -> None:
-        ended = "length" if row.end == "length" else "stop"
+        ended: Literal["stop", "length"] = "length" if row.end == "length" else "stop"
         counts = (row.prompt_tokens, len(row.tokens))
         self.answered += 1
         job.send(Done(Answer(row.text(), ended, *counts, scan.warnings, was_kept, report)))

@@ -36,9 +36,8 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = "") -> None:
-        self._reporter: Any = pipeline(
-            model=path, trust_remote_code=True, device=0 if torch.cuda.is_available() else -1
-        )
+        load: Any = pipeline
+        self._reporter = load(model=path, trust_remote_code=True, device=0 if torch.cuda.is_available() else -1)
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Return the report of a request's volume, or the answer to its question, as plain values.

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from samf.model.pipeline_samf import SamfReportPipeline
 
 GRACE_SECONDS = 30
+# Longer than clients keep an idle connection (httpx, and so OpenAI's client: 5 s, which is uvicorn's own default): the one
+# that closes it should be the client, or a request may meet a connection that is just being closed.
+_KEEP_ALIVE_SECONDS = 75
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -52,6 +55,7 @@ def serve(reporter: "SamfReportPipeline", settings: ApiSettings, listening: sock
         access_log=False,
         server_header=False,
         lifespan="on",
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     _log_no_tracebacks()
