@@ -28,9 +28,9 @@ WORKDIR /src
 COPY requirements.txt ./
 RUN python -m pip install --requirement requirements.txt
 COPY . ./samf
-RUN python -m pip install "./samf[${EXTRAS}]"
-# Fails here, not at the first start, where torch and torchvision are of different builds.
-RUN python -c "from samf import SamfReportPipeline"
+# The import fails here, not at the first start, where torch and torchvision are of different builds.
+RUN python -m pip install "./samf[${EXTRAS}]" \
+    && python -c "from samf import SamfReportPipeline"
 
 FROM base
 COPY --from=build /opt/samf /opt/samf
