@@ -10,6 +10,7 @@ import typer
 
 from samf.cli.doors import add_doors
 from samf.cli.errors import UsageError, exit_with, log_errors_only
+from samf.cli.serving import add_serving
 
 app = typer.Typer(
     name="samf",
@@ -202,18 +203,22 @@ def push(
         bool | None, typer.Option("--private/--public", help="Of a new repository. Default: the owner's setting.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it doesn't exist.")] = None,
+    with_handler: Annotated[
+        bool, typer.Option("--with-handler", help="Add handler.py, by which Inference Endpoints serve the model.")
+    ] = False,
 ) -> None:
     """Upload a saved model: weights, code, processor and card; it is loaded first, to see that others can."""
     from samf.cli.tools import push as upload
 
     log_errors_only()
     try:
-        sys.stdout.write(f"{upload(folder, repo_id, private, revision)}\n")
+        sys.stdout.write(f"{upload(folder, repo_id, private, revision, with_handler)}\n")
     except UsageError as error:
         raise exit_with(error) from error
 
 
 add_doors(app)
+add_serving(app)
 
 if __name__ == "__main__":
     app()

@@ -27,7 +27,7 @@ def recipe(name: str | None) -> str:
     return "".join(lines)
 
 
-def push(folder: Path, repo_id: str, private: bool | None, revision: str | None) -> str:
+def push(folder: Path, repo_id: str, private: bool | None, revision: str | None, with_handler: bool = False) -> str:
     """Upload a saved model with its processor, code and card, after checking that it loads; return its address.
 
     Args:
@@ -35,6 +35,7 @@ def push(folder: Path, repo_id: str, private: bool | None, revision: str | None)
         repo_id: repository on the Hub, OWNER/NAME; created where there is none.
         private: whether a new repository is private; None = the owner's default.
         revision: branch, created where there is none; None = main.
+        with_handler: add handler.py for Inference Endpoints.
 
     Raises:
         UsageError: the folder doesn't load, is an adapter whose base others can't load, or the Hub refuses.
@@ -46,7 +47,7 @@ def push(folder: Path, repo_id: str, private: bool | None, revision: str | None)
     from samf.scripts.push_model import push_folder
 
     try:
-        return push_folder(folder, repo_id, private=private, revision=revision)
+        return push_folder(folder, repo_id, private=private, revision=revision, with_handler=with_handler)
     except (HfHubHTTPError, HFValidationError) as error:
         raise UsageError(
             f"{repo_id}: not uploaded: {error} Is the name right, and are you logged in (hf auth login)?"

@@ -13,10 +13,12 @@ from samf import SamfForConditionalGeneration, SamfProcessor
 from samf.model.adapters_samf import active_adapter, base_problem
 from samf.model.hub_samf import has_own_card
 from samf.model.model_card import README, hub_id, with_repository
-from samf.utils.packaged import REQUIREMENTS
+from samf.utils.packaged import HANDLER, REQUIREMENTS
 
 
-def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, revision: str | None = None) -> str:
+def push_folder(
+    folder: Path, repo_id: str, *, private: bool | None = None, revision: str | None = None, with_handler: bool = False
+) -> str:
     """Upload a saved model and return the commit's address.
 
     The folder is loaded and saved again, which shows that it loads, brings the code of this version, and leaves out what a
@@ -27,6 +29,7 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, revi
         repo_id: repository on the Hub, with or without its owner; created where there is none.
         private: whether a new repository is private; None = the owner's default.
         revision: branch, created where there is none; None = main.
+        with_handler: add handler.py, by which Inference Endpoints and their like serve the model.
 
     Raises:
         OSError: it holds no model, or the Hub can't be reached.
@@ -46,6 +49,8 @@ def push_folder(folder: Path, repo_id: str, *, private: bool | None = None, revi
         model.save_pretrained(whole)
         processor.save_pretrained(whole)
         shutil.copyfile(REQUIREMENTS, whole / "requirements.txt")
+        if with_handler:
+            shutil.copyfile(HANDLER, whole / HANDLER.name)
         card = folder / README if (folder / README).is_file() else whole / README
         (whole / README).write_text(with_repository(card.read_text(encoding="utf-8"), repo_id), encoding="utf-8")
         ignored = [README] if has_own_card(repo_id, revision) else None

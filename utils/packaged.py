@@ -1,4 +1,4 @@
-"""Files that come with the package beside its code: recipes, the demo model, the list of requirements."""
+"""Files that come with the package beside its code: recipes, the demo model, the list of requirements, the handler."""
 
 import difflib
 import re
@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parent.parent  # the clone, or a folder of si
 RECIPES = PACKAGE / "recipes"
 REQUIREMENTS = PACKAGE / "requirements.txt"
 DEMO_MODEL = PACKAGE / "demo_model"
+HANDLER = PACKAGE / "serving" / "handler.py"
 
 _RECIPE_SUFFIX = ".yaml"
 

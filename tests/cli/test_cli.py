@@ -25,7 +25,7 @@ from samf.model.model_card import is_generated
 from samf.model.report_samf import Report
 from samf.phantoms.findings import Finding
 from samf.phantoms.volume import make_phantom
-from samf.utils.packaged import DEMO_MODEL
+from samf.utils.packaged import DEMO_MODEL, HANDLER
 
 run = CliRunner().invoke
 
@@ -320,7 +320,7 @@ def test_doors_hand_over_to_the_scripts(name):
 
 def test_every_command_has_help_and_the_app_a_version():
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert names == {"report", "ask", "info", "phantom", "recipe", "push", *DOORS}
+    assert names == {"report", "ask", "info", "phantom", "recipe", "push", "api", "challenge", *DOORS}
     for name in names - set(DOORS):
         done = run(app, [name, "--help"])
         assert done.exit_code == 0 and f"samf {name}" in done.stdout.replace("root", "samf")
@@ -372,7 +372,7 @@ def test_push_uploads_a_whole_repository_with_the_folders_card(model, tmp_path):
             command = [sys.executable, "-c", code, "push", *arguments]
             return subprocess.run(command, env=environment, capture_output=True, text=True)
 
-        done = push(str(DEMO_MODEL), "someone/demo", "--private")
+        done = push(str(DEMO_MODEL), "someone/demo", "--private", "--with-handler")
         assert done.returncode == 0, done.stderr
         files = hub.files("someone/demo")
         missing = push(str(tmp_path / "none"), "someone/none")
@@ -380,6 +380,7 @@ def test_push_uploads_a_whole_repository_with_the_folders_card(model, tmp_path):
     assert {"modeling_samf.py", "pipeline_samf.py", "requirements.txt", "tokenizer.json", "model.safetensors"} <= set(
         files
     )
+    assert files["handler.py"] == HANDLER.read_bytes()
     card = files["README.md"].decode()
     assert (
         'repository = "someone/demo"' in card and "phantoms only" in card and "macro-F1" in card and is_generated(card)
