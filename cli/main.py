@@ -10,6 +10,7 @@ import typer
 
 from samf.cli.doors import add_doors
 from samf.cli.errors import UsageError, exit_with, log_errors_only
+from samf.cli.options import Device, Model, Quantize, Revision
 from samf.cli.serving import add_serving
 
 app = typer.Typer(
@@ -20,16 +21,6 @@ app = typer.Typer(
 )
 
 Scans = Annotated[list[str], typer.Argument(help="Files, folders, globs or addresses of scans.", metavar="PATH…")]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        envvar="SAMF_MODEL",
-        help="Folder or Hub id of the model. Default: the demo model of the package, which knows phantoms only.",
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
-Quantize = Annotated[str | None, typer.Option(help="int4 or int8: a smaller and faster language model on a CPU.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the files of each scan; what is there is left out.")]
 Format = Annotated[
     str | None,

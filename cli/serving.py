@@ -8,20 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from samf.cli.errors import UsageError, exit_with, log_errors_only
+from samf.cli.options import Device, Model, Quantize, Revision
 
 if TYPE_CHECKING:
     from samf.serving.settings import ApiSettings
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        envvar="SAMF_MODEL",
-        help="Folder or Hub id of the model. Default: the demo model of the package, which knows phantoms only.",
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
-Quantize = Annotated[str | None, typer.Option(help="int4 or int8: a smaller and faster language model on a CPU.")]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
