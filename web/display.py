@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from samf.model.ct_volume import CTVolume
-from samf.model.evidence_samf import SliceHeat
+from samf.model.evidence_samf import Evidence, SliceHeat
+from samf.model.heat_map_samf import resample_heat, save_heat
 from samf.utils.files import atomic_path, atomic_write
 
 MAX_SIDE = 256  # voxels; larger volumes take minutes in software rendering
@@ -17,6 +18,7 @@ _LUNG = (-1350, 150)
 _PER_PLANE = 6  # slices of each plane in the montage
 _SIDE = 192  # pixels of each
 _OPACITY = 0.65
+_FINER = 2  # cells of the overlay per cell of the evidence, along each axis
 
 
 def display_volume(volume: CTVolume, most: int = MAX_SIDE) -> tuple[np.ndarray, np.ndarray]:
@@ -59,6 +61,21 @@ def save_display(volume: CTVolume, path: Path) -> None:
     image.header.set_xyzt_units("mm")
     with atomic_path(path) as temporary:
         temporary.write_bytes(igzip.compress(image.to_bytes(), 1, mtime=0))
+
+
+def save_overlay(evidence: Evidence, path: Path) -> None:
+    """Write the heat maps for the viewer, a frame per sentence.
+
+    The viewer shows an overlay's cells as blocks, so their grid is refined here.
+    """
+    maps, affine = evidence.maps(), np.array(evidence.grid_affine)
+    if maps is None:
+        return
+    shape = tuple(_FINER * cells for cells in maps.shape[:3])
+    finer = np.diag([1 / _FINER] * 3 + [1.0])
+    finer[:3, 3] = (1 / _FINER - 1) / 2
+    frames = [resample_heat(maps[..., k], affine, shape, affine @ finer) for k in range(maps.shape[3])]
+    save_heat(path, np.stack(frames, axis=-1), affine @ finer)
 
 
 def save_montage(volume: CTVolume, path: Path) -> None:

@@ -21,14 +21,9 @@ _EXAMPLES = ("Is there a pleural effusion?", "Is the heart enlarged?", "Is there
 
 
 def page_head() -> str:
-    """Return what stands in the page's head: scripts and the colour that phones show around it."""
-    script = (ASSETS / "page.js").read_text(encoding="utf-8")
-    return f'<meta name="color-scheme" content="light dark"><script>{script}</script>'
-
-
-def page_css() -> str:
-    """Return the page's style."""
-    return (ASSETS / "page.css").read_text(encoding="utf-8")
+    """Return what stands in the page's head: script and style, which gradio's `css` would confine to its own container."""
+    script, style = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    return f'<meta name="color-scheme" content="light dark"><style>{style}</style><script>{script}</script>'
 
 
 def page_theme() -> gr.themes.Base:
@@ -46,9 +41,15 @@ def make_page(workflow: Workflow, model: str) -> gr.Blocks:
         model: name of the model as visitors may see it.
     """
     with gr.Blocks(analytics_enabled=False, delete_cache=(600, 3600), title=TITLE, fill_width=True) as page:
-        gr.HTML(html_template=_asset("header.html", model=model), js_on_load="samf.header(element)", elem_id="top")
+        gr.HTML(
+            apply_default_css=False,
+            html_template=_asset("header.html", model=model),
+            js_on_load="samf.header(element)",
+            elem_id="top",
+        )
         intake = gr.HTML(
             value={},
+            apply_default_css=False,
             html_template=_asset(
                 "intake.html", limit=f"{workflow.max_bytes / 1e6:.0f} MB", phantoms=_phantom_buttons()
             ),
@@ -62,6 +63,7 @@ def make_page(workflow: Workflow, model: str) -> gr.Blocks:
             with gr.Column(scale=7, min_width=320, elem_id="left"):
                 viewer = gr.HTML(
                     value={},
+                    apply_default_css=False,
                     html_template=_asset("viewer.html"),
                     js_on_load="samf.viewer(element, props, watch)",
                     elem_id="viewer",
@@ -70,8 +72,8 @@ def make_page(workflow: Workflow, model: str) -> gr.Blocks:
             with gr.Column(scale=5, min_width=320, elem_id="right"):
                 report = _fragment("report", "", "Report")
                 findings = _fragment("findings", "", "Findings", "probability by the model's findings head")
-                with gr.Group(elem_id="ask"):
-                    gr.HTML("<h2>Ask</h2>", elem_classes="heading")
+                with gr.Column(elem_id="ask"):
+                    gr.HTML(html_template="<h2>Ask</h2>", apply_default_css=False)
                     answers = _fragment("answers", 'aria-live="polite"')
                     with gr.Row():
                         question = gr.Textbox(
@@ -86,11 +88,12 @@ def make_page(workflow: Workflow, model: str) -> gr.Blocks:
                         ask = gr.Button("Ask", elem_id="ask-button", scale=1, min_width=80)
                 files = gr.HTML(
                     value={},
+                    apply_default_css=False,
                     html_template=_asset("files.html", kinds=_file_buttons()),
                     js_on_load="samf.files(element, props, trigger, watch)",
                     elem_id="files",
                 )
-        gr.HTML(html_template=_asset("footer.html", disclaimer=DISCLAIMER), elem_id="foot")
+        gr.HTML(apply_default_css=False, html_template=_asset("footer.html", disclaimer=DISCLAIMER), elem_id="foot")
         _connect(page, workflow, intake, status, stop, viewer, report, findings, facts, question, ask, answers, files)
     page.queue(max_size=_WAITING)
     return page
@@ -133,7 +136,15 @@ def _connect(page: gr.Blocks, workflow: Workflow, *parts: Any) -> None:
         for event, name in ((ask.click, "ask"), (question.submit, "ask_by_key"))
     ]
     files.submit(write_file, files, files, api_name="file", **settings)
-    stop.click(stopped, None, status, cancels=[reading, *asking], queue=False, show_progress="hidden")
+    stop.click(
+        stopped,
+        None,
+        status,
+        cancels=[reading, *asking],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
     page.unload(gone)
 
 
@@ -160,7 +171,7 @@ def _fragment(name: str, attributes: str = "", heading: str = "", hint: str = ""
     """Return a part of the page whose HTML comes from `markup`."""
     title = f"<h2>{heading}{f' <small>{hint}</small>' if hint else ''}</h2>" if heading else ""
     template = f'<section class="part part-{name}">{title}<div data-slot {attributes}></div></section>'
-    return gr.HTML(value="", html_template=template, js_on_load=_FRAGMENT, elem_id=name)
+    return gr.HTML(value="", apply_default_css=False, html_template=template, js_on_load=_FRAGMENT, elem_id=name)
 
 
 def _phantom_buttons() -> str:

@@ -95,7 +95,6 @@ class RunningPage:
             enable_monitoring=False,
             pwa=False,
             theme=layout.page_theme(),
-            css=layout.page_css(),
             head=layout.page_head(),
             app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None, "openapi_url": None},
         )

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "samf-page-"
 _LOCK = "in_use"
+_KEPT = "vibe_edit_history"  # gradio makes this folder when it starts
 _MOST_VISITORS = 200
 _IDLE_SECONDS = 3600.0  # after which a visitor's files are removed, even if the tab is still open
 _UNFINISHED_SECONDS = 600.0  # after which an upload without a byte of progress is removed
@@ -161,7 +162,7 @@ class Visits:
             if folder not in known and _age(folder) > self.idle_seconds:
                 shutil.rmtree(folder, ignore_errors=True)
         for entry in self.uploads.iterdir():  # gradio's: a folder per file, and files while they come in
-            if _age(entry) > _UNFINISHED_SECONDS:
+            if entry.name != _KEPT and _age(entry) > _UNFINISHED_SECONDS:
                 _remove(entry)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from samf.model.model_card import public_name
 from samf.model.pipeline_samf import SamfReportPipeline
 from samf.model.report_samf import REPORT_QUESTION, Report
 from samf.web import markup
-from samf.web.display import save_display, save_heat_image, save_montage
+from samf.web.display import save_display, save_heat_image, save_montage, save_overlay
 from samf.web.downloads import write_file
 from samf.web.turns import BusyError, Ticket, Turns, progress_of, start
 from samf.web.uploads import UploadError, find_uploads, phantom_file, plain_words, take_scan
@@ -285,8 +285,7 @@ class Workflow:
         def explain() -> Report:
             explained = self.reporter.explain(report, encoded, mode)
             if explained.evidence is not None and not study.ended:
-                (written,) = explained.evidence.save_maps(study.folder, "heat")
-                written.rename(study.folder / "heat.nii.gz")
+                save_overlay(explained.evidence, study.folder / "heat.nii.gz")
                 for number, sentence in enumerate(explained.evidence.sentences):
                     if sentence.slice_heat is not None:
                         save_heat_image(sentence.slice_heat, study.folder / f"sentence{number}.png")

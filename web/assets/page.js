@@ -162,7 +162,8 @@ window.samf = (() => {
   // --- Viewer ---
 
   const WINDOWS = {lung: [-1350, 150], mediastinum: [-160, 240], wide: [-1000, 1000]};
-  const HEAT = {R: [0, 140, 250, 255], G: [0, 20, 120, 235], B: [0, 90, 20, 120], A: [0, 90, 170, 220], I: [0, 85, 170, 255]};
+  // The viewer draws values below cal_min fainter and fainter, but 0 in full: the first entries are transparent.
+  const HEAT = {R: [190, 190, 190, 235, 255, 255], G: [30, 30, 30, 85, 165, 245], B: [20, 20, 20, 20, 40, 160], A: [0, 0, 255, 255, 255, 255], I: [0, 4, 5, 90, 170, 255]};
 
   function script(path) {
     return new Promise((resolve, reject) => {
@@ -218,8 +219,8 @@ window.samf = (() => {
       await script('samf/niivue.umd.js');
       nv = new niivue.Niivue({
         isRadiologicalConvention: true, sagittalNoseLeft: true, multiplanarShowRender: niivue.SHOW_RENDER.NEVER,
-        backColor: [0, 0, 0, 1], crosshairColor: [0.16, 0.83, 0.75, 0.75], crosshairWidth: 1, crosshairWidthUnit: 'voxels', crosshairGap: 8,
-        fontColor: [1, 0.82, 0.35, 1], showAllOrientationMarkers: true, isOrientationTextVisible: true, fontMinPx: 15, tileMargin: 2,
+        backColor: [0, 0, 0, 1], crosshairColor: [0.16, 0.83, 0.75, 0.75], crosshairWidth: 1.1, crosshairWidthUnit: 'mm', crosshairGap: 10,
+        fontColor: [1, 0.82, 0.35, 1], showAllOrientationMarkers: true, isOrientationTextVisible: true, fontMinPx: 17, tileMargin: 2,
         dragAndDropEnabled: false, clipPlaneHotKey: '', viewModeHotKey: '', cycleClipPlaneHotKey: '', logLevel: 'error', loadingText: '',
       });
       nv.addColormap('samfheat', HEAT);
@@ -236,11 +237,13 @@ window.samf = (() => {
 
     function arrange(name) {
       const kinds = {axial: niivue.SLICE_TYPE.AXIAL, coronal: niivue.SLICE_TYPE.CORONAL, sagittal: niivue.SLICE_TYPE.SAGITTAL};
-      const wide = stage.clientWidth > stage.clientHeight * 1.15;
-      nv.opts.heroImageFraction = name === 'all' && wide ? 0.62 : 0;
-      nv.opts.heroSliceType = niivue.SLICE_TYPE.AXIAL;
-      nv.opts.multiplanarLayout = wide ? niivue.MULTIPLANAR_TYPE.COLUMN : niivue.MULTIPLANAR_TYPE.GRID;
-      nv.setSliceType(name === 'all' ? niivue.SLICE_TYPE.MULTIPLANAR : kinds[name]);
+      nv.clearCustomLayout();
+      if (name !== 'all') return nv.setSliceType(kinds[name]);
+      const wide = stage.clientWidth > 1.5 * stage.clientHeight;  // a large axial plane, and the others next to or below it
+      const tile = (kind, ...position) => ({sliceType: kinds[kind], position});
+      nv.setCustomLayout(wide
+        ? [tile('axial', 0, 0, 0.62, 1), tile('coronal', 0.625, 0, 0.375, 0.498), tile('sagittal', 0.625, 0.502, 0.375, 0.498)]
+        : [tile('axial', 0, 0, 1, 0.55), tile('coronal', 0, 0.555, 0.498, 0.445), tile('sagittal', 0.502, 0.555, 0.498, 0.445)]);
     }
 
     function setWindow(name) {
@@ -278,7 +281,8 @@ window.samf = (() => {
         if (!nv) await start();
         if (value.ct !== shown.ct) { shown = {ct: value.ct}; await load(value); }
         if (value.heat && value.heat !== shown.heat) {
-          await nv.addVolumeFromUrl({url: address(value.heat), name: 'heat.nii.gz', colormap: 'samfheat', cal_min: 0.08, cal_max: 1, opacity: 0});
+          await nv.addVolumeFromUrl({url: address(value.heat), name: 'heat.nii.gz', colormap: 'samfheat', cal_min: 0.6, cal_max: 1, opacity: opacity()});
+          nv.volumes[1].colormapType = 1;  // fades out below cal_min
           shown = value;
           select(state.sentence < 0 ? value.first : state.sentence);
         }
@@ -292,7 +296,9 @@ window.samf = (() => {
           nv.setFrame4D(nv.volumes[1].id, number);
           nv.scene.crosshairPos = nv.mm2frac(peak);
         }
-        nv.setOpacity(1, peak ? opacity() : 0);
+        // Each change of opacity draws all textures again, which takes a second without a graphics card.
+        const wanted = peak ? opacity() : 0;
+        if (nv.volumes[1].opacity !== wanted) nv.setOpacity(1, wanted);
         nv.drawScene();
         nv.createOnLocationChange();
         stage.dataset.sentence = String(number);
@@ -305,7 +311,7 @@ window.samf = (() => {
       pressed([...element.querySelectorAll('[data-planes]')], button);
       if (nv) arrange(button.dataset.planes);
     }));
-    find('opacity').addEventListener('input', () => {
+    find('opacity').addEventListener('change', () => {
       if (nv && nv.volumes.length > 1 && !find('legend').hidden) nv.setOpacity(1, opacity());
     });
     // Crosshair by keys: the patient's right is at the left.
