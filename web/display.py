@@ -22,7 +22,7 @@ _FINER = 2  # cells of the overlay per cell of the evidence, along each axis
 
 
 def display_volume(volume: CTVolume, most: int = MAX_SIDE) -> tuple[np.ndarray, np.ndarray]:
-    """Return a volume with at most `most` voxels a side, by averaging, and its affine.
+    """Return a volume with at most `most` voxels a side, and its affine.
 
     Args:
         volume: the CT volume.
@@ -36,17 +36,18 @@ def display_volume(volume: CTVolume, most: int = MAX_SIDE) -> tuple[np.ndarray, 
     values = volume.hu
     if shape != volume.shape:
         planes = np.stack([_shrunk(values[..., k], shape[:2]) for k in range(values.shape[2])], axis=-1)  # (X, Y, Z)
-        pooled = torch.nn.functional.adaptive_avg_pool1d(torch.from_numpy(planes.astype(np.float32)), shape[2])
-        values = pooled.round().numpy()
+        rows = planes.reshape(shape[0] * shape[1], -1)
+        values = _shrunk(rows, (len(rows), shape[2])).reshape(shape)
     to_stored = np.diag([*step, 1.0])
     to_stored[:3, 3] = (step - 1) / 2
     return np.clip(values, _AIR, _BONE).astype(np.int16), volume.affine @ to_stored
 
 
 def _shrunk(plane: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the means of a plane's parts, int16."""
-    pixels = torch.from_numpy(np.ascontiguousarray(plane, dtype=np.float32))[None]
-    return torch.nn.functional.adaptive_avg_pool2d(pixels, shape)[0].round().to(torch.int16).numpy()
+    """Return a plane with fewer pixels, interpolated after smoothing, int16."""
+    pixels = torch.from_numpy(np.ascontiguousarray(plane, dtype=np.float32))[None, None]
+    smaller = torch.nn.functional.interpolate(pixels, shape, mode="bilinear", antialias=True)
+    return smaller[0, 0].round().to(torch.int16).numpy()
 
 
 def save_display(volume: CTVolume, path: Path) -> None:

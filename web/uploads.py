@@ -158,5 +158,5 @@ def plain_words(error: object, root: Path) -> str:
     words = " ".join(str(error).split())
     path = rf"{re.escape(str(root))}/\S*?"
     words = re.sub(rf"^{path}(?=:(\s|$))", "This scan", words)
-    words = re.sub(rf"{path}(?=[:,;)'\"\s]|\.\s|$)", "the scan", words)
+    words = re.sub(rf"{path}(?=[:,;)'\"\s]|\.(?:\s|$)|$)", "the scan", words)
     return words[:1].upper() + words[1:] if isinstance(error, (CTReadError, UploadError)) else words

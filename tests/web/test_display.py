@@ -63,7 +63,7 @@ def test_the_montage_is_in_radiological_convention(tmp_path):
 def test_the_overlay_is_the_evidence_on_a_finer_grid(tmp_path):
     affine = np.array([[6.0, 0, 0, -50], [0, 6, 0, -40], [0, 0, 5, 7], [0, 0, 0, 1]])
     heat = np.zeros((8, 7, 6), dtype=np.float32)
-    heat[2:5, 3:5, 1:4] = 1
+    heat[2:5, 2:5, 1:4] = 1
     sentences = tuple(SentenceEvidence(f"{n}.", -1.0, None, (), (), None, heat * n) for n in range(2))
     rows = tuple(map(tuple, affine.tolist()))
     evidence = Evidence("s", "p", sentences, {}, heat.shape, rows, (1, 1, 1), rows)

@@ -304,6 +304,7 @@ window.samf = (() => {
         stage.dataset.sentence = String(number);
       },
       get nv() { return nv; },
+      get peaks() { return shown.peaks; },
     };
 
     element.querySelectorAll('[data-window]').forEach((button) => button.addEventListener('click', () => setWindow(button.dataset.window)));
