@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from served import Served, chromium, until
+from served_page import Served, chromium, note, until
 
 from samf.model.report_samf import Report
 
@@ -95,9 +95,9 @@ def test_a_real_scan_from_upload_to_downloads(page, browse, test_data, tmp_path)
     browser, started = browse(page.address), time.monotonic()
     choose(browser, scan)
     until(browser, SEEN)
-    print(f"first word seen after {time.monotonic() - started:.1f} s")  # noqa: T201
+    note(f"first word seen after {time.monotonic() - started:.1f} s")
     until(browser, READY)
-    print(f"evidence seen after {time.monotonic() - started:.1f} s")  # noqa: T201
+    note(f"evidence seen after {time.monotonic() - started:.1f} s")
     shot(browser, "real")
     source = browser.execute_script("return document.documentElement.outerHTML")
     assert SECRET not in source and "233 × 167 × 191" in source
@@ -198,7 +198,7 @@ def test_bad_files_are_one_clear_sentence(page, browse, test_data, tmp_path):
     second = until(
         browser, "document.querySelector('.note.failed') && document.querySelector('.note.failed').innerText"
     )
-    print(first, "|", second)  # noqa: T201
+    note(f"{first} | {second}")
     for message in (first, second):
         assert "\n" not in message and "/tmp" not in message and SECRET not in message and "Traceback" not in message
     assert page.none_left(), page.files()
@@ -283,7 +283,7 @@ def test_axe_has_no_serious_finding(page, browse, dark):
     phantom(browser)
     until(browser, READY)
     ask(browser, "Is there a lung nodule?")
-    print("axe:", first, check())  # noqa: T201
+    note(f"axe: {first} {check()}")
 
 
 def test_log_in_is_asked_for_and_files_need_it(tmp_path, browse):
