@@ -1,5 +1,6 @@
 """A layer around gradio's application: what it need not answer, how much it takes, and what browsers may keep."""
 
+import logging
 import shutil
 from pathlib import Path
 from urllib.parse import unquote
@@ -7,6 +8,8 @@ from urllib.parse import unquote
 from starlette.datastructures import MutableHeaders
 from starlette.responses import FileResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 _SERVED = {"niivue.umd.js": "text/javascript"}
@@ -49,7 +52,23 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        await self.app(scope, receive, _with_headers(send, keep=_FILE_ROUTE not in path))
+        await self._pass_on(scope, receive, _with_headers(send, keep=_FILE_ROUTE not in path))
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the application answer; an error in it is one line in the log and an answer without details."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:  # noqa: BLE001 - gradio's, of malformed requests; a traceback could have names in it
+            logger.error("A request failed: %s", type(error).__name__)
+            if not begun:
+                await PlainTextResponse("This request can't be answered.", status_code=500)(scope, receive, send)
 
     def _refusal(self, scope: Scope, path: str) -> PlainTextResponse | None:
         """Return the answer to a request that isn't passed on; None if it is."""

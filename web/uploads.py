@@ -15,6 +15,8 @@ from samf.phantoms.single import write_phantom
 
 MAX_FILES = 5000
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
+# Advice for callers in Python or on a command line, such as "allow_non_ct=True takes them as they are."
+_SENTENCES, _PROGRAMMERS = re.compile(r"(?<=[.!?]) (?=[A-Z]|\w+=|--)"), re.compile(r"\b\w+=|--\w")
 _SCAN, _SERIES = "scan", "series"
 
 
@@ -156,6 +158,7 @@ def plain_words(error: object, root: Path) -> str:
         root: folder of all files of the page.
     """
     words = " ".join(str(error).split())
+    words = " ".join(part for part in _SENTENCES.split(words) if not _PROGRAMMERS.search(part)) or words
     path = rf"{re.escape(str(root))}/\S*?"
     words = re.sub(rf"^{path}(?=:(\s|$))", "This scan", words)
     words = re.sub(rf"{path}(?=[:,;)'\"\s]|\.(?:\s|$)|$)", "the scan", words)

@@ -1,6 +1,5 @@
 """700 malformed uploads and requests, of harmless bytes: answers in words, files where they belong, nothing left behind."""
 
-import json
 import os
 import random
 import zipfile
@@ -71,7 +70,8 @@ class Client:
     """A client that may say anything."""
 
     def __init__(self, address: str):
-        self.http = httpx.Client(base_url=address, timeout=120)
+        fresh = httpx.Limits(max_keepalive_connections=0)  # the server closes one whose body it has not read
+        self.http = httpx.Client(base_url=address, timeout=120, limits=fresh)
         self.functions = {each["api_name"]: each["id"] for each in self.http.get("config").json()["dependencies"]}
 
     def upload(self, content: bytes, name: str) -> list[str] | httpx.Response:
@@ -128,7 +128,11 @@ def test_malformed_uploads_and_requests(tmp_path):
                 path = rng.choice([*STRANGE_PATHS, f"gradio_api/file={served.temporary}"])
                 method = rng.choice(["GET", "POST", "PUT", "HEAD", "DELETE"])
                 sent = rng.randbytes(50) if method in ("POST", "PUT") else None
-                answer = client.http.request(method, path, content=sent)
+                try:
+                    answer = client.http.request(method, path, content=sent)
+                except httpx.TransportError:  # the connection is closed before the body has been read
+                    refused += 1
+                    continue
                 words = "" if method == "HEAD" else answer.text
                 refused += answer.status_code >= 400
             for trace in ("Traceback", 'File "', "root:", str(tmp_path), "site-packages"):
@@ -149,5 +153,6 @@ def test_malformed_uploads_and_requests(tmp_path):
     log = served.log.read_text()
     assert SECRET not in log
     note(f"{TIMES} requests, {answered} scans answered in words, {refused} refused by address")
-    errors = sorted({line for line in log.splitlines() if "Error" in line})
-    note(f"log: {log.count('Traceback')} tracebacks: {errors[:9]}")
+    note(
+        f"log: {log.count('A request failed')} requests failed in gradio, {log.count('Traceback')} tracebacks of its own"
+    )

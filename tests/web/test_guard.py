@@ -52,3 +52,11 @@ def test_the_viewer_comes_from_the_package_with_its_licence(client):
     assert "Redistribution and use" in (ASSETS / "LICENSE.niivue").read_text()
     for name in ("page.js", "../guard.py", "..%2fguard.py", "", "niivue.umd.js/x"):
         assert client.get(f"/samf/{name}").text.startswith("gradio: ")
+
+
+def test_errors_of_the_application_are_an_answer_without_details(tmp_path, caplog):
+    async def broken(scope, receive, send):
+        raise TypeError("Doe^Jane")
+
+    response = TestClient(Guard(broken, 1000, tmp_path)).get("/")
+    assert response.status_code == 500 and "Doe" not in response.text + caplog.text and "TypeError" in caplog.text
