@@ -100,7 +100,7 @@ def test_messages_lose_the_server_s_paths():
         f"{root}/studies/ab/scan: no CT; expected HU.": "This scan: no CT; expected HU.",
         f"{root}/studies/ab/series: file {root}/studies/ab/series/000003: broken.": "This scan: file the scan: broken.",
         f"can't unpack into {root}/studies/ab.": "can't unpack into the scan.",
-        "Not HU: 1st percentile 0. Export it again. allow_non_ct=True takes them.": "Not HU: 1st percentile 0. Export it again.",
+        "Not HU: 1st is 0. Export it again. allow_non_ct=True takes them.": "Not HU: 1st is 0. Export it again.",
         "nothing to hide\nbut lines": "nothing to hide but lines",
     }.items():
         assert plain_words(given, root) == expected

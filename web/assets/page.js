@@ -26,7 +26,7 @@ window.samf = (() => {
       mark(name, html ? 'full' : 'empty');
       if (name === 'status') {
         mark('busy', String(Boolean(slot.querySelector('.note.busy'))));
-        if (slot.querySelector('.note.failed') && document.documentElement.dataset.samfStage === 'busy') mark('stage', 'start');
+        if (slot.querySelector('.note.failed, .note.stopped') && document.documentElement.dataset.samfStage === 'busy') mark('stage', 'start');
       }
       if (name === 'report') {
         state.sentence = slot.querySelector('.draft') ? -1 : state.sentence;
