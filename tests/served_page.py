@@ -88,7 +88,7 @@ def chromium(downloads: Path, width: int = 1440, height: int = 1000, dark: bool 
     return browser
 
 
-def until(browser, script: str, seconds: float = 180):
+def until(browser, script: str, seconds: float = 600):
     """The value of an expression in the page, as soon as it is true."""
     from selenium.webdriver.support.ui import WebDriverWait
 

@@ -20,9 +20,10 @@ window.samf = (() => {
   function fragment(element, props, watch) {
     const slot = element.querySelector('[data-slot]');
     const name = element.querySelector('section').className.replace('part part-', '');
+    let last = '';
     function show() {
       const html = props.value || '';
-      if (slot.innerHTML !== html) slot.innerHTML = html;
+      if (html !== last) slot.innerHTML = last = html;  // else what has the focus would lose it
       mark(name, html ? 'full' : 'empty');
       if (name === 'status') {
         mark('busy', String(Boolean(slot.querySelector('.note.busy'))));
