@@ -70,6 +70,11 @@ class Study:
             self._remove()
 
     @property
+    def busy(self) -> bool:
+        """Return whether something works with the files."""
+        return self._holds > 0
+
+    @property
     def ended(self) -> bool:
         """Return whether the visitor has gone, or has another scan."""
         return self._ended
@@ -153,6 +158,9 @@ class Visits:
         """End idle visits, and remove what interrupted uploads and ended work have left."""
         now = time.monotonic()
         with self._lock:
+            for visit in self._visits.values():
+                if visit.study is not None and visit.study.busy:
+                    visit.last_used = now
             idle = [name for name, visit in self._visits.items() if now - visit.last_used > self.idle_seconds]
         for name in idle:
             self.end(name)

@@ -6,6 +6,7 @@ import queue
 import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from samf.model.pipeline_samf import SamfReportPipeline
 from samf.model.report_samf import REPORT_QUESTION, Report
 from samf.web import markup
 from samf.web.display import save_display, save_heat_image, save_montage, save_overlay
-from samf.web.downloads import write_file
+from samf.web.downloads import kinds, write_file
 from samf.web.turns import BusyError, Ticket, Turns, progress_of, start
 from samf.web.uploads import UploadError, find_uploads, phantom_file, plain_words, take_scan
 from samf.web.visits import Study, Visits
@@ -114,7 +115,7 @@ class Workflow:
         except (ValueError, OSError, ImportError) as error:
             return None, plain_words(error, self.visits.root)
         except Exception as error:  # noqa: BLE001 - a visitor gets a sentence, whatever a writer raises
-            logger.error("%s was not written: %s", kind if kind in ("sr", "pdf") else "a file", type(error).__name__)
+            logger.error("%s was not written: %s", kind if kind in kinds() else "A file", type(error).__name__)
             return None, "This file can't be made of this scan."
         finally:
             study.release()
@@ -237,18 +238,18 @@ class Workflow:
 
     def _write(self, ticket: Ticket, study: Study, started: float) -> Updates:
         first: float | None = None
-        stream = self._stream(ticket, study, REPORT_QUESTION)
-        while True:
-            try:
-                text = next(stream)
-            except StopIteration as end:
-                report: Report = end.value
-                break
-            if first is None and text.strip():
-                first = time.monotonic() - started
-            count = len(text.split())
-            note = f"Writing … {count} words" if count else "Writing …"
-            yield Update(status=markup.steps_html("write", note), report=markup.draft_html(text))
+        with closing(self._stream(ticket, study, REPORT_QUESTION)) as stream:
+            while True:
+                try:
+                    text = next(stream)
+                except StopIteration as end:
+                    report: Report = end.value
+                    break
+                if first is None and text.strip():
+                    first = time.monotonic() - started
+                count = len(text.split())
+                note = f"Writing … {count} words" if count else "Writing …"
+                yield Update(status=markup.steps_html("write", note), report=markup.draft_html(text))
         study.report = report
         first = time.monotonic() - started if first is None else first
         yield Update(
@@ -311,15 +312,15 @@ class Workflow:
         ticket = self._ticket(study)
         try:
             yield from self._wait(ticket, "report")
-            stream = self._stream(ticket, study, asked)
-            while True:
-                try:
-                    text = next(stream)
-                except StopIteration as end:
-                    known.append((asked, end.value.to_text()))
-                    break
-                note = markup.steps_html("write", "Answering …")
-                yield Update(status=note, answers=markup.answers_html([*known, (asked, text)], busy=True))
+            with closing(self._stream(ticket, study, asked)) as stream:
+                while True:
+                    try:
+                        text = next(stream)
+                    except StopIteration as end:
+                        known.append((asked, end.value.to_text()))
+                        break
+                    note = markup.steps_html("write", "Answering …")
+                    yield Update(status=note, answers=markup.answers_html([*known, (asked, text)], busy=True))
         finally:
             ticket.leave()
         yield Update(status=markup.steps_html("done", "Answered.", "done"), answers=markup.answers_html(known))

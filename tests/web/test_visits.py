@@ -62,6 +62,11 @@ def test_sweeping_ends_idle_visits_and_removes_what_uploads_left(visits):
     visits.sweep()
     assert {path.name for path in visits.uploads.iterdir()} == {"fresh", "hash"} and not lost.exists()
     assert visits.study("a") is study
+    study.hold()
+    visits.idle_seconds = 0.0
+    visits.sweep()
+    assert visits.study("a") is study, "what is worked on isn't idle"
+    study.release()
     visits.idle_seconds = -1.0
     visits.sweep()
     assert len(visits) == 0 and not study.folder.exists()
