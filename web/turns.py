@@ -28,8 +28,11 @@ class Turns:
         self._changed = threading.Condition()
         self._queue: deque[Ticket] = deque()
 
-    def join(self) -> "Ticket":
-        """Return a place at the end of the queue.
+    def join(self, patient: bool = False) -> "Ticket":
+        """Return a place in the queue.
+
+        Args:
+            patient: let those who come later pass who are not patient themselves.
 
         Raises:
             BusyError: the queue is full.
@@ -37,8 +40,9 @@ class Turns:
         with self._changed:
             if len(self._queue) >= self.most:
                 raise BusyError(f"{len(self._queue)} requests are waiting already. Try again in a few minutes.")
-            ticket = Ticket(self)
-            self._queue.append(ticket)
+            ticket = Ticket(self, patient)
+            places = (place for place, other in enumerate(self._queue) if place and other.patient)
+            self._queue.insert(len(self._queue) if patient else next(places, len(self._queue)), ticket)
             return ticket
 
     def __len__(self) -> int:
@@ -69,8 +73,8 @@ class Ticket:
     turn ends when the work does, and only then `on_left` is called.
     """
 
-    def __init__(self, turns: Turns):
-        self._turns = turns
+    def __init__(self, turns: Turns, patient: bool = False):
+        self._turns, self.patient = turns, patient
         self._job: Future[Any] | None = None
         self.on_left: list[Callable[[], object]] = []
 

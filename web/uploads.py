@@ -5,6 +5,7 @@ names that do arrive, except to find the files.
 """
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ PHANTOMS = {
     "normal": BundledPhantom("Normal chest", (), 2),
 }
 _PHANTOM_MM = 2.0
+_ONE_PHANTOM = threading.Lock()  # making one takes 200 MB
 
 
 def phantom_file(name: object, folder: Path) -> Path:
@@ -61,8 +63,9 @@ def phantom_file(name: object, folder: Path) -> Path:
     if not isinstance(name, str) or name not in PHANTOMS:
         raise UploadError("There is no such phantom. Choose one of those on the page.")
     path = folder / f"{name}.nii.gz"
-    if not path.exists():
-        write_phantom(path, PHANTOMS[name].seed, PHANTOMS[name].findings, _PHANTOM_MM)
+    with _ONE_PHANTOM:
+        if not path.exists():
+            write_phantom(path, PHANTOMS[name].seed, PHANTOMS[name].findings, _PHANTOM_MM)
     return path
 
 

@@ -115,7 +115,7 @@ class Workflow:
         except (ValueError, OSError, ImportError) as error:
             return None, plain_words(error, self.visits.root)
         except Exception as error:  # noqa: BLE001 - a visitor gets a sentence, whatever a writer raises
-            logger.error("%s was not written: %s", kind if kind in kinds() else "A file", type(error).__name__)
+            logger.error("%s was not written: %s", kind if str(kind) in kinds() else "A file", type(error).__name__)
             return None, "This file can't be made of this scan."
         finally:
             study.release()
@@ -161,7 +161,7 @@ class Workflow:
         finally:
             ticket.leave()
         if self.evidence != "none" and study.report is not None and study.report.sentences:
-            ticket = self._ticket(study)
+            ticket = self._ticket(study, patient=True)  # others' first words are more urgent
             try:
                 yield from self._wait(ticket, "evidence")
                 yield from self._explain(ticket, study)
@@ -169,9 +169,9 @@ class Workflow:
                 ticket.leave()
         yield Update(status=markup.steps_html("done", _summary(study.report, time.monotonic() - started), "done"))
 
-    def _ticket(self, study: Study) -> Ticket:
-        """Return a ticket that keeps the study's files until its work has ended."""
-        ticket = self.turns.join()
+    def _ticket(self, study: Study, patient: bool = False) -> Ticket:
+        """Return a ticket that keeps the study's files until its work has ended; see `Turns.join`."""
+        ticket = self.turns.join(patient)
         study.hold()
         ticket.on_left.append(study.release)
         return ticket

@@ -21,6 +21,14 @@ def test_the_queue_is_in_order_and_says_how_many_are_ahead():
     assert list(waiting) == [] and len(turns) == 1
 
 
+def test_patient_ones_let_others_pass_but_not_during_their_turn():
+    turns = Turns()
+    running, patient, other = turns.join(patient=True), turns.join(patient=True), turns.join()
+    assert [turns.ahead(ticket) for ticket in (running, other, patient)] == [0, 1, 2]
+    later = turns.join(patient=True)
+    assert turns.ahead(later) == 3 and turns.ahead(turns.join()) == 2
+
+
 def test_a_full_queue_refuses():
     turns = Turns(most=2)
     turns.join(), turns.join()
