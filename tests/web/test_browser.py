@@ -126,7 +126,7 @@ def test_a_real_scan_from_upload_to_downloads(page, browse, test_data, tmp_path)
     sentences = browser.find_elements("css selector", "[data-sentence]")
     for number in (len(sentences) - 2, 3):
         browser.execute_script("arguments[0].click()", sentences[number])
-        until(browser, f"document.querySelector('[data-stage]').dataset.sentence == '{number}'")
+        until(browser, f"document.querySelector('[data-stage]').dataset.shown == '{number}'")
         frame, moved = browser.execute_script(
             "const nv = samf.state.view.nv; return [nv.volumes[1].frame4D, nv.frac2mm(nv.scene.crosshairPos)]"
         )
@@ -258,7 +258,7 @@ def test_phone_and_keyboard(page, browse):
     keys = browser.switch_to.active_element
     assert keys.get_attribute("data-sentence") == "3"
     keys.send_keys("\ue007")
-    until(browser, "document.querySelector('[data-stage]').dataset.sentence == '3'")
+    until(browser, "document.querySelector('[data-stage]').dataset.shown == '3'")
     shot(browser, "phone-report")
 
 

@@ -57,7 +57,7 @@ window.samf = (() => {
 
   function select(number) {
     state.sentence = number;
-    const buttons = [...document.querySelectorAll('[data-sentence]')];
+    const buttons = [...document.querySelectorAll('button[data-sentence]')];
     pressed(buttons, buttons.find((b) => Number(b.dataset.sentence) === number));
     if (state.view) state.view.select(number);
   }
@@ -302,7 +302,7 @@ window.samf = (() => {
         if (nv.volumes[1].opacity !== wanted) nv.setOpacity(1, wanted);
         nv.drawScene();
         nv.createOnLocationChange();
-        stage.dataset.sentence = String(number);
+        stage.dataset.shown = String(number);
       },
       get nv() { return nv; },
       get peaks() { return shown.peaks; },
