@@ -12,6 +12,7 @@ from samf.cli.doors import add_doors
 from samf.cli.errors import UsageError, exit_with, log_errors_only
 from samf.cli.options import Device, Model, Quantize, Revision
 from samf.cli.serving import add_serving
+from samf.cli.serve import add_serve
 
 app = typer.Typer(
     name="samf",
@@ -208,6 +209,7 @@ def push(
         raise exit_with(error) from error
 
 
+add_serve(app)
 add_doors(app)
 add_serving(app)
 

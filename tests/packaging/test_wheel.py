@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DATA = ("recipes", "demo_model", "requirements.txt", "evaluation/report_generation")
+DATA = ("recipes", "demo_model", "requirements.txt", "evaluation/report_generation", "web/assets", "web/space")
 BUILD = "from setuptools import build_meta as backend; import sys; {}(sys.argv[1])"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -1,0 +1,143 @@
+"""`samf serve`: the web page."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from samf.cli.errors import UsageError, exit_with, log_errors_only
+from samf.web.logins import VARIABLE, LoginError, Logins, is_loopback
+
+if TYPE_CHECKING:
+    from samf.web.server import ServeOptions
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_EVIDENCE = ("fast", "full", "none")
+
+
+def add_serve(app: typer.Typer) -> None:
+    """Add `samf serve`."""
+    app.command("serve")(serve)
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Option(envvar="SAMF_MODEL", help="Folder or Hub id of the model. Default: the package's demo model."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
+    quantize: Annotated[
+        str | None, typer.Option(help="int4 or int8: a smaller and faster language model on a CPU.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to bind to; others than this machine's need --auth.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = a free one.")] = 7860,
+    auth: Annotated[
+        Path | None,
+        typer.Option(help=f"File with USER:PASSWORD, one per line. Or set ${VARIABLE} to such lines."),
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Let everybody in who reaches --host, as behind a proxy with log-in.")
+    ] = False,
+    max_upload: Annotated[str, typer.Option(help="Largest scan, such as 500mb or 2gb.")] = "1gb",
+    evidence: Annotated[
+        str, typer.Option(help="How what a sentence rests on is found: fast, full (slower), or none.")
+    ] = "fast",
+) -> None:
+    """Serve the web page: drop a scan, read its report, see what each sentence rests on."""
+    log_errors_only()
+    try:
+        options = _options(host, port, auth, no_auth, max_upload, evidence)
+        _run(options, model, device, revision, quantize)
+    except UsageError as error:
+        raise exit_with(error) from error
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as "500mb" or "2 GB".
+
+    Raises:
+        UsageError: something else, or nothing.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", text.lower())
+    unit = "" if match is None else match[2] if match[2] in _UNITS else f"{match[2]}b"
+    size = 0 if match is None else int(float(match[1]) * _UNITS[unit])
+    if not size:
+        raise UsageError(f"--max-upload {text}: expected a size such as 500mb or 2gb.")
+    return size
+
+
+def _options(host: str, port: int, auth: Path | None, no_auth: bool, max_upload: str, evidence: str) -> "ServeOptions":
+    """Return the options, checked.
+
+    Args:
+        host: address to bind to.
+        port: of the page.
+        auth: file with log-ins.
+        no_auth: whether other machines may come in without.
+        max_upload: largest upload.
+        evidence: how it is found.
+
+    Raises:
+        UsageError: an option that can't be used, or a page that other machines would reach without log-in.
+    """
+    from samf.web.server import ServeOptions
+
+    given = os.environ.get(VARIABLE)
+    try:
+        logins = (
+            Logins.read(auth) if auth is not None else None if given is None else Logins.parse(given, f"${VARIABLE}")
+        )
+    except LoginError as error:
+        raise UsageError(str(error)) from error
+    if logins is not None and no_auth:
+        raise UsageError("--no-auth next to log-ins; expected one of them.")
+    if logins is None and not no_auth and not is_loopback(host):
+        raise UsageError(
+            f"--host {host}: other machines would reach the page, and its scans, without a log-in. Add --auth FILE "
+            f"(USER:PASSWORD, one per line), or --no-auth if something in front of it asks for one."
+        )
+    if evidence not in _EVIDENCE:
+        raise UsageError(f"--evidence {evidence}: expected one of {', '.join(_EVIDENCE)}.")
+    return ServeOptions(host, port, logins, parse_size(max_upload), evidence)  # type: ignore[arg-type]
+
+
+def _run(options: "ServeOptions", model: str | None, device: str, revision: str | None, quantize: str | None) -> None:
+    """Load the model, serve the page and end when the process is asked to.
+
+    Args:
+        options: of the page.
+        model: folder or Hub id; None = the demo model.
+        device: where it runs.
+        revision: on the Hub.
+        quantize: type of the language model's weights.
+
+    Raises:
+        UsageError: the model can't be loaded, gradio is missing, or the port is taken.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("gradio") is None:
+        raise UsageError("The web page needs gradio: pip install 'samf[web]'")
+    from samf.cli.reporting import load_reporter
+    from samf.web.server import RunningPage
+
+    reporter = load_reporter(model, device, revision, quantize)
+    try:
+        page = RunningPage(reporter, options)
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        raise UsageError(
+            f"Port {options.port} of {options.host} can't be used: {error} Choose another --port."
+        ) from error
+    sys.stderr.write(f"{page.address} (for research only, not for diagnosis; Ctrl+C ends it)\n")
+    try:
+        page.wait()
+    finally:
+        page.close()

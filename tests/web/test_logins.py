@@ -1,0 +1,65 @@
+"""Log-ins, sizes and addresses of `samf serve`: what would let strangers in is refused before a model is loaded."""
+
+import pytest
+from typer.testing import CliRunner
+
+from samf.cli.errors import UsageError
+from samf.cli.main import app
+from samf.cli.serve import parse_size
+from samf.web.logins import LoginError, Logins, is_loopback
+
+run = CliRunner().invoke
+
+
+def test_names_and_passwords_fit_or_do_not():
+    logins = Logins.parse("# staff\nanna:corr:ect\n\nbob:päss\n", "file")
+    assert len(logins) == 2 and logins.allow("anna", "corr:ect") and logins.allow("bob", "päss")
+    for name, password in (("anna", "wrong"), ("anna", ""), ("nobody", ""), ("nobody", "corr:ect"), ("", "")):
+        assert not logins.allow(name, password)
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment", "anna", ":password", "anna:", "anna:x\nsecretpassword"])
+def test_lines_of_another_form_are_refused_without_being_shown(text):
+    with pytest.raises(LoginError, match="USER:PASSWORD") as caught:
+        Logins.parse(text, "file")
+    assert "secretpassword" not in str(caught.value)
+
+
+def test_loopback_addresses():
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.0.1", "localhost", "::1", "[::1]")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "example.org", "")))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1gb", 10**9), ("500 MB", 500 * 10**6), ("2.5G", 2_500_000_000), ("900", 900)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "gb", "0", "-1gb", "1 parsec", "nan"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(UsageError, match="500mb or 2gb"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "0.0.0.0"], "without a log-in"),
+        (["--host", "hospital.example"], "--auth FILE"),
+        (["--auth", "no-such-file"], "USER:PASSWORD"),
+        (["--max-upload", "much"], "500mb"),
+        (["--evidence", "some"], "fast, full, none"),
+    ],
+)
+def test_one_line_and_exit_code_2(arguments, words, monkeypatch):
+    monkeypatch.delenv("SAMF_AUTH", raising=False)
+    done = run(app, ["serve", *arguments])
+    assert done.exit_code == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_log_ins_come_from_the_environment_and_exclude_no_auth(monkeypatch):
+    monkeypatch.setenv("SAMF_AUTH", "anna:secret")
+    done = run(app, ["serve", "--no-auth"])
+    assert done.exit_code == 2 and "expected one of them" in done.stderr and "secret" not in done.stderr

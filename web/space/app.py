@@ -1,0 +1,1 @@
+import samf.web.hosted  # noqa: F401 - importing it starts the page
