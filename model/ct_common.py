@@ -88,6 +88,7 @@ class StoredVolume:
         own: no other object shares the array, so that it may be changed in place.
         own_scaling: `array` holds HU already, because each DICOM slice has its own slope and intercept.
         notes: irregularities that were found and repaired, in words.
+        series: which DICOM series it is, as a digest; None for other formats.
     """
 
     array: np.ndarray
@@ -101,6 +102,7 @@ class StoredVolume:
     own: bool = True
     own_scaling: bool = False
     notes: list[str] = field(default_factory=list)
+    series: str | None = None
 
 
 def is_disk_error(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ What is repaired and what is refused:
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,13 +29,28 @@ import numpy as np
 
 from .ct_common import AIR_HU, LPS_TO_RAS, MAX_VOXELS, CTReadError, StoredVolume, scale_to_hu
 from .ct_dicom_files import MAX_FILES
-from .ct_dicom_geometry import interpolate, one_plane, stack_slices
+from .ct_dicom_geometry import Stack, interpolate, one_plane, stack_slices
 from .ct_dicom_headers import DicomSlice, Headers, read_headers
 from .ct_dicom_pixels import Frames
-from .ct_dicom_series import choose_series, describe_left_out
+from .ct_dicom_series import choose_series, describe_left_out, series_fingerprint
 from .ct_dicom_storage import pydicom
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FoundSeries:
+    """The slices that make the volume of a source, without their voxels.
+
+    Attributes:
+        stack: the slices in the order of their locations, and where they are.
+        fingerprint: which series they are, see `series_fingerprint`.
+        notes: irregularities that were found and repaired, in words.
+    """
+
+    stack: Stack
+    fingerprint: str
+    notes: list[str]
 
 
 def read_dicom(
@@ -57,6 +73,41 @@ def read_dicom(
     Raises:
         CTReadError: no such series, or one that doesn't make a volume; see this module's rules.
     """
+    found = find_series(source, files, series_uid=series_uid, allow_non_ct=allow_non_ct, listed=listed)
+    stack, notes = found.stack, found.notes
+    _check_size(source, stack.slices, stack.indices)
+    hu = _read_pixels(source, stack.slices)
+    if stack.indices is not None:
+        hu = interpolate(hu, stack.indices)
+    for note in notes:
+        logger.warning("%s: %s", source, note)
+    zooms = np.linalg.norm(stack.affine[:3, :3], axis=0)
+    # hu.T: (slices, rows, columns) → (X, Y, Z)
+    return StoredVolume(
+        hu.T, source, [LPS_TO_RAS @ stack.affine], zooms, own_scaling=True, notes=notes, series=found.fingerprint
+    )
+
+
+def find_series(
+    source: str,
+    files: Sequence[Path],
+    *,
+    series_uid: str | None = None,
+    allow_non_ct: bool = False,
+    listed: bool = False,
+) -> FoundSeries:
+    """Return the slices that `read_dicom` reads of the same arguments; voxels are read only to compare copies.
+
+    Args:
+        source: name in messages.
+        files: to look through.
+        series_uid: SeriesInstanceUID of the series, or the label of a series or stack.
+        allow_non_ct: take any modality and any unit.
+        listed: the caller named each of these files.
+
+    Raises:
+        CTReadError: as `read_dicom`.
+    """
     if pydicom is None:
         raise CTReadError(f"{source}: reading DICOM needs pydicom 3: pip install pydicom")
     if len(files) > MAX_FILES:
@@ -66,20 +117,12 @@ def read_dicom(
     if not headers.series and headers.broken:
         path, error = next(iter(headers.broken.items()))
         raise CTReadError(f"{path}: {error}")
-    slices = choose_series(source, headers, series_uid, listed)
+    name, slices = choose_series(source, headers, series_uid, listed)
     _check_broken(headers, slices, series_uid)
     notes: list[str] = []
     slices = one_plane(source, slices, notes)
     stack = stack_slices(source, slices, notes, partial(_read_pixels, source))
-    _check_size(source, stack.slices, stack.indices)
-    hu = _read_pixels(source, stack.slices)
-    if stack.indices is not None:
-        hu = interpolate(hu, stack.indices)
-    for note in notes:
-        logger.warning("%s: %s", source, note)
-    zooms = np.linalg.norm(stack.affine[:3, :3], axis=0)
-    # hu.T: (slices, rows, columns) → (X, Y, Z)
-    return StoredVolume(hu.T, source, [LPS_TO_RAS @ stack.affine], zooms, own_scaling=True, notes=notes)
+    return FoundSeries(stack, series_fingerprint(name, stack.slices), notes)
 
 
 def _report_left_out(source: str, headers: Headers) -> None:

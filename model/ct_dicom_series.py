@@ -26,8 +26,24 @@ def series_label(uid: str) -> str:
     return hashlib.sha256(uid.encode()).hexdigest()[:8]
 
 
-def choose_series(source: str, headers: Headers, series_uid: str | None, listed: bool) -> list[DicomSlice]:
-    """Return the slices of the named series or stack, or of the largest axial one; the log lists the others.
+def series_fingerprint(name: str, slices: Sequence[DicomSlice]) -> str:
+    """Return the label of a series, a dash, and sixteen digits of a digest of its slices.
+
+    Equal fingerprints are equal slices: by UIDs, frames and positions. The UIDs cannot be recovered from it.
+
+    Args:
+        name: of the series or stack.
+        slices: that were read, in their order.
+    """
+    digest = hashlib.sha256()
+    for piece in slices:
+        place = [] if piece.position is None else [float(value) for value in piece.position]
+        digest.update(f"{piece.space[0]}|{piece.series}|{piece.instance}|{place}\n".encode())
+    return f"{series_label(name)}-{digest.hexdigest()[:16]}"
+
+
+def choose_series(source: str, headers: Headers, series_uid: str | None, listed: bool) -> tuple[str, list[DicomSlice]]:
+    """Return name and slices of the named series or stack, or of the largest axial one; the log lists the others.
 
     Args:
         source: name in messages.
@@ -65,7 +81,7 @@ def choose_series(source: str, headers: Headers, series_uid: str | None, listed:
             _listing(choices),
             " They are single slices: if they are one volume, pass their files as a list." if single else "",
         )
-    return choices[chosen]
+    return chosen, choices[chosen]
 
 
 def describe_left_out(left_out: "Counter[str]") -> str:

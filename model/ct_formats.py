@@ -10,7 +10,7 @@ import numpy as np
 
 from .ct_arrays import read_npy, read_npz
 from .ct_common import CTReadError, StoredVolume
-from .ct_dicom import read_dicom
+from .ct_dicom import FoundSeries, find_series, read_dicom
 from .ct_dicom_files import dicom_files
 from .ct_metaimage import read_metaimage
 from .ct_nifti import read_nifti
@@ -64,6 +64,28 @@ def read_stored(local: LocalFiles, options: ReadOptions) -> StoredVolume:
     if local.temporary and not stored.own:
         stored = replace(stored, array=np.array(stored.array, order="K"), own=True)  # a map would outlive its file
     return stored
+
+
+def find_dicom_series(local: LocalFiles, series_uid: str | None = None) -> FoundSeries | None:
+    """Return the DICOM slices that `read_stored` reads, without their voxels; None where it reads another format.
+
+    Args:
+        local: the files of one volume.
+        series_uid: SeriesInstanceUID of the series, or the label of a series or stack; None = the largest axial one.
+
+    Raises:
+        CTReadError: no single DICOM volume.
+    """
+    files = list(local.paths)
+    if local.kind != "list":
+        if files[0].is_file():
+            kind = file_format(files[0])
+            files = dicom_files(files[0].parent) if kind == "DICOMDIR" else files if kind == "DICOM" else []
+        else:
+            files = dicom_files(files[0])
+    if not files:
+        return None
+    return find_series(local.source, files, series_uid=series_uid, listed=local.kind == "list")
 
 
 def _read_list(local: LocalFiles, options: ReadOptions) -> StoredVolume:

@@ -57,6 +57,7 @@ class CTVolume:
             Of a resampled volume: where they pointed most nearly.
         stored_shape: shape of the file's own array; None = that of `hu`, in the order of `stored_axes`.
         stored_affine: float64 (4, 4), index in the file's own array → RAS+ millimetres; None = unknown.
+        series: which DICOM series was read, as a digest; None for other formats. See `samf.model.ct_dicom_series`.
     """
 
     hu: np.ndarray
@@ -66,6 +67,7 @@ class CTVolume:
     stored_orientation: str = "RAS"
     stored_shape: tuple[int, ...] | None = None
     stored_affine: np.ndarray | None = None
+    series: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -212,7 +214,7 @@ def _build(
         hu, affine = resample(hu, affine, source, oblique, shear)
     hu, affine = canonical(hu, affine)
     sizes = _voxel_size(affine, source)
-    return CTVolume(hu, sizes, affine, source, stored_orientation, array.shape, stored_affine)
+    return CTVolume(hu, sizes, affine, source, stored_orientation, array.shape, stored_affine, stored.series)
 
 
 def _voxel_size(affine: np.ndarray, source: str) -> tuple[float, float, float]:

@@ -52,6 +52,7 @@ class EncodedScan:
         findings: probability of each finding by the findings head; empty without one.
         warnings: what the reader repaired or found unusual.
         images: the slices themselves, for evidence; None unless they were asked for.
+        series: which DICOM series was read, as in [`Provenance`].
     """
 
     source: str
@@ -62,6 +63,7 @@ class EncodedScan:
     findings: Mapping[str, float]
     warnings: tuple[str, ...]
     images: ScanImages | None = None
+    series: str | None = None
 
 
 class SamfReportPipeline(FindingsMixin, Pipeline):
@@ -205,7 +207,15 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         orientation = volume.stored_orientation
         images = ScanImages.of(volume, extracted, reader) if keep_images else None
         return EncodedScan(
-            describe_source(scan), volume.shape, volume.spacing, orientation, features, found, tuple(warnings), images
+            source=describe_source(scan),
+            shape=volume.shape,
+            spacing=volume.spacing,
+            orientation=orientation,
+            features=features,
+            findings=found,
+            warnings=tuple(warnings),
+            images=images,
+            series=volume.series,
         )
 
     def answer(self, jobs: Sequence[tuple[EncodedScan, str]], **generate_kwargs: Any) -> list[Report]:
@@ -362,6 +372,7 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
                 "torch": torch.__version__,
                 **({"quantization": quantization} if quantization is not None else {}),
             },
+            series=scan.series,
         )
         limit = not stops.any()
         return Report(text.strip(), question, sentences, made_from, findings, limit, scan.warnings, disagreements)

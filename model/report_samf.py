@@ -63,6 +63,8 @@ class Provenance:
         model, revision: Hub id or folder of the model, and its commit where it came from the Hub.
         generation: options of `generate` that differ from the model's own.
         versions: of this model's code and of the libraries; `quantization` where the weights are quantised.
+        series: the DICOM series that was read: the label that the log gives it and a digest of its slices' UIDs, by which
+            it is recognised later. UIDs cannot be recovered from it. None for other formats, and in older files.
     """
 
     source: str
@@ -74,6 +76,7 @@ class Provenance:
     revision: str | None = None
     generation: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    series: str | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import difflib
 import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent  # the clone, or a folder of site-packages
@@ -10,6 +12,16 @@ REQUIREMENTS = PACKAGE / "requirements.txt"
 DEMO_MODEL = PACKAGE / "demo_model"
 
 _RECIPE_SUFFIX = ".yaml"
+
+
+def package_version() -> str:
+    """Return the version of this package: as installed, else that of the clone."""
+    try:
+        return version("samf")
+    except PackageNotFoundError:
+        settings = PACKAGE / "pyproject.toml"
+        found = tomllib.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        return str(found.get("project", {}).get("version", "unknown"))
 
 
 def recipe_names() -> list[str]:

@@ -1,19 +1,57 @@
 """Reports of a scan as files: one writer per format."""
 
 import importlib
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from samf.model.report_samf import Report
 
-# Writes all reports of one scan, its report or its answers, to a file, whole or not at all.
-Writer: TypeAlias = Callable[[Sequence[Report], Path], None]
+if TYPE_CHECKING:
+    from samf.reporting.exports.source_series import SourceSeries
 
-# Format, which is also the file's ending → module of this package with a function `write`. They are imported when they are
-# used: some need libraries that others don't.
-FORMATS = {"txt": "text", "json": "record", "pdf": "pdf"}
+# Writes all reports of one scan, its report or its answers, to a file, whole or not at all. The last argument is the DICOM
+# series that they are about; formats that don't need it ignore it.
+Writer: TypeAlias = "Callable[[Sequence[Report], Path, SourceSeries | None], None]"
+
+
+class ExportError(ValueError):
+    """Reports that can't be written in a format; the message says why and what to do, in one line."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Attributes:
+        module: of this package, with a function `write`. It is imported when it is used: some need libraries that others
+            don't.
+        ending: of the file's name.
+        series: whether the DICOM series is needed that the reports are about. "optional": where they are about one.
+        evidence: whether the reports need evidence.
+        library: that must be installed, by its name in Python; "" for none.
+    """
+
+    module: str
+    ending: str
+    series: Literal["none", "optional", "required"] = "none"
+    evidence: bool = False
+    library: str = ""
+
+
+FORMATS = {
+    "txt": Format("text", "txt"),
+    "json": Format("record", "json"),
+    "pdf": Format("pdf", "pdf"),
+    "sr": Format("dicom_sr", "sr.dcm", series="required", library="highdicom"),
+    "dicom-pdf": Format("dicom_pdf", "pdf.dcm", series="required", library="highdicom"),
+    "seg": Format("dicom_seg", "seg.dcm", series="required", evidence=True, library="highdicom"),
+    "fhir": Format("fhir", "fhir.json", series="optional", library="fhir.resources"),
+}
 RECORD = "json"  # what `read_reports` reads
+WITHOUT_SERIES = ", ".join(name for name, kind in FORMATS.items() if kind.series != "required")
 
 
 def writer(name: str) -> Writer:
@@ -21,10 +59,26 @@ def writer(name: str) -> Writer:
 
     Raises:
         KeyError: no format of this name.
+        ExportError: its library isn't installed.
     """
-    module = importlib.import_module(f"{__name__}.{FORMATS[name]}")
-    write: Writer = module.write
+    check_libraries([name])
+    module = importlib.import_module(f"{__name__}.{FORMATS[name].module}")
+
+    def write(reports: Sequence[Report], file: Path, series: "SourceSeries | None" = None) -> None:
+        if FORMATS[name].series == "none":
+            module.write(reports, file)
+        else:
+            module.write(reports, file, series)
+
     return write
+
+
+def check_libraries(formats: Collection[str]) -> None:
+    """Raise ExportError if a format's library is not installed."""
+    for name in formats:
+        library = FORMATS[name].library
+        if library and importlib.util.find_spec(library.partition(".")[0]) is None:
+            raise ExportError(f"The format {name} is written with {library}: pip install 'samf[hospital]'.")
 
 
 def report_file(folder: Path, scan: str, name: str) -> Path:
@@ -35,20 +89,42 @@ def report_file(folder: Path, scan: str, name: str) -> Path:
         scan: name of the scan's files, without an ending.
         name: the format.
     """
-    return folder / f"{scan}.{name}"
+    return folder / f"{scan}.{FORMATS[name].ending}"
 
 
-def export(reports: Sequence[Report], folder: Path, scan: str, formats: Sequence[str]) -> list[Path]:
+def export(
+    reports: Sequence[Report], folder: Path, scan: str, formats: Sequence[str], source: Any = None
+) -> list[Path]:
     """Write the reports of one scan in several formats and return the files.
+
+    Formats of DICOM and FHIR take patient and study from the DICOM series that the reports were made from. It is found by
+    their provenance, and recognised by its digest there.
 
     Args:
         reports: one report, or the answers about one scan.
         folder: of the files; made when missing.
         scan: name of the files, without an ending.
         formats: keys of `FORMATS`.
+        source: the scan, as `read_ct` takes it, where it isn't what the provenance names, such as a list of files.
+
+    Raises:
+        ExportError: a format that these reports don't have; nothing has been written then.
+        OSError: a file can't be written.
     """
     files = [report_file(folder, scan, name) for name in formats]
+    writers = [writer(name) for name in formats]
+    kinds = [FORMATS[name] for name in formats]
+    series = None
+    for name, kind in zip(formats, kinds, strict=True):
+        if kind.evidence:
+            from samf.reporting.exports.heat import check_evidence
+
+            check_evidence(reports, name)
+        if kind.series != "none" and series is None:
+            from samf.reporting.exports.source_series import series_of
+
+            series = series_of(reports, name, source)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, file in zip(formats, files, strict=True):
-        writer(name)(reports, file)
+    for write, file in zip(writers, files, strict=True):
+        write(reports, file, series)
     return files
