@@ -10,6 +10,7 @@ import typer
 
 from samf.cli.doors import add_doors
 from samf.cli.errors import UsageError, exit_with, log_errors_only
+from samf.cli.hospital import add_hospital
 
 app = typer.Typer(
     name="samf",
@@ -207,6 +208,7 @@ def push(
         raise exit_with(error) from error
 
 
+add_hospital(app)
 add_doors(app)
 
 if __name__ == "__main__":

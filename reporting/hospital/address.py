@@ -39,4 +39,6 @@ class PeerAddress:
 
 def check_title(title: str) -> bool:
     """Return whether a text is an AE title: 1 to 16 printable characters, not all blank, without a backslash."""
-    return 0 < len(title) <= 16 and title.isascii() and title.isprintable() and "\\" not in title and bool(title.strip())
+    return (
+        0 < len(title) <= 16 and title.isascii() and title.isprintable() and "\\" not in title and bool(title.strip())
+    )

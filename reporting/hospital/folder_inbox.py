@@ -39,7 +39,7 @@ class FolderInbox:
         shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
         make_folder(scratch)
 
-    def keys(self) -> Iterator[str]:
+    def present(self) -> Iterator[str]:
         """Yield the keys of all series that are in the folder now."""
         names = sorted(name for name in os.listdir(self.folder) if _is_wanted(name))
         self._items = {make_key(f"watch {name}"): self.folder / name for name in names}
@@ -64,7 +64,7 @@ class FolderInbox:
         Raises:
             CTReadError: a zip that can't be unpacked.
         """
-        path = self._items[key]
+        path = self.origin(key)
         if path.is_dir() or not is_zip(path):
             yield path
             return
@@ -78,11 +78,11 @@ class FolderInbox:
 
     def origin(self, key: str) -> Path:
         """Return the path of a series."""
-        return self._items[key]
+        return self._items.get(key, self.folder / key)
 
     def name(self, key: str) -> str:
         """Return the name of its file or folder."""
-        return self._items[key].name
+        return self.origin(key).name
 
     def set_aside(self, key: str, state: Fingerprint) -> None:
         """Leave the series where it is: the folder belongs to others."""
@@ -108,7 +108,7 @@ class FolderWatch:
 
     def changed(self) -> list[str]:
         """Return series that are new or whose files have changed."""
-        states = {key: state for key in self._inbox.keys() if (state := self._inbox.fingerprint(key)) is not None}
+        states = {key: state for key in self._inbox.present() if (state := self._inbox.fingerprint(key)) is not None}
         changed = [key for key, state in states.items() if self._seen.get(key) != state]
         self._seen = states
         return changed

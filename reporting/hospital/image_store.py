@@ -91,7 +91,7 @@ class ImageStore:
             sync(self.series)
         return folder
 
-    def keys(self) -> Iterator[str]:
+    def present(self) -> Iterator[str]:
         """Yield the keys of all series except those that were set aside."""
         yield from sorted(path.name for path in self.series.iterdir() if path.is_dir())
 

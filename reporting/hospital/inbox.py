@@ -33,7 +33,7 @@ class Inbox(Protocol):
 
     discards: bool
 
-    def keys(self) -> Iterator[str]:
+    def present(self) -> Iterator[str]:
         """Yield the keys of all series that are on disk."""
         ...
 

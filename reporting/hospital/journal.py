@@ -154,7 +154,9 @@ class Journal:
     def release(self, key: str) -> None:
         """Note that a report was begun and given up without anything being wrong with it."""
         with self._transaction() as database:
-            database.execute("UPDATE series SET starts = MAX(starts - 1, 0) WHERE key = ? AND state = 'started'", (key,))
+            database.execute(
+                "UPDATE series SET starts = MAX(starts - 1, 0) WHERE key = ? AND state = 'started'", (key,)
+            )
 
     def report(
         self, key: str, version: int, state: Fingerprint, files: Sequence[Outgoing], destinations: Sequence[str]
@@ -263,4 +265,12 @@ class Journal:
             database.execute(
                 "UPDATE deliveries SET tries = tries + 1, due = ?, error = ?, updated = ? WHERE id = ?",
                 (due, error, time.time(), delivery),
+            )
+
+    def unreachable(self, destination: str, error: str) -> None:
+        """Note why nothing can be sent to a destination now."""
+        with self._transaction() as database:
+            database.execute(
+                "UPDATE deliveries SET error = ?, updated = ? WHERE destination = ? AND state = 'waiting'",
+                (error, time.time(), destination),
             )

@@ -88,11 +88,10 @@ class Receiver:
     def stop(self) -> None:
         """Close the port; senders whose images were not acknowledged see their association aborted."""
         if self._server is not None:
-            self._server.shutdown()
-            for association in self._server.active_associations:
+            server, self._server = self._server, None
+            server.shutdown()
+            for association in server.active_associations:
                 association.abort()
-            self._server.server_close()
-            self._server = None
 
     def _on_store(self, event: Any) -> int:
         """Store one image and return the status of the answer."""

@@ -1,25 +1,31 @@
-"""The files of one report: written as a whole, with DICOM identifiers that follow from what they say."""
+"""The files of one report, which appear as a whole and are on the disk when they do."""
 
 import dataclasses
-import hashlib
-import json
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from samf.model.report_samf import Report
+from samf.reporting.exports import FORMATS, RECORD
 from samf.reporting.hospital.durable import make_folder, sync, sync_below
 from samf.reporting.hospital.journal import Outgoing
 from samf.utils.files import atomic_folder
 
-# `samf.reporting.exports.export`: reports, folder, name without an ending, formats → files.
-Exporter = Callable[[Sequence[Report], Path, str, Sequence[str]], list[Path]]
-NAME, RECORD = "report", "json"
-# Of version 5 (RFC 4122): the same text gives the same UID in every process.
-_NAMESPACE = uuid.UUID("0f0e3d2c-5d0f-4f6c-9f57-0b5f3c3d6a15")
+NAME = "report"  # of the files, without an ending
+_PLAIN = "txt"  # what a scan without DICOM headers gets at least
+
+
+class Exporter(Protocol):
+    """What `samf.reporting.exports.export` is."""
+
+    def __call__(
+        self, reports: Sequence[Report], folder: Path, scan: str, formats: Sequence[str], source: Path, /
+    ) -> list[Path]:
+        """Write reports in several formats and return the files."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -28,26 +34,23 @@ class Source:
 
     Attributes:
         scan: the path that the pipeline read.
-        origin: the path by which people know it; the record names it.
-        name: SeriesInstanceUID, or the name of the file or folder.
+        origin: the path by which people know it; the files name it.
     """
 
     scan: Path
     origin: Path
-    name: str
 
 
-def make_uid(*parts: str) -> str:
-    """Return a UID of the root 2.25 that follows from texts."""
-    return f"2.25.{uuid.uuid5(_NAMESPACE, json.dumps(parts)).int}"
+def formats_for(report: Report, formats: Sequence[str]) -> list[str]:
+    """Return the formats of a report: those asked for that its source allows, and the record.
 
-
-def content_digest(report: Report) -> str:
-    """Return a digest of what a report says and of what it was made with, but not of where its files are."""
-    values = report.to_dict()
-    values["provenance"]["source"] = ""
-    values["warnings"] = []  # they name the source
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    A scan without DICOM headers, such as a NIfTI file, belongs to no study that a DICOM object could be filed under: its
+    report is plain text then.
+    """
+    if report.provenance.series is not None:
+        return list(dict.fromkeys([*formats, RECORD]))
+    kept = [name for name in formats if FORMATS[name].series != "required"]
+    return list(dict.fromkeys([*kept, *([] if kept else [_PLAIN]), RECORD]))
 
 
 def write_report(
@@ -55,7 +58,8 @@ def write_report(
 ) -> list[Outgoing]:
     """Write the files of a report and return those that are DICOM objects.
 
-    The folder appears at once, with all files in it and on the disk. What an interrupted call left is replaced.
+    What an interrupted call left is replaced. The objects' UIDs follow from the source's, the model and what they say, so
+    that a report that is written again is the same object.
 
     Args:
         root: folder of the journal, to which paths are relative.
@@ -71,34 +75,21 @@ def write_report(
     """
     make_folder(folder.parent)
     shutil.rmtree(folder, ignore_errors=True)
+    named = dataclasses.replace(report.provenance, source=str(source.origin))
+    report = dataclasses.replace(report, provenance=named)
     with atomic_folder(folder) as temporary:
-        # Writers of DICOM read the source's headers, and the record is to name what people know.
-        files = export([report], temporary, NAME, [name for name in formats if name != RECORD])
-        named = dataclasses.replace(report.provenance, source=str(source.origin))
-        export([dataclasses.replace(report, provenance=named)], temporary, NAME, [RECORD])
-        objects = [(file.name, _identify(file, source.name, report)) for file in files if _is_dicom(file)]
+        files = export([report], temporary, NAME, formats_for(report, formats), source.scan)
+        objects = [(file.name, instance) for file in files if (instance := _object_of(file)) is not None]
         sync_below(temporary)
     sync(folder.parent)
     return [Outgoing(os.fspath((folder / name).relative_to(root)), instance) for name, instance in objects]
 
 
-def _is_dicom(file: Path) -> bool:
+def _object_of(file: Path) -> str | None:
+    """Return the SOPInstanceUID of a DICOM file; None for another file."""
     with open(file, "rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
+        if stream.read(132)[128:] != b"DICM":
+            return None
+    from pydicom.filereader import read_file_meta_info
 
-
-def _identify(file: Path, source: str, report: Report) -> str:
-    """Give a DICOM file the UIDs that follow from its source, class, model and content; return its SOPInstanceUID.
-
-    So a report that is written again, as after a kill between the file and the journal's entry, is the same object.
-    """
-    import pydicom
-
-    dataset = pydicom.dcmread(file)
-    model = json.dumps([report.provenance.model, report.provenance.revision])
-    kind = str(dataset.SOPClassUID)
-    dataset.SeriesInstanceUID = make_uid("series", source, kind, model)
-    dataset.SOPInstanceUID = make_uid("instance", source, kind, model, content_digest(report))
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    dataset.save_as(file, enforce_file_format=True)
-    return str(dataset.SOPInstanceUID)
+    return str(read_file_meta_info(file).MediaStorageSOPInstanceUID)

@@ -11,7 +11,6 @@ from samf.reporting.hospital.journal import JOURNAL
 from samf.utils.files import write_json
 
 FAILURES = "failures.json"
-_STUBBORN = 3  # tries after which a file that doesn't arrive is listed
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,9 @@ def read_status(folder: Path) -> Status:
 def _opened(folder: Path) -> sqlite3.Connection:
     path = folder / JOURNAL
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no {JOURNAL} there; expected the --out folder of samf listen or samf watch.")
+        raise FileNotFoundError(
+            f"{folder}: no {JOURNAL} there; expected the --out folder of samf listen or samf watch."
+        )
     return sqlite3.connect(path, timeout=30)
 
 
@@ -102,8 +103,9 @@ def read_failures(folder: Path) -> dict[str, list[dict[str, Any]]]:
             ),
             "refused": listed("SELECT sender, reason, images, updated FROM refused ORDER BY updated"),
             "undelivered": listed(
-                "SELECT file, destination, tries, error AS reason, updated FROM deliveries WHERE state = 'waiting' "
-                f"AND tries >= {_STUBBORN} ORDER BY updated"
+                "SELECT destination, error AS reason, COUNT(*) AS files, MIN(file) AS first, MAX(tries) AS tries, "
+                "MAX(updated) AS updated FROM deliveries WHERE state = 'waiting' AND error IS NOT NULL "
+                "GROUP BY destination, error"
             ),
         }
 

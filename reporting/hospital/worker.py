@@ -15,6 +15,7 @@ from samf.model.report_samf import Report
 from samf.reporting.hospital.durable import is_passing
 from samf.reporting.hospital.inbox import Fingerprint, Inbox
 from samf.reporting.hospital.journal import Entry, Journal
+from samf.reporting.hospital.quiet import QuietClock
 from samf.reporting.hospital.report_files import Exporter, Source, write_report
 from samf.reporting.hospital.status import write_failures
 
@@ -52,7 +53,7 @@ class Worker:
         journal: of the output folder.
         make_report: the model.
         output: where reports go.
-        changed: called with a series whose files changed during its report, which is to be gathered again.
+        clock: of the series that are being gathered, among them those whose files change during their report.
         written: called after each report that is to be sent.
     """
 
@@ -62,11 +63,11 @@ class Worker:
         journal: Journal,
         make_report: ReportMaker,
         output: Output,
-        changed: Callable[[str], None],
+        clock: QuietClock,
         written: Callable[[], None] = lambda: None,
     ):
         self._inbox, self._journal, self._make_report, self._output = inbox, journal, make_report, output
-        self._changed, self._written = changed, written
+        self._clock, self._written = clock, written
         self._waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="reports", daemon=True)
@@ -89,8 +90,13 @@ class Worker:
 
     def _work(self) -> None:
         while (key := self._waiting.get()) is not None and not self._stop.is_set():
+            if key in self._clock:  # more came since it was complete; it is queued again when that ends
+                continue
             self.current = key
-            self._persist(key)
+            try:
+                self._persist(key)
+            except Exception as error:  # noqa: BLE001 - the next series is served; this one again at the next start
+                logger.error("series %s: internal error: %s", key, type(error).__name__)
             self.current = None
 
     def _persist(self, key: str) -> None:
@@ -127,24 +133,24 @@ class Worker:
             return self._fail(key, state, reason)
         if entry is not None and self._inbox.discards and state.files < entry.reported_files:
             return self._fail(key, state, _late(entry, state))
-        self._report(key, name, state, 0 if entry is None else entry.version)
+        self._report(key, state, 0 if entry is None else entry.version)
 
-    def _report(self, key: str, name: str, state: Fingerprint, version: int) -> None:
+    def _report(self, key: str, state: Fingerprint, version: int) -> None:
         began = time.monotonic()
         try:
             with self._inbox.opened(key) as scan:
-                source = Source(scan, self._inbox.origin(key), name)
+                source = Source(scan, self._inbox.origin(key))
                 report = self._make_report(scan)
                 if self._inbox.fingerprint(key) != state:
                     logger.info("series %s: images came during its report, which is made again", key)
                     self._journal.release(key)
-                    return self._changed(key)
+                    return self._clock.touch(key)
                 output = self._output
                 folder = output.root / "reports" / key / f"v{version + 1}"
                 files = write_report(output.root, folder, report, source, output.formats, output.export)
         except sqlite3.Error:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a scan brings about, the next one is served
+        except Exception as error:  # whatever a scan brings about, the next one is served
             if isinstance(error, OSError) and is_passing(error):
                 raise
             return self._fail(key, state, _reason(error, scan=self._inbox.origin(key)))
