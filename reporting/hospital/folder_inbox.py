@@ -84,6 +84,10 @@ class FolderInbox:
         """Return the name of its file or folder."""
         return self.origin(key).name
 
+    def aside(self, key: str) -> Path:
+        """Return the path of a series, which stays where it is."""
+        return self.origin(key)
+
     def set_aside(self, key: str, state: Fingerprint) -> None:
         """Leave the series where it is: the folder belongs to others."""
 

@@ -127,6 +127,10 @@ class ImageStore:
                 return str(header.SeriesInstanceUID)
         return key
 
+    def aside(self, key: str) -> Path:
+        """Return the folder of a series without a report."""
+        return self.failed / key
+
     def set_aside(self, key: str, state: Fingerprint) -> None:
         """Move a series to those without a report, unless an image came meanwhile."""
         with self._lock:

@@ -53,6 +53,10 @@ class Inbox(Protocol):
         """Return the name of a series for people: its SeriesInstanceUID, or that of its file or folder."""
         ...
 
+    def aside(self, key: str) -> Path:
+        """Return where `set_aside` keeps a series."""
+        ...
+
     def set_aside(self, key: str, state: Fingerprint) -> None:
         """Keep a series that can't be reported where a person finds it, unless it has changed meanwhile."""
         ...

@@ -193,21 +193,16 @@ class Journal:
             )
 
     def fail(self, key: str, reason: str, origin: str) -> None:
-        """Note why a series that was started has no report, and where its images are for people."""
+        """Note why a series that was started has no report, and where its images are kept for people."""
         with self._transaction() as database:
             database.execute(
                 "UPDATE series SET state = 'failed', starts = 0, reason = ?, origin = ?, updated = ? WHERE key = ?",
                 (reason, origin, time.time(), key),
             )
 
-    def moved(self, key: str, origin: str) -> None:
-        """Note where the images of a series without a report are now."""
-        with self._transaction() as database:
-            database.execute("UPDATE series SET origin = ? WHERE key = ? AND state = 'failed'", (origin, key))
-
     def discardable(self, before: float) -> list[tuple[str, str]]:
         """Return key and digest of series that were reported before a time, arrived everywhere and still have images."""
-        return self._rows(  # type: ignore[return-value]
+        return self._rows(
             "SELECT key, digest FROM series WHERE state = 'reported' AND discarded = 0 AND updated <= ? AND NOT EXISTS "
             "(SELECT 1 FROM deliveries WHERE deliveries.key = series.key AND deliveries.state = 'waiting')",
             before,

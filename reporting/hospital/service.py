@@ -75,13 +75,13 @@ class Service:
     def __init__(self, plan: Plan, inbox: Inbox, journal: Journal):
         self._plan, self._inbox, self.journal = plan, inbox, journal
         self.clock = QuietClock(plan.quiet)
-        self._senders = [Sender(plan.out, journal, destination) for destination in plan.destinations]
+        self.senders = [Sender(plan.out, journal, destination) for destination in plan.destinations]
         output = Output(plan.out, plan.formats, [place.name for place in plan.destinations], plan.export)
         self.worker = Worker(inbox, journal, plan.make_report, output, self.clock, self._notify)
         self.stopped = threading.Event()
 
     def _notify(self) -> None:
-        for sender in self._senders:
+        for sender in self.senders:
             sender.notify()
 
     def recover(self) -> None:
@@ -97,7 +97,6 @@ class Service:
                 self.clock.touch(key)
             elif entry.state == "failed":  # a kill between the entry and the move
                 self._inbox.set_aside(key, state)
-                self.journal.moved(key, str(self._inbox.origin(key)))
         write_failures(self._plan.out)
 
     def run(self, look: Callable[[], None] = _nothing, close: Callable[[], None] = _nothing) -> bool:
@@ -108,7 +107,7 @@ class Service:
             close: called when it is to stop; from then on nothing comes.
         """
         self.worker.start()
-        for sender in self._senders:
+        for sender in self.senders:
             sender.start()
         last, cleaned = time.monotonic(), 0.0
         while not self.stopped.wait(_TICK):
@@ -119,7 +118,7 @@ class Service:
             last = now
             if now - cleaned > _HOUSEKEEPING:
                 cleaned = now
-                self._tidy()
+                self.tidy()
         close()
         return self._end()
 
@@ -129,11 +128,12 @@ class Service:
         if not finished and current is not None:
             with contextlib.suppress(sqlite3.Error):
                 self.journal.release(current)  # given up on purpose: no attempt that killed the process
-        for sender in self._senders:
+        for sender in self.senders:
             finished &= sender.stop(_GRACE / 2)
         return finished
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
+        """Remove images whose time is over, and write failures.json."""
         try:
             if self._inbox.discards:
                 for key, digest in self.journal.discardable(time.time() - self._plan.keep_images):

@@ -161,9 +161,8 @@ class Worker:
 
     def _fail(self, key: str, state: Fingerprint, reason: str) -> None:
         """Journal why a series has no report and set it aside, in this order: a kill between is made up for at the start."""
-        self._journal.fail(key, reason, str(self._inbox.origin(key)))
+        self._journal.fail(key, reason, str(self._inbox.aside(key)))
         self._inbox.set_aside(key, state)
-        self._journal.moved(key, str(self._inbox.origin(key)))
         write_failures(self._output.root)
         logger.info("series %s: no report; failures.json says why", key)
 
