@@ -33,7 +33,10 @@ Quantize = Annotated[str | None, typer.Option(help="int4 or int8: a smaller and 
 Out = Annotated[Path | None, typer.Option(help="Folder for the files of each scan; what is there is left out.")]
 Format = Annotated[
     str | None,
-    typer.Option("--format", help="Files to write into --out: txt, json, pdf; several with commas. Default: txt,json."),
+    typer.Option(
+        "--format",
+        help="Files to write into --out: txt, json, pdf, sr, dicom-pdf, seg, fhir; several with commas. Default: txt,json.",
+    ),
 ]
 AnyRegion = Annotated[bool, typer.Option("--any-region", help="Also take scans that show no chest.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line on standard output.")]
@@ -75,6 +78,7 @@ def _run(
     **request: Any,
 ) -> None:
     """Answer a request; `request` are the fields of `Request` except for `formats`."""
+    from samf.cli.exporting import check_formats, check_scans
     from samf.cli.reporting import Request, load_reporter, parse_formats, write_reports
     from samf.cli.scans import find_scans
 
@@ -83,7 +87,9 @@ def _run(
         if request["evidence"] and request["out"] is None:
             raise UsageError("--evidence writes files: say where they go, by --out FOLDER.")
         asked = Request(formats=parse_formats(formats, request["out"]), **request)
+        check_formats(asked.formats, asked.evidence)
         scans = find_scans(paths)
+        check_scans(scans, asked.formats)
         code = write_reports(load_reporter(model, device, revision, quantize), scans, asked)
     except UsageError as error:
         raise exit_with(error) from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from samf.cli.errors import ALL_FAILED, SOME_FAILED, UsageError, one_line
+from samf.cli.exporting import needs_series, refused_scans, write_formats
 from samf.cli.scans import report_names
 from samf.utils.files import write_json
 from samf.utils.packaged import DEMO_MODEL
@@ -157,6 +158,8 @@ def answer_scans(
     for scan in tqdm(scans, desc="scans", unit="scan", disable=len(scans) < 2):
         try:
             encoded = reporter.encode(scan, require_chest=not request.any_region, keep_images=request.evidence)
+            if encoded.series is None:
+                needs_series(scan, request.formats)
             if caution:
                 sys.stderr.write(f"Warning: {one_line(caution)}\n")
                 caution = None
@@ -192,28 +195,61 @@ def write_reports(reporter: "SamfReportPipeline", scans: Sequence[str], request:
     Raises:
         UsageError: the folder holds reports of other scans, questions or models under the names of these.
     """
-    names, failures, left = report_names(scans), {}, list(scans)
+    names = report_names(scans)
+    failures = refused_scans(scans, request.formats)
+    left = [scan for scan in scans if scan not in failures]
     if request.out is not None:
-        left = [scan for scan in scans if not _is_done(reporter, scan, request, request.out, names[scan])]
-        if len(left) < len(scans):
-            done = len(scans) - len(left)
-            sys.stderr.write(f"{done} of {len(scans)} scans have their report in {request.out} already.\n")
+        left = _left_to_do(reporter, left, request, request.out, names, failures)
+    sys.stderr.write("".join(f"samf: {reason}\n" for reason in failures.values()))
     stream = len(scans) == 1 and len(request.questions) < 2 and not request.as_json and _is_greedy(request)
     for scan, outcome in answer_scans(reporter, left, request, stream):
         if isinstance(outcome, str):
             failures[scan] = outcome
             sys.stderr.write(f"samf: {outcome}\n")
             continue
-        saved = _save(reporter, outcome, request, names[scan])
+        saved, problem = _save(reporter, outcome, request, names[scan])
         sys.stdout.write(_shown(scan, saved, request, len(scans) > 1, stream))
         sys.stdout.flush()
         own = [text for text in outcome[0].warnings if text != reporter.model.config.caution]
         sys.stderr.write("".join(f"Warning: {one_line(text)}\n" for text in own))
+        if problem is not None:
+            failures[scan] = problem
+            sys.stderr.write(f"samf: {problem}\n")
     if request.out is not None:
         _write_failures(request.out, failures)
     if failures:
         return ALL_FAILED if len(failures) == len(scans) else SOME_FAILED
     return 0
+
+
+def _left_to_do(
+    reporter: "SamfReportPipeline",
+    scans: Sequence[str],
+    request: Request,
+    out: Path,
+    names: dict[str, str],
+    failures: dict[str, str],
+) -> list[str]:
+    """Return the scans that have no report in the folder yet, and say how many have one.
+
+    Args:
+        reporter: the pipeline.
+        scans: paths and addresses.
+        request: what is asked.
+        out: the folder.
+        names: of the scans' files.
+        failures: gets the scans whose record can't be written in a format that they lack.
+    """
+    left: list[str] = []
+    for scan in scans:
+        done, problem = _is_done(reporter, scan, request, out, names[scan])
+        if problem is not None:
+            failures[scan] = problem
+        elif not done:
+            left.append(scan)
+    if len(left) < len(scans):
+        sys.stderr.write(f"{len(scans) - len(left)} of {len(scans)} scans have their report in {out} already.\n")
+    return left
 
 
 def _is_greedy(request: Request) -> bool:
@@ -230,7 +266,7 @@ def _write_failures(out: Path, failures: dict[str, str]) -> None:
 
 def _save(
     reporter: "SamfReportPipeline", reports: "Sequence[Report]", request: Request, name: str
-) -> "Sequence[Report]":
+) -> "tuple[Sequence[Report], str | None]":
     """Write the files of one scan; the record comes last, so that a scan that has one has all.
 
     Args:
@@ -240,21 +276,23 @@ def _save(
         name: of the files, without an ending.
 
     Returns:
-        The reports; their evidence names its files.
+        The reports, whose evidence names its files, and why formats are missing; None if none is.
     """
     if request.out is None:
-        return reports
-    from samf.reporting.exports import RECORD, export
+        return reports, None
+    from samf.reporting.exports import RECORD
 
     if request.evidence:
         from samf.reporting.evidence_files import save_evidence  # imports matplotlib
 
         reports = save_evidence(reports, request.out, name, reporter.processor.image_processor)
-    export(reports, request.out, name, sorted(request.formats, key=lambda kind: kind == RECORD))
-    return reports
+    problem = write_formats(reports, request.out, name, sorted(request.formats, key=lambda kind: kind == RECORD))
+    return reports, problem
 
 
-def _is_done(reporter: "SamfReportPipeline", scan: str, request: Request, out: Path, name: str) -> bool:
+def _is_done(
+    reporter: "SamfReportPipeline", scan: str, request: Request, out: Path, name: str
+) -> tuple[bool, str | None]:
     """Return whether a scan's record answers this request; formats that are missing are then written from it.
 
     Args:
@@ -264,15 +302,18 @@ def _is_done(reporter: "SamfReportPipeline", scan: str, request: Request, out: P
         out: folder of the files.
         name: of the scan's files.
 
+    Returns:
+        Whether there is such a record, and why formats can't be written from it; None if they can.
+
     Raises:
         UsageError: the record is of something else, which would be overwritten.
     """
-    from samf.reporting.exports import RECORD, export, report_file
+    from samf.reporting.exports import RECORD, report_file
     from samf.reporting.exports.record import read_reports
 
     record = report_file(out, name, RECORD)
     if not record.exists():
-        return False
+        return False, None
     try:
         found = read_reports(record)
     except ValueError as error:
@@ -280,10 +321,9 @@ def _is_done(reporter: "SamfReportPipeline", scan: str, request: Request, out: P
     if problem := _difference(reporter, scan, request, found):
         raise UsageError(f"{record} {problem}. Choose another --out, or move the file away.")
     if request.evidence and not all(_has_evidence(report, out) for report in found):
-        return False
+        return False, None
     missing = [kind for kind in request.formats if not report_file(out, name, kind).exists()]
-    export(found, out, name, missing)
-    return True
+    return True, write_formats(found, out, name, missing)
 
 
 def _has_evidence(report: "Report", out: Path) -> bool:

@@ -64,6 +64,7 @@ class SliceHeat:
         marks: (N, 2) row and column of the heat map's maximum in each image, in pixels.
         images: uint8 (N, C, size, size), the windowed slices.
         heat: float32 (N, size, size) in [0, 1], in proportion to the largest value on any slice.
+        oriented: whether the images are in patient orientation.
     """
 
     numbers: np.ndarray
@@ -72,6 +73,7 @@ class SliceHeat:
     marks: np.ndarray
     images: np.ndarray
     heat: np.ndarray
+    oriented: bool = True
 
 
 @dataclass(frozen=True)

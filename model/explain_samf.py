@@ -302,6 +302,7 @@ def slice_images(images: ScanImages, heat: np.ndarray, voxel: np.ndarray) -> Sli
         marks=np.array(places)[:, 1:],
         images=images.slices[numbers],
         heat=shares.astype(np.float32),
+        oriented=images.geometry.oriented,
     )
 
 

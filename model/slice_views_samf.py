@@ -104,6 +104,7 @@ class ScanGeometry:
         size: side of the slice images in pixels.
         stored_shape: of the file's own array.
         stored_affine: (4, 4), index in the file's own array → RAS+ millimetres.
+        oriented: whether the images are in patient orientation; the preset "published" keeps that of the stored array.
     """
 
     shape: tuple[int, int, int]
@@ -112,6 +113,7 @@ class ScanGeometry:
     size: int
     stored_shape: tuple[int, ...]
     stored_affine: np.ndarray
+    oriented: bool = True
 
     @classmethod
     def of(cls, volume: CTVolume, stack: Mapping[str, np.ndarray], image_processor: SliceSettings) -> "ScanGeometry":
@@ -131,7 +133,8 @@ class ScanGeometry:
         stored_shape, stored_affine = volume.stored_shape, volume.stored_affine
         if stored_shape is None or stored_affine is None:
             stored_shape, stored_affine = _stored_grid(volume)
-        return cls(volume.shape, volume.affine, views, image_processor.size, stored_shape, stored_affine)
+        oriented = image_processor.preset != "published"
+        return cls(volume.shape, volume.affine, views, image_processor.size, stored_shape, stored_affine, oriented)
 
     def to_mm(self, voxels: np.ndarray) -> np.ndarray:
         """Return RAS+ millimetres (…, 3) of voxel indices (…, 3)."""

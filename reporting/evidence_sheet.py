@@ -95,12 +95,21 @@ def _draw_row(figure: Figure, sentence: SentenceEvidence, bottom: float, window:
     for column in range(len(sentence.slice_heat.numbers)):
         place = (column * _INCHES / width + 0.004, bottom / height, _INCHES / width - 0.008, (_INCHES - 0.04) / height)
         axes = figure.add_axes(place)
-        _draw_slice(axes, sentence.slice_heat, column, window, marked=sentence.peak is not None)
+        draw_heat(axes, sentence.slice_heat, column, window, marked=sentence.peak is not None)
         if orientation:
             draw_orientation(axes, ORIENTATION_LABELS[sentence.slice_heat.planes[column]])
 
 
-def _draw_slice(axes: Axes, shown: SliceHeat, column: int, window: int, marked: bool) -> None:
+def draw_heat(axes: Axes, shown: SliceHeat, column: int, window: int, marked: bool) -> None:
+    """Draw a slice with its heat, its plane and its place.
+
+    Args:
+        axes: where to draw.
+        shown: slices of a sentence.
+        column: index of the slice among them.
+        window: index of the HU window (channel).
+        marked: mark the maximum of the sentence's heat map.
+    """
     heat = shown.heat[column]
     axes.imshow(shown.images[column, window], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.imshow(heat, cmap=_HEAT, vmin=0, vmax=1, alpha=np.clip(heat, 0, 1) * _OPACITY, interpolation="bilinear")

@@ -81,6 +81,14 @@ def check_libraries(formats: Collection[str]) -> None:
             raise ExportError(f"The format {name} is written with {library}: pip install 'samf[hospital]'.")
 
 
+def not_dicom(source: str, name: str) -> str:
+    """Return why a scan that isn't DICOM has no file of a format, and what to do."""
+    return (
+        f"{source}: not read from DICOM (or by an older version), so there is no study for the format {name}. Report on the "
+        f"scan's DICOM series, or write {WITHOUT_SERIES}."
+    )
+
+
 def report_file(folder: Path, scan: str, name: str) -> Path:
     """Return the file of a scan in one format.
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 from matplotlib import font_manager, rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
@@ -166,11 +168,26 @@ class Pages:
         for rest in more:
             self.text(rest, size=size)
 
-    def save(self, path: Path, title: str) -> None:
+    def row(self, count: int, side: float) -> list[Axes]:
+        """Return the axes of squares side by side; `side` in points."""
+        self._reserve(side)
+        self._left -= side
+        bottom, gap = _MARGIN + self._left, 6.0
+        places = [
+            ((_MARGIN + number * (side + gap)) / _WIDTH, bottom / _HEIGHT, side / _WIDTH, side / _HEIGHT)
+            for number in range(count)
+        ]
+        return [self.figures[-1].add_axes(place) for place in places]
+
+    def keep(self, points: float) -> None:
+        """Begin a new page unless so many points are free: what comes next stays together."""
+        self._reserve(points)
+
+    def save(self, path: Path | BinaryIO, title: str) -> None:
         """Write the pages as a PDF with embedded fonts, searchable, without a date.
 
         Args:
-            path: the file.
+            path: the file, or one that is open for writing.
             title: in the file's metadata.
         """
         about = {"Title": title, "Creator": "SAMF", "CreationDate": None}
@@ -183,12 +200,16 @@ class Pages:
     def _next_line(self, size: float) -> float:
         """Return the height of the next line's baseline in points, on a new page where the last one is full."""
         height = size * _LEADING
-        if not self.figures or self._left < height:
+        self._reserve(height)
+        self._left -= height
+        return _MARGIN + self._left + size * (_LEADING - 1)
+
+    def _reserve(self, points: float) -> None:
+        """Begin a new page unless so many points are free."""
+        if not self.figures or self._left < points:
             self.figures.append(Figure(figsize=(_WIDTH / 72, _HEIGHT / 72)))
             FigureCanvasAgg(self.figures[-1])
             self._left = _HEIGHT - 2 * _MARGIN
-        self._left -= height
-        return _MARGIN + self._left + size * (_LEADING - 1)
 
     def _write(self, text: str, x: float, y: float, font: FontProperties, figure: Figure | None = None) -> None:
         # Without parse_math two "$" would make a formula.

@@ -17,7 +17,7 @@ from samf.model.ct_dicom_storage import PARSE_ERRORS, contents, quiet_pydicom
 from samf.model.ct_formats import find_dicom_series
 from samf.model.ct_source import open_source
 from samf.model.report_samf import Report
-from samf.reporting.exports import FORMATS, WITHOUT_SERIES, ExportError
+from samf.reporting.exports import FORMATS, WITHOUT_SERIES, ExportError, not_dicom
 
 UTF8 = "ISO_IR 192"
 # Attributes that DICOM wants even if they are empty.
@@ -93,14 +93,6 @@ def series_of(reports: Sequence[Report], name: str, source: Any = None) -> Sourc
             return None
         raise ExportError(not_dicom(made.source, name))
     return read_series(made.source if source is None else source, made.series, made.source)
-
-
-def not_dicom(source: str, name: str) -> str:
-    """Return why a scan that isn't DICOM has no file of a format, and what to do."""
-    return (
-        f"{source}: not read from DICOM (or by an older version), so there is no study for the format {name}. Report on the "
-        f"scan's DICOM series, or write {WITHOUT_SERIES}."
-    )
 
 
 def read_series(source: Any, fingerprint: str, name: str) -> SourceSeries:
@@ -185,10 +177,6 @@ def normalised_header(file: Path) -> Dataset:
 
 def _readable(header: Dataset) -> Dataset:
     """Return the standard attributes of a dataset that can be read, with their text decoded."""
-    try:
-        header.decode()
-    except PARSE_ERRORS:
-        pass  # attribute by attribute below
     kept = Dataset()
     for tag in sorted(header.keys()):
         if tag.is_private or tag.group in (0x0000, 0x0002) or tag == 0x00080005:
