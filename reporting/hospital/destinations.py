@@ -136,6 +136,8 @@ class StowDestination:
             raise RefusedError(f"HTTP {code}") from error
         except requests.RequestException as error:
             raise UnreachableError(type(error).__name__) from error
+        except (KeyError, ValueError) as error:  # of an HTTP success; nothing says what became of the file
+            raise RefusedError("its answer can't be read") from error
         if answer.get("FailedSOPSequence"):
             reason = answer.FailedSOPSequence[0].get("FailureReason", 0)
             raise RefusedError(f"status 0x{reason:04X}")

@@ -1,6 +1,8 @@
 """The listener on the loopback: echo, storing, refusing, back-pressure, storage commitment, and a report at the far end."""
 
 import contextlib
+import http.server
+import json
 import logging
 import shutil
 import threading
@@ -11,7 +13,13 @@ from dicom_series import slice_dataset, slice_hu, stack_positions
 from hospital_stand_ins import image, no_delay, plan_for, stored
 
 from samf.reporting.hospital.address import PeerAddress
-from samf.reporting.hospital.destinations import DicomDestination, RefusedError, UnreachableError
+from samf.reporting.hospital.destinations import (
+    AUTHORIZATION,
+    DicomDestination,
+    RefusedError,
+    StowDestination,
+    UnreachableError,
+)
 from samf.reporting.hospital.image_store import ImageStore
 from samf.reporting.hospital.receiver import Listening
 from samf.reporting.hospital.service import BusyFolderError, listen
@@ -198,3 +206,52 @@ def test_what_a_far_end_answers_is_told_apart(tmp_path, far):
     (tmp_path / "ct.dcm").write_bytes(image(SERIES, 0)[1])
     with pytest.raises((RefusedError, UnreachableError)), destination.connected([tmp_path / "ct.dcm"]) as send:
         send(tmp_path / "ct.dcm")
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A DICOMweb server that answers STOW-RS as `server.answers` says."""
+
+    def do_POST(self):
+        self.server.bodies.append((self.path, self.headers, self.rfile.read(int(self.headers["Content-Length"]))))
+        code, body = self.server.answers.pop(0)
+        content = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/dicom+json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_stow_and_what_a_server_answers(tmp_path, monkeypatch):
+    pytest.importorskip("dicomweb_client", reason="STOW-RS needs dicomweb-client")
+    monkeypatch.setenv(AUTHORIZATION, "Bearer abc")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    server.bodies = []
+    stored_item = {"00081199": {"vr": "SQ", "Value": [{"00081155": {"vr": "UI", "Value": ["1.2"]}}]}}
+    refused_item = {"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [0xC000]}}]}}
+    server.answers = [(200, stored_item), (202, refused_item), (409, refused_item), (503, {}), (401, {})]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    file = tmp_path / "x.dcm"
+    content = image(SERIES, 0)[1]
+    file.write_bytes(content)
+    destination = StowDestination(f"http://127.0.0.1:{server.server_address[1]}/dicom-web/")
+    with destination.connected([file]) as send:
+        send(file)
+        for error, words in (
+            (RefusedError, "0xC000"),
+            (RefusedError, "409"),
+            (UnreachableError, "503"),
+            (UnreachableError, "401"),
+        ):
+            with pytest.raises(error, match=words):
+                send(file)
+    path, headers, body = server.bodies[0]
+    assert path == "/dicom-web/studies" and headers["Authorization"] == "Bearer abc"
+    assert headers["Content-Type"].startswith("multipart/related") and b"DICM" in body
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(UnreachableError), destination.connected([file]) as send:
+        send(file)
