@@ -84,11 +84,15 @@ def write_formats(reports: "Sequence[Report]", out: Path, name: str, formats: Se
     """
     from samf.reporting.exports import FORMATS, ExportError, export
 
-    problem = None
     first = [kind for kind in formats if FORMATS[kind].series != "none"]
+    problems: dict[str, None] = {}
     try:
-        export(reports, out, name, first)
-    except ExportError as error:
-        problem = one_line(error)
+        export(reports, out, name, first)  # the series is found once for all
+    except ExportError:
+        for kind in first:
+            try:
+                export(reports, out, name, [kind])
+            except ExportError as error:
+                problems[one_line(error)] = None
     export(reports, out, name, [kind for kind in formats if kind not in first])
-    return problem
+    return " ".join(problems) or None

@@ -51,6 +51,7 @@ FORMATS = {
     "fhir": Format("fhir", "fhir.json", series="optional", library="fhir.resources"),
 }
 RECORD = "json"  # what `read_reports` reads
+_LIBRARY_ERRORS = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 WITHOUT_SERIES = ", ".join(name for name, kind in FORMATS.items() if kind.series != "required")
 
 
@@ -67,8 +68,16 @@ def writer(name: str) -> Writer:
     def write(reports: Sequence[Report], file: Path, series: "SourceSeries | None" = None) -> None:
         if FORMATS[name].series == "none":
             module.write(reports, file)
-        else:
+            return
+        try:
             module.write(reports, file, series)
+        except ExportError:
+            raise
+        except _LIBRARY_ERRORS as error:  # headers that no check has foreseen; their message may quote a patient's name
+            raise ExportError(
+                f"{reports[0].provenance.source}: the format {name} can't be made of its headers ({type(error).__name__}). "
+                f"Export the series again, or write {WITHOUT_SERIES}."
+            ) from None
 
     return write
 

@@ -116,8 +116,8 @@ def unnamed(headers: Sequence[Dataset]) -> list[Dataset]:
     """Return shallow copies without the patient's name, which highdicom prints in warnings; `complete` puts it back."""
     copies = []
     for header in headers:
-        copy = Dataset(header)
-        copy.add_new("PatientName", "PN", "")  # a new element: the header's own is shared
+        copy = Dataset({element.tag: element for element in header})  # Dataset(header) would share all changes
+        copy.add_new("PatientName", "PN", "")
         copies.append(copy)
     return copies
 

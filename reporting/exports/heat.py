@@ -12,6 +12,7 @@ from samf.reporting.exports import ExportError
 from samf.reporting.exports.source_series import SourceSeries
 
 _RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
+_LEVELS = 255  # of heat in the evidence's file
 _PARALLEL = 0.8  # cosine between the normals of a slice image and the source's slices
 
 
@@ -42,7 +43,7 @@ def whole_map(reports: Sequence[Report], folder: Path) -> tuple[np.ndarray, np.n
 def _maps(evidence: Evidence, folder: Path) -> np.ndarray:
     maps = evidence.maps()
     if maps is not None:
-        return maps
+        return (np.rint(maps * _LEVELS) / _LEVELS).astype(np.float32)  # as in the file
     import nibabel
 
     file = next((folder / name for name in evidence.files if name.endswith(NAME_ENDING)), None)
