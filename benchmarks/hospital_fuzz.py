@@ -127,9 +127,9 @@ def _odd_data_set(port: int, rng: random.Random) -> None:
     from pydicom.filebase import DicomBytesIO
     from pydicom.filewriter import write_dataset
 
-    data = Dataset()
+    data, instance, fit = Dataset(), rng.choice([*_UIDS, "1.2.3.4.5", "1.2.3.4.5"]), rng.random() < 0.5
     for keyword in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"):
-        value = rng.choice([*_UIDS, "1.2.3.4", "1.2.3.4", "1.2.3.4", None])
+        value = instance if fit and keyword == "SOPInstanceUID" else rng.choice(["1.2.3.4"] if fit else [*_UIDS, None])
         if value is not None:
             data.add_new(keyword, "LO", value)  # no check of what a UID may be
     data.Modality, data.PixelData = "CT", rng.randbytes(200)
@@ -143,7 +143,7 @@ def _odd_data_set(port: int, rng: random.Random) -> None:
             content[rng.randrange(len(content))] = rng.randrange(256)
     if rng.random() < 0.3:
         del content[rng.randrange(len(content)) :]
-    _store(port, bytes(content), rng.choice([*_UIDS, "1.2.3.4.5", "1.2.3.4.5"]), rng)
+    _store(port, bytes(content), instance, rng)
 
 
 def _odd_message(port: int, rng: random.Random) -> None:

@@ -70,7 +70,7 @@ def answer_commitment(store: ImageStore, request: Any, association: Any, peer: P
     if peer is None:
         return _report(association, event, result)
     from pynetdicom import AE, build_role
-    from pynetdicom.sop_class import StorageCommitmentPushModel
+    from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
 
     entity = AE(title)
     entity.add_requested_context(StorageCommitmentPushModel)
@@ -84,7 +84,7 @@ def answer_commitment(store: ImageStore, request: Any, association: Any, peer: P
 
 
 def _report(association: Any, event: int, result: Any) -> bool:
-    from pynetdicom.sop_class import StorageCommitmentPushModel
+    from pynetdicom.sop_class import StorageCommitmentPushModel  # type: ignore[attr-defined]
 
     status, _ = association.send_n_event_report(result, event, StorageCommitmentPushModel, _INSTANCE)
     return bool(status) and status.Status == 0x0000

@@ -157,7 +157,7 @@ class ImageStore:
         found = {}
         with self._lock:
             for top in (self.series, self.failed):
-                for folder in top.iterdir():
+                for folder in filter(Path.is_dir, top.iterdir()):
                     for name in wanted.keys() & set(os.listdir(folder)):
                         found[wanted[name]] = folder / name
         return found

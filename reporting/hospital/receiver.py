@@ -72,7 +72,7 @@ class Receiver:
         """
         pynetdicom = require("pynetdicom", "Listening for DICOM")
         from pynetdicom import ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
-        from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
+        from pynetdicom.sop_class import StorageCommitmentPushModel, Verification  # type: ignore[attr-defined]
 
         entity = pynetdicom.AE(self._listening.title)
         entity.maximum_associations = _MAX_ASSOCIATIONS
@@ -95,7 +95,7 @@ class Receiver:
 
     def _on_store(self, event: Any) -> int:
         """Store one image and return the status of the answer."""
-        sender = str(event.assoc.requestor.ae_title)
+        sender = _title_of(event)
         try:
             content: bytes = event.encoded_dataset()
             if not self._has_room(len(content)):
@@ -141,7 +141,7 @@ class Receiver:
             return 0x0110, None  # processing failure
         if event.action_type != 1 or not request.get("TransactionUID") or not request.get("ReferencedSOPSequence"):
             return 0x0115, None  # invalid argument value
-        peer = self._listening.commit_to.get(str(event.assoc.requestor.ae_title).strip())
+        peer = self._listening.commit_to.get(_title_of(event))
         threading.Thread(
             target=self._answer, args=(event.assoc, request, peer), name="storage commitment", daemon=True
         ).start()
@@ -151,6 +151,11 @@ class Receiver:
         with contextlib.suppress(RuntimeError):  # the sender has released the association: it asks again
             if not answer_commitment(self._store, request, association, peer, self._listening.title):
                 logger.warning("the result of a storage commitment could not be delivered")
+
+
+def _title_of(event: Any) -> str:
+    """Return the AE title of the sender, fit for a log line."""
+    return "".join(letter for letter in str(event.assoc.requestor.ae_title) if letter.isprintable()).strip()
 
 
 def _problem(header: Any, name: str) -> str | None:
