@@ -20,12 +20,11 @@ from samf.benchmarks.hospital_fuzz import send_malformed
 from samf.benchmarks.hospital_scene import (
     FAR,
     HOST,
-    TITLE,
     FarEnd,
     Listener,
     Senders,
     chest,
-    no_delay,
+    send_phantom,
     wait_for,
     write_broken,
 )
@@ -102,26 +101,16 @@ def memory(out: Path, series: int = 500) -> tuple[Figures, bool]:
     Returns:
         The figures, and whether memory after the last tenth is within 5 % of that after the second.
     """
-    from pynetdicom import AE, evt
-    from pynetdicom.sop_class import CTImageStorage  # type: ignore[attr-defined]
-
     far = FarEnd()
     options = ["--send-to", f"{FAR}@{HOST}:{far.port}", "--quiet-time", "1", "--keep-images", "0"]
     listener = Listener(out / "hospital", *options, "--max-new-tokens", "40")
     listener.start()
-    entity = AE("SENDER")
-    entity.add_requested_context(CTImageStorage)
     scans = [chest(seed) for seed in range(5)]
     samples: dict[int, tuple[float, int, int]] = {}
     began = time.monotonic()
     for number in range(series):
         scan = scans[number % len(scans)]
-        association = entity.associate(
-            HOST, listener.port, ae_title=TITLE, evt_handlers=[(evt.EVT_CONN_OPEN, no_delay)]
-        )
-        for index in range(scan.hu.shape[2]):
-            association.send_c_store(slice_dataset(scan, index, f"series {number}"))
-        association.release()
+        send_phantom(scan, f"series {number}", listener.port)
         wait_for(lambda goal=number - 4: len(far.objects) >= goal, 600)  # a queue that grows is no leak
         if (number + 1) % max(1, series // 10) == 0:
             samples[number + 1] = listener.resources()
@@ -162,15 +151,7 @@ def fuzz(out: Path, messages: int = 700) -> tuple[Figures, bool]:
     before, outside = listener.resources(), _files(out)
     sent = send_malformed(listener.port, messages)
     answers = listener.answers()
-    from pynetdicom import AE
-
-    scan = chest(0)
-    entity = AE("SENDER")
-    entity.add_requested_context("1.2.840.10008.5.1.4.1.1.2")
-    association = entity.associate(HOST, listener.port, ae_title=TITLE)
-    for index in range(scan.hu.shape[2]):
-        association.send_c_store(slice_dataset(scan, index, "good"))
-    association.release()
+    send_phantom(chest(0), "good", listener.port)
     arrived = wait_for(lambda: len(far.objects) == 1, 300)
     calm = wait_for(lambda: listener.resources()[1] <= before[1] + 2 and listener.resources()[2] <= before[2] + 4, 120)
     after = listener.resources()

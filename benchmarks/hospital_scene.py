@@ -1,5 +1,6 @@
 """What the checks of `samf listen` need around it: the process, a far end that counts, series good and broken."""
 
+import atexit
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from samf.phantoms.dicom import write_series
+from samf.phantoms.dicom import slice_dataset, write_series
 from samf.phantoms.volume import Phantom, make_phantom
 
 HOST, TITLE, FAR = "127.0.0.1", "SAMF", "FAR"
@@ -98,6 +99,7 @@ class Listener:
         arguments = ["listen", "--out", str(out), "--port", str(self.port), "--aet", TITLE, *options]
         self._command = [sys.executable, "-m", "samf.cli.main", *arguments]
         self.process: subprocess.Popen[bytes] | None = None
+        atexit.register(self._reap)  # also after an error
 
     def start(self) -> None:
         """Start it and wait until it answers."""
@@ -119,6 +121,10 @@ class Listener:
         status = association.send_c_echo()
         association.release()
         return bool(status) and status.Status == 0x0000
+
+    def _reap(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
 
     def kill(self) -> None:
         """Kill it, as a power cut would."""
@@ -161,6 +167,33 @@ def write_broken(folder: Path) -> dict[str, Path]:
         "missing UIDs": write_series(scan, folder / "nameless", "nameless", SeriesInstanceUID=None),
         "three slices": write_series(short, folder / "short", "short"),
     }
+
+
+def send_phantom(scan: Phantom, name: str, port: int) -> None:
+    """Send a phantom as a series through one association, and again from the start where that ends early.
+
+    Args:
+        scan: the phantom.
+        name: from which the UIDs follow.
+        port: of the listener.
+    """
+    from pynetdicom import AE, evt
+    from pynetdicom.sop_class import CTImageStorage  # type: ignore[attr-defined]
+
+    entity = AE("SENDER")
+    entity.add_requested_context(CTImageStorage)
+    while True:
+        association = entity.associate(HOST, port, ae_title=TITLE, evt_handlers=[(evt.EVT_CONN_OPEN, no_delay)])
+        try:
+            answers = [
+                association.send_c_store(slice_dataset(scan, index, name)).get("Status")
+                for index in range(scan.hu.shape[2])
+            ]
+        except RuntimeError:  # it ended: its process may have been suspended
+            continue
+        association.release()
+        if set(answers) == {0x0000}:
+            return
 
 
 class Senders:
