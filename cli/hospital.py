@@ -165,11 +165,14 @@ def watch(
 def inbox(
     out: Annotated[Path, typer.Argument(help="The --out folder of samf listen or samf watch, running or not.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Let series without a report be tried again.")] = False,
 ) -> None:
     """Count what a listener or watcher has gathered, reported, refused and sent."""
-    from samf.reporting.hospital.status import read_failures, read_status, status_text
+    from samf.reporting.hospital.status import read_failures, read_status, retry_failures, status_text
 
     try:
+        if retry:
+            sys.stderr.write(f"{retry_failures(out)} series will be tried again.\n")
         status, failures = read_status(out), read_failures(out)
     except OSError as error:
         raise exit_with(error) from error

@@ -91,6 +91,9 @@ class FolderInbox:
     def set_aside(self, key: str, state: Fingerprint) -> None:
         """Leave the series where it is: the folder belongs to others."""
 
+    def reopen(self, key: str) -> None:
+        """Leave the series where it is."""
+
     def discard(self, key: str, digest: str) -> None:
         """Leave the series where it is."""
 

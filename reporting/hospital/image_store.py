@@ -140,6 +140,12 @@ class ImageStore:
                 sync(self.failed)
                 sync(self.series)
 
+    def reopen(self, key: str) -> None:
+        """Take a series back from those without a report."""
+        with self._lock:
+            if (self.failed / key).is_dir():
+                self._reopened(key)
+
     def discard(self, key: str, digest: str) -> None:
         """Remove the images of a series, unless one came meanwhile; a kill leaves all of them or none."""
         trash = self._incoming / uuid.uuid4().hex

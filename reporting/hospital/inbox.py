@@ -61,6 +61,10 @@ class Inbox(Protocol):
         """Keep a series that can't be reported where a person finds it, unless it has changed meanwhile."""
         ...
 
+    def reopen(self, key: str) -> None:
+        """Take a series back from those that were set aside."""
+        ...
+
     def discard(self, key: str, digest: str) -> None:
         """Remove the images of a reported series, unless they have changed meanwhile."""
         ...

@@ -200,6 +200,16 @@ class Journal:
                 (reason, origin, time.time(), key),
             )
 
+    def retry(self) -> int:
+        """Let all series without a report be tried again, and return how many they are."""
+        with self._transaction() as database:
+            changed = database.execute("UPDATE series SET state = 'started', starts = 0 WHERE state = 'failed'")
+            return changed.rowcount
+
+    def unstarted(self) -> list[str]:
+        """Return the keys of series that are to be tried again."""
+        return [key for (key,) in self._rows("SELECT key FROM series WHERE state = 'started' AND starts = 0")]
+
     def discardable(self, before: float) -> list[tuple[str, str]]:
         """Return key and digest of series that were reported before a time, arrived everywhere and still have images."""
         return self._rows(

@@ -89,6 +89,7 @@ class Service:
 
         Their quiet time begins now, because nothing could come while no process listened.
         """
+        self._retry()
         for key in self._inbox.present():
             state, entry = self._inbox.fingerprint(key), self.journal.find(key)
             if state is None:
@@ -98,6 +99,13 @@ class Service:
             elif entry.state == "failed":  # a kill between the entry and the move
                 self._inbox.set_aside(key, state)
         write_failures(self._plan.out)
+
+    def _retry(self) -> None:
+        """Gather the series that a person wants to be tried again (`samf inbox --retry`)."""
+        for key in self.journal.unstarted():
+            if key != self.worker.current:
+                self._inbox.reopen(key)
+                self.clock.touch(key)
 
     def run(self, look: Callable[[], None] = _nothing, close: Callable[[], None] = _nothing) -> bool:
         """Work until `stopped` is set, and return whether the current report was finished.
@@ -139,6 +147,7 @@ class Service:
                 for key, digest in self.journal.discardable(time.time() - self._plan.keep_images):
                     self._inbox.discard(key, digest)
                     self.journal.discarded(key)
+            self._retry()
             write_failures(self._plan.out)
         except (OSError, sqlite3.Error) as error:
             logger.error("tidying up: %s; tried again later", type(error).__name__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samf.reporting.hospital.journal import JOURNAL
+from samf.reporting.hospital.journal import JOURNAL, Journal
 from samf.utils.files import write_json
 
 FAILURES = "failures.json"
@@ -121,6 +121,17 @@ def write_failures(folder: Path) -> None:
         write_json(folder / FAILURES, found)
     else:
         (folder / FAILURES).unlink(missing_ok=True)
+
+
+def retry_failures(folder: Path) -> int:
+    """Let series without a report be tried again, within half a minute or at the next start; return how many they are.
+
+    Raises:
+        FileNotFoundError: no journal there.
+    """
+    _opened(folder).close()
+    with closing(Journal(folder)) as journal:
+        return journal.retry()
 
 
 def status_text(status: Status) -> str:

@@ -19,7 +19,14 @@ from samf.reporting.hospital.journal import Journal
 from samf.reporting.hospital.quiet import QuietClock
 from samf.reporting.hospital.sender import LONGEST_PAUSE, pause
 from samf.reporting.hospital.service import Service
-from samf.reporting.hospital.status import FAILURES, read_failures, read_status, status_text, write_failures
+from samf.reporting.hospital.status import (
+    FAILURES,
+    read_failures,
+    read_status,
+    retry_failures,
+    status_text,
+    write_failures,
+)
 
 SERIES = "1.2.840.1"
 KEY = make_key(SERIES)
@@ -204,6 +211,25 @@ def test_a_failure_is_written_for_people_and_ends_with_its_cause(tmp_path, store
     come(service, store, 0)  # the image, repaired
     write_failures(tmp_path)
     assert not (tmp_path / FAILURES).exists() and journal.find(KEY).state == "reported"
+
+
+def test_a_person_can_let_failures_be_tried_again(tmp_path, store, journal):
+    broken = [True]
+
+    def sometimes(scan):
+        if broken[0]:
+            raise ValueError("no model today")
+        return report_of(scan)
+
+    service = Service(plan_for(tmp_path, make_report=sometimes), store, journal)
+    come(service, store, 0)
+    assert not list(store.present())
+    broken[0] = False
+    assert retry_failures(tmp_path) == 1
+    service.tidy()
+    work(service)
+    assert journal.find(KEY).state == "reported" and not list(store.failed.iterdir())
+    assert retry_failures(tmp_path) == 0
 
 
 def test_errors_of_the_program_name_no_value(tmp_path, store, journal):
