@@ -1,10 +1,18 @@
-"""Reports on small DICOM series, with evidence whose hot place is known, made without a model."""
+"""Reports on small DICOM series, with evidence whose hot place is known, made without a model.
 
+And what reads the files that are made of them: other tools, loops.
+"""
+
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import SimpleITK as sitk
 from dicom_series import EachSlice, write_series
+from pydicom.uid import BasicTextSRStorage, EncapsulatedPDFStorage, SegmentationStorage
 
 from samf.model.agreement_samf import Disagreement
 from samf.model.ct_volume import read_ct
@@ -108,3 +116,66 @@ def _evidence(volume: Any, texts: list[str]) -> Evidence:
     rows = [tuple(map(tuple, affine.tolist())) for affine in (grid.affine, images.geometry.stored_affine)]
     shape = tuple(images.geometry.stored_shape)
     return Evidence("occlusion", "windows", tuple(sentences), {}, grid.shape, rows[0], shape, rows[1])
+
+
+DICOM = {"sr": BasicTextSRStorage, "dicom-pdf": EncapsulatedPDFStorage, "seg": SegmentationStorage}
+
+
+def items_of(dataset, value_type):
+    """All content items of a type, in the order of the document."""
+    for item in dataset.get("ContentSequence", []):
+        if item.ValueType == value_type:
+            yield item
+        yield from items_of(item, value_type)
+
+
+def texts_of(dataset, concept):
+    return [
+        item.TextValue for item in items_of(dataset, "TEXT") if item.ConceptNameCodeSequence[0].CodeValue == concept
+    ]
+
+
+NAMES = {
+    "cyrillic": ("ISO_IR 144", "Иванов^Пётр^Алексеевич", b"\xb8\xd2\xd0\xdd\xde\xd2^"),
+    "turkish": ("ISO_IR 148", "Öztürk^Şükrü Işık", b"\xd6zt\xfcrk^\xdeu\xfdkr"[:7]),
+    "japanese": (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう", b"\x1b$B;3ED"),
+    "katakana": (["ISO 2022 IR 13", "ISO 2022 IR 87"], "ﾔﾏﾀﾞ^ﾀﾛｳ=山田^太郎=やまだ^たろう", b"\xd4\xcf\xc0\xde^"),
+    "latin": ("ISO_IR 100", "Müller^Jörg", b"M\xfcller^"),
+    "korean": (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동", b"\x1b$)C"),
+    "chinese": ("GB18030", "Wang^XiaoDong=王^小东", b"=\xcd\xf5^"),
+    "utf8": ("ISO_IR 192", "Nguyễn^Thị Ánh", "Nguyễn".encode()),
+    "one component": (None, "Anonymous", b"Anonymous"),
+}
+
+
+def run_tool(tool, *arguments) -> str:
+    """Return the output of a command of dcmtk or dicom3tools; skip where it is missing, fail where it fails."""
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    done = subprocess.run([tool, *map(str, arguments)], capture_output=True, check=False, timeout=120)
+    text = (done.stdout + done.stderr).decode("utf-8", "replace")
+    assert done.returncode == 0 or tool == "dciodvfy", text
+    return text
+
+
+def heat_at(report: Report, lps: np.ndarray) -> float:
+    """The largest heat of any sentence at a point, by weighted sums over the eight cells around it."""
+    heat = np.max([sentence.heat for sentence in report.evidence.sentences], axis=0)
+    ras = np.array([-lps[0], -lps[1], lps[2], 1.0])
+    cell = np.clip((np.linalg.inv(np.array(report.evidence.grid_affine)) @ ras)[:3], 0, np.array(heat.shape) - 1)
+    low = np.minimum(cell.astype(int), np.array(heat.shape) - 2)
+    share = cell - low
+    total = 0.0
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.prod(np.where(corner, share, 1 - share))
+        total += weight * heat[tuple(low + corner)]
+    return float(total)
+
+
+def assert_points(made, report):
+    values = sitk.GetArrayFromImage(made)
+    assert values.max() > 128, "the hottest place is in it"
+    generator = np.random.default_rng(0)
+    for z, y, x in [np.unravel_index(values.argmax(), values.shape), *generator.integers(0, values.shape, (40, 3))]:
+        point = np.array(made.TransformIndexToPhysicalPoint((int(x), int(y), int(z))))
+        assert abs(values[z, y, x] / 255 - heat_at(report, point)) <= 0.5 / 255 + 1e-4

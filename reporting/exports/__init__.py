@@ -141,6 +141,10 @@ def export(
             from samf.reporting.exports.source_series import series_of
 
             series = series_of(reports, name, source)
+        if kind.series == "required" and series is not None:
+            from samf.reporting.exports.source_series import check_references
+
+            check_references(series, reports[0].provenance.source)
     folder.mkdir(parents=True, exist_ok=True)
     for write, file in zip(writers, files, strict=True):
         write(reports, file, series)

@@ -85,7 +85,7 @@ def _root(reports: Sequence[Report], series: SourceSeries) -> sr.ContainerConten
     return root
 
 
-def _algorithm(report: Report) -> list[Dataset]:
+def _algorithm(report: Report) -> list[sr.ContentItem]:
     """Return the algorithm as the document's observer, a device (TID 1002), and by name and version (TID 4019)."""
     algorithm = Algorithm.of(report)
     device = sr.DeviceObserverIdentifyingAttributes(

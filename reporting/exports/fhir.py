@@ -12,6 +12,7 @@ R4B's classes validate it; for these resources R4B's fields are R4's.
 
 import base64
 import html
+import json
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fhir.resources.R4B.bundle import Bundle
+from fhir.resources.R4B.diagnosticreport import DiagnosticReport
 from pydantic import ValidationError
 
 from samf.model.report_samf import REPORT_QUESTION, Report
@@ -56,16 +58,17 @@ def report_bundle(reports: Sequence[Report], series: SourceSeries | None) -> Bun
     """
     with quiet_libraries():
         values = _Resources(reports, series).bundle()
+    pdf = base64.b64decode(_attachment(values))
     try:
         bundle = Bundle.model_validate(values)
-        again = Bundle.model_validate_json(bundle.model_dump_json())
+        read = DiagnosticReport.model_validate_json(json.dumps(values["entry"][0]["resource"]))
     except ValidationError as error:
         places = ", ".join(
             ".".join(map(str, item["loc"])) for item in error.errors()[:3]
         )  # no values: they may be names
         raise ExportError(f"{reports[0].provenance.source}: not valid as FHIR R4 ({places}).") from None
-    found = next(entry.resource for entry in again.entry if entry.resource.get_resource_type() == "DiagnosticReport")
-    if found.presentedForm[0].data != base64.b64decode(_attachment(values)):  # which the library decodes leniently
+    forms = read.presentedForm or []
+    if [form.data for form in forms] != [pdf]:  # the library decodes leniently
         raise ExportError(f"{reports[0].provenance.source}: its PDF doesn't survive as FHIR.")
     return bundle
 
@@ -147,7 +150,7 @@ class _Resources:
         }
         if observations:
             resource["result"] = [{"reference": entry["fullUrl"]} for entry in observations]
-        if self.series is not None:
+        if self.series is not None and self.series.header.StudyInstanceUID:
             resource["imagingStudy"] = [{"type": "ImagingStudy", "identifier": _study(self.series)}]
         return resource
 

@@ -44,12 +44,14 @@ def _maps(evidence: Evidence, folder: Path) -> np.ndarray:
     maps = evidence.maps()
     if maps is not None:
         return (np.rint(maps * _LEVELS) / _LEVELS).astype(np.float32)  # as in the file
-    import nibabel
+    import nibabel as nib
 
     file = next((folder / name for name in evidence.files if name.endswith(NAME_ENDING)), None)
     if file is None or not file.exists():
         raise ExportError(f"{folder}: the heat map {file.name if file else NAME_ENDING} isn't there. Report again.")
-    return np.asarray(nibabel.load(file).dataobj, dtype=np.float32).reshape(*evidence.grid_shape, -1)
+    return np.asarray(nib.nifti1.Nifti1Image.from_filename(file).dataobj, dtype=np.float32).reshape(
+        *evidence.grid_shape, -1
+    )
 
 
 def source_slices(report: Report, series: SourceSeries) -> list[list[int]]:

@@ -104,7 +104,7 @@ def read_series(source: Any, fingerprint: str, name: str) -> SourceSeries:
         name: of the source in messages.
 
     Raises:
-        ExportError: it can't be read, or holds another series now, or one that no DICOM object can refer to.
+        ExportError: it can't be read, holds another series now, or slices of several patients.
     """
     label = fingerprint.partition("-")[0]
     try:
@@ -123,7 +123,7 @@ def read_series(source: Any, fingerprint: str, name: str) -> SourceSeries:
             f"{name}: the DICOM series {label} of this report can't be read again ({error}) Put it back, or name it by "
             f"source= in Python."
         ) from error
-    _check_references(headers, name)
+    _check_patient(headers, name)
     frames = [(files.index(piece.pixels.file), piece.frame + 1 if _has_frames(piece) else None) for piece in pieces]
     affine = found.stack.affine
     positions = np.array([affine[:3, 3] if piece.position is None else piece.position for piece in pieces])
@@ -135,16 +135,21 @@ def _has_frames(piece: Any) -> bool:
     return piece.pixels.frames > 1 or piece.stack != ""
 
 
-def _check_references(headers: Sequence[Dataset], name: str) -> None:
-    """Raise ExportError for headers that no object of their study could be made from."""
+def _check_patient(headers: Sequence[Dataset], name: str) -> None:
+    """Raise ExportError for headers of several patients or studies."""
     for keyword, what in (("StudyInstanceUID", "studies"), ("PatientID", "patients")):
         if len({str(header.get(keyword, "")) for header in headers}) > 1:
             raise ExportError(f"{name}: its slices are of several {what}; expected one. Name the files of one.")
-    uids = [str(header.SOPInstanceUID) for header in headers]
-    if not headers[0].StudyInstanceUID or not all(uids) or len(set(uids)) < len(uids):
+
+
+def check_references(series: SourceSeries, name: str) -> None:
+    """Raise ExportError unless other objects can be filed with a series and refer to its files; `name` is the source's."""
+    uids = [str(header.SOPInstanceUID) for header in series.headers]
+    whole = all(header.StudyInstanceUID and header.SeriesInstanceUID for header in series.headers)
+    if not whole or not all(uids) or len(set(uids)) < len(uids):
         raise ExportError(
-            f"{name}: without StudyInstanceUID, or without a SOPInstanceUID of its own for each file: nothing can be filed "
-            f"with it or refer to it. Export the series again, or write {WITHOUT_SERIES}."
+            f"{name}: without StudyInstanceUID or SeriesInstanceUID, or without a SOPInstanceUID of its own for each file: "
+            f"nothing can be filed with it or refer to it. Export the series again, or write {WITHOUT_SERIES}."
         )
 
 

@@ -2,26 +2,34 @@
 
 import dataclasses
 import shutil
-import subprocess
 import zipfile
 
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from dicom_reports import HU, PATIENT, POSITIONS, TEXT, hospital_series, report_on
+from dicom_reports import (
+    DICOM,
+    HU,
+    NAMES,
+    PATIENT,
+    POSITIONS,
+    TEXT,
+    assert_points,
+    hospital_series,
+    items_of,
+    report_on,
+    run_tool,
+    texts_of,
+)
 from dicom_series import EachSlice, stack_positions, write_enhanced, write_series
-from pydicom.uid import BasicTextSRStorage, EncapsulatedPDFStorage, SegmentationStorage
 
-from samf.model.report_samf import DISCLAIMER, Report
+from samf.model.report_samf import DISCLAIMER
 from samf.reporting.exports import ExportError, export, writer
 from samf.reporting.exports.plain_words import without_names
 from samf.reporting.exports.record import read_reports
 
 hd = pytest.importorskip("highdicom", reason="the extra hospital is not installed")
-
-DICOM = {"sr": BasicTextSRStorage, "dicom-pdf": EncapsulatedPDFStorage, "seg": SegmentationStorage}
-MODULE = ("Patient", "Study")
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +47,6 @@ def objects(report, tmp_path_factory):
     """The three objects of a report by format, as pydicom reads them."""
     files = export([report], tmp_path_factory.mktemp("out"), "scan", list(DICOM))
     return {name: pydicom.dcmread(file) for name, file in zip(DICOM, files, strict=True)}
-
-
-def items_of(dataset, value_type):
-    """All content items of a type, in the order of the document."""
-    for item in dataset.get("ContentSequence", []):
-        if item.ValueType == value_type:
-            yield item
-        yield from items_of(item, value_type)
-
-
-def texts_of(dataset, concept):
-    return [
-        item.TextValue for item in items_of(dataset, "TEXT") if item.ConceptNameCodeSequence[0].CodeValue == concept
-    ]
 
 
 # --- Patient and study ------------------------------------------------------------------------------------------------
@@ -91,19 +85,6 @@ def test_objects_identify_nothing_that_the_source_does_not(objects, folder, repo
     assert len({made.SeriesInstanceUID for made in objects.values()}) == 3, "a series of its own for each kind"
 
 
-NAMES = {
-    "cyrillic": ("ISO_IR 144", "Иванов^Пётр^Алексеевич", b"\xb8\xd2\xd0\xdd\xde\xd2^"),
-    "turkish": ("ISO_IR 148", "Öztürk^Şükrü Işık", b"\xd6zt\xfcrk^\xdeu\xfdkr"[:7]),
-    "japanese": (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう", b"\x1b$B;3ED"),
-    "katakana": (["ISO 2022 IR 13", "ISO 2022 IR 87"], "ﾔﾏﾀﾞ^ﾀﾛｳ=山田^太郎=やまだ^たろう", b"\xd4\xcf\xc0\xde^"),
-    "latin": ("ISO_IR 100", "Müller^Jörg", b"M\xfcller^"),
-    "korean": (["", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동", b"\x1b$)C"),
-    "chinese": ("GB18030", "Wang^XiaoDong=王^小东", b"=\xcd\xf5^"),
-    "utf8": ("ISO_IR 192", "Nguyễn^Thị Ánh", "Nguyễn".encode()),
-    "one component": (None, "Anonymous", b"Anonymous"),
-}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_names_in_their_own_character_sets_survive(name, tmp_path):
     charset, person, stored = NAMES[name]
@@ -121,16 +102,6 @@ def test_names_in_their_own_character_sets_survive(name, tmp_path):
         if name in ("cyrillic", "japanese", "katakana"):
             dump = run_tool("dcmdump", "+P", "PatientName", file)
             assert f"[{person}]" in dump
-
-
-def run_tool(tool, *arguments) -> str:
-    """Return the output of a command of dcmtk or dicom3tools; skip where it is missing, fail where it fails."""
-    if shutil.which(tool) is None:
-        pytest.skip(f"{tool} is not installed")
-    done = subprocess.run([tool, *map(str, arguments)], capture_output=True, check=False, timeout=120)
-    text = (done.stdout + done.stderr).decode("utf-8", "replace")
-    assert done.returncode == 0 or tool == "dciodvfy", text
-    return text
 
 
 @pytest.mark.parametrize("name", DICOM)
@@ -234,20 +205,6 @@ def test_the_encapsulated_pdf_is_a_pdf_with_the_key_slices_and_no_file_name(obje
 # --- SEG --------------------------------------------------------------------------------------------------------------
 
 
-def heat_at(report: Report, lps: np.ndarray) -> float:
-    """The largest heat of any sentence at a point, by weighted sums over the eight cells around it."""
-    heat = np.max([sentence.heat for sentence in report.evidence.sentences], axis=0)
-    ras = np.array([-lps[0], -lps[1], lps[2], 1.0])
-    cell = np.clip((np.linalg.inv(np.array(report.evidence.grid_affine)) @ ras)[:3], 0, np.array(heat.shape) - 1)
-    low = np.minimum(cell.astype(int), np.array(heat.shape) - 2)
-    share = cell - low
-    total = 0.0
-    for corner in np.ndindex(2, 2, 2):
-        weight = np.prod(np.where(corner, share, 1 - share))
-        total += weight * heat[tuple(low + corner)]
-    return float(total)
-
-
 def assert_in_register(file, report, source_files):
     """The SEG, as SimpleITK reads it, has the source's geometry, and the heat at each point of it."""
     made = sitk.ReadImage(str(file))
@@ -258,15 +215,6 @@ def assert_in_register(file, report, source_files):
     ends = (0, scan.GetSize()[2] - 1)  # highdicom sorts from head to foot
     corners = [sorted(image.TransformIndexToPhysicalPoint((0, 0, k)) for k in ends) for image in (made, scan)]
     assert np.allclose(*corners, atol=1e-3)
-
-
-def assert_points(made, report):
-    values = sitk.GetArrayFromImage(made)
-    assert values.max() > 128, "the hottest place is in it"
-    generator = np.random.default_rng(0)
-    for z, y, x in [np.unravel_index(values.argmax(), values.shape), *generator.integers(0, values.shape, (40, 3))]:
-        point = np.array(made.TransformIndexToPhysicalPoint((int(x), int(y), int(z))))
-        assert abs(values[z, y, x] / 255 - heat_at(report, point)) <= 0.5 / 255 + 1e-4
 
 
 def test_seg_is_in_register_with_the_scan(report, folder, tmp_path):
@@ -309,6 +257,16 @@ def test_an_enhanced_multi_frame_file_is_referred_to_by_frames(tmp_path):
     assert min(abs(height - peak) for height in heights) <= 1.26
     (seg,) = export([report], tmp_path, "scan", ["seg"])
     assert_points(sitk.ReadImage(str(seg)), report)
+
+
+def test_a_tilted_gantry(tmp_path):
+    """SEG and SR refer to the slices as they were taken, not to the straightened volume."""
+    tilted = [(x, y + 1.5 * k, z) for k, (x, y, z) in enumerate(POSITIONS)]
+    report = report_on(hospital_series(tmp_path / "scan", positions=tilted))
+    sr, seg = (pydicom.dcmread(file) for file in export([report], tmp_path, "scan", ["sr", "seg"]))
+    frames = [item.PlanePositionSequence[0].ImagePositionPatient for item in seg.PerFrameFunctionalGroupsSequence]
+    assert np.allclose(sorted((list(map(float, frame)) for frame in frames), key=lambda place: place[2]), tilted)
+    assert seg.pixel_array.max() > 100 and list(items_of(sr, "IMAGE"))
 
 
 def test_a_zip_and_a_list_of_files_and_a_compressed_series_are_found_again(folder, tmp_path):

@@ -95,6 +95,13 @@ def test_answers_and_a_scan_without_a_study(folder, tmp_path):
     assert "A <b>." in "".join(ET.fromstring(made.text.div).itertext())
 
 
+def test_an_anonymised_series_without_uids_has_a_patient_and_no_study(tmp_path):
+    source = hospital_series(tmp_path / "scan", StudyInstanceUID="", SeriesInstanceUID="", FrameOfReferenceUID="")
+    _, found = resources([report_on(source, evidence=False)], tmp_path)
+    made = found["DiagnosticReport"][0].resource
+    assert made.imagingStudy is None and made.subject.identifier.value == PATIENT["PatientID"]
+
+
 def test_an_empty_report_is_valid(folder, tmp_path):
     empty = report_on(folder, text="", evidence=False, findings={}, disagreements=())
     _, found = resources([empty], tmp_path)
