@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from samf.reporting.hospital.inbox import Fingerprint
 
-State = Literal["started", "reported", "failed"]
+State = Literal["started", "reported", "failed", "retry"]
 JOURNAL = "journal.sqlite3"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS series (
@@ -46,7 +46,8 @@ class Entry:
     Attributes:
         key: of the series.
         name: its SeriesInstanceUID, or the name of its file or folder.
-        state: of the files that `digest` stands for: "started", "reported" or "failed".
+        state: of the files that `digest` stands for: "started", "reported", "failed", or "retry" until a failed one is
+            gathered again.
         digest, files: their fingerprint.
         starts: how often a report of these files was begun.
         version: number of the last report, from 1; 0 without one.
@@ -66,7 +67,7 @@ class Entry:
 
     def is_settled(self, state: Fingerprint) -> bool:
         """Return whether the report of these very files is written, or known to be impossible."""
-        return self.state != "started" and self.digest == state.digest
+        return self.state in ("reported", "failed") and self.digest == state.digest
 
 
 @dataclass(frozen=True)
@@ -203,12 +204,17 @@ class Journal:
     def retry(self) -> int:
         """Let all series without a report be tried again, and return how many they are."""
         with self._transaction() as database:
-            changed = database.execute("UPDATE series SET state = 'started', starts = 0 WHERE state = 'failed'")
+            changed = database.execute("UPDATE series SET state = 'retry' WHERE state = 'failed'")
             return changed.rowcount
 
-    def unstarted(self) -> list[str]:
+    def to_retry(self) -> list[str]:
         """Return the keys of series that are to be tried again."""
-        return [key for (key,) in self._rows("SELECT key FROM series WHERE state = 'started' AND starts = 0")]
+        return [key for (key,) in self._rows("SELECT key FROM series WHERE state = 'retry'")]
+
+    def retried(self, key: str) -> None:
+        """Note that a series is gathered again."""
+        with self._transaction() as database:
+            database.execute("UPDATE series SET state = 'started', starts = 0 WHERE key = ? AND state = 'retry'", (key,))
 
     def discardable(self, before: float) -> list[tuple[str, str]]:
         """Return key and digest of series that were reported before a time, arrived everywhere and still have images."""

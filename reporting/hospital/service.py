@@ -102,10 +102,10 @@ class Service:
 
     def _retry(self) -> None:
         """Gather the series that a person wants to be tried again (`samf inbox --retry`)."""
-        for key in self.journal.unstarted():
-            if key != self.worker.current:
-                self._inbox.reopen(key)
-                self.clock.touch(key)
+        for key in self.journal.to_retry():
+            self._inbox.reopen(key)
+            self.clock.touch(key)
+            self.journal.retried(key)
 
     def run(self, look: Callable[[], None] = _nothing, close: Callable[[], None] = _nothing) -> bool:
         """Work until `stopped` is set, and return whether the current report was finished.

@@ -64,7 +64,7 @@ def read_status(folder: Path) -> Status:
         present = {path.name for path in held.iterdir()} if held.is_dir() else None
     return Status(
         None if present is None else len(present - settled.keys()),
-        series.get("started", 0),
+        series.get("started", 0) + series.get("retry", 0),
         series.get("reported", 0),
         series.get("failed", 0),
         int(refused),
