@@ -214,7 +214,9 @@ class Journal:
     def retried(self, key: str) -> None:
         """Note that a series is gathered again."""
         with self._transaction() as database:
-            database.execute("UPDATE series SET state = 'started', starts = 0 WHERE key = ? AND state = 'retry'", (key,))
+            database.execute(
+                "UPDATE series SET state = 'started', starts = 0 WHERE key = ? AND state = 'retry'", (key,)
+            )
 
     def discardable(self, before: float) -> list[tuple[str, str]]:
         """Return key and digest of series that were reported before a time, arrived everywhere and still have images."""
