@@ -13,6 +13,7 @@ from samf.cli.errors import UsageError, exit_with, log_errors_only
 from samf.cli.options import Device, Model, Quantize, Revision
 from samf.cli.serving import add_serving
 from samf.cli.serve import add_serve
+from samf.cli.hospital import add_hospital
 
 app = typer.Typer(
     name="samf",
@@ -210,6 +211,7 @@ def push(
 
 
 add_serve(app)
+add_hospital(app)
 add_doors(app)
 add_serving(app)
 

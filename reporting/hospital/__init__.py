@@ -1,0 +1,1 @@
+"""Series in, reports out: a DICOM listener and a folder watcher around one report pipeline, with a journal on disk."""
