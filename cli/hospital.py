@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from samf.cli.errors import SOME_FAILED, UsageError, exit_with, log_errors_only, one_line
+from samf.cli.options import Device, Model, Quantize, Revision
 
 if TYPE_CHECKING:
     from samf.reporting.hospital.destinations import Destination
@@ -37,15 +38,6 @@ Formats = Annotated[
     str, typer.Option(help="Files of each report: sr, dicom-pdf and what samf report writes; by commas.")
 ]
 Quiet = Annotated[float, typer.Option("--quiet-time", min=0.1, help="Seconds without a change that end a series.")]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        envvar="SAMF_MODEL", help="Folder or Hub id of the model. Default: the demo model, for phantoms only."
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
-Quantize = Annotated[str | None, typer.Option(help="int4 or int8: a smaller and faster language model on a CPU.")]
 AnyRegion = Annotated[bool, typer.Option("--any-region", help="Also report on series that show no chest.")]
 Tokens = Annotated[int | None, typer.Option(help="Longest report, in tokens. Default: the model's.")]
 

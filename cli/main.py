@@ -10,10 +10,10 @@ import typer
 
 from samf.cli.doors import add_doors
 from samf.cli.errors import UsageError, exit_with, log_errors_only
+from samf.cli.hospital import add_hospital
 from samf.cli.options import Device, Model, Quantize, Revision
 from samf.cli.serving import add_serving
-from samf.cli.serve import add_serve
-from samf.cli.hospital import add_hospital
+from samf.cli.web import add_web
 
 app = typer.Typer(
     name="samf",
@@ -210,10 +210,10 @@ def push(
         raise exit_with(error) from error
 
 
-add_serve(app)
+add_web(app)
+add_serving(app)
 add_hospital(app)
 add_doors(app)
-add_serving(app)
 
 if __name__ == "__main__":
     app()

@@ -9,12 +9,10 @@ import typer
 
 from samf.cli.errors import UsageError, exit_with, log_errors_only
 from samf.cli.options import Device, Model, Quantize, Revision
+from samf.utils.servers import is_loopback, parse_size
 
 if TYPE_CHECKING:
     from samf.serving.settings import ApiSettings
-
-
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def add_serving(app: typer.Typer) -> None:
@@ -49,7 +47,7 @@ def api(
             listening = open_port(host, port)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        if host not in _LOOPBACK and not settings.keys:
+        if not is_loopback(host) and not settings.keys:
             sys.stderr.write(f"Warning: anyone who reaches {host} can use this API; add --api-key-file.\n")
         from samf.cli.reporting import load_reporter
 
@@ -68,7 +66,7 @@ def _api_settings(
     cache_scans: int,
 ) -> "ApiSettings":
     """Return the settings that the options name; raise UsageError for a bad one."""
-    from samf.serving.settings import ApiSettings, parse_size, read_keys
+    from samf.serving.settings import ApiSettings, read_keys
 
     if scan_folder is not None and not scan_folder.is_dir():
         raise UsageError(f"--scan-folder {scan_folder}: no such folder.")

@@ -1,11 +1,7 @@
 """Settings of the API and its limits."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-_SIZE = re.compile(r"(\d{1,12})\s*([kmg]?)i?b?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,19 +36,6 @@ class ApiSettings:
     def max_body(self) -> int:
         """Return the bytes of the largest request: a volume in base64 and some text."""
         return self.max_upload * 4 // 3 + (1 << 20)
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "500mb" or "1gb"; units are powers of 1024.
-
-    Raises:
-        ValueError: no size, or 0.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    size = 0 if match is None else int(match[1]) * _UNITS[match[2].lower()]
-    if size == 0:
-        raise ValueError(f"{text!r}: no size; expected one such as 500mb or 1gb.")
-    return size
 
 
 def read_keys(path: Path) -> frozenset[str]:

@@ -8,7 +8,7 @@ import os
 
 from samf.cli.errors import log_errors_only
 from samf.cli.reporting import load_reporter
-from samf.cli.serve import parse_size
+from samf.utils.servers import parse_size
 from samf.web.logins import VARIABLE, Logins
 from samf.web.server import RunningPage, ServeOptions
 

@@ -1,7 +1,6 @@
 """Who may log in to the page. Passwords come from a file or the environment: a command line can be seen by all users."""
 
 import hmac
-import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -65,11 +64,3 @@ class Logins:
 
     def __len__(self) -> int:
         return len(self._passwords)
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"

@@ -1,12 +1,10 @@
-"""Log-ins, sizes and addresses of `samf serve`: what would let strangers in is refused before a model is loaded."""
+"""Log-ins of `samf serve`: what would let strangers in is refused before a model is loaded."""
 
 import pytest
 from typer.testing import CliRunner
 
-from samf.cli.errors import UsageError
 from samf.cli.main import app
-from samf.cli.serve import parse_size
-from samf.web.logins import LoginError, Logins, is_loopback
+from samf.web.logins import LoginError, Logins
 
 run = CliRunner().invoke
 
@@ -23,24 +21,6 @@ def test_lines_of_another_form_are_refused_without_being_shown(text):
     with pytest.raises(LoginError, match="USER:PASSWORD") as caught:
         Logins.parse(text, "file")
     assert "secretpassword" not in str(caught.value)
-
-
-def test_loopback_addresses():
-    assert all(map(is_loopback, ("127.0.0.1", "127.8.0.1", "localhost", "::1", "[::1]")))
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "example.org", "")))
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("1gb", 10**9), ("500 MB", 500 * 10**6), ("2.5G", 2_500_000_000), ("900", 900)]
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "gb", "0", "-1gb", "1 parsec", "nan"])
-def test_other_sizes_are_refused(text):
-    with pytest.raises(UsageError, match="500mb or 2gb"):
-        parse_size(text)
 
 
 @pytest.mark.parametrize(

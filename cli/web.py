@@ -1,7 +1,6 @@
 """`samf serve`: the web page."""
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,30 +8,26 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from samf.cli.errors import UsageError, exit_with, log_errors_only
-from samf.web.logins import VARIABLE, LoginError, Logins, is_loopback
+from samf.cli.options import Device, Model, Quantize, Revision
+from samf.utils.servers import is_loopback, parse_size
+from samf.web.logins import VARIABLE, LoginError, Logins
 
 if TYPE_CHECKING:
     from samf.web.server import ServeOptions
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _EVIDENCE = ("fast", "full", "none")
 
 
-def add_serve(app: typer.Typer) -> None:
+def add_web(app: typer.Typer) -> None:
     """Add `samf serve`."""
     app.command("serve")(serve)
 
 
 def serve(
-    model: Annotated[
-        str | None,
-        typer.Option(envvar="SAMF_MODEL", help="Folder or Hub id of the model. Default: the package's demo model."),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the Hub.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")] = "auto",
-    quantize: Annotated[
-        str | None, typer.Option(help="int4 or int8: a smaller and faster language model on a CPU.")
-    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    quantize: Quantize = None,
     host: Annotated[
         str, typer.Option(help="Address to bind to; others than this machine's need --auth.")
     ] = "127.0.0.1",
@@ -56,20 +51,6 @@ def serve(
         _run(options, model, device, revision, quantize)
     except UsageError as error:
         raise exit_with(error) from error
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as "500mb" or "2 GB".
-
-    Raises:
-        UsageError: something else, or nothing.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", text.lower())
-    unit = "" if match is None else match[2] if match[2] in _UNITS else f"{match[2]}b"
-    size = 0 if match is None else int(float(match[1]) * _UNITS[unit])
-    if not size:
-        raise UsageError(f"--max-upload {text}: expected a size such as 500mb or 2gb.")
-    return size
 
 
 def _options(host: str, port: int, auth: Path | None, no_auth: bool, max_upload: str, evidence: str) -> "ServeOptions":
@@ -104,7 +85,11 @@ def _options(host: str, port: int, auth: Path | None, no_auth: bool, max_upload:
         )
     if evidence not in _EVIDENCE:
         raise UsageError(f"--evidence {evidence}: expected one of {', '.join(_EVIDENCE)}.")
-    return ServeOptions(host, port, logins, parse_size(max_upload), evidence)  # type: ignore[arg-type]
+    try:
+        size = parse_size(max_upload)
+    except ValueError as error:
+        raise UsageError(f"--max-upload {error}") from error
+    return ServeOptions(host, port, logins, size, evidence)  # type: ignore[arg-type]
 
 
 def _run(options: "ServeOptions", model: str | None, device: str, revision: str | None, quantize: str | None) -> None:

@@ -1,0 +1,28 @@
+"""What commands that serve others have in common."""
+
+import ipaddress
+import re
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?b?)")
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as "500mb" or "1.5 GB"; units are powers of 1024.
+
+    Raises:
+        ValueError: no size, or 0.
+    """
+    match = _SIZE.fullmatch(text.strip().lower())
+    size = 0 if match is None else int(float(match[1]) * _UNITS[match[2].rstrip("b")])
+    if size == 0:
+        raise ValueError(f"{text!r}: no size; expected one such as 500mb or 1gb.")
+    return size
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
