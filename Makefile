@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest -q -rs
 HALVES := test-model test-others
 
 # The public API, which mypy checks in strict mode.
-TYPECHECK_PACKAGES ?= samf.model samf.data.schema samf.reporting
+TYPECHECK_PACKAGES ?= samf.model samf.data.schema samf.reporting samf.serving samf.web
 # Whether `make lint` includes `make typecheck`; empty: no.
 LINT_TYPECHECK ?= yes
 # The repository's root is the package `samf`: a folder that holds a link of this name is where mypy finds it.
