@@ -44,7 +44,7 @@ def filed(test_data, tmp_path):
     return find
 
 
-@pytest.mark.parametrize("name", SERIES)
+@pytest.mark.parametrize("name", ["cip_ct-64_79sl", pytest.param("totalseg_abdomen_20sl_j2k", marks=pytest.mark.slow)])
 def test_objects_of_a_real_series_are_valid_and_have_its_attributes(name, filed, tmp_path):
     folder = filed(name)
     sources = [pydicom.dcmread(file, stop_before_pixels=True) for file in sorted(folder.iterdir())]
@@ -74,6 +74,7 @@ def test_objects_of_a_real_series_are_valid_and_have_its_attributes(name, filed,
             assert image.GetSize() == (sources[0].Columns, sources[0].Rows, len(sources))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cyrillic", "turkish", "japanese", "katakana"])
 def test_a_real_series_under_other_names(name, test_data, tmp_path):
     charset, person, stored = NAMES[name]
