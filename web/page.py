@@ -105,6 +105,7 @@ def _connect(page: gr.Blocks, workflow: Workflow, *parts: Any) -> None:
     shown = [status, viewer, report, findings, facts, answers, files]
     settings: dict[str, Any] = {
         "show_progress": "hidden",
+        "trigger_mode": "multiple",  # by default gradio drops what is chosen right after a stop
         "concurrency_limit": _AT_ONCE,
         "concurrency_id": "visitors",
         "api_visibility": "undocumented",

@@ -1,4 +1,4 @@
-"""Turns at the model: one visitor at a time, in the order in which they came."""
+"""Turns at the model: one visitor at a time, in the order in which they came; patient work comes last."""
 
 import threading
 import time

@@ -128,10 +128,10 @@ def test_a_real_scan_from_upload_to_downloads(page, browse, test_data, tmp_path)
         browser.execute_script("arguments[0].click()", sentences[number])
         until(browser, f"document.querySelector('[data-stage]').dataset.shown == '{number}'")
         frame, moved = browser.execute_script(
-            "const nv = samf.state.view.nv; return [nv.volumes[1].frame4D, nv.frac2mm(nv.scene.crosshairPos)]"
+            "const nv = samf.state.view.nv; return [nv.volumes[1].frame4D, Array.from(nv.frac2mm(nv.scene.crosshairPos))]"
         )
-        peak = browser.execute_script("return document.querySelector('#viewer') && samf.state.view.peaks")[number]
-        assert frame == number and all(abs(moved[str(k)] - peak[k]) < 1.0 for k in range(3))
+        peak = browser.execute_script("return samf.state.view.peaks")[number]
+        assert frame == number and all(abs(moved[k] - peak[k]) < 1.0 for k in range(3))
 
     ask(browser, "Is there a pleural effusion?")
     told = downloaded(browser, "json", ".json")

@@ -70,7 +70,9 @@ window.samf = (() => {
     const inputs = Object.fromEntries([...element.querySelectorAll('[data-input]')].map((i) => [i.dataset.input, i]));
 
     function submit(chosen) {
+      if (document.documentElement.dataset.samfBusy === 'true') return;
       state.sentence = -1;
+      mark('busy', 'true');
       mark('stage', 'busy');
       props.value = {...chosen, number: (props.value && props.value.number || 0) + 1};
       trigger('submit');
