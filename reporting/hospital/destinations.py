@@ -12,6 +12,7 @@ from samf.reporting.hospital.extra import require
 
 AUTHORIZATION = "SAMF_STOW_AUTHORIZATION"  # environment variable: value of the header, such as "Bearer …"
 _TIMEOUT = 60.0  # seconds for an answer
+_PARTLY = 202  # HTTP: not all was stored, or with a warning; the body says which
 
 
 class UnreachableError(Exception):
@@ -114,7 +115,10 @@ class StowDestination:
         api = require("dicomweb_client.api", "STOW-RS")
         given = os.environ.get(AUTHORIZATION)
         headers = {"Authorization": given} if given else None
-        self._client = api.DICOMwebClient(url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT)
+        self._client = api.DICOMwebClient(
+            url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT, callback=self._note_answer
+        )
+        self._code = 0
         self._client.set_http_retry_params(retry=False)  # the journal knows better when to try again
         self.name = f"stow:{url.rstrip('/')}"
 
@@ -141,3 +145,16 @@ class StowDestination:
         if answer.get("FailedSOPSequence"):
             reason = answer.FailedSOPSequence[0].get("FailureReason", 0)
             raise RefusedError(f"status 0x{reason:04X}")
+        if self._code == _PARTLY and not answer.get("ReferencedSOPSequence"):
+            raise RefusedError(f"HTTP {_PARTLY}, and its answer doesn't say that the file was stored")
+
+    def _note_answer(self, response: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keep an answer's code, and bring its media type to the form that dicomweb-client reads.
+
+        dicomweb-client 0.61 drops the body of "application/dicom+json; charset=utf-8", and with it what it says of files
+        that were not stored.
+        """
+        self._code = response.status_code
+        if kind := response.headers.get("Content-Type"):
+            response.headers["Content-Type"] = kind.partition(";")[0].strip().lower()
+        return response

@@ -57,8 +57,8 @@ def listening(out, *destinations, **options):
         state.service, state.port = service, port
         started.set()
 
+    plan = plan_for(out, *destinations, quiet=options.pop("quiet", 0.5))
     settings = Listening("127.0.0.1", 0, "SAMF", options.pop("min_free", 0), **options)
-    plan = plan_for(out, *destinations, quiet=0.5)
     thread = threading.Thread(target=lambda: setattr(state, "finished", listen(plan, settings, ready)))
     hook = threading.excepthook
     thread.start()
@@ -100,8 +100,8 @@ def until(condition, seconds=30.0):
 
 def test_from_images_to_a_report_at_the_far_end(tmp_path, far, caplog):
     destination = DicomDestination(far.peer, "SAMF")
-    with caplog.at_level(logging.DEBUG, "samf"), listening(tmp_path / "out", destination) as listener:
-        with associated(listener.port) as association:
+    with caplog.at_level(logging.DEBUG, "samf"), listening(tmp_path / "out", destination, quiet=4.0) as listener:
+        with associated(listener.port) as association:  # a slow machine takes longer than half a second between images
             assert association.send_c_echo().Status == 0x0000
             for number in range(3):
                 assert association.send_c_store(dataset(number)).Status == 0x0000

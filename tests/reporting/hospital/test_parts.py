@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import http.server
 import json
 import os
+import threading
 import time
 import zipfile
 
@@ -320,6 +322,77 @@ def test_an_address_with_a_password_is_refused_without_naming_it():
     with pytest.raises(ValueError, match="SAMF_STOW_AUTHORIZATION") as error:
         StowDestination("https://user:geheim@host/dicom-web")
     assert "geheim" not in str(error.value)
+
+
+STORED = {"00081199": {"vr": "SQ", "Value": [{"00081155": {"vr": "UI", "Value": ["1.2"]}}]}}
+FAILED = {"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [0xA700]}}]}}
+
+
+@pytest.mark.parametrize("media", ["application/dicom+json", "Application/dicom+json; charset=utf-8"])
+@pytest.mark.parametrize(
+    ("code", "body", "error", "words"),
+    [
+        (200, STORED, None, ""),
+        (200, None, None, ""),
+        (202, STORED, None, ""),  # with a warning
+        (202, FAILED, RefusedError, "0xA700"),
+        (202, None, RefusedError, "202"),
+        (409, FAILED, RefusedError, "409"),
+        (400, None, RefusedError, "400"),
+        (401, None, UnreachableError, "401"),
+        (503, None, UnreachableError, "503"),
+    ],
+)
+def test_answers_of_a_dicomweb_server(tmp_path, media, code, body, error, words):
+    file = tmp_path / "report.dcm"
+    file.write_bytes(image(SERIES, 0)[1])
+    with answering(code, media, body) as (address, requests):
+        destination = StowDestination(address)
+        with destination.connected([file]) as send:
+            if error is None:
+                send(file)
+            else:
+                with pytest.raises(error, match=words):
+                    send(file)
+    assert [path for path, _ in requests] == ["/dicom-web/studies"]
+    assert file.read_bytes()[128:132] in requests[0][1] and b'type="application/dicom"' not in requests[0][1]
+
+
+def test_a_dicomweb_server_that_is_gone_is_unreachable(tmp_path):
+    (tmp_path / "report.dcm").write_bytes(image(SERIES, 0)[1])
+    with answering(200, "", None) as (address, _):
+        destination = StowDestination(address)
+    with destination.connected([]) as send, pytest.raises(UnreachableError):
+        send(tmp_path / "report.dcm")
+
+
+@contextlib.contextmanager
+def answering(code, media, body):
+    """Serve one answer to every POST; yields the address and the list of what was posted."""
+    posted = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            posted.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+            content = b"" if body is None else json.dumps(body).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", media)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/dicom-web", posted
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 # --- The watched folder -----------------------------------------------------------------------------------------------
