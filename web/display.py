@@ -9,7 +9,6 @@ from PIL import Image
 
 from samf.model.ct_volume import CTVolume
 from samf.model.evidence_samf import Evidence, SliceHeat
-from samf.model.heat_map_samf import resample_heat, save_heat
 from samf.utils.files import atomic_path, atomic_write
 
 MAX_SIDE = 256  # voxels; larger volumes take minutes in software rendering
@@ -52,11 +51,24 @@ def _shrunk(plane: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def save_display(volume: CTVolume, path: Path) -> None:
     """Write the copy for the viewer as .nii.gz; its header has the geometry and nothing else."""
+    values, affine = display_volume(volume)
+    _write_nifti(values, affine, path)
+
+
+def _write_nifti(values: np.ndarray, affine: np.ndarray, path: Path, slope: float = 1.0) -> None:
+    """Write a .nii.gz file for the browser, quickly; its header has the geometry and nothing else.
+
+    Args:
+        values: as they are stored.
+        affine: (4, 4), index → RAS+ mm.
+        path: the file.
+        slope: of a stored unit.
+    """
     import nibabel
     from isal import igzip
 
-    values, affine = display_volume(volume)
     image = nibabel.Nifti1Image(values, affine)
+    image.header.set_slope_inter(slope, 0)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     image.header.set_xyzt_units("mm")
@@ -72,11 +84,12 @@ def save_overlay(evidence: Evidence, path: Path) -> None:
     maps, affine = evidence.maps(), np.array(evidence.grid_affine)
     if maps is None:
         return
-    shape = tuple(_FINER * cells for cells in maps.shape[:3])
+    frames = torch.from_numpy(np.moveaxis(maps, -1, 0))[:, None]  # (K, 1, X, Y, Z)
+    fine = torch.nn.functional.interpolate(frames, scale_factor=_FINER, mode="trilinear", align_corners=False)
+    stored = (255 * fine[:, 0]).round().to(torch.uint8).numpy()
     finer = np.diag([1 / _FINER] * 3 + [1.0])
     finer[:3, 3] = (1 / _FINER - 1) / 2
-    frames = [resample_heat(maps[..., k], affine, shape, affine @ finer) for k in range(maps.shape[3])]
-    save_heat(path, np.stack(frames, axis=-1), affine @ finer)
+    _write_nifti(np.moveaxis(stored, 0, -1), affine @ finer, path, 1 / 255)
 
 
 def save_montage(volume: CTVolume, path: Path) -> None:
@@ -125,5 +138,5 @@ def _write_png(rows: Sequence[Sequence[Image.Image]], path: Path) -> None:
         for column, tile in enumerate(tiles):
             sheet.paste(tile, (column * side, row * side))
     png = io.BytesIO()
-    sheet.save(png, format="png")
+    sheet.save(png, format="png", compress_level=1)
     atomic_write(path, png.getvalue())

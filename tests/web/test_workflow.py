@@ -28,6 +28,7 @@ def reporter():
 def flow(reporter, tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr("samf.web.uploads._PHANTOM_MM", 5.0)  # coarser than on the page: quick
     visits = Visits()
     yield Workflow(reporter, visits, 10**8, "fast")
     visits.close()
