@@ -13,6 +13,7 @@ MODEL_TESTS := tests/model tests/training/test_train.py tests/training/test_trai
 PYTEST := $(BIN)/python -m pytest -q -rs
 # Two processes, one per core; both groups take about as long. (pytest-xdist's workers don't survive tests that fork.)
 HALVES := test-model test-others
+MODEL_HALF := tests/model tests/evaluation tests/reporting tests/serving tests/web
 
 # The public API, which mypy checks in strict mode.
 TYPECHECK_PACKAGES ?= samf.model samf.data.schema samf.reporting samf.serving samf.web
@@ -50,10 +51,10 @@ else
 endif
 
 test-model: $(READY)
-	$(PYTEST) tests/model tests/evaluation
+	$(PYTEST) $(MODEL_HALF)
 
 test-others: $(READY)
-	$(PYTEST) tests --ignore tests/model --ignore tests/evaluation
+	$(PYTEST) tests $(addprefix --ignore ,$(MODEL_HALF))
 
 test-slow: $(READY)
 	$(PYTEST) tests -m slow $(TEST_OPTIONS)
