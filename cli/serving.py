@@ -71,10 +71,14 @@ def _api_settings(
     if scan_folder is not None and not scan_folder.is_dir():
         raise UsageError(f"--scan-folder {scan_folder}: no such folder.")
     try:
+        size = parse_size(max_upload)
+    except ValueError as error:
+        raise UsageError(f"--max-upload {error}") from error
+    try:
         return ApiSettings(
             model_id=_public_name(model),
             keys=frozenset() if api_key_file is None else read_keys(api_key_file),
-            max_upload=parse_size(max_upload),
+            max_upload=size,
             scan_folder=scan_folder,
             queue=queue,
             batch=batch,
