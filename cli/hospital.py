@@ -240,6 +240,8 @@ def _plan(asked: _Asked, check: Callable[[], None]) -> "Plan":
     from samf.reporting.hospital.service import Plan
 
     _check_title(asked.aet, "--aet")
+    if asked.out.exists() and not asked.out.is_dir():
+        raise UsageError(f"--out {asked.out}: found a file; expected a folder, or a name that is free.")
     formats = _formats(asked.formats)
     check_libraries(formats)
     destinations = _destinations(asked)

@@ -65,6 +65,22 @@ def test_a_command_s_own_options_are_checked_before_the_model_is_loaded(tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_folder_that_is_a_file_or_taken_is_one_line(tmp_path, monkeypatch):
+    filelock = pytest.importorskip("filelock")
+    pytest.importorskip("highdicom", reason="DICOM SR needs highdicom")
+    monkeypatch.setattr("samf.cli.hospital._load", lambda asked: pytest.fail("nothing is reported here"))
+    (tmp_path / "file").write_text("")
+    done = run(app, ["watch", str(tmp_path), "--out", str(tmp_path / "file")])
+    assert done.exit_code == 2 and "expected a folder" in done.stderr and done.stderr.count("\n") == 1
+
+    monkeypatch.setattr("samf.cli.hospital._load", lambda asked: None)
+    (watched := tmp_path / "in").mkdir()
+    (out := tmp_path / "out").mkdir()
+    with filelock.FileLock(out / ".lock"):
+        done = run(app, ["watch", str(watched), "--out", str(out)])
+    assert done.exit_code == 2 and "another samf listen or samf watch" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_inbox_counts_and_names_the_folder_that_is_none(tmp_path):
     done = run(app, ["inbox", str(tmp_path)])
     assert done.exit_code == 2 and "expected the --out folder" in done.stderr
