@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from samf.cli.errors import SOME_FAILED, UsageError, exit_with, log_errors_only, one_line
 from samf.cli.options import Device, Model, Quantize, Revision
+from samf.utils.servers import open_port
 
 if TYPE_CHECKING:
     from samf.reporting.hospital.destinations import Destination
@@ -105,12 +107,19 @@ def listen(
         max_new_tokens, keep_images,
     )  # fmt: skip
 
+    def check() -> None:
+        from samf.reporting.hospital.extra import require
+
+        for title in allow or []:
+            _check_title(title, "--allow")
+        _peers(commit_to or [], "--commit-to")
+        require("pynetdicom", "Listening for DICOM")
+        open_port(host, port).close()
+
     def run(plan: "Plan") -> bool:
         from samf.reporting.hospital.receiver import Listening
         from samf.reporting.hospital.service import listen as run_listener
 
-        for title in allow or []:
-            _check_title(title, "--allow")
         nodes = {peer.title: peer for peer in _peers(commit_to or [], "--commit-to")}
         listening = Listening(host, port, aet, int(min_free * _GB), tuple(allow or []), nodes)
 
@@ -119,7 +128,7 @@ def listen(
 
         return run_listener(plan, listening, ready)
 
-    _serve(asked, run)
+    _serve(asked, check, run)
 
 
 def watch(
@@ -143,6 +152,10 @@ def watch(
         max_new_tokens,
     )  # fmt: skip
 
+    def check() -> None:
+        if not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder; name the one that series are dropped into.")
+
     def run(plan: "Plan") -> bool:
         from samf.reporting.hospital.service import watch as run_watcher
 
@@ -151,7 +164,7 @@ def watch(
 
         return run_watcher(plan, folder, ready)
 
-    _serve(asked, run)
+    _serve(asked, check, run)
 
 
 def inbox(
@@ -177,16 +190,17 @@ def inbox(
 _LOGGER = "samf.reporting.hospital"
 
 
-def _serve(asked: _Asked, run: Any) -> None:
+def _serve(asked: _Asked, check: Callable[[], None], run: "Callable[[Plan], bool]") -> None:
     """Check the options, load the model and run until SIGTERM.
 
     Args:
-        asked: the options.
+        asked: the options that both commands have.
+        check: raises UsageError or ValueError for the command's own.
         run: takes a `Plan`; returns whether the last report was finished.
     """
     _log_own_lines()
     try:
-        finished = run(_plan(asked))
+        finished = run(_plan(asked, check))
     except (UsageError, OSError, ValueError, ImportError, RuntimeError) as error:
         raise exit_with(error) from error
     if not finished:
@@ -212,8 +226,12 @@ def _log_own_lines() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _plan(asked: _Asked) -> "Plan":
+def _plan(asked: _Asked, check: Callable[[], None]) -> "Plan":
     """Return the plan of options; the model is loaded last.
+
+    Args:
+        asked: the options that both commands have.
+        check: of the command's own options.
 
     Raises:
         UsageError: an option that can't be used.
@@ -222,9 +240,12 @@ def _plan(asked: _Asked) -> "Plan":
     from samf.reporting.hospital.service import Plan
 
     _check_title(asked.aet, "--aet")
+    if asked.out.exists() and not asked.out.is_dir():
+        raise UsageError(f"--out {asked.out}: found a file; expected a folder, or a name that is free.")
     formats = _formats(asked.formats)
     check_libraries(formats)
     destinations = _destinations(asked)
+    check()
     return Plan(
         asked.out.absolute(),
         formats,
@@ -240,7 +261,7 @@ def _formats(text: str) -> list[str]:
     from samf.cli.reporting import parse_formats
     from samf.reporting.exports import FORMATS
 
-    formats = parse_formats(text, Path())
+    formats = parse_formats(text, Path(), "--formats")
     for name in formats:
         if FORMATS[name].evidence:
             raise UsageError(
@@ -269,7 +290,10 @@ def _destinations(asked: _Asked) -> "list[Destination]":
     from samf.reporting.hospital.destinations import DicomDestination, StowDestination
 
     nodes = [DicomDestination(peer, asked.aet) for peer in dict.fromkeys(_peers(asked.send_to, "--send-to"))]
-    return [*nodes, *(StowDestination(url) for url in dict.fromkeys(asked.stow))]
+    try:
+        return [*nodes, *(StowDestination(url) for url in dict.fromkeys(asked.stow))]
+    except ValueError as error:
+        raise UsageError(f"--stow {error}") from error
 
 
 def _load(asked: _Asked) -> "ReportMaker":

@@ -9,7 +9,7 @@ import typer
 
 from samf.cli.errors import UsageError, exit_with, log_errors_only
 from samf.cli.options import Device, Model, Quantize, Revision
-from samf.utils.servers import is_loopback, parse_size
+from samf.utils.servers import is_loopback, open_port, parse_size
 
 if TYPE_CHECKING:
     from samf.serving.settings import ApiSettings
@@ -40,7 +40,7 @@ def api(
     try:
         settings = _api_settings(model, api_key_file, max_upload, scan_folder, queue, batch, cache_scans)
         try:
-            from samf.serving.server import open_port, serve
+            from samf.serving.server import serve
         except ImportError as error:
             raise UsageError(f"samf api needs {error.name}: pip install 'samf[api]'") from error
         try:
@@ -71,10 +71,14 @@ def _api_settings(
     if scan_folder is not None and not scan_folder.is_dir():
         raise UsageError(f"--scan-folder {scan_folder}: no such folder.")
     try:
+        size = parse_size(max_upload)
+    except ValueError as error:
+        raise UsageError(f"--max-upload {error}") from error
+    try:
         return ApiSettings(
             model_id=_public_name(model),
             keys=frozenset() if api_key_file is None else read_keys(api_key_file),
-            max_upload=parse_size(max_upload),
+            max_upload=size,
             scan_folder=scan_folder,
             queue=queue,
             batch=batch,

@@ -9,7 +9,7 @@ import typer
 
 from samf.cli.errors import UsageError, exit_with, log_errors_only
 from samf.cli.options import Device, Model, Quantize, Revision
-from samf.utils.servers import is_loopback, parse_size
+from samf.utils.servers import is_loopback, open_port, parse_size
 from samf.web.logins import VARIABLE, LoginError, Logins
 
 if TYPE_CHECKING:
@@ -109,6 +109,10 @@ def _run(options: "ServeOptions", model: str | None, device: str, revision: str 
 
     if find_spec("gradio") is None:
         raise UsageError("The web page needs gradio: pip install 'samf[web]'")
+    try:
+        open_port(options.host, options.port).close()  # before the model is loaded, which may take minutes
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     from samf.cli.reporting import load_reporter
     from samf.web.server import RunningPage
 

@@ -23,23 +23,6 @@ GRACE_SECONDS = 30
 _KEEP_ALIVE_SECONDS = 75
 
 
-def open_port(host: str, port: int) -> socket.socket:
-    """Return a socket that listens.
-
-    Args:
-        host: name or address of this machine.
-        port: 0 = any that is free.
-
-    Raises:
-        ValueError: the port is taken, or the host isn't this machine.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=256)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"{host}:{port}: can't listen there ({error}). Choose another --host or --port.") from error
-
-
 def serve(reporter: "SamfReportPipeline", settings: ApiSettings, listening: socket.socket) -> None:
     """Serve the API until SIGTERM or SIGINT; requests that run then have `GRACE_SECONDS` to end.
 

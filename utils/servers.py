@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+import socket
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?b?)")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -26,3 +27,20 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower() == "localhost"
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Args:
+        host: name or address of this machine.
+        port: 0 = any that is free.
+
+    Raises:
+        ValueError: the port is taken, or the host isn't this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=256)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"{host}:{port}: can't listen there ({error}). Choose another --host or --port.") from error

@@ -36,7 +36,7 @@ def _nothing() -> None:
     pass
 
 
-class BusyFolderError(Exception):
+class BusyFolderError(RuntimeError):
     """Another process works on the same folder."""
 
 

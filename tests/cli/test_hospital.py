@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,8 +32,8 @@ def as_before(monkeypatch):
     ("options", "words"),
     [
         (["--send-to", "PACS"], "--send-to PACS: expected AE@host:port"),
-        (["--stow", "ftp://host"], "ftp://host: expected the address of a DICOMweb service"),
-        (["--formats", "docx"], "no such format"),
+        (["--stow", "ftp://host"], "--stow ftp://host: expected the address of a DICOMweb service"),
+        (["--formats", "docx"], "--formats docx: no such format"),
         (["--formats", "seg"], "needs evidence"),
         (["--aet", "A" * 17], "1 to 16 ASCII characters"),
     ],
@@ -45,6 +46,39 @@ def test_options_that_can_t_be_used_are_said_before_the_model_is_loaded(options,
         done = run(app, [*command, "--out", str(tmp_path / "out"), *options])
         assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_command_s_own_options_are_checked_before_the_model_is_loaded(tmp_path, monkeypatch):
+    pytest.importorskip("pynetdicom", reason="samf listen needs the extra hospital")
+    monkeypatch.setattr("samf.cli.reporting.load_reporter", lambda *arguments: pytest.fail("loaded"))
+    out = ["--out", str(tmp_path / "out"), "--formats", "txt"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for command, words in (
+            (["listen", "--port", str(port)], f"127.0.0.1:{port}: can't listen there"),
+            (["listen", "--port", "0", "--allow", "A" * 17], "--allow AAAA"),
+            (["listen", "--port", "0", "--commit-to", "PACS"], "--commit-to PACS: expected AE@host:port"),
+            (["watch", str(tmp_path / "none")], "no such folder; name the one that series are dropped into"),
+        ):
+            done = run(app, [*command, *out])
+            assert done.exit_code == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file_or_taken_is_one_line(tmp_path, monkeypatch):
+    filelock = pytest.importorskip("filelock")
+    pytest.importorskip("highdicom", reason="DICOM SR needs highdicom")
+    monkeypatch.setattr("samf.cli.hospital._load", lambda asked: pytest.fail("nothing is reported here"))
+    (tmp_path / "file").write_text("")
+    done = run(app, ["watch", str(tmp_path), "--out", str(tmp_path / "file")])
+    assert done.exit_code == 2 and "expected a folder" in done.stderr and done.stderr.count("\n") == 1
+
+    monkeypatch.setattr("samf.cli.hospital._load", lambda asked: None)
+    (watched := tmp_path / "in").mkdir()
+    (out := tmp_path / "out").mkdir()
+    with filelock.FileLock(out / ".lock"):
+        done = run(app, ["watch", str(watched), "--out", str(out)])
+    assert done.exit_code == 2 and "another samf listen or samf watch" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_inbox_counts_and_names_the_folder_that_is_none(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from samf.utils.servers import is_loopback, parse_size
+from samf.utils.servers import is_loopback, open_port, parse_size
 
 
 def test_loopback_addresses():
@@ -21,3 +21,12 @@ def test_sizes(text, size):
 def test_other_sizes_are_refused(text):
     with pytest.raises(ValueError, match="500mb or 1gb"):
         parse_size(text)
+
+
+def test_a_port_that_is_taken_and_a_host_that_is_elsewhere_are_refused():
+    with open_port("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"127.0.0.1:{port}: can't listen there .* Choose another"):
+            open_port("127.0.0.1", port)
+    with pytest.raises(ValueError, match="can't listen there"):
+        open_port("192.0.2.1", 0)
