@@ -37,7 +37,7 @@ Stow = Annotated[
 ]
 Title = Annotated[str, typer.Option("--aet", help="Own AE title.")]
 Formats = Annotated[
-    str, typer.Option(help="Files of each report: sr, dicom-pdf and what samf report writes; by commas.")
+    str, typer.Option("--format", help="Files of each report: sr, dicom-pdf and what samf report writes; by commas.")
 ]
 Quiet = Annotated[float, typer.Option("--quiet-time", min=0.1, help="Seconds without a change that end a series.")]
 AnyRegion = Annotated[bool, typer.Option("--any-region", help="Also report on series that show no chest.")]
@@ -261,11 +261,11 @@ def _formats(text: str) -> list[str]:
     from samf.cli.reporting import parse_formats
     from samf.reporting.exports import FORMATS
 
-    formats = parse_formats(text, Path(), "--formats")
+    formats = parse_formats(text, Path())
     for name in formats:
         if FORMATS[name].evidence:
             raise UsageError(
-                f"--formats {name}: needs evidence, which is not computed here; use samf report --evidence."
+                f"--format {name}: needs evidence, which is not computed here; use samf report --evidence."
             )
     return formats
 

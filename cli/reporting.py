@@ -50,13 +50,12 @@ class Request:
     evidence: bool = False
 
 
-def parse_formats(text: str | None, out: Path | None, option: str = "--format") -> list[str]:
+def parse_formats(text: str | None, out: Path | None) -> list[str]:
     """Return the formats of a comma-separated list, or the usual ones; JSON is always among them.
 
     Args:
         text: such as "txt,pdf".
         out: the folder that they go to.
-        option: by which they were given.
 
     Raises:
         UsageError: an unknown format, or formats without a folder.
@@ -68,9 +67,9 @@ def parse_formats(text: str | None, out: Path | None, option: str = "--format") 
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in FORMATS]
     if unknown or not names:
-        raise UsageError(f"{option} {text}: no such format. There are {', '.join(FORMATS)}; several go with commas.")
+        raise UsageError(f"--format {text}: no such format. There are {', '.join(FORMATS)}; several go with commas.")
     if out is None:
-        raise UsageError(f"{option} {text}: say where the files go, by --out FOLDER.")
+        raise UsageError(f"--format {text}: say where the files go, by --out FOLDER.")
     return list(dict.fromkeys([*names, RECORD]))
 
 

@@ -33,8 +33,8 @@ def as_before(monkeypatch):
     [
         (["--send-to", "PACS"], "--send-to PACS: expected AE@host:port"),
         (["--stow", "ftp://host"], "--stow ftp://host: expected the address of a DICOMweb service"),
-        (["--formats", "docx"], "--formats docx: no such format"),
-        (["--formats", "seg"], "needs evidence"),
+        (["--format", "docx"], "--format docx: no such format"),
+        (["--format", "seg"], "needs evidence"),
         (["--aet", "A" * 17], "1 to 16 ASCII characters"),
     ],
 )
@@ -51,7 +51,7 @@ def test_options_that_can_t_be_used_are_said_before_the_model_is_loaded(options,
 def test_a_command_s_own_options_are_checked_before_the_model_is_loaded(tmp_path, monkeypatch):
     pytest.importorskip("pynetdicom", reason="samf listen needs the extra hospital")
     monkeypatch.setattr("samf.cli.reporting.load_reporter", lambda *arguments: pytest.fail("loaded"))
-    out = ["--out", str(tmp_path / "out"), "--formats", "txt"]
+    out = ["--out", str(tmp_path / "out"), "--format", "txt"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for command, words in (
