@@ -47,8 +47,10 @@ def read_keys(path: Path) -> frozenset[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the keys can't be read ({type(error).__name__}).") from error
+        raise ValueError(
+            f"--api-key-file {path}: can't be read as text ({type(error).__name__}); expected one key per line."
+        ) from error
     keys = frozenset(line for line in lines if line and not line.startswith("#"))
     if not keys:
-        raise ValueError(f"{path}: no key in it; expected one per line.")
+        raise ValueError(f"--api-key-file {path}: no key in it; expected one per line.")
     return keys
