@@ -11,7 +11,7 @@ it is not (the language model). The planes' heat then meets in one 3-D map.
 The gradient is the mean over a path that begins at a scan of mean slices: a sentence that is certain has none of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,10 +113,19 @@ class Explainer:
         model: a `SamfForConditionalGeneration`.
         processor: its `SamfProcessor`.
         options: cost and fineness.
+        before_pass: called before each pass of the slice encoder or the language model, of which there are hundreds; what
+            it raises ends the search, as someone who no longer waits for the evidence wants.
     """
 
-    def __init__(self, model: Any, processor: Any, options: EvidenceOptions = EvidenceOptions()):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        options: EvidenceOptions = EvidenceOptions(),
+        before_pass: Callable[[], object] | None = None,
+    ):
         self.model, self.processor, self.options = model, processor, options
+        self.before_pass = before_pass or (lambda: None)
 
     def explain(self, images: ScanImages, features: Mapping[str, np.ndarray], answer: str, question: str) -> Evidence:
         """Return the evidence of an answer's sentences.
@@ -131,7 +140,7 @@ class Explainer:
             ValueError: the answer has no text, or the language model has no backward pass.
         """
         tokens = tokenize_answer(self.processor, features, answer, question)
-        likelihood = SentenceLikelihood(self.model, tokens, features, self.options.rows)
+        likelihood = SentenceLikelihood(self.model, tokens, features, self.options.rows, self.before_pass)
         slices = torch.as_tensor(features["slice_embeddings"]).to(self.model.device)
         whole, weights = likelihood.with_weights(slices)
         mean = slices.mean(dim=0, keepdim=True).expand_as(slices)
@@ -167,6 +176,7 @@ class Explainer:
         """Return the slice encoder as a function of uint8 images (N, C, H, W)."""
 
         def encode(images: torch.Tensor) -> torch.Tensor:
+            self.before_pass()
             pixels = self.processor.image_processor.normalize_(images.to(self.model.device, torch.float32))
             with torch.inference_mode():
                 return self.model.model.encode_slices(pixels[None]).last_hidden_state[0].float()

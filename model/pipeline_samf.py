@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -151,13 +151,20 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         single = question is None or isinstance(question, str)
         return outcome[0] if single and isinstance(outcome, list) else outcome
 
-    def explain(self, report: Report, scan: Any, mode: EvidenceMode = "full") -> Report:
+    def explain(
+        self,
+        report: Report,
+        scan: Any,
+        mode: EvidenceMode = "full",
+        before_pass: Callable[[], object] | None = None,
+    ) -> Report:
         """Return a report, or an answer, with what of the scan each of its sentences rests on.
 
         Args:
             report: of the scan; its text need not be the model's own.
             scan: as in `__call__`; or encoded with `keep_images=True`, so that it is not read again.
             mode: "full" finds slices by occlusion, "fast" by gradient.
+            before_pass: as in `Explainer`; what it raises ends the search.
 
         Raises:
             CTReadError: the scan can't be read.
@@ -170,7 +177,7 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
             )
         if not report.sentences:
             return report
-        explain = Explainer(self.model, self.processor, EvidenceOptions(mode=mode)).explain
+        explain = Explainer(self.model, self.processor, EvidenceOptions(mode=mode), before_pass).explain
         found = explain(encoded.images, encoded.features, report.text, report.question)
         return dataclasses.replace(report, evidence=found)
 

@@ -1,7 +1,7 @@
 """Log-likelihood of the sentences of an answer, as a function of the slices that the model is given."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +79,19 @@ class SentenceLikelihood:
         answer: prompt and answer.
         features: `slice_planes` and `slice_positions` (S,) of the volume, as arrays or tensors.
         batch_size: rows of one forward pass.
+        before_pass: called before each forward and each backward pass.
     """
 
-    def __init__(self, model: Any, answer: AnswerTokens, features: Mapping[str, Any], batch_size: int = 4):
+    def __init__(
+        self,
+        model: Any,
+        answer: AnswerTokens,
+        features: Mapping[str, Any],
+        batch_size: int = 4,
+        before_pass: Callable[[], object] | None = None,
+    ):
         self.model, self.answer, self.batch_size = model, answer, batch_size
+        self.before_pass = before_pass or (lambda: None)
         self.config = model.config
         self.volume = {name: torch.as_tensor(features[name]).to(model.device) for name in _VOLUME_TENSORS}
         self.slots = (answer.input_ids == self.config.image_token_id).nonzero()[:, 0]  # (I,), the placeholders
@@ -137,7 +146,7 @@ class SentenceLikelihood:
         """Return the gradients (K, S, D) at one point."""
         try:
             scores = self._run(leaf[None], self._all(leaf))[0][0]
-            return torch.stack([torch.autograd.grad(score, leaf, retain_graph=True)[0] for score in scores])
+            return torch.stack([self._backward(score, leaf) for score in scores])
         except RuntimeError as error:  # torch's "derivative for … is not implemented", "does not require grad"
             if not any(word in str(error) for word in ("derivative", "not implemented", "does not require grad")):
                 raise
@@ -145,6 +154,11 @@ class SentenceLikelihood:
                 "The language model has no backward pass, which evidence needs (quantised kernels?): load the model "
                 f"without quantisation. ({error})"
             ) from error
+
+    def _backward(self, score: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+        """Return the gradient (S, D) of one log-likelihood."""
+        self.before_pass()
+        return torch.autograd.grad(score, leaf, retain_graph=True)[0]
 
     @staticmethod
     def _all(slices: torch.Tensor) -> torch.Tensor:
@@ -160,6 +174,7 @@ class SentenceLikelihood:
             keep: (B, S) bool.
             weights: return the weights.
         """
+        self.before_pass()
         rows = len(keep)
         ids, prompt_mask, removed = self._rows(keep)
         columns = torch.cat([positions[None] - removed[:, None] for positions in self.answer.tokens], dim=1) - 1

@@ -70,7 +70,7 @@ class Engine:
     def check_room(self) -> None:
         """Raise ApiError: 429 where the queue is full, 503 where the service is closing or its thread has ended."""
         if self._closing or not self._thread.is_alive():
-            raise ApiError(503, "The service is shutting down.", "shutting_down")
+            raise _shutting_down()
         if len(self._waiting) >= self._settings.queue:
             raise ApiError(429, f"{len(self._waiting)} requests are waiting; try again.", "queue_full", None, 2)
 
@@ -93,7 +93,7 @@ class Engine:
             self._waiting.clear()
             self._changed.notify()
         for job in waiting:
-            job.send(Failed(ApiError(503, "The service is shutting down.", "shutting_down")))
+            job.send(Failed(_shutting_down()))
         self._thread.join()
 
     # --- In the engine's thread ---------------------------------------------------------------------------------------
@@ -159,6 +159,13 @@ class Engine:
         job.send(Started())
         return scan, was_kept
 
+    def _check_wanted(self, job: Job) -> None:
+        """Raise ApiError where nobody waits for a job any more."""
+        if job.cancelled:
+            raise ApiError(499, "The client is gone.", "cancelled")
+        if self._closing:
+            raise _shutting_down()
+
     def _limit(self, job: Job) -> int:
         own = self._reporter.model.generation_config.max_new_tokens or _MODEL_LIMIT
         return own if job.max_tokens is None else job.max_tokens
@@ -218,7 +225,7 @@ class Engine:
     def _private(self, job: Job, scan: "EncodedScan", report: "Report", row: Row) -> "Report":
         """Return a report, with its evidence if that is wanted, that names no folder of this machine."""
         if job.evidence is not None:
-            report = self._reporter.explain(report, scan, job.evidence)
+            report = self._reporter.explain(report, scan, job.evidence, lambda: self._check_wanted(job))
         made = dataclasses.replace(report.provenance, model=self._settings.model_id)
         # The row was ended by its own limit, after which it has padding only.
         return dataclasses.replace(report, provenance=made, truncated=row.end == "length")
@@ -230,6 +237,10 @@ class Engine:
             if told.status >= 500:
                 logger.error("a request failed: %s", type(error).__name__)
             job.send(Failed(told))
+
+
+def _shutting_down() -> ApiError:
+    return ApiError(503, "The service is shutting down.", "shutting_down")
 
 
 def _told(error: Exception, job: Job) -> ApiError:

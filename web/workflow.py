@@ -59,11 +59,20 @@ Updates = Iterator[Update]
 _CLEARED = Update(viewer={}, report="", findings="", facts="", answers="", files=False)
 
 
+class _StoppedError(Exception):
+    """The visitor has stopped the work, or gone."""
+
+
 class _Stop(StoppingCriteria):
-    """Ends a generation at its next token once `asked` is set."""
+    """Ends a generation at its next token, or a search for evidence at its next pass, once `asked` is set."""
 
     def __init__(self) -> None:
         self.asked = False
+
+    def check(self) -> None:
+        """Raise _StoppedError if it was asked for."""
+        if self.asked:
+            raise _StoppedError
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> Any:
         return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)
@@ -279,12 +288,12 @@ class Workflow:
 
     def _explain(self, ticket: Ticket, study: Study) -> Updates:
         """Find what each sentence rests on, and show it."""
-        report, encoded, mode = study.report, study.encoded, self.evidence
+        report, encoded, mode, stop = study.report, study.encoded, self.evidence, _Stop()
         if report is None or encoded is None or mode == "none":
             return
 
         def explain() -> Report:
-            explained = self.reporter.explain(report, encoded, mode)
+            explained = self.reporter.explain(report, encoded, mode, stop.check)
             if explained.evidence is not None and not study.ended:
                 save_overlay(explained.evidence, study.folder / "heat.nii.gz")
                 for number, sentence in enumerate(explained.evidence.sentences):
@@ -293,9 +302,12 @@ class Workflow:
             return explained
 
         job = ticket.start(explain)
-        for seconds in progress_of(job, _INTERVAL):
-            note = f"Finding what each sentence rests on … {seconds:.0f} s"
-            yield Update(status=markup.steps_html("evidence", note))
+        try:
+            for seconds in progress_of(job, _INTERVAL):
+                note = f"Finding what each sentence rests on … {seconds:.0f} s"
+                yield Update(status=markup.steps_html("evidence", note))
+        finally:
+            stop.asked = True
         study.report = job.result()
         yield Update(viewer=self._viewer(study), report=markup.report_html(study.report, explained=True))
 

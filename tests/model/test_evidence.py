@@ -292,6 +292,29 @@ def test_each_sentence_has_its_evidence(explained):
         Explainer(reporter.model, reporter.processor, EvidenceOptions(mode="quick"))
 
 
+class _GoneError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("mode", ["fast", "full"])
+def test_a_search_ends_at_the_pass_at_which_its_caller_has_gone(mode, spot, explained):
+    reporter, report = explained
+    scan, passes, weight = reporter.encode(spot[0], keep_images=True), [], next(reporter.model.parameters())
+    reporter.explain(report, scan, mode, lambda: passes.append(None))
+    for last in (1, len(passes) // 2, len(passes)):  # in the language model's passes, forward and backward; in the encoder's
+        seen = []
+
+        def leave(seen=seen, last=last):
+            seen.append(None)
+            if len(seen) == last:
+                raise _GoneError
+
+        with pytest.raises(_GoneError):
+            reporter.explain(report, scan, mode, leave)
+        assert len(seen) == last and weight.requires_grad
+    assert len(passes) > 4 * (1 + len(report.sentences))  # each of the path's steps, and more
+
+
 @pytest.mark.parametrize(("bits", "tolerance"), [(None, 1e-3), (4, 0.1)])
 def test_generation_and_evidence_agree_on_a_sentences_tokens(bits, tolerance, tmp_path):
     """The likelihood of the tokens as they were written is that of a forward pass; also with quantised weights."""

@@ -13,7 +13,9 @@ pytest.importorskip("fastapi", reason="samf api needs the extra `api`")
 
 from samf.serving.app import create_app
 from samf.serving.engine import Engine
+from samf.serving.jobs import Failed, Job
 from samf.serving.settings import ApiSettings
+from samf.serving.uploads import ScanFile, Spool
 
 
 class Held:
@@ -168,10 +170,33 @@ def test_a_client_that_leaves_ends_its_answer(reporter, temporary, scans):
     assert all(sum(sentence.tokens for sentence in report.sentences) < 700 for report in made)
 
 
-def test_what_waits_when_the_service_ends_is_told_so(slow, reporter, temporary, scans):
-    from samf.serving.jobs import Failed, Job
-    from samf.serving.uploads import ScanFile
+@pytest.mark.parametrize("leaves", ["client", "service"])
+def test_evidence_that_nobody_waits_for_is_given_up(leaves, reporter, temporary, scans):
+    class Searching(Held):
+        begun = threading.Event()
 
+        def explain(self, report, scan, mode, before_pass):
+            self.begun.set()
+            end = time.monotonic() + 60
+            while time.monotonic() < end:
+                before_pass()
+
+    searching, told = Searching(reporter), []
+    searching.go.set()
+    searching.begun.clear()
+    engine = Engine(searching, ApiSettings())
+    job = Job(QUESTION, ScanFile("key", scans / "ill.nii.gz", "upload"), told.append, max_tokens=2, report=True)
+    job.evidence = "fast"
+    engine.submit(job)
+    assert searching.begun.wait(60)
+    if leaves == "client":
+        job.cancelled = True
+        wait_until(lambda: not engine.running)
+    engine.close()
+    assert told[-1].error.code == {"client": "cancelled", "service": "shutting_down"}[leaves]
+
+
+def test_what_waits_when_the_service_ends_is_told_so(slow, reporter, temporary, scans):
     engine = Engine(slow, ApiSettings(batch=1))
     told, scan = [], ScanFile("key", scans / "ill.nii.gz", "upload")
     jobs = [Job(QUESTION, scan, told.append, max_tokens=2) for _ in range(3)]
@@ -189,8 +214,6 @@ def test_what_waits_when_the_service_ends_is_told_so(slow, reporter, temporary, 
 
 
 def test_abandoned_uploads_of_a_killed_process_go_and_those_of_others_stay(temporary):
-    from samf.serving.uploads import Spool
-
     killed = temporary / "samf-api-killed"
     (killed / "upload").mkdir(parents=True)
     (killed / "lock").touch()

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 import zipfile
 
 import nibabel
@@ -127,6 +129,27 @@ def test_a_visitor_who_goes_gives_the_turn_back_and_leaves_nothing(flow):
     assert "Done in" in page["status"]
     flow.leave("b")
     assert list(flow.visits.studies.iterdir()) == []
+
+
+def test_evidence_is_given_up_when_the_visitor_goes(flow, monkeypatch):
+    ended = threading.Event()
+
+    def search(report, encoded, mode, before_pass):
+        try:
+            for _ in range(6000):
+                before_pass()
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(flow.reporter, "explain", search)
+    updates = flow.report("a", {"phantom": "normal"})
+    for update in updates:
+        if update.status and "rests on …" in update.status:
+            break
+    assert not ended.is_set()
+    updates.close()
+    assert ended.wait(5)
 
 
 def test_what_nobody_expected_is_a_sentence_without_the_error_s_words(flow, monkeypatch, caplog):
