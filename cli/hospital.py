@@ -237,7 +237,7 @@ def _plan(asked: _Asked, check: Callable[[], None]) -> "Plan":
         UsageError: an option that can't be used.
     """
     from samf.reporting.exports import check_libraries, export
-    from samf.reporting.hospital.service import Plan
+    from samf.reporting.hospital.service import Plan, locked
 
     _check_title(asked.aet, "--aet")
     if asked.out.exists() and not asked.out.is_dir():
@@ -246,6 +246,10 @@ def _plan(asked: _Asked, check: Callable[[], None]) -> "Plan":
     check_libraries(formats)
     destinations = _destinations(asked)
     check()
+    with locked(
+        asked.out.absolute()
+    ):  # the model takes long to load; that another process has the folder is said before
+        pass
     return Plan(
         asked.out.absolute(),
         formats,

@@ -9,6 +9,7 @@ import typer
 
 from samf.cli.errors import UsageError, exit_with, log_errors_only
 from samf.cli.options import Device, Model, Quantize, Revision
+from samf.utils.packaged import DEMO_MODEL
 from samf.utils.servers import is_loopback, open_port, parse_size
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def _api_settings(
     cache_scans: int,
 ) -> "ApiSettings":
     """Return the settings that the options name; raise UsageError for a bad one."""
+    from samf.model.model_card import public_name
     from samf.serving.settings import ApiSettings, read_keys
 
     if scan_folder is not None and not scan_folder.is_dir():
@@ -76,7 +78,7 @@ def _api_settings(
         raise UsageError(f"--max-upload {error}") from error
     try:
         return ApiSettings(
-            model_id=_public_name(model),
+            model_id=public_name(str(model or DEMO_MODEL)),
             keys=frozenset() if api_key_file is None else read_keys(api_key_file),
             max_upload=size,
             scan_folder=scan_folder,
@@ -86,13 +88,6 @@ def _api_settings(
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _public_name(model: str | None) -> str:
-    """Return a Hub id as it is, and of a folder its name only."""
-    if model is None:
-        return "samf-demo"
-    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def challenge(

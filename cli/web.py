@@ -105,22 +105,18 @@ def _run(options: "ServeOptions", model: str | None, device: str, revision: str 
     Raises:
         UsageError: the model can't be loaded, gradio is missing, or the port is taken.
     """
-    from importlib.util import find_spec
+    from samf.web.server import RunningPage, require_gradio
 
-    if find_spec("gradio") is None:
-        raise UsageError("The web page needs gradio: pip install 'samf[web]'")
     try:
+        require_gradio()
         open_port(options.host, options.port).close()  # before the model is loaded, which may take minutes
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise UsageError(str(error)) from error
     from samf.cli.reporting import load_reporter
-    from samf.web.server import RunningPage
 
     reporter = load_reporter(model, device, revision, quantize)
     try:
         page = RunningPage(reporter, options)
-    except ImportError as error:
-        raise UsageError(str(error)) from error
     except OSError as error:
         raise UsageError(
             f"Port {options.port} of {options.host} can't be used: {error} Choose another --port."

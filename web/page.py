@@ -72,20 +72,7 @@ def make_page(workflow: Workflow, model: str) -> gr.Blocks:
             with gr.Column(scale=5, min_width=320, elem_id="right"):
                 report = _fragment("report", "", "Report")
                 findings = _fragment("findings", "", "Findings", "probability by the model's findings head")
-                with gr.Column(elem_id="ask"):
-                    gr.HTML(html_template="<h2>Ask</h2>", apply_default_css=False)
-                    answers = _fragment("answers", 'aria-live="polite"')
-                    with gr.Row():
-                        question = gr.Textbox(
-                            label="Question about this scan",
-                            show_label=False,
-                            placeholder=_EXAMPLES[0],
-                            max_length=MAX_QUESTION,
-                            elem_id="question",
-                            html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
-                            scale=5,
-                        )
-                        ask = gr.Button("Ask", elem_id="ask-button", scale=1, min_width=80)
+                question, ask, answers = _ask_part()
                 files = gr.HTML(
                     value={},
                     apply_default_css=False,
@@ -97,6 +84,25 @@ def make_page(workflow: Workflow, model: str) -> gr.Blocks:
         _connect(page, workflow, intake, status, stop, viewer, report, findings, facts, question, ask, answers, files)
     page.queue(max_size=_WAITING)
     return page
+
+
+def _ask_part() -> tuple[gr.Textbox, gr.Button, gr.HTML]:
+    """Return the box for a question, its button and the place of the answers."""
+    with gr.Column(elem_id="ask"):
+        gr.HTML(html_template="<h2>Ask</h2>", apply_default_css=False)
+        answers = _fragment("answers", 'aria-live="polite"')
+        with gr.Row():
+            question = gr.Textbox(
+                label="Question about this scan",
+                show_label=False,
+                placeholder=_EXAMPLES[0],
+                max_length=MAX_QUESTION,
+                elem_id="question",
+                html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
+                scale=5,
+            )
+            ask = gr.Button("Ask", elem_id="ask-button", scale=1, min_width=80)
+    return question, ask, answers
 
 
 def _connect(page: gr.Blocks, workflow: Workflow, *parts: Any) -> None:

@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from samf.web.logins import Logins
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from samf.web.workflow import EvidenceChoice
 
 _THREADS = 64  # of all visitors; each is used for moments only
-_ADVICE = "The web page needs gradio: pip install 'samf[web]'"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,12 @@ class ServeOptions:
     logins: Logins | None = None
     max_bytes: int = 1_000_000_000
     evidence: "EvidenceChoice" = "fast"
+
+
+def require_gradio() -> None:
+    """Raise ImportError, which says how to install it, if gradio is missing; importing it takes seconds."""
+    if find_spec("gradio") is None:
+        raise ImportError("The web page needs gradio: pip install 'samf[web]'")
 
 
 class RunningPage:
@@ -62,11 +68,10 @@ class RunningPage:
         # Both are read when gradio is imported.
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = str(self.visits.uploads)
-        try:
-            import gradio as gr
-            from starlette.middleware import Middleware
-        except ImportError as error:
-            raise ImportError(_ADVICE) from error
+        require_gradio()
+        import gradio as gr
+        from starlette.middleware import Middleware
+
         from samf.model.model_card import public_name
         from samf.web import page as layout
         from samf.web.guard import Guard

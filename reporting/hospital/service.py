@@ -154,7 +154,7 @@ class Service:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Lock a folder against other processes until the block ends or this process does.
 
     Raises:
@@ -217,7 +217,7 @@ def listen(
         OSError: the port can't be opened, or the folder can't be written.
         MissingLibraryError: pynetdicom isn't installed.
     """
-    with _locked(plan.out), contextlib.closing(Journal(plan.out)) as journal:
+    with locked(plan.out), contextlib.closing(Journal(plan.out)) as journal:
         threading.excepthook = _report_thread_errors
         store = ImageStore(plan.out)
         service = Service(plan, store, journal)
@@ -247,7 +247,7 @@ def watch(plan: Plan, folder: Path, ready: Callable[[Service], None] = lambda se
     """
     if plan.out.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{plan.out} is in {folder}, so reports would be taken for series; choose another --out.")
-    with _locked(plan.out), contextlib.closing(Journal(plan.out)) as journal:
+    with locked(plan.out), contextlib.closing(Journal(plan.out)) as journal:
         threading.excepthook = _report_thread_errors
         inbox = FolderInbox(folder, plan.out / "unpacked")
         service = Service(plan, inbox, journal)

@@ -12,7 +12,6 @@ import nibabel
 import numpy as np
 import pytest
 from hub_stand_in import HubStandIn
-from tiny import model_for, tiny_processor
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner
 
@@ -38,14 +37,6 @@ def levels_of_loggers():
     for name, level in before.items():
         logging.getLogger(name).setLevel(level)
     transformers_logging.enable_progress_bar()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    folder, processor = tmp_path_factory.mktemp("model"), tiny_processor()
-    model_for(processor, finding_names=["Emphysema"]).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import nibabel
 import numpy as np
 import pytest
 from dicom_reports import hospital_series
-from tiny import model_for, tiny_processor
 from typer.testing import CliRunner
 
 from samf.cli import reporting
@@ -15,14 +14,6 @@ from samf.cli.main import app
 pydicom = pytest.importorskip("pydicom")
 pytest.importorskip("highdicom", reason="the extra hospital is not installed")
 run = CliRunner().invoke
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    folder, processor = tmp_path_factory.mktemp("model"), tiny_processor()
-    model_for(processor, finding_names=["Emphysema"]).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

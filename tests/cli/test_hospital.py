@@ -73,7 +73,6 @@ def test_an_output_folder_that_is_a_file_or_taken_is_one_line(tmp_path, monkeypa
     done = run(app, ["watch", str(tmp_path), "--out", str(tmp_path / "file")])
     assert done.exit_code == 2 and "expected a folder" in done.stderr and done.stderr.count("\n") == 1
 
-    monkeypatch.setattr("samf.cli.hospital._load", lambda asked: None)
     (watched := tmp_path / "in").mkdir()
     (out := tmp_path / "out").mkdir()
     with filelock.FileLock(out / ".lock"):

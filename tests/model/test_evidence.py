@@ -301,7 +301,11 @@ def test_a_search_ends_at_the_pass_at_which_its_caller_has_gone(mode, spot, expl
     reporter, report = explained
     scan, passes, weight = reporter.encode(spot[0], keep_images=True), [], next(reporter.model.parameters())
     reporter.explain(report, scan, mode, lambda: passes.append(None))
-    for last in (1, len(passes) // 2, len(passes)):  # in the language model's passes, forward and backward; in the encoder's
+    for last in (
+        1,
+        len(passes) // 2,
+        len(passes),
+    ):  # in the language model's passes, forward and backward; in the encoder's
         seen = []
 
         def leave(seen=seen, last=last):

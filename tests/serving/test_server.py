@@ -90,14 +90,14 @@ def test_the_openai_client_works_as_it_is(start, scans, reporter):
     data = volume_block(scans / "ill.nii.gz")["volume"]["data"]
     scan = {"type": "file", "file": {"filename": "scan", "file_data": f"data:application/octet-stream;base64,{data}"}}
     talk = [{"role": "user", "content": [scan]}]
-    whole = client.chat.completions.create(model="samf-demo", messages=talk)
+    whole = client.chat.completions.create(model="demo_model", messages=talk)
     assert whole.choices[0].message.content == reporter(scans / "ill.nii.gz", do_sample=False).text
-    pieces = client.chat.completions.create(model="samf-demo", messages=talk, stream=True)
+    pieces = client.chat.completions.create(model="demo_model", messages=talk, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces) == whole.choices[0].message.content
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-5", messages=talk)
     with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model="samf-demo", messages=[{"role": "user", "content": QUESTION}])
+        client.chat.completions.create(model="demo_model", messages=[{"role": "user", "content": QUESTION}])
 
 
 def odd_value(draw: random.Random):
@@ -192,7 +192,7 @@ def raw_request(draw: random.Random, port: int) -> None:
 def test_700_malformed_requests(start, scans, tmp_path):
     server, draw = start("--max-upload", "2mb"), random.Random(0)
     scan = (scans / "ill.nii.gz").read_bytes()
-    good = asked(encoded(scan), QUESTION, max_tokens=2, model="samf-demo", samf={"report": True})
+    good = asked(encoded(scan), QUESTION, max_tokens=2, model="demo_model", samf={"report": True})
     before = {path: path.read_bytes() for path in scans.parent.rglob("*") if path.is_file()}
     statuses: Counter[int] = Counter()
     for number in range(700):
