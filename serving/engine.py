@@ -13,7 +13,6 @@ from transformers import StoppingCriteriaList
 from samf.model.ct_common import CTReadError
 from samf.serving.errors import ApiError, internal_error
 from samf.serving.jobs import Answer, Done, Failed, Job, Piece, Started
-from samf.serving.private_paths import without_paths
 from samf.serving.rows import Row, RowWatcher
 from samf.serving.scan_cache import ScanCache
 from samf.serving.settings import ApiSettings
@@ -149,7 +148,7 @@ class Engine:
             was_kept = scan is not None
             if scan is None:
                 read = self._reporter.encode(job.scan.path, require_chest=not job.any_region, keep_images=images)
-                warnings = tuple(without_paths(text, job.scan) for text in read.warnings)
+                warnings = tuple(job.scan.without_paths(text) for text in read.warnings)
                 scan = dataclasses.replace(read, source=job.scan.label, warnings=warnings)
                 self.cache.put(key, scan)
             self._check_length(job, scan)
@@ -248,7 +247,7 @@ def _told(error: Exception, job: Job) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, CTReadError):
-        return ApiError(400, without_paths(str(error), job.scan), "bad_volume", "messages")
+        return ApiError(400, job.scan.without_paths(str(error)), "bad_volume", "messages")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return ApiError(503, "Not enough memory for this request now; try again later.", "out_of_memory", None, 10)
     if isinstance(error, ValueError):  # of the prompt or of evidence; its text may hold the server's paths

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samf.serving.errors import ApiError
+from samf.utils.private_paths import without_paths
 
 _PREFIX = "samf-api-"
 _LOCK = "lock"
@@ -34,6 +35,12 @@ class ScanFile:
     key: str
     path: Path
     label: str
+
+    def without_paths(self, message: str) -> str:
+        """Return a message in which the scan has its label, and temporary files have no name."""
+        temporary = Path(tempfile.gettempdir())
+        places = (temporary.resolve(), temporary, self.path.parent)
+        return without_paths(message, {self.path: self.label, **dict.fromkeys(places, "the volume")})
 
 
 class Spool:

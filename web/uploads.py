@@ -13,6 +13,7 @@ from pathlib import Path
 from samf.model.ct_common import CTReadError
 from samf.model.ct_zip import unpack_zip
 from samf.phantoms.single import write_phantom
+from samf.utils.private_paths import without_paths
 
 MAX_FILES = 5000
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
@@ -162,7 +163,5 @@ def plain_words(error: object, root: Path) -> str:
     """
     words = " ".join(str(error).split())
     words = " ".join(part for part in _SENTENCES.split(words) if not _PROGRAMMERS.search(part)) or words
-    path = rf"{re.escape(str(root))}/\S*?"
-    words = re.sub(rf"^{path}(?=:(\s|$))", "This scan", words)
-    words = re.sub(rf"{path}(?=[:,;)'\"\s]|\.(?:\s|$)|$)", "the scan", words)
+    words = re.sub(r"^the scan(?=:(\s|$))", "This scan", without_paths(words, {root: "the scan"}))
     return words[:1].upper() + words[1:] if isinstance(error, (CTReadError, UploadError)) else words
