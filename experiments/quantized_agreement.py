@@ -92,7 +92,7 @@ def count_choices(
         reporter: the float32 model's pipeline.
         scan: the scan.
     """
-    inputs = reporter._prompts([(reporter.encode(scan), REPORT_QUESTION)])
+    inputs = reporter.prompts([(reporter.encode(scan), REPORT_QUESTION)])
     start = inputs["input_ids"].shape[1]
     report = reporter.model.generate(**inputs, do_sample=False)[0, start:]
     same = {}

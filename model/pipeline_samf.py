@@ -237,7 +237,7 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         """
         if generate_kwargs.get("num_return_sequences", 1) != 1:
             raise ValueError("num_return_sequences: a report is one sequence; call the pipeline once for each sample.")
-        inputs = self._prompts(jobs)
+        inputs = self.prompts(jobs)
         asked = {**generate_kwargs, "return_dict_in_generate": True, "output_logits": True}
         with torch.inference_mode():
             output = self.model.generate(**inputs, **asked)
@@ -266,7 +266,7 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         Raises:
             CTReadError: the scan can't be read. Whatever `generate` raises is raised here too.
         """
-        inputs = self._prompts([(self.encode(scan), question or REPORT_QUESTION)])
+        inputs = self.prompts([(self.encode(scan), question or REPORT_QUESTION)])
         streamer = TextIteratorStreamer(
             self.processor.tokenizer, skip_prompt=True, timeout=timeout, skip_special_tokens=True
         )
@@ -320,7 +320,7 @@ class SamfReportPipeline(FindingsMixin, Pipeline):
         except (OSError, TypeError, ValueError) as error:  # CTReadError is a ValueError
             return Failure(describe_source(scan), str(error))
 
-    def _prompts(self, jobs: Sequence[tuple[EncodedScan, str]]) -> dict[str, torch.Tensor]:
+    def prompts(self, jobs: Sequence[tuple[EncodedScan, str]]) -> dict[str, torch.Tensor]:
         """Return the model's inputs for pairs of a scan and a question, padded on the left."""
         conversations = [
             [
