@@ -71,6 +71,7 @@ _LIBRARIES = (
     "nltk",
     "sacrebleu",
     "rouge-score",
+    "rapidfuzz",
     "bert-score",
     "transformers",
     "torch",

@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 # At most four digits before the point and three after it; not the end of a longer number, of a date or of a word (T12).
 _NUMBER = r"(?<![\w.,/])(?:\d{1,4}(?:[.,]\d{1,3})?|[.,]\d{1,3})(?![\d/]|[.,]\d)"
@@ -45,7 +46,7 @@ class Length:
 
 def find_lengths(text: str) -> Iterator[Length]:
     """Yield every length in a text of plain characters (× and dashes are accepted), in order."""
-    plain = text.translate(_PLAIN)
+    plain = text if text.isascii() else text.translate(_PLAIN)
     for match in _LENGTHS.finditer(plain):
         factor = 10 if match["unit"][0] in "cC" else 1
         values = [*_VALUE.finditer(plain, match.start("numbers"), match.end("numbers"))]
@@ -56,7 +57,13 @@ def find_lengths(text: str) -> Iterator[Length]:
 
 def read_sizes(report: str) -> Counter[float]:
     """Read every length that a report states, in mm to a tenth: "a 4 x 5.5 cm mass" → 40 and 55."""
-    return Counter(length.mm for length in find_lengths(unicodedata.normalize("NFKC", report)))
+    return Counter(_sizes(report))
+
+
+@lru_cache(maxsize=1 << 14)  # references repeat with every baseline
+def _sizes(report: str) -> tuple[float, ...]:
+    plain = report if report.isascii() else unicodedata.normalize("NFKC", report)
+    return tuple(length.mm for length in find_lengths(plain))
 
 
 def _is_length(text: str, value: re.Match[str], *, is_last: bool) -> bool:
