@@ -33,7 +33,7 @@ class Expression:
     def _may_match(self, text: str) -> bool:
         if self.literals is None:
             return True
-        for literal in self.literals:  # a loop is three times as fast as any()
+        for literal in self.literals:  # noqa: SIM110  # three times as fast as any()
             if literal in text:
                 return True
         return False

@@ -112,6 +112,7 @@ def _possible_terms(clause: str) -> list[int]:
     named = [numbers for literal, numbers in _LITERALS if literal in clause]
     return sorted({*_WITHOUT_LITERALS, *chain.from_iterable(named)}) if named else _WITHOUT_LITERALS
 
+
 # --- Mentions ---------------------------------------------------------------------------------------------------
 
 

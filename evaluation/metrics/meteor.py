@@ -79,7 +79,9 @@ _Matches = tuple[np.ndarray, np.ndarray, np.ndarray]
 def _words_of(tokens: Tokens, rows: np.ndarray) -> _Words:
     lengths = tokens.lengths[rows]
     index = ragged(tokens.offsets[rows], lengths)
-    return _Words(np.repeat(np.arange(len(rows)), lengths), ragged(np.zeros_like(lengths), lengths), tokens.numbers[index])
+    return _Words(
+        np.repeat(np.arange(len(rows)), lengths), ragged(np.zeros_like(lengths), lengths), tokens.numbers[index]
+    )
 
 
 def _match(words: _Words, targets: _Words) -> tuple[_Matches, _Words, _Words]:

@@ -9,7 +9,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 # At most four digits before the point and three after it; not the end of a longer number, of a date or of a word (T12).
 _NUMBER = r"(?<![\w.,/])(?:\d{1,4}(?:[.,]\d{1,3})?|[.,]\d{1,3})(?![\d/]|[.,]\d)"
@@ -57,13 +56,8 @@ def find_lengths(text: str) -> Iterator[Length]:
 
 def read_sizes(report: str) -> Counter[float]:
     """Read every length that a report states, in mm to a tenth: "a 4 x 5.5 cm mass" → 40 and 55."""
-    return Counter(_sizes(report))
-
-
-@lru_cache(maxsize=1 << 14)  # references repeat with every baseline
-def _sizes(report: str) -> tuple[float, ...]:
     plain = report if report.isascii() else unicodedata.normalize("NFKC", report)
-    return tuple(length.mm for length in find_lengths(plain))
+    return Counter(length.mm for length in find_lengths(plain))
 
 
 def _is_length(text: str, value: re.Match[str], *, is_last: bool) -> bool:
