@@ -25,5 +25,5 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, li
         shared = shared_counts(tokens.ngrams[n - 1], predicted, expected)
         scores[f"rouge_{n}"] = _f_measures(shared, words - n + 1, expected_words - n + 1)
     pairs = zip(predicted.tolist(), expected.tolist(), strict=True)
-    longest = np.array([LCSseq.similarity(tokens.lists[first], tokens.lists[second]) for first, second in pairs])
+    longest = np.array([LCSseq.similarity(tokens.of(first), tokens.of(second)) for first, second in pairs])
     return scores | {"rouge_l": _f_measures(longest, words, expected_words)}

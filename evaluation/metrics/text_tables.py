@@ -65,25 +65,25 @@ class Tokens:
         """Number of tokens of each text, (D,)."""
         return np.diff(self.offsets)
 
-    @cached_property
-    def lists(self) -> list[list[int]]:
-        """The numbers of each text."""
-        return [self.numbers[a:b].tolist() for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+    def of(self, row: int) -> list[int]:
+        """Return the numbers of one text."""
+        return self.numbers[self.offsets[row] : self.offsets[row + 1]].tolist()
 
     @cached_property
     def ngrams(self) -> list[csr_array]:
         """How often each text contains each n-gram, (D, G) for each of `orders`."""
-        rows = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        left = self.offsets[1:][rows] - np.arange(len(rows))  # tokens to the end of the text
-        places, names, count = np.arange(len(rows)), self.numbers, len(self.vocabulary)
+        rows = np.repeat(np.arange(len(self.lengths), dtype=np.int32), self.lengths)
+        places = np.arange(len(rows), dtype=np.int32)
+        left = (self.offsets[1:][rows] - places).astype(np.int32)  # tokens to the end of the text
+        names, count = self.numbers, len(self.vocabulary)
         matrices = []
         for order in self.orders:
             if order > 1:
                 goes_on = left[places] >= order
                 places = places[goes_on]
                 codes = names[goes_on].astype(np.int64) * len(self.vocabulary) + self.numbers[places + order - 1]
-                distinct, names = np.unique(codes, return_inverse=True)
-                count = len(distinct)
+                distinct, inverse = np.unique(codes, return_inverse=True)
+                names, count = inverse.astype(np.int32), len(distinct)
             matrices.append(_count(rows[places], names, (len(self.lengths), count)))
         return matrices
 
