@@ -121,7 +121,7 @@ def find_mentions(report: str) -> list[Mention]:
     return list(_report_mentions(report))
 
 
-@lru_cache(maxsize=1 << 14)  # labels, sides and each baseline ask for the same report
+@lru_cache(maxsize=1 << 8)  # labels and sides ask for the same report
 def _report_mentions(report: str) -> tuple[Mention, ...]:
     clauses: list[tuple[Mention, ...]] = []
     for sentence in read_findings(report):
@@ -155,7 +155,7 @@ def _refer_back(before: tuple[Mention, ...], clause: _Clause, status: Status) ->
     return [before, said] if said else [before]
 
 
-@lru_cache(maxsize=1 << 15)  # reports share sentences
+@lru_cache(maxsize=1 << 16)  # reports share sentences
 def _sentence_clauses(sentence: Sentence) -> tuple[_Clause, ...]:
     written = WrittenOut(sentence.text, sentence.organ)
     colon = written.text.find(":")

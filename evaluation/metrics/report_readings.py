@@ -1,5 +1,6 @@
 """What the rules read in a report: labels, sides and lengths, once per distinct report, in a second process if one is free."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -75,7 +76,9 @@ def reading_in_background(reports: Sequence[str]) -> Iterator[None]:
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_readings, args=(sender, new), daemon=True)
+    gc.freeze()  # otherwise the other process would copy each page whose objects its collector visits
     process.start()
+    gc.unfreeze()
     sender.close()
     _running.append((receiver, new))
     try:
