@@ -1,16 +1,14 @@
 """SAMF: reports and answers from chest CT volumes.
 
 Importing this package registers its classes with transformers' Auto classes, so that `AutoModel.from_pretrained(folder)`
-works without remote code. Only the `samf` command waits until it needs a class: its help and its completions would
-otherwise take seconds.
+works without remote code. Only the `samf` command and scoring wait until they need a class: help and completions
+would otherwise take seconds, and scores half a gigabyte.
 """
 
 import importlib
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .utils.auto_classes import register_classes
+from .utils.auto_classes import command_needs_classes, register_classes
 from .utils.moved import install as _install_old_names
 
 if TYPE_CHECKING:
@@ -61,6 +59,6 @@ def __getattr__(name: str) -> Any:
 
 
 _install_old_names(__name__)
-if Path(sys.argv[0] if sys.argv else "").stem != "samf":
+if command_needs_classes():
     register_classes()
     globals().update({name: __getattr__(name) for name in _HOMES})

@@ -12,14 +12,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Final
-
-import datasets
-import pyarrow.compute as pc
+from typing import TYPE_CHECKING, Final
 
 from samf.data.ct_rate.names import VolumeName, patient_of_id
 from samf.data.dicom_patients import dicom_patients
 from samf.data.schema import Record
+
+if TYPE_CHECKING:  # imported where it is needed: scores need the patient of a row, and no tables
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -166,8 +166,8 @@ def warn_of_unknown(source: str, unknown: int, volumes: int) -> None:
 
 
 def settle_patients(
-    records: datasets.Dataset, source: str, rule: PatientRule | None = None, root: str | None = None
-) -> datasets.Dataset:
+    records: "datasets.Dataset", source: str, rule: PatientRule | None = None, root: str | None = None
+) -> "datasets.Dataset":
     """Return the records with `patient_id` filled in where the patient can be known; a warning counts the others.
 
     Args:
@@ -176,6 +176,8 @@ def settle_patients(
         rule: takes precedence over the records' own.
         root: the folder from which `rule` counts.
     """
+    import pyarrow.compute as pc
+
     volumes, known = records.data.column("volume"), records.data.column(PATIENT_COLUMN)
     is_open = pc.and_(pc.is_valid(volumes), pc.is_null(known))
     if rule is None and not pc.any(is_open).as_py():
@@ -191,7 +193,7 @@ def settle_patients(
     return records.remove_columns(PATIENT_COLUMN).add_column(PATIENT_COLUMN, settled, feature=feature)
 
 
-def patients_of(records: datasets.Dataset) -> set[str]:
+def patients_of(records: "datasets.Dataset") -> set[str]:
     """Return the patients of the records that have a volume; an unknown patient is the volume's path."""
     paths = records["volume"][:]
     known = records[PATIENT_COLUMN][:] if PATIENT_COLUMN in records.column_names else [None] * len(paths)

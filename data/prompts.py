@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from samf.data.schema import ChatMessage, ContentBlock
-from samf.model.report_samf import REPORT_QUESTION
+from samf.model.constants_samf import REPORT_QUESTION
 
 __all__ = ["LETTERS", "REPORT_QUESTION", "record_conversation", "record_prompt"]
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NotRequired, Protocol, TypeAlias, TypedDict, ge
 
 import numpy as np
 
-from samf.model.configuration_samf import IGNORE_INDEX
+from samf.model.constants_samf import IGNORE_INDEX
 from samf.model.ct_common import VolumeRef
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from samf.evaluation.metrics.calibration import BINS, auroc, calibration_scores
 from samf.evaluation.schema import CalibrationScores, FindingCalibration
 from samf.model.calibration_samf import scaled_logits
-from samf.model.configuration_samf import IGNORE_INDEX
+from samf.model.constants_samf import IGNORE_INDEX
 
 # "temperature": one for all findings; "platt": a temperature and a bias for each.
 Scaling: TypeAlias = Literal["temperature", "platt"]

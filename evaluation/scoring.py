@@ -28,7 +28,9 @@ from samf.evaluation.comparison import PERMUTATIONS, compare_predictions
 from samf.evaluation.metric_samples import MetricSampler
 from samf.evaluation.metrics.bootstrap import INTERVAL_METHOD, LEVEL, RESAMPLES
 from samf.evaluation.metrics.clinical_metrics import score_findings
+from samf.evaluation.metrics.report_readings import reading_in_background
 from samf.evaluation.metrics.sampled_metric import unknown_patients
+from samf.evaluation.metrics.text_tables import forget_tables
 from samf.evaluation.prediction_rows import (
     FIELDS,
     PredictionsError,
@@ -71,6 +73,7 @@ _LIBRARIES = (
     "nltk",
     "sacrebleu",
     "rouge-score",
+    "rapidfuzz",
     "bert-score",
     "transformers",
     "torch",
@@ -116,7 +119,10 @@ def score_predictions(
         "not_available": {},
         "notes": {},
     }
-    _score_tasks(scorable, MetricSampler(options), results)
+    reports = [row[side] for row in scorable if row["task"] == "report" for side in ("prediction", "reference")]
+    with reading_in_background(reports):
+        _score_tasks(scorable, MetricSampler(options), results)
+    forget_tables()
     return results
 
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, HfArgumentParser
-
-from samf.data.ct_rate.loader import CT_RATE_LABELS
+from samf.data.ct_rate.tables import CT_RATE_LABELS
 from samf.evaluation.metrics.bertscore import check_bertscore
 from samf.evaluation.metrics.bootstrap import RESAMPLES
 from samf.evaluation.metrics.clinical_metrics import Labeller, make_labeller
@@ -104,6 +102,8 @@ class ScoringOptions(ScoringArguments):
         """
         self.build_labeller()
         if self.bertscore_model is not None:
+            from transformers import AutoConfig
+
             AutoConfig.from_pretrained(self.bertscore_model)
 
     def build_labeller(self) -> Labeller:
@@ -126,6 +126,8 @@ class ScoringOptions(ScoringArguments):
 
 def scoring_parser() -> argparse.ArgumentParser:
     """Return a parser of `ScoringOptions`, for the `parents` of a command line's own parser."""
+    from transformers import HfArgumentParser  # the API needs no parser
+
     return HfArgumentParser(ScoringOptions, add_help=False)  # type: ignore[arg-type]  # any dataclass is right
 
 

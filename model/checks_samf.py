@@ -8,7 +8,8 @@ from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs
 from transformers.utils.import_utils import is_torchdynamo_exporting, torch_compilable_check
 
-from .configuration_samf import IGNORE_INDEX, SamfConfig
+from .configuration_samf import SamfConfig
+from .constants_samf import IGNORE_INDEX
 from .inputs_samf import PromptInputs, VolumeInputs
 
 logger = logging.get_logger(__name__)

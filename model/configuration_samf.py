@@ -29,9 +29,6 @@ DEFAULT_VISION_CONFIG: SubConfig = {"model_type": "vit", "layer_norm_eps": 1e-6}
 # Phi-3-mini-4k-instruct.
 DEFAULT_TEXT_CONFIG: SubConfig = {"model_type": "phi3", "sliding_window": 2047}
 
-# Label of tokens without a loss (a prompt's) and of unknown findings.
-IGNORE_INDEX = -100
-
 FusionType = Literal["samf", "ao2d", "slice_tokens"]
 FusionScale = Literal["rsqrt"]
 TextScope = Literal["prompt", "sequence"]

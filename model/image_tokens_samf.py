@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .configuration_samf import IGNORE_INDEX, SamfConfig
+from .configuration_samf import SamfConfig
+from .constants_samf import IGNORE_INDEX
 from .inputs_samf import PromptInputs
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .configuration_samf import IGNORE_INDEX
+from .constants_samf import IGNORE_INDEX
 from .inputs_samf import StepInputs
 
 logger = logging.get_logger(__name__)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from .agreement_samf import Disagreement, Said, said_of_findings
+from .constants_samf import REPORT_QUESTION as REPORT_QUESTION
 from .evidence_samf import Evidence
 from .files_samf import atomic_path
 
 SCHEMA_VERSION = 1
-REPORT_QUESTION = "Write the radiology report of this chest CT."
 DISCLAIMER = "For research only, not for diagnosis."
 
 _ABBREVIATIONS = ("approx", "ca", "cf", "dr", "e.g", "etc", "fig", "i.e", "no", "vs")

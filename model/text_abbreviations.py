@@ -2,6 +2,7 @@
 
 import re
 from bisect import bisect_right
+from functools import lru_cache
 
 _LOBES = {
     f"{side[0]}{part[0]}{kind}": f"{side} {part} {'lobes' if kind == 'ls' else 'lobe'}"
@@ -53,6 +54,7 @@ _ABBREVIATIONS: dict[str, str] = _LOBES | {
 _TOKEN = re.compile(r"([\"'\[]*)(.*?)([\"',:;\])]*)\Z", re.DOTALL)
 
 
+@lru_cache(maxsize=1 << 14)
 def _write_out(word: str) -> str:
     bare = word.rstrip(",;:")
     if bare in _ABBREVIATIONS:

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
+from .text_expressions import Expression
+
 
 class Status(Enum):
     """What a report says about a finding that it mentions."""
@@ -31,7 +33,7 @@ _EXCEPT = (
     r"except(?: for| that)?|excepting|other than|apart from|aside from|besides|with the exception of|save for"
     r"|but for|outside of"
 )
-_BREAK = re.compile(
+_BREAK = Expression(
     rf"\b(?:but(?! for)|however|although|though|whereas|while|nevertheless|nonetheless|yet(?= there)|{_EXCEPT})\b"
 )
 _EXCEPTION = re.compile(rf"(?:{_EXCEPT})\Z")
@@ -179,7 +181,7 @@ _SHOW = (
 _NOT_A_DENIAL = (
     r"(?:only|just|merely|simply|necessarily|uncommon|yet|excluded|ruled out|rule out|exclude|be excluded|be ruled)"
 )
-_FORWARD = re.compile(
+_FORWARD = Expression(
     rf"\b(?P<neutral>(?:no|without|not|lack of)(?: any)? {_GAP}{_CHANGE}\b|without {_CONTRAST_MEDIUM}"
     rf"|not (?:\w+ )?{_NOT_A_DENIAL}\b|no\. ?\d|{_PARTIAL} (?:resolution|clearing|disappearance|removal) of)"
     rf"|\b(?P<growth>(?:no|without|not|not significantly) {_GAP}{_GROWTH}\b)"
@@ -198,7 +200,7 @@ _FORWARD = re.compile(
 # Scope of a bare "not", in characters ("not significantly enlarged", "not consolidation").
 _REACH_OF_NOT = 30
 
-_BACKWARD = re.compile(
+_BACKWARD = Expression(
     rf"\b(?:(?:not|never|cannot be|could not be|no longer) (?:\w+ )?(?:{SEEN})"
     r"(?! (?:(?:in|on|at) (?:the |his |her |a )?(?:previous|prior|old)|previously|before|earlier))(?! (?:any|an?)\b)"
     rf"|(?<!not )absent|(?P<partial>{_PARTIAL} |to be )?(?:completely |totally |fully |entirely |also |now |since )*"
@@ -217,12 +219,12 @@ _BACKWARD = re.compile(
     r"|[:=] ?(?:none|absent|negative)\b|[:=] ?-[ .]*\Z|\b(?:is|are) lacking\b|\b(?:removed|extracted)[ .)]*\Z"
 )
 # "Effusion: no …", "Effusion - none …": what is before the colon is denied.
-_FORM = re.compile(
+_FORM = Expression(
     r"[^:=]{2,60}?(?P<end>\s*[:=]|\s+-(?=\s))\s*(?:there (?:is|are|was|were) )?(?:none|nil|absent|negative"
     r"|without|free|no(?! \w+ (?:change|increase)"
     rf"| (?:change|increase|interval|signific\w+ (?:change|interval)))|not (?:{SEEN}))\b"
 )
-_NORMAL = re.compile(
+_NORMAL = Expression(
     r"\b(?:(?:is|are|was|were|appears?|remains?|:|-) (?:within |in |at |of )?(?:\w+ ){0,2}?"
     r"(?:normal|natural|unremarkable|physiological)|within (?:the )?normal|normal (?:in|limits)"
     r"|(?<!that )(?<!which )(?:is|are|was|were|:|-|appears?|remains?) not (?:\w+ )?"
@@ -232,22 +234,22 @@ _NORMAL = re.compile(
 
 # --- Uncertainty and history --------------------------------------------------------------------------------------
 
-_DOUBT_FORWARD = re.compile(
+_DOUBT_FORWARD = Expression(
     r"(?:^|[\s(])\?(?=\s?\w)|\b(?:may|might|could|possibl\w+|probabl\w+|suspect\w*|suspicious|likely|suggest\w*"
     r"|questionable"
     r"|presumed|concern\w*|rule out|exclude|equivocal|query|differential\w*|versus|vs|doubtful|cannot exclude)\b"
 )
-_DOUBT_BACKWARD = re.compile(
+_DOUBT_BACKWARD = Expression(
     r"\w\s?\?|\b(?:may|might|could|suspect\w*|questionable|cannot be (?:\w+ )?(?:excluded|ruled out)"
     r"|not (?:be )?(?:\w+ )?(?:excluded|ruled out)"
     r"|(?:is|are|was|were|also|most|very|more) (?:\w+ )?(?:possible|probable|likely|suspected|equivocal"
     r"|considered)|suggested|doubtful|(?:possible|probable)(?=[ .)]*\Z))\b"
 )
-_OPEN = re.compile(
+_OPEN = Expression(
     r"\b(?:cannot|not|can not|difficult to|hard to|does not|to) (?:be )?(?:\w+ )?(?:excluded?|rule[d]? out)\b"
     r"|\brule out\b|^\?"
 )
-_HISTORY = re.compile(
+_HISTORY = Expression(
     r"\b(?:history of|known case of|family history|anamnesis of|previously (?:treated|operated) for|treated for"
     r"|screening for"
     r"|(?:operat\w+|surgery|lobectomy|resection|segmentectomy|pneumonectomy|excision|treatment"
@@ -314,7 +316,7 @@ _PRONOUN = (
     r"(?:it|they|this|these|those|(?:this|the said|the described|the mentioned|these|the aforementioned)"
     r" (?:finding|lesion|area|appearance|abnormality|change)s?)"
 )
-_REFERS_BACK = re.compile(
+_REFERS_BACK = Expression(
     rf"{_PRONOUN} (?:(?P<denied>(?:has|have|is|are) (?:since |now |completely |fully |totally |also )*"
     r"(?:resolved|cleared|disappeared|vanished|resorbed)|(?:is|are|was|were) (?:now )?(?:no longer|not) (?:\w+ )?"
     rf"(?:{SEEN})(?: (?:in|on|at) (?:the |this )?(?:current|present|today's|this)\b.*| now| today"

@@ -6,15 +6,16 @@ is read in its own phrase (`text_laterality`). It is part of the model's code, s
 writes with what its findings head says. Nothing is downloaded. docs/results/metrics.md gives its accuracy by reporting style.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
 from .text_abbreviations import WrittenOut
 from .text_cues import Cues, Status, clause_spans, refers_back, split_clauses
+from .text_expressions import Expression
 from .text_laterality import ClauseSides, named_sides
 from .text_sentences import Sentence, read_findings, split_sentences
 from .text_terms import TERMS, Term
@@ -59,9 +60,9 @@ class _Compiled:
     """A term with its expressions compiled."""
 
     def __init__(self, term: Term):
-        self.head = re.compile(term.head)
+        self.head = Expression(term.head)
         self._near, self._unless, self._despite = (
-            re.compile(part) if part else None for part in (term.near, term.unless, term.despite)
+            Expression(part) if part else None for part in (term.near, term.unless, term.despite)
         )
         self.is_measure = term.is_measure
         self._has_head, self._has_other = ("head" in self.head.groupindex, "other" in self.head.groupindex)
@@ -88,7 +89,29 @@ class _Compiled:
         return bool(named) and not (self._unless and self._unless.search(phrase))
 
 
-_TERMS = {label: [_Compiled(term) for term in terms] for label, terms in TERMS.items()}
+_TERMS = [(label, _Compiled(term)) for label, terms in TERMS.items() for term in terms]
+
+
+def _literal_index() -> tuple[list[tuple[str, list[int]]], list[int]]:
+    """Return literal → numbers of the terms whose heads contain it, and the terms whose heads have no such literals."""
+    index: dict[str, list[int]] = {}
+    others = []
+    for number, (_, term) in enumerate(_TERMS):
+        if term.head.literals is None:
+            others.append(number)
+        for literal in term.head.literals or ():
+            index.setdefault(literal, []).append(number)
+    return list(index.items()), others
+
+
+_LITERALS, _WITHOUT_LITERALS = _literal_index()
+
+
+def _possible_terms(clause: str) -> list[int]:
+    """Return the numbers of the terms that may match in a clause, ascending."""
+    named = [numbers for literal, numbers in _LITERALS if literal in clause]
+    return sorted({*_WITHOUT_LITERALS, *chain.from_iterable(named)}) if named else _WITHOUT_LITERALS
+
 
 # --- Mentions ---------------------------------------------------------------------------------------------------
 
@@ -98,7 +121,7 @@ def find_mentions(report: str) -> list[Mention]:
     return list(_report_mentions(report))
 
 
-@lru_cache(maxsize=1 << 14)  # labels, sides and each baseline ask for the same report
+@lru_cache(maxsize=1 << 8)  # labels and sides ask for the same report
 def _report_mentions(report: str) -> tuple[Mention, ...]:
     clauses: list[tuple[Mention, ...]] = []
     for sentence in read_findings(report):
@@ -132,7 +155,7 @@ def _refer_back(before: tuple[Mention, ...], clause: _Clause, status: Status) ->
     return [before, said] if said else [before]
 
 
-@lru_cache(maxsize=1 << 15)  # reports share sentences
+@lru_cache(maxsize=1 << 16)  # reports share sentences
 def _sentence_clauses(sentence: Sentence) -> tuple[_Clause, ...]:
     written = WrittenOut(sentence.text, sentence.organ)
     colon = written.text.find(":")
@@ -156,8 +179,7 @@ def _clause_mentions(clause: str, first: int) -> dict[tuple[str, Status], frozen
     """Return (label, status) → sides of the findings that a clause names from index `first`, the end of a heading, on."""
     spans = [
         (label, term, start, end)
-        for label, terms in _TERMS.items()
-        for term in terms
+        for label, term in map(_TERMS.__getitem__, _possible_terms(clause))
         for start, end in term.spans(clause)
         if start >= first
     ]

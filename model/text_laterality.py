@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from .text_cues import FRESH
+from .text_expressions import Expression
 
 _NO_SIDE = (
     r"(?! (?:atri|ventric|heart|main cor|main pulmonary|main stem cor|anterior descending|coronary|circumflex"
@@ -20,7 +21,7 @@ _PAIRED = (
     r"|zones?|parenchyma\w*|segments?|costophrenic|breasts?|chest|posterior|anterior|central|main bronch"
     r"|diaphragm\w*)"
 )
-_SIDES = re.compile(
+_SIDES = Expression(
     rf"\b(?:(?P<right>right(?:-sided|ward)?{_NO_SIDE}|(?<!left )middle lobe)"
     rf"|(?P<left>left(?:-sided)?{_NO_SIDE}(?! main)|lingul\w*)"
     rf"|(?P<both>bi-?lateral\w*|bi-?bas\w+|bi-?ap\w+|bi-?hilar|(?:both|either"
@@ -31,7 +32,7 @@ _PHRASE_END = re.compile(
     r",\s+|\s+(?:and|with|plus|as well as|accompan\w+ by|associated with|along with|causing|together with)\s+"
     r"|[:;]\s+|\s+-\s+|\s+\(|\)\s*"
 )
-_SHARES_PLACE = re.compile(
+_SHARES_PLACE = Expression(
     r"\b(?:adjacent|underlying|overlying|accompanying|compress\w+|passive|relaxation|neighbou?ring|subjacent"
     r"|secondary|surrounding|around it|within it)\b"
 )

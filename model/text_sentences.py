@@ -267,9 +267,13 @@ def _heading(sentence: str) -> str:
     return match[1] if match else ""
 
 
-@lru_cache(maxsize=1 << 14)
 def _section(sentence: str) -> str:
     """Return the section that a sentence's heading opens: "history", "findings", "organ", "other"; "" without a heading."""
+    return _headed_section(sentence) if ":" in sentence else ""
+
+
+@lru_cache(maxsize=1 << 14)
+def _headed_section(sentence: str) -> str:
     heading = _heading(sentence)
     if not heading:
         return ""

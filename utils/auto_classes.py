@@ -1,6 +1,21 @@
 """Registration of SAMF's classes with transformers' Auto classes."""
 
 import functools
+import sys
+from pathlib import Path
+
+# Commands that read no model and start without torch.
+_WITHOUT_MODELS = ("samf.evaluation.scoring",)
+
+
+def command_needs_classes() -> bool:
+    """Return whether this process's command may load a model: not the `samf` command by itself, and not scoring."""
+    if Path(sys.argv[0] if sys.argv else "").stem == "samf":
+        return False
+    command = sys.orig_argv[1:]
+    return not any(
+        pair in zip(command, command[1:], strict=False) for pair in (("-m", name) for name in _WITHOUT_MODELS)
+    )
 
 
 @functools.cache

@@ -1,12 +1,7 @@
 """BERTScore, by the library bert-score without baseline rescaling."""
 
 from collections.abc import Sequence
-
-try:
-    from bert_score import BERTScorer
-    from bert_score.utils import model2layers
-except ImportError:
-    BERTScorer, model2layers = None, {}
+from importlib.util import find_spec
 
 from samf.evaluation.metrics.ngrams import check_pairs
 
@@ -22,8 +17,10 @@ def check_bertscore(model: str, num_layers: int | None = None) -> None:
         ImportError: bert-score isn't installed.
         ValueError: `model` is unknown to bert-score and `num_layers` isn't given, or `num_layers` is below 1.
     """
-    if BERTScorer is None:
+    if find_spec("bert_score") is None:
         raise ImportError("BERTScore needs the library bert-score: pip install bert-score.")
+    from bert_score.utils import model2layers  # imports torch
+
     if num_layers is None and model not in model2layers:
         raise ValueError(f"bert-score has no layer on record for {model!r}; name one (bertscore_layers, e.g. 9 of 12).")
     if num_layers is not None and num_layers < 1:
@@ -58,6 +55,8 @@ def bertscore(
     """
     check_pairs(predictions, references)
     check_bertscore(model, num_layers)
+    from bert_score import BERTScorer
+
     # bert-score fails on empty strings.
     filled = [i for i, pair in enumerate(zip(predictions, references, strict=True)) if all(s.strip() for s in pair)]
     scores = {name: [0.0] * len(predictions) for name in BERTSCORE_NAMES}

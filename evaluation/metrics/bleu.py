@@ -4,21 +4,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from samf.evaluation.metrics.ngrams import ORDERS, check_pairs, count_ngrams, shared_count, tokenize_13a
+from samf.evaluation.metrics.ngrams import ORDERS, shared_counts
 from samf.evaluation.metrics.sampled_metric import divide
-
-
-def _bleu_counts(prediction: str, reference: str) -> list[int]:
-    """Return words of prediction and reference, shared n-grams of order 1 … 4, the prediction's n-grams of order 1 … 4."""
-    words, expected = (tokenize_13a(text.rstrip()).split() for text in (prediction, reference))
-    shared = [shared_count(count_ngrams(words, n), count_ngrams(expected, n)) for n in ORDERS]
-    return [len(words), len(expected), *shared, *(max(0, len(words) - n + 1) for n in ORDERS)]
+from samf.evaluation.metrics.text_tables import text_tables
 
 
 def bleu_samples(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """Return each pair's counts, (N, 10): their sums over any of the pairs give BLEU of any order (`combine_bleu`)."""
-    pairs = zip(predictions, references, strict=True)
-    return np.array([_bleu_counts(*pair) for pair in pairs], dtype=np.float64).reshape(-1, 10)
+    """Return each pair's counts, (N, 10): their sums over any of the pairs give BLEU of any order (`combine_bleu`).
+
+    They are the words of prediction and reference, the shared n-grams of order 1 … 4 and the prediction's n-grams of
+    order 1 … 4.
+    """
+    tables, predicted, expected = text_tables(predictions, references)
+    tokens = tables.tokens("13a")
+    words = tokens.lengths[predicted]
+    shared = [shared_counts(ngrams, predicted, expected) for ngrams in tokens.ngrams]
+    columns = [words, tokens.lengths[expected], *shared, *(np.maximum(words - n + 1, 0) for n in ORDERS)]
+    return np.stack(columns, axis=-1).astype(np.float64)
 
 
 def combine_bleu(sums: np.ndarray, order: int) -> np.ndarray:
@@ -42,5 +44,4 @@ def corpus_bleu(predictions: Sequence[str], references: Sequence[str], order: in
     Raises:
         ValueError: no pairs, or unequal numbers.
     """
-    check_pairs(predictions, references)
     return float(combine_bleu(bleu_samples(predictions, references).sum(axis=0), order))

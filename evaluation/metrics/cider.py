@@ -1,13 +1,15 @@
 """CIDEr, equal to pycocoevalcap's."""
 
 import math
-import re
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from samf.evaluation.metrics.ngrams import ORDERS, check_pairs, count_ngrams, tokenize_13a
+from samf.evaluation.metrics.ngrams import ORDERS
+from samf.evaluation.metrics.text_tables import cider_tokens, text_tables
+
+__all__ = ["CIDER_IDENTICAL", "CIDER_REMEDY", "all_alike", "cider", "cider_tokens"]
 
 CIDER_REMEDY = "CIDEr weighs n-grams by how rare they are among the references, and needs at least two of them."
 CIDER_IDENTICAL = (
@@ -15,67 +17,6 @@ CIDER_IDENTICAL = (
     "perfect prediction scores 0."
 )
 _SIGMA = 6.0
-_HAS_WORD = re.compile(r"\w")
-
-
-def cider_tokens(text: str) -> list[str]:
-    """Split a text into words: lower case, punctuation dropped, like COCO's tokenizer, which needs Java."""
-    return [token for token in tokenize_13a(text.rstrip()).lower().split() if _HAS_WORD.search(token)]
-
-
-class _CiderReferences:
-    """The references' n-grams, numbered, with their weights and each reference's vectors: 8 bytes per n-gram."""
-
-    def __init__(self, references: Sequence[str]):
-        self.numbers: dict[tuple[str, ...], int] = {}
-        counted = [self._count(cider_tokens(reference)) for reference in references]
-        documents = np.zeros(len(self.numbers))
-        for _, vectors in counted:
-            for numbers, _ in vectors:
-                documents[numbers] += 1
-        self.unseen = math.log(len(references))
-        self.weights = self.unseen - np.log(np.maximum(documents, 1))
-        self.targets = [(length, [self._weigh(*vector) for vector in vectors]) for length, vectors in counted]
-
-    def _count(self, words: Sequence[str]) -> tuple[int, list[tuple[np.ndarray, np.ndarray]]]:
-        """Return the number of words and, for each order, the n-grams' numbers (ascending) and their counts."""
-        vectors = []
-        for order in ORDERS:
-            counts = count_ngrams(words, order)
-            for ngram in counts:
-                self.numbers.setdefault(ngram, len(self.numbers))
-            numbers = np.fromiter(map(self.numbers.__getitem__, counts), np.int32, len(counts))
-            ascending = np.argsort(numbers)
-            occurrences = np.fromiter(counts.values(), np.float32, len(counts))
-            vectors.append((numbers[ascending], occurrences[ascending]))
-        return len(words), vectors
-
-    def _weigh(self, numbers: np.ndarray, occurrences: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-        return numbers, occurrences, float(np.linalg.norm(occurrences * self.weights[numbers]))
-
-    def score(self, words: Sequence[str], index: int) -> float:
-        """Return CIDEr of a prediction's words against the reference at `index`."""
-        length, targets = self.targets[index]
-        similarity = 0.0
-        for order, (numbers, occurrences, target_norm) in zip(ORDERS, targets, strict=True):
-            counts = count_ngrams(words, order)
-            found = np.fromiter((self.numbers.get(ngram, -1) for ngram in counts), np.int64, len(counts))
-            weights = np.where(found >= 0, self.weights[found], self.unseen) if len(self.weights) else np.zeros(0)
-            vector = np.fromiter(counts.values(), np.float64, len(counts)) * weights
-            norm = float(np.linalg.norm(vector)) * target_norm
-            if norm:
-                places = np.minimum(np.searchsorted(numbers, found), len(numbers) - 1)
-                both = numbers[places] == found
-                target = occurrences[places[both]] * weights[both]
-                similarity += float(np.minimum(vector[both], target) @ target) / norm
-        # The reference library measures lengths in bigrams.
-        difference = max(0, len(words) - 1) - max(0, length - 1)
-        return 10 * similarity / len(ORDERS) * math.exp(-(difference**2) / (2 * _SIGMA**2))
-
-
-@lru_cache(maxsize=1)  # a system and its baselines are scored against the same references
-def _cider_references(references: tuple[str, ...]) -> _CiderReferences:
-    return _CiderReferences(references)
 
 
 def cider(predictions: Sequence[str], references: Sequence[str]) -> list[float] | None:
@@ -84,11 +25,40 @@ def cider(predictions: Sequence[str], references: Sequence[str]) -> list[float] 
     N-grams are weighted by their inverse document frequency among `references`. A Gaussian with a standard deviation of 6
     words penalises differences in length: 20 words more or fewer divide the score by 260.
     """
-    check_pairs(predictions, references)
+    tables, predicted, expected = text_tables(predictions, references)
     if len(references) < 2:
         return None
-    targets = _cider_references(tuple(references))
-    return [targets.score(cider_tokens(text), index) for index, text in enumerate(predictions)]
+    tokens = tables.tokens("cider")
+    similarity = sum(_similarities(ngrams, predicted, expected) for ngrams in tokens.ngrams)
+    # The reference library measures lengths in bigrams.
+    bigrams = np.maximum(tokens.lengths - 1, 0)
+    difference = bigrams[predicted] - bigrams[expected]
+    return (10 * similarity / len(ORDERS) * np.exp(-(difference**2) / (2 * _SIGMA**2))).tolist()
+
+
+def _similarities(ngrams: csr_array, predicted: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Return the cosine of weighted counts of each pair, the prediction's clipped to the reference's, (N,).
+
+    Args:
+        ngrams: counts of n-grams by text, (D, G).
+        predicted: row of each prediction, (N,).
+        expected: row of each reference.
+    """
+    targets = ngrams[expected]
+    documents = np.bincount(targets.indices, minlength=ngrams.shape[1])
+    weights = math.log(len(expected)) - np.log(np.maximum(documents, 1))
+    weighted, targets = _weigh(ngrams[predicted], weights), _weigh(targets, weights)
+    norms = _norms(weighted) * _norms(targets)
+    products = weighted.minimum(targets).multiply(targets).sum(axis=1)
+    return np.divide(products, norms, out=np.zeros(len(norms)), where=norms > 0)
+
+
+def _weigh(counts: csr_array, weights: np.ndarray) -> csr_array:
+    return csr_array((counts.data * weights[counts.indices], counts.indices, counts.indptr), shape=counts.shape)
+
+
+def _norms(vectors: csr_array) -> np.ndarray:
+    return np.sqrt(np.asarray(vectors.multiply(vectors).sum(axis=1)).ravel())
 
 
 def all_alike(references: Sequence[str]) -> bool:

@@ -9,13 +9,11 @@ from functools import partial
 
 import numpy as np
 
-from samf.data.ct_rate.loader import CT_RATE_LABELS
-from samf.evaluation.metrics.radbert import RADBERT, RadBertLabeller
+from samf.data.ct_rate.tables import CT_RATE_LABELS
 from samf.evaluation.metrics.radeval_metrics import RADEVAL_METRICS, RADEVAL_REMEDY, check_radeval, radeval_samples
-from samf.evaluation.metrics.report_sizes import read_sizes
+from samf.evaluation.metrics.report_readings import Reading, read_report, rule_labels
 from samf.evaluation.metrics.sampled_metric import SampledMetric, divide, finite_or_none, ratio
 from samf.evaluation.schema import FindingScores, FindingValues, PerFinding, PrecisionRecallF1, SupportedScores
-from samf.model.text_labeller import effusion_sides, finding_sides, label_reports
 
 __all__ = [
     "CRG_REMEDY",
@@ -134,23 +132,29 @@ def _multiset_counts(predicted: Counter, expected: Counter) -> list[int]:
 
 def side_counts(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """Count (finding, side) pairs that both reports affirm, only the prediction, only the reference: (N, 3)."""
-    return _paired_counts(lambda text: Counter(finding_sides(text)), predictions, references)
+    return _paired_counts(lambda reading: Counter(reading.sides), predictions, references)
 
 
 def size_counts(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """Count lengths in both reports, only in the prediction, only in the reference, as multisets of mm: (N, 3)."""
-    return _paired_counts(read_sizes, predictions, references)
+    return _paired_counts(lambda reading: Counter(reading.sizes), predictions, references)
 
 
 def effusion_side_counts(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     """Return whether the prediction names the same sides of a pleural effusion, and whether the reference names any: (N, 2)."""
-    sides = [(effusion_sides(ref), effusion_sides(text)) for text, ref in zip(predictions, references, strict=True)]
+    sides = [(_effusion_sides(ref), _effusion_sides(text)) for text, ref in zip(predictions, references, strict=True)]
     return np.array([[bool(ref) and ref == named, bool(ref)] for ref, named in sides], dtype=np.float64).reshape(-1, 2)
 
 
-def _paired_counts(read: Callable[[str], Counter], predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    pairs = zip(predictions, references, strict=True)
-    counts = [_multiset_counts(read(prediction), read(reference)) for prediction, reference in pairs]
+def _effusion_sides(report: str) -> frozenset[str]:
+    return frozenset(side for label, side in read_report(report).sides if label == "Pleural effusion")
+
+
+def _paired_counts(
+    choose: Callable[[Reading], Counter], predictions: Sequence[str], references: Sequence[str]
+) -> np.ndarray:
+    pairs = zip(map(read_report, predictions), map(read_report, references), strict=True)
+    counts = [_multiset_counts(choose(prediction), choose(reference)) for prediction, reference in pairs]
     return np.array(counts, dtype=np.float64).reshape(-1, 3)
 
 
@@ -161,7 +165,7 @@ def finding_samples(
     predictions: Sequence[str],
     references: Sequence[str],
     finding_names: Sequence[str] = CT_RATE_LABELS,
-    labeller: Labeller = label_reports,
+    labeller: Labeller = rule_labels,
 ) -> dict[str, SampledMetric]:
     """Return every clinical metric by sample: "macro.f1", "micro.f1", "crg", "per_finding.Emphysema.f1", "sides.f1", …
 
@@ -221,7 +225,7 @@ def score_findings(
     predictions: Sequence[str],
     references: Sequence[str],
     finding_names: Sequence[str] = CT_RATE_LABELS,
-    labeller: Labeller = label_reports,
+    labeller: Labeller = rule_labels,
 ) -> FindingScores:
     """Score the findings that a labeller reads in reports against their references.
 
@@ -262,5 +266,7 @@ def make_labeller(name: str = "rules", *, device: str | None = None) -> Labeller
         device: of RadBERT; default: cpu.
     """
     if name == "rules":
-        return label_reports
+        return rule_labels
+    from samf.evaluation.metrics.radbert import RADBERT, RadBertLabeller  # imports torch
+
     return RadBertLabeller(RADBERT if name == "radbert" else name, device=device)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
 
-from samf.data.ct_rate.loader import settle_answer
 from samf.data.prompts import LETTERS
 from samf.data.schema import Record
+from samf.data.texts import settle_answer
 from samf.evaluation.metrics.bootstrap import patient_intervals
 from samf.evaluation.metrics.sampled_metric import SampledMetric, patient_keys, ratio
 from samf.evaluation.schema import ChoiceScores, PositionBias, PredictionRow

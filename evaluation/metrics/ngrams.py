@@ -1,9 +1,10 @@
 """N-grams of tokenised texts, as BLEU, ROUGE and CIDEr count them."""
 
-from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from scipy.sparse import csr_array
 
 ORDERS = (1, 2, 3, 4)
 tokenize_13a = Tokenizer13a().__call__
@@ -17,12 +18,12 @@ def check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
         raise ValueError("There are no predictions to score; give at least one prediction and its reference.")
 
 
-def count_ngrams(tokens: Sequence[str], order: int) -> Counter[tuple[str, ...]]:
-    """Count each run of `order` tokens."""
-    return Counter(zip(*(tokens[start:] for start in range(order)), strict=False))
+def shared_counts(ngrams: csr_array, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the number of n-grams that pairs of texts share, (N,).
 
-
-def shared_count(first: Counter, second: Counter) -> int:
-    """Return the size of the intersection of two multisets."""
-    small, large = (first, second) if len(first) <= len(second) else (second, first)
-    return sum(min(count, large[key]) for key, count in small.items() if key in large)
+    Args:
+        ngrams: counts of n-grams by text, (D, G).
+        first: row of each pair's first text, (N,).
+        second: row of its second text.
+    """
+    return np.asarray(ngrams[first].minimum(ngrams[second]).sum(axis=1)).ravel()

@@ -45,7 +45,7 @@ class Length:
 
 def find_lengths(text: str) -> Iterator[Length]:
     """Yield every length in a text of plain characters (× and dashes are accepted), in order."""
-    plain = text.translate(_PLAIN)
+    plain = text if text.isascii() else text.translate(_PLAIN)
     for match in _LENGTHS.finditer(plain):
         factor = 10 if match["unit"][0] in "cC" else 1
         values = [*_VALUE.finditer(plain, match.start("numbers"), match.end("numbers"))]
@@ -56,7 +56,8 @@ def find_lengths(text: str) -> Iterator[Length]:
 
 def read_sizes(report: str) -> Counter[float]:
     """Read every length that a report states, in mm to a tenth: "a 4 x 5.5 cm mass" → 40 and 55."""
-    return Counter(length.mm for length in find_lengths(unicodedata.normalize("NFKC", report)))
+    plain = report if report.isascii() else unicodedata.normalize("NFKC", report)
+    return Counter(length.mm for length in find_lengths(plain))
 
 
 def _is_length(text: str, value: re.Match[str], *, is_last: bool) -> bool:

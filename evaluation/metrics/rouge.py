@@ -1,46 +1,29 @@
 """ROUGE-1, ROUGE-2 and ROUGE-L (F-measures), equal to rouge-score without stemming."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
-from rouge_score.tokenize import tokenize as rouge_tokenize
+import numpy as np
+from rapidfuzz.distance import LCSseq
 
-from samf.evaluation.metrics.ngrams import check_pairs, count_ngrams, shared_count
-
-
-def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence.
-
-    A row of the dynamic programme's table is the bits of one integer, so that it costs a few machine operations: a bit is 0
-    where the subsequence grows at that place of `first`; the addition carries the growth along.
-    """
-    places: defaultdict[str, int] = defaultdict(int)
-    for place, word in enumerate(first):
-        places[word] |= 1 << place
-    full = (1 << len(first)) - 1
-    row = full
-    for word in second:
-        matches = row & places.get(word, 0)
-        row = ((row + matches) | (row - matches)) & full
-    return len(first) - row.bit_count()
+from samf.evaluation.metrics.ngrams import shared_counts
+from samf.evaluation.metrics.text_tables import text_tables
 
 
-def _f_measure(shared: int, predicted: int, expected: int) -> float:
-    precision, recall = shared / max(predicted, 1), shared / max(expected, 1)
-    return 2 * precision * recall / (precision + recall) if shared else 0.0
-
-
-def _rouge_of_pair(prediction: str, reference: str) -> list[float]:
-    words, expected = rouge_tokenize(prediction, None), rouge_tokenize(reference, None)
-    scores = []
-    for n in (1, 2):
-        shared = shared_count(count_ngrams(words, n), count_ngrams(expected, n))
-        scores.append(_f_measure(shared, len(words) - n + 1, len(expected) - n + 1))
-    return [*scores, _f_measure(longest_common_subsequence(expected, words), len(words), len(expected))]
+def _f_measures(shared: np.ndarray, predicted: np.ndarray, expected: np.ndarray) -> list[float]:
+    precision, recall = shared / np.maximum(predicted, 1), shared / np.maximum(expected, 1)
+    both = precision + recall
+    return np.divide(2 * precision * recall, both, out=np.zeros(len(both)), where=shared > 0).tolist()
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
     """Return the F-measures of each pair: rouge_1, rouge_2 (n-grams), rouge_l (longest common subsequence)."""
-    check_pairs(predictions, references)
-    scores = [_rouge_of_pair(*pair) for pair in zip(predictions, references, strict=True)]
-    return {name: [row[k] for row in scores] for k, name in enumerate(("rouge_1", "rouge_2", "rouge_l"))}
+    tables, predicted, expected = text_tables(predictions, references)
+    tokens = tables.tokens("rouge")
+    words, expected_words = tokens.lengths[predicted], tokens.lengths[expected]
+    scores = {}
+    for n in (1, 2):
+        shared = shared_counts(tokens.ngrams[n - 1], predicted, expected)
+        scores[f"rouge_{n}"] = _f_measures(shared, words - n + 1, expected_words - n + 1)
+    pairs = zip(predicted.tolist(), expected.tolist(), strict=True)
+    longest = np.array([LCSseq.similarity(tokens.of(first), tokens.of(second)) for first, second in pairs])
+    return scores | {"rouge_l": _f_measures(longest, words, expected_words)}

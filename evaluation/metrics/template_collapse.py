@@ -2,14 +2,13 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TypeVar
+from typing import TypeAlias
 
 import numpy as np
 
 from samf.evaluation.schema import Collapse, Loop, WordRun
 
-T = TypeVar("T")
+_Qualifies: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def template_collapse(texts: Sequence[str]) -> Collapse:
@@ -32,83 +31,101 @@ def template_collapse(texts: Sequence[str]) -> Collapse:
     }
 
 
-class _Runs:
-    """Numbers for all runs of n words in a list of texts, by doubling: a run of 2k words is a pair of runs of k."""
+class _Words:
+    """The words of several texts, one text after the other, as numbers.
+
+    Runs are numbered by doubling: a run of 2k words is a pair of runs of k. Only places where a shorter run qualified are
+    looked at for a longer one.
+    """
 
     def __init__(self, texts: Sequence[Sequence[str]]):
         vocabulary: dict[str, int] = {}
         codes = [vocabulary.setdefault(word, len(vocabulary)) for text in texts for word in text]
-        lengths = [len(text) for text in texts]
-        self.starts = np.repeat(np.arange(len(texts)), lengths)  # the text of each word
-        self.left = np.concatenate([np.arange(n, 0, -1) for n in lengths] or [np.zeros(0, int)])  # words to its end
-        self.levels = [np.asarray(codes, dtype=np.int64)]  # of runs of 1, 2, 4, … words
+        lengths = np.array([len(text) for text in texts], dtype=np.int64)
+        self.texts = np.repeat(np.arange(len(texts)), lengths)  # the text of each word
+        self.left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(codes))  # words to its end
+        self.codes = np.asarray(codes, dtype=np.int64)
 
-    def of_length(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return where runs of n words start, and a number for each that equal runs share."""
-        power = n.bit_length() - 1
-        while len(self.levels) <= power:
-            self.levels.append(self._pair(self.levels[-1], 1 << (len(self.levels) - 1)))
-        places = np.flatnonzero(self.left >= n)
-        names = self.levels[power]
-        return places, _number_pairs(names[places], names[places + n - (1 << power)])
+    def longest(self, qualifies: _Qualifies) -> tuple[int, np.ndarray, np.ndarray]:
+        """Return the length of the longest runs that qualify, their places and their numbers, in the order of the words.
 
-    def _pair(self, names: np.ndarray, step: int) -> np.ndarray:
-        paired = np.full(len(names), -1, dtype=np.int64)
-        places = np.flatnonzero(self.left >= 2 * step)
-        paired[places] = _number_pairs(names[places], names[places + step])
-        return paired
+        Args:
+            qualifies: places (P,) and the numbers of their runs (P,), equal for equal runs → which of them qualify, (P,).
+                What qualifies for a run must also qualify for its parts.
+        """
+        level = _keep(np.arange(len(self.codes)), self.codes, qualifies)
+        length = 1
+        while len((longer := _keep(*self._joined(level, length, length), qualifies))[0]):
+            level, length = longer, 2 * length
+        if not len(level[0]):
+            return 0, *level
+        low, high, best = length, 2 * length, level
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = _keep(*self._joined(level, length, middle - length), qualifies)
+            low, high, best = (middle, high, found) if len(found[0]) else (low, middle, best)
+        return low, *best
+
+    def text(self, texts: Sequence[Sequence[str]], place: int, length: int) -> str:
+        """Return a run's words; `texts` are those that this was made of."""
+        start = place - int(np.searchsorted(self.texts, self.texts[place]))
+        return " ".join(texts[self.texts[place]][start : start + length])
+
+    def _joined(self, level: tuple[np.ndarray, np.ndarray], length: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return places and numbers of runs of `length + shift` words, from those of `length`."""
+        places, names = level
+        numbers = np.full(len(self.codes), -1, dtype=np.int64)
+        numbers[places] = names
+        places = places[self.left[places] >= length + shift]
+        second = numbers[places + shift]
+        places, second = places[second >= 0], second[second >= 0]
+        if not len(places):
+            return places, second
+        pairs = numbers[places] * (second.max() + 1) + second
+        return places, np.unique(pairs, return_inverse=True)[1].ravel()
 
 
-def _number_pairs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return small numbers for pairs, the same for equal pairs."""
-    if not len(first):
-        return np.zeros(0, dtype=np.int64)
-    return np.unique(first * (second.max() + 1) + second, return_inverse=True)[1].ravel()
+def _keep(places: np.ndarray, names: np.ndarray, qualifies: _Qualifies) -> tuple[np.ndarray, np.ndarray]:
+    kept = qualifies(places, names) if len(places) else np.zeros(0, dtype=bool)
+    return places[kept], names[kept]
 
 
-def _longest(limit: int, find: Callable[[int], T | None]) -> tuple[int, T | None]:
-    """Return the largest n ≤ limit for which `find(n)` is not None, and its result; what is found for n is found for less."""
-    low, high, found = 0, limit, None
-    while low < high:
-        middle = (low + high + 1) // 2
-        result = find(middle)
-        if result is None:
-            high = middle - 1
-        else:
-            low, found = middle, result
-    return low, found
+def _first_of_most_frequent(places: np.ndarray, names: np.ndarray, counts: np.ndarray) -> int:
+    """Return where the run with the highest count is first; of several, the one whose number is lowest."""
+    name = names[counts == counts.max()].min()
+    return int(places[np.argmax(names == name)])
 
 
 def _longest_shared(texts: Sequence[Sequence[str]], at_least: int) -> WordRun:
     """Return the longest run of words that `at_least` texts contain."""
-    runs = _Runs(texts)
+    words = _Words(texts)
 
-    def shared(n: int) -> int | None:
-        places, names = runs.of_length(n)
-        if not len(places):
-            return None
-        counts = np.bincount(np.unique(names * len(texts) + runs.starts[places]) // len(texts))  # once per text
-        return int(places[np.argmax(names == counts.argmax())]) if counts.max() >= at_least else None
+    def owners(places: np.ndarray, names: np.ndarray) -> np.ndarray:
+        pairs = np.sort(names * len(texts) + words.texts[places])
+        distinct = pairs[np.diff(pairs, prepend=-1) != 0]  # once per text
+        return np.bincount(distinct // len(texts))[names]
 
-    words, place = _longest(max(map(len, texts), default=0), shared)
-    flat = [word for text in texts for word in text]
-    return {"words": words, "text": " ".join(flat[place : place + words]) if place is not None else ""}
+    length, places, names = words.longest(lambda places, names: owners(places, names) >= at_least)
+    if not length:
+        return {"words": 0, "text": ""}
+    place = _first_of_most_frequent(places, names, owners(places, names))
+    return {"words": length, "text": words.text(texts, place, length)}
 
 
 def _longest_loop(texts: Sequence[Sequence[str]]) -> Loop:
     """Return the longest run of words that one text contains more than once."""
-    best: Loop = {"words": 0, "text": "", "index": None}
-    for index, text in enumerate(texts):
-        runs = _Runs([text])
-        if _repeated(runs, best["words"] + 1) is not None:
-            words, start = _longest(len(text) - 1, partial(_repeated, runs))
-            place = start or 0
-            best = {"words": words, "text": " ".join(text[place : place + words]), "index": index}
-    return best
+    words = _Words(texts)
+    length, places, _ = words.longest(lambda places, names: _occurrences(names * len(texts) + words.texts[places]) > 1)
+    if not length:
+        return {"words": 0, "text": "", "index": None}
+    index = int(words.texts[places].min())
+    alone = _Words([texts[index]])
+    _, places, names = alone.longest(lambda _, names: _occurrences(names) > 1)
+    place = _first_of_most_frequent(places, names, _occurrences(names))
+    return {"words": length, "text": alone.text([texts[index]], place, length), "index": index}
 
 
-def _repeated(runs: _Runs, n: int) -> int | None:
-    """Return where a run of n words starts that occurs more than once."""
-    places, names = runs.of_length(n)
-    counts = np.bincount(names) if len(names) else np.zeros(1)
-    return int(places[np.argmax(names == counts.argmax())]) if counts.max() > 1 else None
+def _occurrences(values: np.ndarray) -> np.ndarray:
+    """Return how often each value occurs, (N,)."""
+    _, numbers, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return counts[numbers.ravel()]

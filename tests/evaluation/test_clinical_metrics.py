@@ -17,6 +17,7 @@ from samf.evaluation.meta_evaluation import change_sizes
 from samf.evaluation.metrics import clinical_metrics as clinical
 from samf.evaluation.metrics import radbert
 from samf.evaluation.metrics.bootstrap import bootstrap_intervals, bootstrap_values
+from samf.evaluation.metrics.report_readings import rule_labels
 from samf.evaluation.metrics.report_sizes import read_sizes
 from samf.model.text_labeller import label_reports
 
@@ -132,7 +133,7 @@ def test_one_invented_finding_costs_less_where_findings_are_rare():
     ],
 )
 def test_sizes(report, sizes):
-    assert clinical.read_sizes(report) == Counter(sizes)
+    assert read_sizes(report) == Counter(sizes)
 
 
 @pytest.mark.timeout(60)
@@ -223,7 +224,7 @@ def checkpoint(backbone, tmp_path):
 
 def test_radbert_labels_are_the_classifiers(checkpoint, backbone):
     path, model = checkpoint
-    labeller = clinical.RadBertLabeller(path, backbone=str(backbone), batch_size=2)
+    labeller = radbert.RadBertLabeller(path, backbone=str(backbone), batch_size=2)
     reports = ["nodule no effusion", "heart", "", "no no no nodule " * 400]
     found = labeller(reports)
     assert found.shape == (4, 18) and found[2].sum() == 0 and set(np.unique(found)) <= {0, 1}
@@ -248,7 +249,7 @@ def test_only_the_stale_key_may_be_too_many(checkpoint, backbone, tmp_path, chan
     change(weights)
     torch.save(weights, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=f"(?s)other.pth: not the weights of CT-RATE's RadBertClassifier.*{message}"):
-        clinical.RadBertLabeller(tmp_path / "other.pth", backbone=str(backbone))
+        radbert.RadBertLabeller(tmp_path / "other.pth", backbone=str(backbone))
 
 
 def test_radbert_is_found_by_hub_id(checkpoint, monkeypatch):
@@ -262,8 +263,8 @@ def test_radbert_is_found_by_hub_id(checkpoint, monkeypatch):
 
 def test_labeller_by_name(monkeypatch):
     made = []
-    monkeypatch.setattr(clinical, "RadBertLabeller", lambda name, **options: made.append((name, options)))
-    assert clinical.make_labeller("rules") is label_reports
+    monkeypatch.setattr(radbert, "RadBertLabeller", lambda name, **options: made.append((name, options)))
+    assert clinical.make_labeller("rules") is rule_labels
     clinical.make_labeller("radbert", device="cpu")
     clinical.make_labeller("x.pth")
     assert made == [("ibrahimhamamci/CT-RATE", {"device": "cpu"}), ("x.pth", {"device": None})]

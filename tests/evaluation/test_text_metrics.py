@@ -1,6 +1,7 @@
 """Text metrics against their reference libraries, and against hand-made counts."""
 
 import csv
+import itertools
 import math
 import random
 import zipfile
@@ -9,6 +10,7 @@ from collections import Counter
 import nltk
 import numpy as np
 import pytest
+import rouge_score.tokenize
 import sacrebleu
 from nltk.corpus import wordnet
 from nltk.translate.meteor_score import single_meteor_score
@@ -18,7 +20,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from samf.evaluation.metrics import meteor as meteor_module
 from samf.evaluation.metrics import text_metrics as metrics
 from samf.evaluation.metrics.cider import cider_tokens
-from samf.evaluation.metrics.rouge import longest_common_subsequence
+from samf.evaluation.metrics.ngrams import shared_counts
+from samf.evaluation.metrics.text_tables import TextTables, text_tables
 
 REFERENCES = [
     "Pleural effusion was observed in the right hemithorax. Heart size is normal.",
@@ -152,11 +155,87 @@ def naive_lcs(a, b) -> int:
     return int(table[-1, -1])
 
 
-def test_longest_common_subsequence_equals_the_table():
+def test_rouge_l_of_random_words_equals_the_table():
     rng = random.Random(0)
-    for _ in range(200):
-        a, b = (rng.choices("abcde", k=rng.randint(0, 25)) for _ in range(2))
-        assert longest_common_subsequence(a, b) == naive_lcs(a, b)
+    pairs = [[rng.choices("abcde", k=rng.randint(1, 25)) for _ in range(2)] for _ in range(100)]
+    found = metrics.rouge(*([" ".join(words) for words in texts] for texts in zip(*pairs, strict=True)))["rouge_l"]
+    expected = [2 * naive_lcs(a, b) / (len(a) + len(b)) for a, b in pairs]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def odd_texts(seed: int, count: int) -> list[str]:
+    """Texts of the characters that tokenisers disagree on: blanks of all kinds, hyphens at line ends, entities, numbers."""
+    rng = random.Random(seed)
+    pieces = [
+        *"ab.,-5 \n\t\r\x0b\x1c\x85\xa0",
+        "-\n",
+        "&amp;",
+        "&quot;x",
+        "<skipped>",
+        "4.5",
+        "ΑΣ",
+        "İ",
+        "胸水",
+        "lung's",
+        "T2-",
+    ]
+    return ["".join(rng.choices(pieces, k=rng.randint(0, 30))) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "name, tokenise",
+    [
+        ("13a", lambda text: sacrebleu.tokenizers.tokenizer_13a.Tokenizer13a()(text.rstrip()).split()),
+        ("rouge", lambda text: rouge_score.tokenize.tokenize(text, None)),
+        ("meteor", lambda text: [word.lower() for word in nltk.wordpunct_tokenize(text)]),
+        ("cider", cider_tokens),
+    ],
+)
+def test_tables_split_texts_as_the_libraries_do(name, tokenise):
+    texts = list(dict.fromkeys(odd_texts(seed=3, count=400)))
+    tokens = TextTables(texts).tokens(name)
+    assert [[tokens.vocabulary[number] for number in tokens.of(row)] for row in range(len(texts))] == [
+        tokenise(text) for text in texts
+    ]
+
+
+def test_tables_count_ngrams_as_a_loop_does():
+    texts = ["a b a b a b", "a", "", "b a b", "c c c c c"]
+    tokens = TextTables(texts).tokens("13a")
+    for order, ngrams in zip((1, 2, 3, 4), tokens.ngrams, strict=True):
+        for first, second in itertools.product(range(len(texts)), repeat=2):
+            a, b = (
+                Counter(tuple(words[k : k + order]) for k in range(len(words) - order + 1))
+                for words in (texts[first].split(), texts[second].split())
+            )
+            assert shared_counts(ngrams, np.array([first]), np.array([second])).tolist() == [(a & b).total()]
+
+
+def test_metrics_of_odd_texts_equal_the_libraries(with_wordnet):
+    predictions, references = odd_texts(seed=1, count=60), odd_texts(seed=2, count=60)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    expected = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
+    found = metrics.rouge(predictions, references)
+    for ours, theirs in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
+        np.testing.assert_allclose(found[ours], [score[theirs].fmeasure for score in expected], atol=1e-9)
+    meteor = [
+        single_meteor_score(nltk.wordpunct_tokenize(r), nltk.wordpunct_tokenize(p))
+        for p, r in zip(predictions, references, strict=True)
+    ]
+    np.testing.assert_allclose(metrics.meteor(predictions, references), meteor, atol=1e-9)
+    bleu = sacrebleu.metrics.BLEU(max_ngram_order=4, smooth_method="none").corpus_score(predictions, [references])
+    assert metrics.corpus_bleu(predictions, references, 4) == pytest.approx(bleu.score / 100, abs=1e-9)
+
+
+def test_a_baseline_uses_the_tables_of_its_system():
+    """Its texts are all in them, and its scores are those that it has by itself."""
+    tables, _, _ = text_tables(PREDICTIONS, REFERENCES)
+    exchanged = PREDICTIONS[1:] + PREDICTIONS[:1]
+    again, _, _ = text_tables(exchanged, REFERENCES)
+    together = metrics.text_metrics(exchanged, REFERENCES)["scores"]
+    text_tables(["another"], ["text"])
+    assert again is tables
+    assert metrics.text_metrics(exchanged, REFERENCES)["scores"] == pytest.approx(together, abs=1e-12)
 
 
 def test_meteor_of_random_words_equals_nltk(with_wordnet):
