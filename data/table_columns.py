@@ -7,17 +7,18 @@ of records.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypedDict
 
 import datasets
 from tqdm import tqdm
 
+from samf.data.labels import find_label_columns, known_label
 from samf.data.load_stats import LoadStats
 from samf.data.missing_volumes import check_volumes
-from samf.data.open_table import open_table, select_part
+from samf.data.open_table import open_table, select_part, split_by_column
 from samf.data.options import check_choice, check_on_missing
 from samf.data.prompts import REPORT_QUESTION
 from samf.data.record_cache import default_cache, in_memory
@@ -34,6 +35,13 @@ Row: TypeAlias = Mapping[str, object]
 _VALID_NAMES = ("validation", "valid", "val", "dev")
 
 
+class _Facts(TypedDict):
+    """What a record has in addition to its volume, its texts and its patient."""
+
+    scan: str | None
+    labels: list[int] | None
+
+
 @dataclass(frozen=True)
 class TableColumns:
     """The columns of a table.
@@ -45,9 +53,15 @@ class TableColumns:
         answer: their answers.
         choices: options of multiple-choice questions, as lists or as "(a) … (b) …"; None takes those in the question.
         patient: the patient of each volume.
+        split: the name of each row's split; it takes the place of the data set's own splits.
+        scan: what each volume is a reconstruction of; it also names the records.
+        labels: {finding: its column of labels}; other findings have columns of their own names.
         splits: {"train" or "valid": a split of the data set or a part of one, such as "test" or "train[90%:]"}; the key ""
             is for both. By default "train" is the split of that name, and "valid" the first of "validation", "valid",
             "val" and "dev".
+        image_root: the folder from which relative paths start; None takes the table's, or the Hub's repository.
+        opener: opens the data set; default: `open_table`.
+        name: of a data set that is known by name, for messages.
     """
 
     volume: str
@@ -56,7 +70,13 @@ class TableColumns:
     answer: str | None = None
     choices: str | None = None
     patient: str | None = None
+    split: str | None = None
+    scan: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
+    image_root: str | None = None
+    opener: Callable[[str | Path, str], datasets.Dataset | datasets.DatasetDict] = open_table
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if (self.question is None) != (self.answer is None):
@@ -72,10 +92,12 @@ class TableColumns:
         tasks: Sequence[str] | None = None,
         on_missing: str = "raise",
         image_root: str | Path | None = None,
+        finding_names: Sequence[str] = (),
+        needs_text: bool = True,
         counts_file: str | Path | None = None,
         **_unused: object,
     ) -> datasets.Dataset:
-        """Load the records of a split: one of a row's report, one of its question.
+        """Load the records of a split: one of a row's report, one of its question; or one of its labels only.
 
         Args:
             source: owner/name of a data set on the Hub, a folder (`save_to_disk`'s, or one that `load_dataset` reads), or a
@@ -83,7 +105,9 @@ class TableColumns:
             split: "train" or "valid".
             tasks: some of TASKS; None takes all that the columns give.
             on_missing: as for `load_ct_rate`.
-            image_root: the folder from which relative paths start; default: the table's, or the Hub's repository.
+            image_root: takes precedence over the columns' own.
+            finding_names: findings whose labels the records get, where the table has columns of them.
+            needs_text: False makes one record per row that has labels, with an empty report, where there are labels.
             counts_file: as for `load_ct_rate`.
             _unused: options of other loaders.
 
@@ -92,11 +116,18 @@ class TableColumns:
             ValueError: a column or split that isn't there, or no column for the tasks.
         """
         on_missing = check_on_missing(on_missing)
-        chosen = self._tasks(tasks)
-        table, load_stats = self._open(source, split), LoadStats()
-        builder = RecordBuilder(VolumeChoice(TablePaths(source, image_root).locate, load_stats), load_stats, chosen)
+        chosen = self._tasks(tasks) if needs_text else TASKS
+        table, labels = self._open(source, split, finding_names)
+        if not needs_text and not labels:
+            chosen = self._tasks(tasks)
+        builder = self._builder(source, image_root, chosen)
+        load_stats = builder.load_stats
         with Processes().main_process_first():  # volumes within the table are unpacked once
-            records = in_memory(self._records(table, source, builder, chosen), FEATURES)
+            if needs_text or not labels:
+                rows = self._records(table, source, builder, chosen, labels)
+            else:
+                rows = self._volumes(table, source, builder, labels)
+            records = in_memory(rows, FEATURES)
         records = check_volumes(records, on_missing, load_stats)
         load_stats.log(f"{source} {split}")
         if counts_file is not None:
@@ -116,27 +147,41 @@ class TableColumns:
         """
         present = [split for split in splits if self.has_split(source, split)]
         for split in present or splits[:1]:
-            table, load_stats = self._open(source, split), LoadStats()
-            builder = RecordBuilder(VolumeChoice(TablePaths(source, image_root).locate, load_stats), load_stats, TASKS)
-            empty: Exchange = {"task": "report", "question": "", "choices": None, "answer": ""}
-            rows = (
-                builder.record(name, name, empty, self._patient(row))
-                for name, row in self._rows(table, source, load_stats)
-            )
-            records = in_memory(filter(None, rows), FEATURES)
-            yield split, check_volumes(records, on_missing, load_stats)
-            load_stats.log(f"{source} {split}")
+            table, _ = self._open(source, split)
+            builder = self._builder(source, image_root, TASKS)
+            records = in_memory(self._volumes(table, source, builder, {}), FEATURES)
+            yield split, check_volumes(records, on_missing, builder.load_stats)
+            builder.load_stats.log(f"{source} {split}")
 
     def has_split(self, source: str, split: str) -> bool:
         """Return whether the data set has this split; a table without splits is all "train", unless parts are named."""
-        loaded = open_table(source, split)
+        loaded = self._loaded(source, split)
         if isinstance(loaded, datasets.Dataset):
             return split in self.splits or (split == "train" and not self.splits) or "{split}" in str(source)
         return self._split_name(loaded, split) is not None
 
+    def split_names(self, source: str | Path) -> list[str] | None:
+        """Return the names of all splits of a data set; None for a table without splits."""
+        loaded = self._loaded(source, "train")
+        return None if isinstance(loaded, datasets.Dataset) else list(loaded)
+
+    def findings(self, source: str | Path) -> list[str]:
+        """Return the findings that a data set has labels of: those in `labels`, and other columns of small integers."""
+        loaded = self._loaded(source, "train")
+        features = (loaded if isinstance(loaded, datasets.Dataset) else next(iter(loaded.values()))).features
+        named = [name for name, column in self.labels.items() if column in features]
+        taken = {self.labels[name] for name in named}
+        small = [name for name, kind in features.items() if getattr(kind, "dtype", None) in ("int8", "bool")]
+        return named + [name for name in small if name not in taken]
+
     def _tasks(self, wanted: Sequence[str] | None) -> tuple[Task, ...]:
         possible: tuple[Task, ...] = ("report",) if self.report else ()
         possible += ("multiple_choice", "short_answer") if self.question else ()
+        if not possible and self.name:
+            raise ValueError(
+                f"dataset {self.name} has no reports and no questions. Its volumes are for preprocess.py and pretraining, "
+                f"and its labels, where it has them, for --objective findings."
+            )
         if not possible:
             raise ValueError("No column holds texts: name --report_column, or --question_column and --answer_column.")
         if wanted is not None:
@@ -153,9 +198,20 @@ class TableColumns:
         names = ("train",) if split == "train" else _VALID_NAMES
         return next((name for name in names if name in loaded), None)
 
-    def _open(self, source: str | Path, split: str) -> datasets.Dataset:
-        """Open a split with the named columns only."""
-        loaded = open_table(source, split)
+    def _loaded(self, source: str | Path, split: str) -> datasets.Dataset | datasets.DatasetDict:
+        loaded = self.opener(source, split)
+        return loaded if self.split is None else split_by_column(loaded, self.split, source)
+
+    def _builder(self, source: str | Path, image_root: str | Path | None, tasks: Collection[str]) -> RecordBuilder:
+        load_stats = LoadStats()
+        paths = TablePaths(source, image_root or self.image_root)
+        return RecordBuilder(VolumeChoice(paths.locate, load_stats), load_stats, tasks)
+
+    def _open(
+        self, source: str | Path, split: str, finding_names: Sequence[str] = ()
+    ) -> tuple[datasets.Dataset, Mapping[str, str | None]]:
+        """Return a split with the named columns only, and the columns of the findings."""
+        loaded = self._loaded(source, split)
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict({"train": loaded})
             spec: str | None = self.splits.get(split) or self.splits.get("") or "train"
@@ -167,16 +223,18 @@ class TableColumns:
                 f"{split}={next(iter(loaded))}, or {split}={next(iter(loaded))}[90%:]."
             )
         table = select_part(loaded, spec, source)
-        columns = (self.volume, self.report, self.question, self.answer, self.choices, self.patient)
+        columns = (self.volume, self.report, self.question, self.answer, self.choices, self.patient, self.scan)
         wanted = [name for name in columns if name is not None]
         if absent := [name for name in wanted if name not in table.column_names]:
             raise ValueError(
-                f"{source}: no column {', '.join(absent)}; its columns are {', '.join(table.column_names)}."
+                f"{source}: no column {', '.join(absent)}; its columns are {', '.join(table.column_names[:50])}."
             )
+        labels = find_label_columns(finding_names, self.labels, set(table.column_names), str(source))
+        wanted += [column for column in labels.values() if column is not None]
         table = table.select_columns(list(dict.fromkeys(wanted)))
         if isinstance(table.features[self.volume], datasets.Nifti):
             table = table.cast_column(self.volume, datasets.Nifti(decode=False))
-        return table
+        return table, labels
 
     def _rows(self, table: datasets.Dataset, source: str | Path, load_stats: LoadStats) -> Iterator[tuple[str, Row]]:
         """Yield each row that has a volume, with the volume's name."""
@@ -190,17 +248,42 @@ class TableColumns:
             yield name, row
 
     def _records(
-        self, table: datasets.Dataset, source: str | Path, builder: RecordBuilder, tasks: Collection[str]
+        self,
+        table: datasets.Dataset,
+        source: str | Path,
+        builder: RecordBuilder,
+        tasks: Collection[str],
+        labels: Mapping[str, str | None],
     ) -> Iterator[Record]:
         for number, (name, row) in enumerate(self._rows(table, source, builder.load_stats)):
-            patient = self._patient(row)
+            patient, facts = self._patient(row), self._facts(row, labels, source, number)
             if self.report and "report" in tasks:
-                report = builder.report(name, REPORT_QUESTION, given(_text(row[self.report])), patient)
+                report = builder.report(name, REPORT_QUESTION, given(_text(row[self.report])), patient, **facts)
                 if report:
                     yield report
             exchange = self._exchange(row, builder.load_stats, number)
-            if exchange and (record := builder.record(name, f"{exchange['task']}_{number}", exchange, patient)):
+            if exchange:
+                record = builder.record(name, f"{exchange['task']}_{number}", exchange, patient, **facts)
+                if record:
+                    yield record
+
+    def _volumes(
+        self, table: datasets.Dataset, source: str | Path, builder: RecordBuilder, labels: Mapping[str, str | None]
+    ) -> Iterator[Record]:
+        """Yield a record per volume, without texts."""
+        empty: Exchange = {"task": "report", "question": "", "choices": None, "answer": ""}
+        for number, (name, row) in enumerate(self._rows(table, source, builder.load_stats)):
+            facts = self._facts(row, labels, source, number)
+            if record := builder.record(name, facts["scan"] or name, empty, self._patient(row), **facts):
                 yield record
+
+    def _facts(self, row: Row, labels: Mapping[str, str | None], source: str | Path, number: int) -> _Facts:
+        """Return the scan and the labels of a row, None where the table has none."""
+        found = None
+        if labels:
+            where = f"{source}: row {number + 1}, column"
+            found = [known_label(row[name] if name else None, f"{where} {name!r}") for name in labels.values()]
+        return {"scan": self._named(row, self.scan), "labels": found}
 
     def _exchange(self, row: Row, load_stats: LoadStats, number: int) -> Exchange | None:
         """Return the question of a row; None where it has none, or an unusable one, which is counted."""
@@ -230,7 +313,11 @@ class TableColumns:
         return question, [squeeze(_text(choice)) for choice in choices]
 
     def _patient(self, row: Row) -> str | None:
-        return None if self.patient is None else _text(row[self.patient]).strip() or None
+        return self._named(row, self.patient)
+
+    @staticmethod
+    def _named(row: Row, column: str | None) -> str | None:
+        return None if column is None else _text(row[column]).strip() or None
 
 
 def parse_splits(items: Sequence[str]) -> dict[str, str]:
