@@ -113,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given and not given[0].startswith("-"):
         given = ["--data", *given]
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger("samf").setLevel(logging.ERROR)  # what loaders leave out is part of the result
+    logger, level = logging.getLogger("samf"), logging.getLogger("samf").level
+    logger.setLevel(logging.ERROR)  # what loaders leave out is part of the result
     try:
         (args,) = parse_recipe(CheckArguments, given)
         result = check(args)
@@ -122,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"samf data check: {' '.join(str(error).split())}\n")
         return BAD_INPUT
+    finally:
+        logger.setLevel(level)
     text = json.dumps(result.to_json(), ensure_ascii=False) + "\n" if args.json else result_text(result)
     sys.stdout.write(text)
     return PROBLEMS if result.problems() else 0

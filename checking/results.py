@@ -115,7 +115,8 @@ def _files_json(files: CheckedFiles) -> JsonObject:
         "missing": sum(reason == "missing" for reason in broken.values()),
         "broken": [{"path": path, "reason": reason} for path, reason in broken.items() if reason != "missing"],
         "missing_first": [path for path, reason in broken.items() if reason == "missing"][:_LISTED],
-        "copies": files.copies(),
+        "copies": len(copies := files.copies()),
+        "copies_first": [group[:_LISTED] for group in copies[:_LISTED]],
         "with_warnings": sum(bool(facts.notes) for facts in good),
         "bytes": sum(facts.bytes for facts in good),
         "slice_spacing_mm": quantiles(spacing.max(axis=1)) if len(spacing) else None,
@@ -189,7 +190,7 @@ def _file_lines(files: Mapping[str, Any]) -> list[str]:
     lines += [f"  missing: {path}" for path in files["missing_first"]]
     lines += [f"  broken: {entry['path']}: {entry['reason']}" for entry in files["broken"][:_LISTED]]
     lines += [f"  and {len(files['broken']) - _LISTED} more broken"] * (len(files["broken"]) > _LISTED)
-    lines += [f"  copies of one volume: {', '.join(group)}" for group in files["copies"][:_LISTED]]
+    lines += [f"  copies of one volume: {', '.join(group)}" for group in files["copies_first"]]
     if files["slice_spacing_mm"]:
         lines.append(f"  largest voxel edge in mm: {_edge_text(files['slice_spacing_mm'])}")
     return lines

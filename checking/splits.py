@@ -5,6 +5,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from samf.data.volume_discovery import SPLITS, ct_rate_folders, find_splits
 from samf.model.ct_common import VolumeRef
 
 _LISTED = 10
+_ROWS = 1000  # of a table that are read at once
 
 
 @dataclass
@@ -91,6 +93,22 @@ def load_splits(source: str, args: SourceArguments, patterns: list[str] | None =
 
 
 def _table_splits(source: str, columns: TableColumns, args: SourceArguments) -> dict[str, Split]:
+    """Return the splits of a table; of rows that are in none, the first split counts how many there are."""
+    opened = lru_cache(maxsize=4)(columns.opener)  # once for all splits
+    whole = replace(columns, opener=opened)
+    splits = _splits_of(source, replace(whole, opener=lru_cache(maxsize=4)(whole.load_table), split=None), args)
+    if columns.split is not None and "{split}" not in source:
+        rows = _row_count(opened(source, "train")) - _row_count(whole.load_table(source, "train"))
+        unnamed = {"reason": f"rows of the table without a split in column {columns.split}", "count": rows}
+        next(iter(splits.values())).left_out += [unnamed] if rows else []
+    return splits
+
+
+def _row_count(loaded: datasets.Dataset | datasets.DatasetDict) -> int:
+    return len(loaded) if isinstance(loaded, datasets.Dataset) else sum(map(len, loaded.values()))
+
+
+def _splits_of(source: str, columns: TableColumns, args: SourceArguments) -> dict[str, Split]:
     names = columns.split_names(source)
     findings = columns.findings(source)
     has_text = columns.report is not None or columns.question is not None
@@ -136,10 +154,10 @@ def summarise(
         left_out: what the loader counted.
     """
     split = Split(left_out=list(left_out))
-    for batch in records.iter(1000):
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        for row in rows:
-            _add(split, row, finding_names)
+    for batch in records.iter(_ROWS):
+        names = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            _add(split, dict(zip(names, values, strict=True)), finding_names)
     return split
 
 
@@ -213,7 +231,7 @@ def find_overlaps(splits: Mapping[str, Split], copies: Sequence[Sequence[str]] =
         both = {*one.volumes} & {*other.volumes}
         for group in copies:
             if {*group} & {*one.volumes} and {*group} & {*other.volumes}:
-                both |= {*group}
+                both |= {*group} & {*one.volumes, *other.volumes}
         same = sorted({*texts[first]} & {*texts[second]})
         counts = (sum(texts[first][text] for text in same), sum(texts[second][text] for text in same))
         overlap = Overlap(

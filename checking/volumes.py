@@ -106,7 +106,7 @@ def _reason(error: BaseException, path: str) -> str:
 def _read_facts(volume: VolumeRef) -> dict[str, Any]:
     with collected_warnings("samf.model") as notes:
         found = read_ct(volume)
-    digest = hashlib.sha256(np.ascontiguousarray(found.hu))
+    digest = hashlib.sha256(np.ascontiguousarray(found.hu).data)
     digest.update(repr((found.shape, np.round(found.affine, 3).tolist())).encode())
     return {
         "is_read": True,

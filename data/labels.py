@@ -78,3 +78,37 @@ def find_label_columns(
     if missing:
         logger.warning("%s: no labels of %s; they count as unknown.", source, ", ".join(missing))
     return found
+
+
+class LabelReader:
+    """Labels of a table's rows.
+
+    Args:
+        columns: the column of each finding, None for one without.
+        source: the table's name, for messages.
+    """
+
+    def __init__(self, columns: Mapping[str, str | None], source: str):
+        self.columns = [name for name in columns.values() if name is not None]
+        self._columns, self._source = list(columns.values()), source
+        self._known: dict[object, int] = {None: IGNORE_INDEX}  # a table has few different values, in many rows
+
+    def __bool__(self) -> bool:
+        return bool(self._columns)
+
+    def __call__(self, row: Mapping[str, object], number: int) -> list[int] | None:
+        """Return the labels of row `number`, in the findings' order; None of a table without labels.
+
+        Raises:
+            ValueError: a value that is no label; names row and column.
+        """
+        if not self._columns:
+            return None
+        return [self._label(None if name is None else row[name], name, number) for name in self._columns]
+
+    def _label(self, value: object, column: str | None, number: int) -> int:
+        found = self._known.get(value)
+        if found is None:
+            found = known_label(value, f"{self._source}: row {number + 1}, column {column!r}")
+            self._known[value] = found
+        return found

@@ -1,5 +1,6 @@
 """Data sets opened as `datasets.Dataset`s: from the Hub, from `save_to_disk`, from Parquet, CSV or JSON."""
 
+import hashlib
 import json
 import logging
 import re
@@ -102,7 +103,11 @@ def split_by_column(
         logger.warning("%s: %d rows without a split in column %s; left out", source, len(unnamed), column)
     if odd := sorted(name for name in rows if not re.fullmatch(r"\w[\w.-]*", name)):
         raise ValueError(f"{source}: column {column} names the split {odd[0]!r}; expected one word, such as train.")
-    return datasets.DatasetDict({name: table.select(numbers) for name, numbers in rows.items()})
+    # Named fingerprints: `datasets` would hash the lists of rows, number by number.
+    prints = {name: hashlib.sha256(f"{table._fingerprint} {column} {name}".encode()).hexdigest()[:16] for name in rows}
+    return datasets.DatasetDict(
+        {name: table.select(numbers, new_fingerprint=prints[name]) for name, numbers in rows.items()}
+    )
 
 
 def _open_file(path: Path) -> datasets.Dataset:

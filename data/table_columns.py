@@ -7,39 +7,27 @@ of records.
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypedDict
 
 import datasets
-from tqdm import tqdm
 
-from samf.data.labels import find_label_columns, known_label
+from samf.data.labels import LabelReader, find_label_columns
 from samf.data.load_stats import LoadStats
 from samf.data.missing_volumes import check_volumes
 from samf.data.open_table import open_table, select_part, split_by_column
 from samf.data.options import check_choice, check_on_missing
-from samf.data.prompts import REPORT_QUESTION
-from samf.data.record_cache import default_cache, in_memory
+from samf.data.record_cache import in_memory
 from samf.data.records import FEATURES, RecordBuilder, VolumeChoice
-from samf.data.schema import TASKS, Exchange, Record, Task
-from samf.data.table_volumes import TablePaths, volume_name
-from samf.data.texts import NO_OPTION, given, settle_answer, split_options, squeeze
+from samf.data.schema import TASKS, Task
+from samf.data.table_rows import TableRows
+from samf.data.table_volumes import TablePaths
 from samf.utils.distributed import Processes
 
 logger = logging.getLogger(__name__)
 
-Row: TypeAlias = Mapping[str, object]
-
 _VALID_NAMES = ("validation", "valid", "val", "dev")
-
-
-class _Facts(TypedDict):
-    """What a record has in addition to its volume, its texts and its patient."""
-
-    scan: str | None
-    labels: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -117,17 +105,14 @@ class TableColumns:
         """
         on_missing = check_on_missing(on_missing)
         chosen = self._tasks(tasks) if needs_text else TASKS
-        table, labels = self._open(source, split, finding_names)
-        if not needs_text and not labels:
+        rows = self._open(source, split, finding_names)
+        has_labels_only = not needs_text and bool(rows.labels)
+        if not needs_text and not has_labels_only:
             chosen = self._tasks(tasks)
         builder = self._builder(source, image_root, chosen)
         load_stats = builder.load_stats
         with Processes().main_process_first():  # volumes within the table are unpacked once
-            if needs_text or not labels:
-                rows = self._records(table, source, builder, chosen, labels)
-            else:
-                rows = self._volumes(table, source, builder, labels)
-            records = in_memory(rows, FEATURES)
+            records = in_memory(rows.volumes(builder) if has_labels_only else rows.records(builder, chosen), FEATURES)
         records = check_volumes(records, on_missing, load_stats)
         load_stats.log(f"{source} {split}")
         if counts_file is not None:
@@ -147,27 +132,36 @@ class TableColumns:
         """
         present = [split for split in splits if self.has_split(source, split)]
         for split in present or splits[:1]:
-            table, _ = self._open(source, split)
             builder = self._builder(source, image_root, TASKS)
-            records = in_memory(self._volumes(table, source, builder, {}), FEATURES)
+            records = in_memory(self._open(source, split).volumes(builder), FEATURES)
             yield split, check_volumes(records, on_missing, builder.load_stats)
             builder.load_stats.log(f"{source} {split}")
 
     def has_split(self, source: str, split: str) -> bool:
         """Return whether the data set has this split; a table without splits is all "train", unless parts are named."""
-        loaded = self._loaded(source, split)
+        loaded = self.load_table(source, split)
         if isinstance(loaded, datasets.Dataset):
             return split in self.splits or (split == "train" and not self.splits) or "{split}" in str(source)
         return self._split_name(loaded, split) is not None
 
+    def load_table(self, source: str | Path, split: str) -> datasets.Dataset | datasets.DatasetDict:
+        """Open a data set with all its columns, by its splits where it has them.
+
+        Args:
+            source: as for `load`.
+            split: replaces "{split}" in `source`.
+        """
+        loaded = self.opener(source, split)
+        return loaded if self.split is None else split_by_column(loaded, self.split, source)
+
     def split_names(self, source: str | Path) -> list[str] | None:
         """Return the names of all splits of a data set; None for a table without splits."""
-        loaded = self._loaded(source, "train")
+        loaded = self.load_table(source, "train")
         return None if isinstance(loaded, datasets.Dataset) else list(loaded)
 
     def findings(self, source: str | Path) -> list[str]:
         """Return the findings that a data set has labels of: those in `labels`, and other columns of small integers."""
-        loaded = self._loaded(source, "train")
+        loaded = self.load_table(source, "train")
         features = (loaded if isinstance(loaded, datasets.Dataset) else next(iter(loaded.values()))).features
         named = [name for name, column in self.labels.items() if column in features]
         taken = {self.labels[name] for name in named}
@@ -198,20 +192,14 @@ class TableColumns:
         names = ("train",) if split == "train" else _VALID_NAMES
         return next((name for name in names if name in loaded), None)
 
-    def _loaded(self, source: str | Path, split: str) -> datasets.Dataset | datasets.DatasetDict:
-        loaded = self.opener(source, split)
-        return loaded if self.split is None else split_by_column(loaded, self.split, source)
-
     def _builder(self, source: str | Path, image_root: str | Path | None, tasks: Collection[str]) -> RecordBuilder:
         load_stats = LoadStats()
         paths = TablePaths(source, image_root or self.image_root)
         return RecordBuilder(VolumeChoice(paths.locate, load_stats), load_stats, tasks)
 
-    def _open(
-        self, source: str | Path, split: str, finding_names: Sequence[str] = ()
-    ) -> tuple[datasets.Dataset, Mapping[str, str | None]]:
-        """Return a split with the named columns only, and the columns of the findings."""
-        loaded = self._loaded(source, split)
+    def _open(self, source: str | Path, split: str, finding_names: Sequence[str] = ()) -> TableRows:
+        """Return the rows of a split, with the named columns only."""
+        loaded = self.load_table(source, split)
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict({"train": loaded})
             spec: str | None = self.splits.get(split) or self.splits.get("") or "train"
@@ -229,95 +217,12 @@ class TableColumns:
             raise ValueError(
                 f"{source}: no column {', '.join(absent)}; its columns are {', '.join(table.column_names[:50])}."
             )
-        labels = find_label_columns(finding_names, self.labels, set(table.column_names), str(source))
-        wanted += [column for column in labels.values() if column is not None]
-        table = table.select_columns(list(dict.fromkeys(wanted)))
+        found = find_label_columns(finding_names, self.labels, set(table.column_names), str(source))
+        labels = LabelReader(found, str(source))
+        table = table.select_columns(list(dict.fromkeys([*wanted, *labels.columns])))
         if isinstance(table.features[self.volume], datasets.Nifti):
             table = table.cast_column(self.volume, datasets.Nifti(decode=False))
-        return table, labels
-
-    def _rows(self, table: datasets.Dataset, source: str | Path, load_stats: LoadStats) -> Iterator[tuple[str, Row]]:
-        """Yield each row that has a volume, with the volume's name."""
-        folder = default_cache() / "volumes" / table._fingerprint
-        rows = tqdm(table, desc=f"reading {source}", unit=" rows", disable=None, delay=5)
-        for number, row in enumerate(rows):
-            name = volume_name(row[self.volume], folder, number)
-            if name is None:
-                load_stats.drop("row without a volume", f"row {number}")
-                continue
-            yield name, row
-
-    def _records(
-        self,
-        table: datasets.Dataset,
-        source: str | Path,
-        builder: RecordBuilder,
-        tasks: Collection[str],
-        labels: Mapping[str, str | None],
-    ) -> Iterator[Record]:
-        for number, (name, row) in enumerate(self._rows(table, source, builder.load_stats)):
-            patient, facts = self._patient(row), self._facts(row, labels, source, number)
-            if self.report and "report" in tasks:
-                report = builder.report(name, REPORT_QUESTION, given(_text(row[self.report])), patient, **facts)
-                if report:
-                    yield report
-            exchange = self._exchange(row, builder.load_stats, number)
-            if exchange:
-                record = builder.record(name, f"{exchange['task']}_{number}", exchange, patient, **facts)
-                if record:
-                    yield record
-
-    def _volumes(
-        self, table: datasets.Dataset, source: str | Path, builder: RecordBuilder, labels: Mapping[str, str | None]
-    ) -> Iterator[Record]:
-        """Yield a record per volume, without texts."""
-        empty: Exchange = {"task": "report", "question": "", "choices": None, "answer": ""}
-        for number, (name, row) in enumerate(self._rows(table, source, builder.load_stats)):
-            facts = self._facts(row, labels, source, number)
-            if record := builder.record(name, facts["scan"] or name, empty, self._patient(row), **facts):
-                yield record
-
-    def _facts(self, row: Row, labels: Mapping[str, str | None], source: str | Path, number: int) -> _Facts:
-        """Return the scan and the labels of a row, None where the table has none."""
-        found = None
-        if labels:
-            where = f"{source}: row {number + 1}, column"
-            found = [known_label(row[name] if name else None, f"{where} {name!r}") for name in labels.values()]
-        return {"scan": self._named(row, self.scan), "labels": found}
-
-    def _exchange(self, row: Row, load_stats: LoadStats, number: int) -> Exchange | None:
-        """Return the question of a row; None where it has none, or an unusable one, which is counted."""
-        if self.question is None or self.answer is None:
-            return None
-        question, answer = given(_text(row[self.question])), given(_text(row[self.answer]))
-        if not question or not answer:
-            load_stats.drop("no question or no answer", f"row {number}")
-            return None
-        question, choices = self._choices(row, question)
-        if not choices:
-            return {"task": "short_answer", "question": question, "choices": None, "answer": answer}
-        settled = settle_answer(answer, choices)
-        if settled is None:
-            load_stats.drop(NO_OPTION, f"row {number}")
-            return None
-        return {"task": "multiple_choice", "question": question, "choices": choices, "answer": settled}
-
-    def _choices(self, row: Row, question: str) -> tuple[str, list[str]]:
-        """Return the question without its options, and the options."""
-        if self.choices is None:
-            question, choices = split_options(question)
-        elif isinstance(found := row[self.choices], str):
-            choices = split_options(found)[1]
-        else:
-            choices = list(found) if isinstance(found, Sequence) else []
-        return question, [squeeze(_text(choice)) for choice in choices]
-
-    def _patient(self, row: Row) -> str | None:
-        return self._named(row, self.patient)
-
-    @staticmethod
-    def _named(row: Row, column: str | None) -> str | None:
-        return None if column is None else _text(row[column]).strip() or None
+        return TableRows(self, table, labels, source)
 
 
 def parse_splits(items: Sequence[str]) -> dict[str, str]:
@@ -330,7 +235,3 @@ def parse_splits(items: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"dataset_split has {item!r}; expected a split, or train=SPLIT and valid=SPLIT once each.")
         splits[name] = value
     return splits
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)

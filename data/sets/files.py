@@ -121,7 +121,7 @@ def make_table(rows: Sequence[Row], labels: Sequence[str] = ()) -> datasets.Data
         raise FileNotFoundError("No rows in its tables.")
     names = list(rows[0])
     kinds = {name: datasets.Value("int8" if name in set(labels) else "string") for name in names}
-    columns = {name: [row[name] for row in rows] for name in names}
+    columns = {name: [row.get(name) for row in rows] for name in names}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
 
 

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
 
-from samf.data.sets.files import VolumeIndex, by_key, find_table, read_table
+from samf.data.sets.files import VolumeIndex, by_key, find_table, make_table, read_table
 from samf.data.sets.named import NamedSet
 from samf.data.table_columns import TableColumns
 
@@ -51,55 +49,66 @@ def join(root: Path) -> datasets.Dataset:
         FileNotFoundError: there is no label table.
         ValueError: a label table of another kind.
     """
-    parts = [_read_split(path, split) for split in _SPLITS if (path := find_table(root, _LABELS.format(split)))]
-    if not parts:
+    tables = {split: find_table(root, _LABELS.format(split)) for split in _SPLITS}
+    if not any(tables.values()):
         raise FileNotFoundError(f"{root}: no {_LABELS.format('train')} or its like for valid and test.")
-    table = pa.concat_tables(parts, promote_options="default")
-    names = table.column(_ID).to_pylist()
+    rows = [row for split, path in tables.items() if path for row in _read_split(path, split)]
     if listed := find_table(root, "Summary_*.csv"):
         released = set(by_key(read_table(listed, [_ID]), _ID))
-        table = table.filter(pa.array([name in released for name in names]))
-        names = table.column(_ID).to_pylist()
+        rows = [row for row in rows if row[_ID] in released]
     index, patients = VolumeIndex(root, "images", "npz", ""), _patients(root)
-    table = table.append_column("volume", pa.array([index.path(name, ".npz") for name in names], pa.string()))
-    table = table.append_column("patient", pa.array([patients.get(name) for name in names], pa.string()))
-    return datasets.Dataset(table)
+    for row in rows:
+        name = str(row[_ID])
+        row |= {"volume": index.path(name, ".npz"), "patient": patients.get(name)}
+    texts = {_ID, "split", "volume", "patient"}
+    return make_table(rows, [name for name in (rows[0] if rows else ()) if name not in texts])
 
 
-def _read_split(path: Path, split: str) -> pa.Table:
-    """Return the ids, the split and the labels of a label table.
+def _read_split(path: Path, split: str) -> list[dict[str, object]]:
+    """Return the id, the split and the labels of each row of a label table.
 
-    The table has thousands of columns, so that it is parsed by pyarrow into bytes, and joined as arrays.
+    The table has thousands of columns and tens of thousands of rows, so that it is read line by line, as arrays.
     """
-    with open(path, encoding="utf-8-sig") as stream:
+    with path.open(encoding="utf-8-sig") as stream:
         columns = stream.readline().rstrip("\r\n").split(",")
-    kinds = {name: pa.string() if name == _ID else pa.int8() for name in columns}
-    try:
-        rows = pa.csv.read_csv(path, convert_options=pa.csv.ConvertOptions(column_types=kinds))
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a table of labels 0 and 1 ({str(error).splitlines()[0]}).") from error
-    if _ID not in rows.column_names:
-        raise ValueError(f"{path}: no column {_ID}; its columns are {', '.join(columns[:10])}.")
-    found: dict[str, list[str]] = {}
-    for column in rows.column_names:
-        abnormality, star, _ = column.partition("*")
-        if star or column != _ID:
-            found.setdefault(abnormality, []).append(column)
-    parts = {_ID: rows.column(_ID), "split": pa.array([split] * len(rows))}
-    parts |= {name: _any(rows, own) for name, own in sorted(found.items())}
-    for finding, abnormality in _IN_LUNGS.items():
-        own = [name for name in found.get(abnormality, ()) if name.partition("*")[2] in _LUNG]
-        if own:
-            parts[finding] = _any(rows, own)
-    return pa.table(parts)
+        if columns[0] != _ID:
+            raise ValueError(f"{path}: no first column {_ID}; its columns are {', '.join(columns[:10])}.")
+        findings = _findings_of(columns[1:])
+        names = list(dict.fromkeys(finding for own in findings for finding in own))
+        places = [np.array([names.index(finding) for finding in own], dtype=np.intp) for own in findings]
+        rows: list[dict[str, object]] = []
+        for number, line in enumerate(filter(str.strip, stream), start=1):
+            name, _, rest = line.rstrip("\r\n").partition(",")
+            found = np.zeros(len(names), dtype=np.int8)
+            for hit in np.flatnonzero(_is_one(rest, len(findings), f"{path}: row {number} below the header")):
+                found[places[hit]] = 1
+            rows.append({_ID: name, "split": split, **dict(zip(names, found.tolist(), strict=True))})
+    return rows
 
 
-def _any(rows: pa.Table, columns: Sequence[str]) -> pa.Array:
-    """Return whether any of the label columns is 1, as int8 (N,)."""
-    found = np.zeros(len(rows), dtype=np.int8)
+def _findings_of(columns: Sequence[str]) -> list[list[str]]:
+    """Return for each label column the findings that it is a label of: its abnormality, perhaps CT-RATE's as well."""
+    found = []
     for column in columns:
-        np.maximum(found, rows.column(column).fill_null(0).to_numpy(), out=found)
-    return pa.array(found, pa.int8())
+        abnormality, _, location = column.partition("*")
+        own = [name for name, same in _IN_LUNGS.items() if same == abnormality and location in _LUNG]
+        found.append([abnormality, *own])
+    return found
+
+
+def _is_one(text: str, count: int, where: str) -> np.ndarray:
+    """Return whether each of `count` numbers with commas is 1, (count,). Raises ValueError for anything but 0 and 1."""
+    codes = np.frombuffer(text.encode(), dtype=np.uint8)
+    if len(codes) == 2 * count - 1 and (codes[1::2] == ord(",")).all():
+        values = codes[::2].astype(np.float32) - ord("0")
+    else:  # "1.0", or nothing
+        try:
+            values = np.array([float(value or 0) for value in text.split(",")], dtype=np.float32)
+        except ValueError as error:
+            raise ValueError(f"{where}: not labels 0 and 1 ({error}).") from error
+    if len(values) != count or not np.isin(values, (0, 1)).all():
+        raise ValueError(f"{where}: {len(values)} values; expected {count}, each 0 or 1.")
+    return values == 1
 
 
 def _patients(root: Path) -> dict[str, str]:

@@ -145,7 +145,7 @@ def _read_series(root: Path, folder: Path, names: Sequence[str]) -> Series | Non
             return None
         header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=list(_TAGS))
         texts = {tag: _text(header.get(tag)) for tag in _TAGS}
-    except (*PARSE_ERRORS, OSError) as error:  # the check of the files reports it
+    except PARSE_ERRORS as error:  # the check of the files reports it
         logger.warning("%s: no readable DICOM header (%s); left out", folder, type(error).__name__)
         return None
     return Series(

@@ -56,6 +56,7 @@ def planted(scans, tmp_path):
         ("2.nii.gz", "Emphysema of both lungs.", "p1", "valid", 1),
         ("page.nii.gz", "Fibrosis.", "p6", "valid", 0),
         ("mask.nii.gz", "", "p7", "valid", 0),
+        ("3.nii.gz", "Clear.", "p8", "", 0),
     ]
     names = ("scan", "text", "who", "part", "nodule")
     stand_ins.write_table(folder / "table.csv", [dict(zip(names, row, strict=True)) for row in rows])
@@ -69,6 +70,7 @@ def test_what_was_planted_is_found(planted, tmp_path, capsys):
     train, valid = found["splits"]["train"], found["splits"]["valid"]
     assert (train["volumes"], train["patients"], train["records"]) == (4, 4, {"report": 4})
     assert (valid["volumes"], valid["left_out"][0]["reason"]) == (3, "report without text")
+    assert [entry["count"] for entry in train["left_out"] if "without a split" in entry["reason"]] == [1]
     assert train["labels"]["nodule"] == {"present": 2, "absent": 1, "unknown": 1}
     words = [
         len(text.split()) for text in ("Clear lungs.", "A nodule of 5 mm.", "Normal chest.", "An effusion on the left.")
@@ -213,7 +215,8 @@ def test_named_sets_are_checked_in_all_their_splits(tmp_path, capsys):
     assert found["splits"]["train"]["labels"]["Lung nodule"] == {"present": 1, "absent": 1, "unknown": 0}
     # The stand-in's volumes are all one: that is found.
     assert code == command.PROBLEMS
-    assert len(found["files"]["copies"][0]) == 4
+    assert [len(group) for group in found["files"]["copies_first"]] == [4]
+    assert [overlap["volumes"]["count"] for overlap in found["overlaps"]] == [3, 3, 2]
     code, found = run(capsys, stand_ins.nlst(tmp_path / "nlst"), "--dataset", "nlst")
     assert (found["splits"]["train"]["volumes"], found["splits"]["train"]["patients"]) == (2, 1)
     code, found = run(capsys, stand_ins.inspect(tmp_path / "inspect"), "--dataset", "inspect")

@@ -78,6 +78,15 @@ def test_rad_chest_ct(tmp_path):
     assert test["patient_id"] == "mrn4"
 
 
+@pytest.mark.parametrize("text", ["trn00001,0,2,0,0,0", "trn00001,0,1", "trn00001,0,yes,0,0,0"])
+def test_a_label_that_is_none_is_named_by_its_row(tmp_path, text):
+    root = stand_ins.rad_chest_ct(tmp_path)
+    path = root / "imgtrain_Abnormality_and_Location_Labels.csv"
+    path.write_text(path.read_text(encoding="utf-8").splitlines()[0] + "\n" + text + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="imgtrain_Abnormality.*row 1 below the header"):
+        load("rad_chest_ct", root, finding_names=["nodule"], needs_text=False)
+
+
 def test_rad_chest_ct_trains_findings_and_no_text(tmp_path):
     root = str(stand_ins.rad_chest_ct(tmp_path / "data"))
     args = DataArguments(data=root, dataset="rad_chest_ct", objective="findings")
