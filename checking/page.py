@@ -63,7 +63,7 @@ def _histogram(values: Mapping[str, Sequence[float]], x: str, y: str) -> Figure 
     for (name, own), colour in zip(values.items(), _COLOURS * len(values), strict=False):
         heights, _ = np.histogram(np.clip(own, bins[0], bins[-1]), bins)
         axes.stairs(heights / len(own), bins, color=colour, label=f"{name} (n {len(own)})")  # type: ignore[attr-defined]
-    axes.legend(fontsize=8)  # type: ignore[attr-defined]
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)  # type: ignore[attr-defined]
     return figure
 
 
@@ -88,7 +88,7 @@ def _label_plot(result: CheckResult) -> Figure | None:
         heights = [shares[finding].get(name, 0.0) for finding in findings]
         axes.barh(places, heights, width, color=colour, label=name)  # type: ignore[attr-defined]
     axes.set_yticks(range(len(findings)), findings, fontsize=7)  # type: ignore[attr-defined]
-    axes.legend(fontsize=8)  # type: ignore[attr-defined]
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)  # type: ignore[attr-defined]
     return figure
 
 
