@@ -64,7 +64,8 @@ class EvalArguments(SourceArguments, ScoringArguments):
     model: str = field(metadata={"help": "folder or Hub id of a SAMF model"})
     data: str = field(
         metadata={
-            "help": "folder in CT-RATE's layout, or another source that load_records reads; with volume_column any"
+            "help": "folder in CT-RATE's layout, or another source that load_records reads; with dataset that one's folder, "
+            "with volume_column any"
         }
     )
     output_dir: str = field(metadata={"help": "folder of predictions and results"})

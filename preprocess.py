@@ -57,7 +57,7 @@ logger = logging.getLogger("samf.preprocess")
 # Exit status if some volumes of this process are neither made nor noted as failed: EX_TEMPFAIL of sysexits.h.
 TRY_AGAIN = 75
 
-_SOURCE_ARGUMENTS = ("volume_column", "dataset_split", "min_coverage")
+_SOURCE_ARGUMENTS = ("dataset", "volume_column", "split_column", "dataset_split", "image_root", "min_coverage")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

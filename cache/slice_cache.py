@@ -32,6 +32,8 @@ __all__ = [
 
 # Increased whenever `read_ct` gives other HU for the same file, or the layout of entries changes.
 ENTRY_VERSION = 3
+# The same for one format, by the suffix of its files. 1: RAD-ChestCT's files have their own orientation.
+_FORMAT_VERSIONS = {".npz": 1}
 
 
 class SliceCache(VolumeCache):
@@ -53,7 +55,10 @@ class SliceCache(VolumeCache):
     def key(self, volume: VolumeRef, identity: Identity) -> str:
         """Return the name of a volume's entry."""
         limits = [self.min_coverage] if self.min_coverage else []
-        return entry_key(identity, volume.rescale, self.image_processor.settings_hash(), ENTRY_VERSION, *limits)
+        suffix = os.path.splitext(volume.path)[1].lower()
+        formats = [f"{suffix} {_FORMAT_VERSIONS[suffix]}"] if suffix in _FORMAT_VERSIONS else []
+        settings = self.image_processor.settings_hash()
+        return entry_key(identity, volume.rescale, settings, ENTRY_VERSION, *limits, *formats)
 
     def get(self, volume: VolumeLike, *, rescale: Sequence[float] | None = None, searched: bool = False) -> Arrays:
         """Return the output of `image_processor.extract` for a volume, as read-only maps of its entry.

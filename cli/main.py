@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from samf.cli.data import add_data
 from samf.cli.doors import add_doors
 from samf.cli.errors import UsageError, exit_with, log_errors_only
 from samf.cli.hospital import add_hospital
@@ -213,6 +214,7 @@ def push(
 add_web(app)
 add_serving(app)
 add_hospital(app)
+add_data(app)
 add_doors(app)
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def load_records(
     columns: RecordLoader | None = None,
     patient_rule: PatientRule | None = None,
     patient_column: str | None = None,
+    needs_text: bool = True,
     **options: Any,
 ) -> datasets.Dataset:
     """Load the records of a split from any known kind of source.
@@ -46,6 +47,7 @@ def load_records(
         columns: loads a data set in another layout (`samf.data.table_columns.TableColumns`).
         patient_rule: reads patients from the volumes' paths; see `samf.data.patients`.
         patient_column: a CSV's column of patients.
+        needs_text: False also takes rows of tables that have labels and no texts; their records have an empty report.
         options: of the loader. CSVs ignore `finding_names`, `vqa_files` and `cache_dir`.
 
     Raises:
@@ -53,7 +55,7 @@ def load_records(
         ValueError: an option that the source doesn't have, or a table without a column that it needs.
     """
     if columns is not None:
-        records = columns.load(source, split, **options)
+        records = columns.load(source, split, needs_text=needs_text, **options)
     else:
         records = _load_known_layout(source, split, patient_column=patient_column, **options)
     root = Path(options.get("image_root") or source).expanduser().absolute()
@@ -71,6 +73,10 @@ def _load_known_layout(source: str | Path, split: str, **options: Any) -> datase
         if options.pop("patient_column", None) is not None:
             raise ValueError(
                 "patient_column is for tables; in CT-RATE's layout the file names give the patients, or --patient_rule."
+            )
+        if options.pop("image_root", None) is not None:
+            raise ValueError(
+                "image_root is for tables; in CT-RATE's layout the volumes' paths follow from their names."
             )
         return load_ct_rate(named, split, **options)
     raise FileNotFoundError(

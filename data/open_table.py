@@ -1,6 +1,9 @@
 """Data sets opened as `datasets.Dataset`s: from the Hub, from `save_to_disk`, from Parquet, CSV or JSON."""
 
+import hashlib
 import json
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from samf.data.ct_rate.sources import HUB_NAME
 from samf.data.schema import JsonObject
 from samf.model.ct_download import file_path
 from samf.utils.text_files import open_csv, read_text
+
+logger = logging.getLogger(__name__)
 
 _SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
 
@@ -70,6 +75,39 @@ def select_part(loaded: datasets.DatasetDict, spec: str, source: str | Path) -> 
         for part in parts
     ]
     return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+
+
+def split_by_column(
+    loaded: datasets.Dataset | datasets.DatasetDict, column: str, source: str | Path
+) -> datasets.Dataset | datasets.DatasetDict:
+    """Return the splits that a column names; the data set as it is, if the column is empty in all rows.
+
+    Args:
+        loaded: the data set; splits that it has already are joined.
+        column: holds names such as train, in any case. Rows without one are left out, with a warning.
+        source: the data set's name, for messages.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    table = loaded if isinstance(loaded, datasets.Dataset) else datasets.concatenate_datasets(list(loaded.values()))
+    if column not in table.column_names:
+        raise ValueError(f"{source}: no column {column}; its columns are {', '.join(table.column_names[:50])}.")
+    rows: dict[str, list[int]] = {}
+    for number, value in enumerate(table[column][:]):
+        rows.setdefault("" if value is None else str(value).strip().lower(), []).append(number)
+    unnamed = rows.pop("", [])
+    if not rows:
+        return table
+    if unnamed:
+        logger.warning("%s: %d rows without a split in column %s; left out", source, len(unnamed), column)
+    if odd := sorted(name for name in rows if not re.fullmatch(r"\w[\w.-]*", name)):
+        raise ValueError(f"{source}: column {column} names the split {odd[0]!r}; expected one word, such as train.")
+    # Named fingerprints: `datasets` would hash the lists of rows, number by number.
+    prints = {name: hashlib.sha256(f"{table._fingerprint} {column} {name}".encode()).hexdigest()[:16] for name in rows}
+    return datasets.DatasetDict(
+        {name: table.select(numbers, new_fingerprint=prints[name]) for name, numbers in rows.items()}
+    )
 
 
 def _open_file(path: Path) -> datasets.Dataset:

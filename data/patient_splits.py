@@ -24,7 +24,7 @@ def check_patient_overlap(train: datasets.Dataset, valid: datasets.Dataset) -> N
 
 def refuse_common_patients(train: Collection[str], valid: Collection[str]) -> None:
     """Raise ValueError if two sets of patients have members in common."""
-    common = sorted(map(_pseudonym, {*train} & {*valid}))
+    common = sorted(map(pseudonym, {*train} & {*valid}))
     if common:
         more = f" and {len(common) - _LISTED} more" if len(common) > _LISTED else ""
         raise ValueError(
@@ -52,7 +52,7 @@ def refuse_shared_folders(patients: Mapping[str, str | None]) -> None:
         )
 
 
-def _pseudonym(patient: str) -> str:
+def pseudonym(patient: str) -> str:
     """Return what messages call a patient.
 
     A pseudonym of CT-RATE, a digest and the path of a volume whose patient is unknown stay; anything else becomes a digest.

@@ -110,7 +110,16 @@ class RecordBuilder:
         self._labels, self._rescale, self._unknown = labels, rescale, list(unknown)
         self._unique = _UniqueIds()
 
-    def record(self, name: str | None, record_id: str, exchange: Exchange, patient: str | None = None) -> Record | None:
+    def record(
+        self,
+        name: str | None,
+        record_id: str,
+        exchange: Exchange,
+        patient: str | None = None,
+        *,
+        scan: str | None = None,
+        labels: list[int] | None = None,
+    ) -> Record | None:
         """Return a complete record, or None where its task or its volume isn't used.
 
         Args:
@@ -118,6 +127,8 @@ class RecordBuilder:
             record_id: made unique by a number where it repeats.
             exchange: the question and its answer.
             patient: the table's; None takes the patient from CT-RATE's names.
+            scan: the table's; None takes the scan from CT-RATE's names, else the volume is one.
+            labels: the table's finding labels; None takes those of the volume's name.
         """
         record_id = self._unique(record_id)  # before anything is left out: ids must not depend on what is chosen
         if exchange["task"] not in self._tasks:
@@ -129,9 +140,9 @@ class RecordBuilder:
         record: Record = {
             "volume": path,
             "id": record_id,
-            "scan_id": volume.scan_id if volume else (name or record_id),
+            "scan_id": scan or (volume.scan_id if volume else (name or record_id)),
             "patient_id": patient or (volume.patient_id if volume else None),
-            "finding_labels": self._finding_labels(volume),
+            "finding_labels": self._finding_labels(volume) if labels is None else labels,
             "task": exchange["task"],
             "question": exchange["question"],
             "choices": exchange["choices"],
@@ -145,7 +156,16 @@ class RecordBuilder:
         self.load_stats.kept[exchange["task"]] += 1
         return record
 
-    def report(self, name: str, question: str, answer: str, patient: str | None = None) -> Record | None:
+    def report(
+        self,
+        name: str,
+        question: str,
+        answer: str,
+        patient: str | None = None,
+        *,
+        scan: str | None = None,
+        labels: list[int] | None = None,
+    ) -> Record | None:
         """Return the record of a report; None, counted, for an empty `answer`.
 
         Args:
@@ -153,12 +173,14 @@ class RecordBuilder:
             question: the request for a report.
             answer: the report.
             patient: as for `record`.
+            scan: as for `record`; the record's id has it.
+            labels: as for `record`.
         """
         if not answer:
             self.load_stats.drop("report without text", name)
             return None
         exchange: Exchange = {"task": "report", "question": question, "choices": None, "answer": answer}
-        return self.record(name, f"report_{volume_stem(name)}", exchange, patient)
+        return self.record(name, f"report_{scan or volume_stem(name)}", exchange, patient, scan=scan, labels=labels)
 
     def _finding_labels(self, volume: VolumeName | None) -> list[int]:
         if self._labels is None:

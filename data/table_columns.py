@@ -7,29 +7,25 @@ of records.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import datasets
-from tqdm import tqdm
 
+from samf.data.labels import LabelReader, find_label_columns
 from samf.data.load_stats import LoadStats
 from samf.data.missing_volumes import check_volumes
-from samf.data.open_table import open_table, select_part
+from samf.data.open_table import open_table, select_part, split_by_column
 from samf.data.options import check_choice, check_on_missing
-from samf.data.prompts import REPORT_QUESTION
-from samf.data.record_cache import default_cache, in_memory
+from samf.data.record_cache import in_memory
 from samf.data.records import FEATURES, RecordBuilder, VolumeChoice
-from samf.data.schema import TASKS, Exchange, Record, Task
-from samf.data.table_volumes import TablePaths, volume_name
-from samf.data.texts import NO_OPTION, given, settle_answer, split_options, squeeze
+from samf.data.schema import TASKS, Task
+from samf.data.table_rows import TableRows
+from samf.data.table_volumes import TablePaths
 from samf.utils.distributed import Processes
 
 logger = logging.getLogger(__name__)
-
-Row: TypeAlias = Mapping[str, object]
 
 _VALID_NAMES = ("validation", "valid", "val", "dev")
 
@@ -45,9 +41,15 @@ class TableColumns:
         answer: their answers.
         choices: options of multiple-choice questions, as lists or as "(a) … (b) …"; None takes those in the question.
         patient: the patient of each volume.
+        split: the name of each row's split; it takes the place of the data set's own splits.
+        scan: what each volume is a reconstruction of; it also names the records.
+        labels: {finding: its column of labels}; other findings have columns of their own names.
         splits: {"train" or "valid": a split of the data set or a part of one, such as "test" or "train[90%:]"}; the key ""
             is for both. By default "train" is the split of that name, and "valid" the first of "validation", "valid",
             "val" and "dev".
+        image_root: the folder from which relative paths start; None takes the table's, or the Hub's repository.
+        opener: opens the data set; default: `open_table`.
+        name: of a data set that is known by name, for messages.
     """
 
     volume: str
@@ -56,7 +58,13 @@ class TableColumns:
     answer: str | None = None
     choices: str | None = None
     patient: str | None = None
+    split: str | None = None
+    scan: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
+    image_root: str | None = None
+    opener: Callable[[str | Path, str], datasets.Dataset | datasets.DatasetDict] = open_table
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if (self.question is None) != (self.answer is None):
@@ -72,10 +80,12 @@ class TableColumns:
         tasks: Sequence[str] | None = None,
         on_missing: str = "raise",
         image_root: str | Path | None = None,
+        finding_names: Sequence[str] = (),
+        needs_text: bool = True,
         counts_file: str | Path | None = None,
         **_unused: object,
     ) -> datasets.Dataset:
-        """Load the records of a split: one of a row's report, one of its question.
+        """Load the records of a split: one of a row's report, one of its question; or one of its labels only.
 
         Args:
             source: owner/name of a data set on the Hub, a folder (`save_to_disk`'s, or one that `load_dataset` reads), or a
@@ -83,7 +93,9 @@ class TableColumns:
             split: "train" or "valid".
             tasks: some of TASKS; None takes all that the columns give.
             on_missing: as for `load_ct_rate`.
-            image_root: the folder from which relative paths start; default: the table's, or the Hub's repository.
+            image_root: takes precedence over the columns' own.
+            finding_names: findings whose labels the records get, where the table has columns of them.
+            needs_text: False makes one record per row that has labels, with an empty report, where there are labels.
             counts_file: as for `load_ct_rate`.
             _unused: options of other loaders.
 
@@ -92,11 +104,15 @@ class TableColumns:
             ValueError: a column or split that isn't there, or no column for the tasks.
         """
         on_missing = check_on_missing(on_missing)
-        chosen = self._tasks(tasks)
-        table, load_stats = self._open(source, split), LoadStats()
-        builder = RecordBuilder(VolumeChoice(TablePaths(source, image_root).locate, load_stats), load_stats, chosen)
+        chosen = self._tasks(tasks) if needs_text else TASKS
+        rows = self._open(source, split, finding_names)
+        has_labels_only = not needs_text and bool(rows.labels)
+        if not needs_text and not has_labels_only:
+            chosen = self._tasks(tasks)
+        builder = self._builder(source, image_root, chosen)
+        load_stats = builder.load_stats
         with Processes().main_process_first():  # volumes within the table are unpacked once
-            records = in_memory(self._records(table, source, builder, chosen), FEATURES)
+            records = in_memory(rows.volumes(builder) if has_labels_only else rows.records(builder, chosen), FEATURES)
         records = check_volumes(records, on_missing, load_stats)
         load_stats.log(f"{source} {split}")
         if counts_file is not None:
@@ -116,27 +132,50 @@ class TableColumns:
         """
         present = [split for split in splits if self.has_split(source, split)]
         for split in present or splits[:1]:
-            table, load_stats = self._open(source, split), LoadStats()
-            builder = RecordBuilder(VolumeChoice(TablePaths(source, image_root).locate, load_stats), load_stats, TASKS)
-            empty: Exchange = {"task": "report", "question": "", "choices": None, "answer": ""}
-            rows = (
-                builder.record(name, name, empty, self._patient(row))
-                for name, row in self._rows(table, source, load_stats)
-            )
-            records = in_memory(filter(None, rows), FEATURES)
-            yield split, check_volumes(records, on_missing, load_stats)
-            load_stats.log(f"{source} {split}")
+            builder = self._builder(source, image_root, TASKS)
+            records = in_memory(self._open(source, split).volumes(builder), FEATURES)
+            yield split, check_volumes(records, on_missing, builder.load_stats)
+            builder.load_stats.log(f"{source} {split}")
 
     def has_split(self, source: str, split: str) -> bool:
         """Return whether the data set has this split; a table without splits is all "train", unless parts are named."""
-        loaded = open_table(source, split)
+        loaded = self.load_table(source, split)
         if isinstance(loaded, datasets.Dataset):
             return split in self.splits or (split == "train" and not self.splits) or "{split}" in str(source)
         return self._split_name(loaded, split) is not None
 
+    def load_table(self, source: str | Path, split: str) -> datasets.Dataset | datasets.DatasetDict:
+        """Open a data set with all its columns, by its splits where it has them.
+
+        Args:
+            source: as for `load`.
+            split: replaces "{split}" in `source`.
+        """
+        loaded = self.opener(source, split)
+        return loaded if self.split is None else split_by_column(loaded, self.split, source)
+
+    def split_names(self, source: str | Path) -> list[str] | None:
+        """Return the names of all splits of a data set; None for a table without splits."""
+        loaded = self.load_table(source, "train")
+        return None if isinstance(loaded, datasets.Dataset) else list(loaded)
+
+    def findings(self, source: str | Path) -> list[str]:
+        """Return the findings that a data set has labels of: those in `labels`, and other columns of small integers."""
+        loaded = self.load_table(source, "train")
+        features = (loaded if isinstance(loaded, datasets.Dataset) else next(iter(loaded.values()))).features
+        named = [name for name, column in self.labels.items() if column in features]
+        taken = {self.labels[name] for name in named}
+        small = [name for name, kind in features.items() if getattr(kind, "dtype", None) in ("int8", "bool")]
+        return named + [name for name in small if name not in taken]
+
     def _tasks(self, wanted: Sequence[str] | None) -> tuple[Task, ...]:
         possible: tuple[Task, ...] = ("report",) if self.report else ()
         possible += ("multiple_choice", "short_answer") if self.question else ()
+        if not possible and self.name:
+            raise ValueError(
+                f"dataset {self.name} has no reports and no questions. Its volumes are for preprocess.py and pretraining, "
+                f"and its labels, where it has them, for --objective findings."
+            )
         if not possible:
             raise ValueError("No column holds texts: name --report_column, or --question_column and --answer_column.")
         if wanted is not None:
@@ -153,9 +192,14 @@ class TableColumns:
         names = ("train",) if split == "train" else _VALID_NAMES
         return next((name for name in names if name in loaded), None)
 
-    def _open(self, source: str | Path, split: str) -> datasets.Dataset:
-        """Open a split with the named columns only."""
-        loaded = open_table(source, split)
+    def _builder(self, source: str | Path, image_root: str | Path | None, tasks: Collection[str]) -> RecordBuilder:
+        load_stats = LoadStats()
+        paths = TablePaths(source, image_root or self.image_root)
+        return RecordBuilder(VolumeChoice(paths.locate, load_stats), load_stats, tasks)
+
+    def _open(self, source: str | Path, split: str, finding_names: Sequence[str] = ()) -> TableRows:
+        """Return the rows of a split, with the named columns only."""
+        loaded = self.load_table(source, split)
         if isinstance(loaded, datasets.Dataset):
             loaded = datasets.DatasetDict({"train": loaded})
             spec: str | None = self.splits.get(split) or self.splits.get("") or "train"
@@ -167,70 +211,18 @@ class TableColumns:
                 f"{split}={next(iter(loaded))}, or {split}={next(iter(loaded))}[90%:]."
             )
         table = select_part(loaded, spec, source)
-        columns = (self.volume, self.report, self.question, self.answer, self.choices, self.patient)
+        columns = (self.volume, self.report, self.question, self.answer, self.choices, self.patient, self.scan)
         wanted = [name for name in columns if name is not None]
         if absent := [name for name in wanted if name not in table.column_names]:
             raise ValueError(
-                f"{source}: no column {', '.join(absent)}; its columns are {', '.join(table.column_names)}."
+                f"{source}: no column {', '.join(absent)}; its columns are {', '.join(table.column_names[:50])}."
             )
-        table = table.select_columns(list(dict.fromkeys(wanted)))
+        found = find_label_columns(finding_names, self.labels, set(table.column_names), str(source))
+        labels = LabelReader(found, str(source))
+        table = table.select_columns(list(dict.fromkeys([*wanted, *labels.columns])))
         if isinstance(table.features[self.volume], datasets.Nifti):
             table = table.cast_column(self.volume, datasets.Nifti(decode=False))
-        return table
-
-    def _rows(self, table: datasets.Dataset, source: str | Path, load_stats: LoadStats) -> Iterator[tuple[str, Row]]:
-        """Yield each row that has a volume, with the volume's name."""
-        folder = default_cache() / "volumes" / table._fingerprint
-        rows = tqdm(table, desc=f"reading {source}", unit=" rows", disable=None, delay=5)
-        for number, row in enumerate(rows):
-            name = volume_name(row[self.volume], folder, number)
-            if name is None:
-                load_stats.drop("row without a volume", f"row {number}")
-                continue
-            yield name, row
-
-    def _records(
-        self, table: datasets.Dataset, source: str | Path, builder: RecordBuilder, tasks: Collection[str]
-    ) -> Iterator[Record]:
-        for number, (name, row) in enumerate(self._rows(table, source, builder.load_stats)):
-            patient = self._patient(row)
-            if self.report and "report" in tasks:
-                report = builder.report(name, REPORT_QUESTION, given(_text(row[self.report])), patient)
-                if report:
-                    yield report
-            exchange = self._exchange(row, builder.load_stats, number)
-            if exchange and (record := builder.record(name, f"{exchange['task']}_{number}", exchange, patient)):
-                yield record
-
-    def _exchange(self, row: Row, load_stats: LoadStats, number: int) -> Exchange | None:
-        """Return the question of a row; None where it has none, or an unusable one, which is counted."""
-        if self.question is None or self.answer is None:
-            return None
-        question, answer = given(_text(row[self.question])), given(_text(row[self.answer]))
-        if not question or not answer:
-            load_stats.drop("no question or no answer", f"row {number}")
-            return None
-        question, choices = self._choices(row, question)
-        if not choices:
-            return {"task": "short_answer", "question": question, "choices": None, "answer": answer}
-        settled = settle_answer(answer, choices)
-        if settled is None:
-            load_stats.drop(NO_OPTION, f"row {number}")
-            return None
-        return {"task": "multiple_choice", "question": question, "choices": choices, "answer": settled}
-
-    def _choices(self, row: Row, question: str) -> tuple[str, list[str]]:
-        """Return the question without its options, and the options."""
-        if self.choices is None:
-            question, choices = split_options(question)
-        elif isinstance(found := row[self.choices], str):
-            choices = split_options(found)[1]
-        else:
-            choices = list(found) if isinstance(found, Sequence) else []
-        return question, [squeeze(_text(choice)) for choice in choices]
-
-    def _patient(self, row: Row) -> str | None:
-        return None if self.patient is None else _text(row[self.patient]).strip() or None
+        return TableRows(self, table, labels, source)
 
 
 def parse_splits(items: Sequence[str]) -> dict[str, str]:
@@ -243,7 +235,3 @@ def parse_splits(items: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"dataset_split has {item!r}; expected a split, or train=SPLIT and valid=SPLIT once each.")
         splits[name] = value
     return splits
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)

@@ -31,6 +31,7 @@ __all__ = [
     "VOLUME_SUFFIXES",
     "FoundVolumes",
     "SourceOptions",
+    "ct_rate_folders",
     "distinct_volumes",
     "find_splits",
     "find_volumes",
@@ -55,6 +56,7 @@ class SourceOptions:
         columns: the columns of a table or data set in another layout than CT-RATE's.
         patient_rule: reads patients from the volumes' paths; see `samf.data.patients`.
         patient_column: the column of patients in the paper's CSVs.
+        image_root: the folder from which the paths of the paper's CSVs start.
     """
 
     splits: tuple[str, ...] = SPLITS
@@ -63,6 +65,7 @@ class SourceOptions:
     columns: TableColumns | None = None
     patient_rule: PatientRule | None = None
     patient_column: str | None = None
+    image_root: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "on_missing", check_on_missing(self.on_missing))
@@ -182,8 +185,9 @@ def _volumes_by_split(source: str, options: SourceOptions) -> dict[str, FoundVol
     if path.suffix.lower() == ".csv" and not path.is_dir():
         named = splits if "{split}" in source else splits[:1]
         load = partial(load_records, source, on_missing=on_missing, patient_column=options.patient_column)
+        load = partial(load, image_root=options.image_root) if options.image_root else load
         return {split: _named_volumes(load(split)) for split in named}
-    folders = _ct_rate_folders(path, splits) if path.is_dir() else []
+    folders = ct_rate_folders(path, splits) if path.is_dir() else []
     return {
         folder.split: _named_volumes(load_ct_rate(path, folder.split, tasks=["report"], on_missing=on_missing))
         for folder in folders
@@ -213,7 +217,7 @@ def _volumes_of(source: str, options: SourceOptions) -> FoundVolumes:
 def _folder_volumes(root: Path, options: SourceOptions) -> FoundVolumes:
     passed_over: Counter[str] = Counter()
     found = list(volumes_below(root, options.patterns, passed_over))
-    folders = _ct_rate_folders(root, options.splits)
+    folders = ct_rate_folders(root, options.splits)
     if any(folder.layout == "v1" for folder in folders) and any(VolumeName.find(volume.path) for volume in found):
         raise FileNotFoundError(
             f"{root}: CT-RATE's v1 volumes hold raw values, and radiology_text_reports/ and metadata/, which give their "
@@ -229,7 +233,7 @@ def _folder_volumes(root: Path, options: SourceOptions) -> FoundVolumes:
     return FoundVolumes(found, searched, passed_over=passed_over)
 
 
-def _ct_rate_folders(root: Path, splits: Sequence[str]) -> list[CtRateFolder]:
+def ct_rate_folders(root: Path, splits: Sequence[str]) -> list[CtRateFolder]:
     """Return the splits of CT-RATE that a folder has."""
     found = []
     for split in splits:

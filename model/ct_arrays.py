@@ -1,5 +1,14 @@
-"""NumPy files: one array in `.npy`, or one with its geometry in `.npz`."""
+"""NumPy files: one array in `.npy`, or one with its geometry in `.npz`.
 
+RAD-ChestCT's `.npz` has no geometry, but a known one: a single int16 array `ct` of HU, clipped to ±1000 and resampled to
+0.8 mm, whose axes run from head to foot, from front to back and from right to left. The authors' preprocess_volumes.py
+(github.com/rachellea/ct-volume-preprocessing) sorts the slices by falling position, refuses any ImageOrientationPatient but
+1, 0, 0, 0, 1, 0 and transposes to (slices, rows, columns); their table of extrema names the ends of the axes `sup_axis0min`,
+`ant_axis1min` and `rig_axis2min`. The in-plane matrix is square, and 512 only where the pixels were of 0.8 mm.
+"""
+
+import logging
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +18,12 @@ import numpy as np
 
 from .ct_common import CTReadError, StoredVolume, check_dtype, squeezed_shape
 from .ct_streams import check_claim, damage_named, decompress
+
+logger = logging.getLogger(__name__)
+
+_RAD_CHEST_CT = "ct"  # the only member of RAD-ChestCT's files
+_RAD_CHEST_CT_FILE = re.compile(r"(trn|val|tst)\d+\.npz")
+_RAD_CHEST_CT_AXES, _RAD_CHEST_CT_MM, _RAD_CHEST_CT_LIMIT_HU = "IPL", 0.8, 1000
 
 
 def read_npy(path: Path) -> StoredVolume:
@@ -29,6 +44,8 @@ def read_npy(path: Path) -> StoredVolume:
 def read_npz(path: Path) -> StoredVolume:
     """Read the one 3-D array in an `.npz`, with `affine` (4, 4), voxel → RAS+ mm, or `spacing` (3,) in mm.
 
+    A file that looks like RAD-ChestCT's gets its geometry, with a warning unless it has the name of one, too.
+
     Raises:
         CTReadError: damaged, no or several 3-D arrays, or geometry of another shape.
     """
@@ -44,9 +61,30 @@ def read_npz(path: Path) -> StoredVolume:
         names = [name for name in ("affine", "spacing") if name in members]
         geometry: dict[str, np.ndarray] = {name: _array(path, archive, members[name]) for name in names}
     array = array.reshape(squeezed_shape(array.shape, str(path), leading=True), order="A")
+    if set(members) == {_RAD_CHEST_CT} and _is_rad_chest_ct(array):
+        return _rad_chest_ct(path, array)
     affines, zooms = _geometry(path, geometry)
     bare = zooms is None
     return StoredVolume(array, str(path), affines, (1.0, 1.0, 1.0) if zooms is None else zooms, "RAS", bare=bare)
+
+
+def _is_rad_chest_ct(array: np.ndarray) -> bool:
+    """Return whether an array (slices, rows, columns) can be RAD-ChestCT's: int16, square slices, clipped HU with air."""
+    if array.dtype != np.int16 or array.ndim != 3 or not array.size or array.shape[1] != array.shape[2]:
+        return False
+    return int(array.min()) == -_RAD_CHEST_CT_LIMIT_HU and int(array.max()) <= _RAD_CHEST_CT_LIMIT_HU
+
+
+def _rad_chest_ct(path: Path, array: np.ndarray) -> StoredVolume:
+    logger.log(
+        logging.INFO if _RAD_CHEST_CT_FILE.fullmatch(path.name) else logging.WARNING,
+        "%s: an array `ct` without geometry, as in RAD-ChestCT; takes its voxels of %g mm and axes to foot, back and left. "
+        "If it is from elsewhere, pass axes= and spacing=.",
+        path,
+        _RAD_CHEST_CT_MM,
+    )
+    # Sizes of the format's definition, so that nothing is assumed and nothing more is logged.
+    return StoredVolume(array, str(path), [], (_RAD_CHEST_CT_MM,) * 3, _RAD_CHEST_CT_AXES, known_axes=True)
 
 
 def _geometry(path: Path, arrays: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], np.ndarray | None]:

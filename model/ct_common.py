@@ -82,6 +82,7 @@ class StoredVolume:
         affines: the header's voxel → RAS+ mm matrices (4, 4), best first. They may be unusable.
         zooms: voxel sizes in mm along X, Y, Z, used without a usable affine. A negative size reverses its axis.
         assumed_axes: orientation of X, Y and Z without a usable affine, such as "LPS".
+        known_axes: `zooms` and `assumed_axes` are the format's definition, not a guess that needs a warning.
         bare: the format cannot store geometry, so that what the caller leaves out is assumed, with a warning.
         slope: the header's slope in HU = stored * slope + intercept.
         intercept: the header's intercept.
@@ -96,6 +97,7 @@ class StoredVolume:
     affines: list[np.ndarray] = field(default_factory=list)
     zooms: Sizes = (1.0, 1.0, 1.0)
     assumed_axes: str = "LAS"
+    known_axes: bool = False
     bare: bool = False
     slope: float = 1.0
     intercept: float = 0.0

@@ -156,7 +156,8 @@ def _log_assumed(stored: StoredVolume, sizes: np.ndarray, known: str, valid: boo
         pointing = "" if given.axes is not None else f", axes pointing {_in_words(known)}"
         logger.info("%s: voxels of %s mm%s, as given by the caller", stored.source, tuple(sizes.tolist()), pointing)
         return
-    if valid and not stored.affines and stored.assumed_axes == "RAS":  # the definition of an .npz with `spacing`
+    # The definition of the format: of an .npz with `spacing`, or of RAD-ChestCT's.
+    if valid and not stored.affines and (stored.known_axes or stored.assumed_axes == "RAS"):
         return
     found = "its affine is NaN or singular" if stored.affines else "its header has no orientation"
     logger.warning(

@@ -164,9 +164,8 @@ def choose_records(args: CalibrateArguments, names: list[str]) -> list[Record]:
         ValueError: no volume has a label.
     """
     options: JsonObject = {"on_missing": "skip"} if args.on_error == "skip" else {}
-    records = load_records(
-        args.data, args.split, tasks=("report",), finding_names=names, **options, **args.record_options()
-    )
+    options |= {"tasks": ("report",), "finding_names": names, "needs_text": False}
+    records = load_records(args.data, args.split, **options, **args.record_options())
     records = label_findings(records, args.data_arguments(), args.split, names)
     first = {volume: row for row, volume in reversed(list(enumerate(records["volume"][:]))) if volume is not None}
     chosen = cast(list[Record], list(records.select(sorted(first.values())[: args.limit])))

@@ -56,7 +56,10 @@ class DataArguments(SourceArguments):
 
     data: str = field(
         default="",
-        metadata={"help": "CT-RATE folder (v1 or v2), or one in its layout; with volume_column any data set or table"},
+        metadata={
+            "help": "CT-RATE folder (v1 or v2), or one in its layout; with dataset that one's folder, with volume_column any "
+            "data set or table"
+        },
     )
     tasks: list[str] = field(default_factory=lambda: ["report", "multiple_choice"])
     vqa_files: list[str] = field(
@@ -77,9 +80,6 @@ class DataArguments(SourceArguments):
     )
     reconstructions: Literal["all", "first", "sample"] | None = field(
         default=None, metadata={"help": "of each of CT-RATE's scans; default: all"}
-    )
-    image_root: str | None = field(
-        default=None, metadata={"help": "folder of the images that the paper's CSVs name; default: the CSV's"}
     )
     on_error: OnErrorOption = field(
         default="raise",

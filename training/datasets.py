@@ -103,6 +103,7 @@ def _load_splits(
     args: DataArguments, finding_names: list[str], with_valid: bool, output_dir: str
 ) -> dict[str, datasets.Dataset]:
     options: JsonObject = {"tasks": args.tasks, "finding_names": finding_names, **_load_options(args)}
+    options["needs_text"] = args.objective == "text"
     vqa_files: JsonObject = {"vqa_files": args.vqa_files} if args.vqa_files else {}
     splits = {"train": vqa_files, "valid": {}} if with_valid else {"train": vqa_files}
     data = {
@@ -118,7 +119,7 @@ def _load_splits(
 
 def _load_options(args: DataArguments) -> LoadOptions:
     """Return the options of `load_records` that were given; the others keep its defaults."""
-    given = {name: getattr(args, name) for name in ("report_sections", "reconstructions", "image_root")}
+    given = {name: getattr(args, name) for name in ("report_sections", "reconstructions")}
     options = {name: value for name, value in given.items() if value} | args.record_options()
     if args.on_error == "skip":
         options["on_missing"] = "skip"

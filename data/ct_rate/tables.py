@@ -11,6 +11,7 @@ import ijson
 
 from samf.data.ct_rate.names import VolumeName
 from samf.data.ct_rate.sources import CtRateSource
+from samf.data.labels import UNCERTAIN, read_label
 from samf.data.schema import IGNORE_INDEX, JsonObject
 from samf.data.texts import given
 from samf.utils.text_files import open_csv, open_text, read_lines
@@ -40,7 +41,6 @@ CT_RATE_LABELS = (
 )
 
 VOLUME_COLUMN = ("VolumeName", "AccessionNo")  # alternatives: the column has had two names
-_UNCERTAIN = -1  # in label tables written by CheXpert's labeller and similar ones
 
 
 # --- Rows and entries -------------------------------------------------------------------------------------------------
@@ -137,24 +137,13 @@ def read_labels(path: Path | None, finding_names: Sequence[str]) -> dict[VolumeN
         return None
     labels, uncertain = {}, 0
     for number, row in enumerate(read_rows(path, (VOLUME_COLUMN, *finding_names)), start=1):
-        values = [_label(row[name], path, number, name) for name in finding_names]
-        uncertain += values.count(_UNCERTAIN)
-        labels[row_volume(row, path)] = [IGNORE_INDEX if value == _UNCERTAIN else value for value in values]
+        where = f"{path}: row {number} below the header, column"
+        values = [read_label(row[name], f"{where} {name!r}") for name in finding_names]
+        uncertain += values.count(UNCERTAIN)
+        labels[row_volume(row, path)] = [IGNORE_INDEX if value == UNCERTAIN else value for value in values]
     if uncertain:
         logger.warning("%s: %d labels are -1 (uncertain) and count as unknown.", path, uncertain)
     return labels
-
-
-def _label(text: str | None, path: Path, row: int, column: str) -> int:
-    """Return 1, 0, _UNCERTAIN or IGNORE_INDEX. Raises ValueError for any other value."""
-    text = given(text)
-    value = _number(text) if text else IGNORE_INDEX
-    if value in (0, 1, _UNCERTAIN) or not text:
-        return int(value)
-    raise ValueError(
-        f"{path}: row {row} below the header, column {column!r}: {text!r} is not a label; expected 0, 1, or -1 or "
-        "nothing for an unknown one. Turn probabilities into 0 and 1 by a threshold."
-    )
 
 
 def read_rescale(path: Path | None) -> dict[VolumeName, list[float]]:

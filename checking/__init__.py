@@ -1,0 +1,1 @@
+"""Checks of data sets before training: `samf data check`."""

@@ -1,0 +1,26 @@
+"""`samf data`: commands about data sets."""
+
+import importlib
+
+import typer
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def add_data(app: typer.Typer) -> None:
+    """Add the group `data` and its command `check`."""
+    group = typer.Typer(help="Look at data sets before training.", no_args_is_help=True)
+
+    @group.callback()
+    def _group() -> None:
+        pass  # keeps `check` a command of its own, which a group of one would not have
+
+    @group.command(
+        "check",
+        help="Check a data set: counts, patients, what splits share, files, labels, report lengths.",
+        context_settings=_PASS_ON,
+    )
+    def check(context: typer.Context) -> None:
+        raise typer.Exit(importlib.import_module("samf.checking.command").main(context.args))
+
+    app.add_typer(group, name="data")
