@@ -1,8 +1,8 @@
 """SAMF: reports and answers from chest CT volumes.
 
 Importing this package registers its classes with transformers' Auto classes, so that `AutoModel.from_pretrained(folder)`
-works without remote code. Only the `samf` command waits until it needs a class: its help and its completions would
-otherwise take seconds.
+works without remote code; other names are imported when they are first used. Only the `samf` command waits with the classes
+too: its help and its completions would otherwise take seconds.
 """
 
 import importlib
@@ -60,7 +60,10 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 _install_old_names(__name__)
 if Path(sys.argv[0] if sys.argv else "").stem != "samf":
     register_classes()
-    globals().update({name: __getattr__(name) for name in _HOMES})
