@@ -8,6 +8,7 @@
     python -m samf.benchmarks training --device cuda              # a step as in recipes/ct_rate.yaml
     python -m samf.benchmarks report --model runs/demo/model      # a report's seconds, batches and shared scans
     python -m samf.benchmarks report --size medium                # the same with random weights
+    python -m samf.benchmarks report --lines answers --threads 1  # evaluation of 64 scans against one volume at a time
 
 FOLDER has real scans in ct/, reports in reports/ and Phi-3's tokenizer in tokenizers/phi3; phantoms replace what is missing.
 Each stage of a line runs in its own process. The exit status is 1 when a limit is missed or a stage fails.
@@ -27,6 +28,7 @@ from typing import NotRequired, TypedDict
 import torch
 from tqdm import tqdm
 
+from samf.benchmarks import answer_lines
 from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
 from samf.benchmarks.measuring import Machine, Measurement, Summary, describe_machine, describe_versions, peak_memory
 from samf.benchmarks.memory_lines import quantise_model, reload_model, reload_quantised, save_model, train_lora
@@ -68,6 +70,7 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
     "report": {
         "start": {"prepare": prepare_reports, "start": time_start},
         "batches": {"prepare": prepare_reports, "scans": time_scans, "questions": time_questions},
+        "answers": answer_lines.STAGES,
     },
 }
 _COMMANDS = {
