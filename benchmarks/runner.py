@@ -5,6 +5,7 @@
     python -m samf.benchmarks model --lines quantized             # 4 and 8 bits on a CPU: 17 GB of memory, 20 GB of disk
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks volumes       # a scan of 512 x 512 x 300: 2 GB, four minutes
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data          # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
+    python -m samf.benchmarks data --lines fill,resume            # filling a cache; a folder of 47,000 files
     python -m samf.benchmarks training --device cuda              # a step as in recipes/ct_rate.yaml
     python -m samf.benchmarks report --model runs/demo/model      # a report's seconds, batches and shared scans
     python -m samf.benchmarks report --size medium                # the same with random weights
@@ -28,7 +29,7 @@ from typing import NotRequired, TypedDict
 import torch
 from tqdm import tqdm
 
-from samf.benchmarks import answer_lines
+from samf.benchmarks import answer_lines, cache_lines
 from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
 from samf.benchmarks.measuring import Machine, Measurement, Summary, describe_machine, describe_versions, peak_memory
 from samf.benchmarks.memory_lines import quantise_model, reload_model, reload_quantised, save_model, train_lora
@@ -65,6 +66,7 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
     "data": {
         "records": {"copy": write_copy, "first": read_copy, "second": read_copy},
         "padding": {"padding": count_padding},
+        **cache_lines.STAGES,
     },
     "training": {name: {name: stage} for name, stage in TRAINING_STAGES.items()},
     "report": {
