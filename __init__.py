@@ -1,8 +1,8 @@
 """SAMF: reports and answers from chest CT volumes.
 
 Importing this package registers its classes with transformers' Auto classes, so that `AutoModel.from_pretrained(folder)`
-works without remote code. Only the `samf` command and scoring wait until they need a class: help and completions
-would otherwise take seconds, and scores half a gigabyte.
+works without remote code; other names are imported when they are first used. Only the `samf` command and scoring wait with
+the classes, too: help and completions would otherwise take seconds, and scores half a gigabyte.
 """
 
 import importlib
@@ -58,7 +58,10 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 _install_old_names(__name__)
 if command_needs_classes():
     register_classes()
-    globals().update({name: __getattr__(name) for name in _HOMES})

@@ -71,7 +71,9 @@ class EvalArguments(SourceArguments, ScoringArguments):
     output_dir: str = field(metadata={"help": "folder of predictions and results"})
     split: str = field(default="valid", metadata={"help": "train or valid"})
     tasks: list[str] = field(default_factory=lambda: ["report", "multiple_choice"], metadata={"help": ", ".join(TASKS)})
-    batch_size: int = field(default=8, metadata={"help": "records answered at once"})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "records answered at once; default: up to 64, by the size of keys and values"}
+    )
     max_new_tokens: int = field(default=512, metadata={"help": "limit of an answer; answers that reach it are counted"})
     num_beams: int = field(default=1, metadata={"help": "1 = greedy"})
     do_sample: bool = field(default=False, metadata={"help": "draw the tokens of the answers, by the seed"})

@@ -6,9 +6,11 @@
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks volumes       # a scan of 512 x 512 x 300: 2 GB, four minutes
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data          # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data --lines scoring  # 3,039 predictions against rouge-score: 6 minutes
+    python -m samf.benchmarks data --lines fill,resume            # filling a cache; a folder of 47,000 files
     python -m samf.benchmarks training --device cuda              # a step as in recipes/ct_rate.yaml
     python -m samf.benchmarks report --model runs/demo/model      # a report's seconds, batches and shared scans
     python -m samf.benchmarks report --size medium                # the same with random weights
+    python -m samf.benchmarks report --lines answers --threads 1  # evaluation of 64 scans against one volume at a time
 
 FOLDER has real scans in ct/, reports in reports/ and Phi-3's tokenizer in tokenizers/phi3; phantoms replace what is missing.
 Each stage of a line runs in its own process. The exit status is 1 when a limit is missed or a stage fails.
@@ -28,6 +30,7 @@ from typing import NotRequired, TypedDict
 import torch
 from tqdm import tqdm
 
+from samf.benchmarks import answer_lines, cache_lines
 from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
 from samf.benchmarks.measuring import Machine, Measurement, Summary, describe_machine, describe_versions, peak_memory
 from samf.benchmarks.memory_lines import quantise_model, reload_model, reload_quantised, save_model, train_lora
@@ -66,11 +69,13 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
         "records": {"copy": write_copy, "first": read_copy, "second": read_copy},
         "padding": {"padding": count_padding},
         "scoring": {"predictions": write_predictions, "scoring": time_scoring},
+        **cache_lines.STAGES,
     },
     "training": {name: {name: stage} for name, stage in TRAINING_STAGES.items()},
     "report": {
         "start": {"prepare": prepare_reports, "start": time_start},
         "batches": {"prepare": prepare_reports, "scans": time_scans, "questions": time_questions},
+        "answers": answer_lines.STAGES,
     },
 }
 _COMMANDS = {

@@ -118,7 +118,8 @@ def unsettled(volumes: Sequence[Volume], manifest: Manifest, shard: Shard) -> li
         shard: the part of the list.
     """
     done, failed = manifest.keys()
-    return [volume for volume in shard.of(volumes) if volume.key is not None and volume.key not in done | failed]
+    settled = done | failed  # once, not for each volume
+    return [volume for volume in shard.of(volumes) if volume.key is not None and volume.key not in settled]
 
 
 def _estimate_slices(

@@ -9,6 +9,7 @@ from samf.cache.volume_identity import Identity, identity_bytes, volume_identity
 from samf.model.ct_volume import CTReadError, NotCTError, VolumeRef
 
 STAT_THREADS = 16  # on a network file system they mostly wait
+_PART = 64  # volumes that a thread looks up at once
 NOT_CT = NotCTError.__name__  # error of an intact file that is no CT
 
 
@@ -100,6 +101,8 @@ def inspect_volumes(volumes: Sequence[VolumeRef], store: Store, searched: Collec
         searched: paths that were found in folders instead of being named.
     """
 
+    searched = frozenset(searched)
+
     def inspect(volume: VolumeRef) -> Volume:
         is_searched = volume.path in searched
         try:
@@ -108,5 +111,7 @@ def inspect_volumes(volumes: Sequence[VolumeRef], store: Store, searched: Collec
             return Volume(volume, None, problem=str(error), searched=is_searched)
         return Volume(volume, store.key(volume, identity), identity_bytes(identity), searched=is_searched)
 
+    # In parts: handing over a single volume takes longer than looking it up on a local disk.
+    parts = [volumes[start : start + _PART] for start in range(0, len(volumes), _PART)]
     with ThreadPoolExecutor(STAT_THREADS) as threads:
-        return list(threads.map(inspect, volumes))
+        return [volume for part in threads.map(lambda part: list(map(inspect, part)), parts) for volume in part]

@@ -46,7 +46,7 @@ class TimesLine(TypedDict):
 
     task: Task
     answers: int
-    volumes: int  # that were not in the batch before
+    volumes: int  # that were in no batch of this task before
     tokens: int
     read_seconds: float
     generate_seconds: float

@@ -25,14 +25,18 @@ def walk_once(
     Raises:
         OSError: a folder can't be listed and there is no `on_error`.
     """
-    visited = set()
-    for parent, folders, names in os.walk(os.fspath(folder), onerror=on_error or _raise, followlinks=True):
-        real_path = os.path.realpath(parent)
+    top = os.fspath(folder)
+    visited, real_paths = set(), {top: os.path.realpath(top)}
+    for parent, folders, names in os.walk(top, onerror=on_error or _raise, followlinks=True):
+        real_path = real_paths.pop(parent)
         if real_path in visited:
             folders.clear()
             continue
         visited.add(real_path)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:  # realpath would look up every part of each path again
+            path = os.path.join(parent, name)
+            real_paths[path] = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_path, name)
         yield parent, sorted(names)
 
 

@@ -5,18 +5,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .ct_arrays import read_npy, read_npz
 from .ct_common import CTReadError, StoredVolume
-from .ct_dicom import FoundSeries, find_series, read_dicom
 from .ct_dicom_files import dicom_files
 from .ct_metaimage import read_metaimage
 from .ct_nifti import read_nifti
 from .ct_nrrd import read_nrrd
 from .ct_signatures import file_format, paired_header
 from .ct_source import LocalFiles
+
+if TYPE_CHECKING:
+    from .ct_dicom import FoundSeries
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +69,7 @@ def read_stored(local: LocalFiles, options: ReadOptions) -> StoredVolume:
     return stored
 
 
-def find_dicom_series(local: LocalFiles, series_uid: str | None = None) -> FoundSeries | None:
+def find_dicom_series(local: LocalFiles, series_uid: str | None = None) -> "FoundSeries | None":
     """Return the DICOM slices that `read_stored` reads, without their voxels; None where it reads another format.
 
     Args:
@@ -85,6 +88,8 @@ def find_dicom_series(local: LocalFiles, series_uid: str | None = None) -> Found
             files = dicom_files(files[0])
     if not files:
         return None
+    from .ct_dicom import find_series  # not above: pydicom takes 0.1 s, which other formats don't need
+
     return find_series(local.source, files, series_uid=series_uid, listed=local.kind == "list")
 
 
@@ -150,4 +155,6 @@ def _is_volume(file: Path) -> bool:
 def _read_dicom(files: Sequence[Path], source: str, options: ReadOptions, listed: bool = False) -> StoredVolume:
     if options.rescaled:
         raise CTReadError(f"{source}: DICOM slices carry their own slope and intercept; leave rescale out.")
+    from .ct_dicom import read_dicom
+
     return read_dicom(source, files, series_uid=options.series_uid, allow_non_ct=options.allow_non_ct, listed=listed)

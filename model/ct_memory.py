@@ -27,11 +27,6 @@ from .ct_inputs import is_kind
 from .ct_nifti import nifti_affines, nifti_zooms
 from .ct_streams import DEFLATE_MAX_RATIO
 
-try:
-    import nibabel as nib
-except ImportError:
-    nib = None  # type: ignore[assignment]
-
 _ACCEPTED = (
     "a path or an address, a list of DICOM files or pydicom datasets, an open file, a CTVolume, an array (X, Y, Z) "
     "in HU, or an image of nibabel, SimpleITK, MONAI, TorchIO or highdicom"
@@ -55,7 +50,7 @@ def stored_image(image: Any) -> StoredVolume:
         CTReadError: not one 3-D volume.
         TypeError: of no known kind; says what to do.
     """
-    if nib is not None and isinstance(image, nib.spatialimages.SpatialImage):
+    if is_kind(image, "nibabel", "SpatialImage"):
         return _from_nibabel(image)
     if is_kind(image, "SimpleITK", "Image"):
         return _from_itk(image)
@@ -158,7 +153,7 @@ def _from_nibabel(image: Any) -> StoredVolume:
     source = f"nibabel image {name}" if name else "nibabel image"
     affines = [] if image.affine is None else [np.asarray(image.affine, dtype=np.float64)]
     zooms: Sizes = (1.0, 1.0, 1.0)
-    if isinstance(image.header, nib.Nifti1Header):
+    if is_kind(image.header, "nibabel", "Nifti1Header"):
         affines, zooms = nifti_affines(source, image.header, *affines), nifti_zooms(source, image.header)
     lazy = hasattr(proxy, "get_unscaled")
     array = _nibabel_array(image, source, lazy)

@@ -12,13 +12,6 @@ from .ct_headers import trusted_units
 from .ct_signatures import GZIP_MAGIC, describe_bytes, nifti_header_size, other_half, read_head
 from .ct_streams import DEFLATE_MAX_RATIO, check_claim, damage_named, decompress, open_gzip, skip_bytes
 
-try:
-    import nibabel as nib
-    from nibabel.spatialimages import HeaderDataError
-except ImportError:
-    nib = None  # type: ignore[assignment]
-    HeaderDataError = ValueError  # type: ignore[assignment,misc]
-
 logger = logging.getLogger(__name__)
 
 _ROUNDED_LENGTH = 1 + 1e-4  # of a unit quaternion whose numbers have four digits
@@ -34,8 +27,10 @@ def read_nifti(path: Path, compressed: bool) -> StoredVolume:
     Raises:
         CTReadError: damaged, not one 3-D volume, or without its other half.
     """
-    if nib is None:
-        raise CTReadError(f"{path}: reading NIfTI needs nibabel: pip install nibabel")
+    try:
+        import nibabel  # noqa: F401  # not above: it imports pydicom, and both take 0.15 s, which other formats don't need
+    except ImportError as error:
+        raise CTReadError(f"{path}: reading NIfTI needs nibabel: pip install nibabel") from error
     with damage_named(path, "the file"):
         with open_gzip(path) if compressed else open(path, "rb") as stream:
             header, position, pair = _header(path, stream, compressed)
@@ -82,6 +77,8 @@ def _header(path: Path, stream: BinaryIO, compressed: bool) -> tuple[Any, int, b
             f"front, head; ITK left, back, head); expected NIfTI. Convert the scan again from its DICOM series, e.g. with "
             f"dcm2niix, or save it as NIfTI with the affine that you know."
         )
+    import nibabel as nib
+
     header_class = nib.Nifti1Header if size == 348 else nib.Nifti2Header
     return header_class(block, check=False), size, pair
 
@@ -198,11 +195,14 @@ def _qform(source: str, header: Any, warn: bool) -> np.ndarray:
         repairs.append(f"its quaternion's length is {length:.4g}, read as 1")
     if repairs and warn:
         logger.warning("%s: in the header of its qform %s.", source, "; ".join(repairs))
+    from nibabel.quaternions import quat2mat
+    from nibabel.spatialimages import HeaderDataError
+
     try:
         with np.errstate(all="ignore"):
             return np.asarray(header.get_qform(), dtype=np.float64)
     except (HeaderDataError, ValueError, np.linalg.LinAlgError):  # a length beyond what nibabel takes for rounding
         form = np.eye(4)
-        form[:3, :3] = nib.quaternions.quat2mat([0, *quaternion]) * pixdim[1:4] * (1, 1, pixdim[0])
+        form[:3, :3] = quat2mat([0, *quaternion]) * pixdim[1:4] * (1, 1, pixdim[0])
         form[:3, 3] = [float(header[f"qoffset_{letter}"]) for letter in "xyz"]
         return form

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .ct_common import CTReadError, is_disk_error
-from .ct_dicom_storage import write_dataset
 from .ct_download import local_path
 from .ct_inputs import identify, is_dataset, is_stream, source_name
 from .ct_signatures import is_zip
@@ -151,6 +150,8 @@ def _on_disk(image: Any, path: Path, name: str) -> Path:
     if isinstance(image, (str, os.PathLike)):
         return Path(image)
     if is_dataset(image):
+        from .ct_dicom_storage import write_dataset
+
         write_dataset(image, path)
         return path
     with open(path, "wb") as out:

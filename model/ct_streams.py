@@ -5,6 +5,7 @@ import io
 import lzma
 import math
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,11 +24,6 @@ try:  # two to three times faster than zlib; optional
 except ImportError:
     igzip, isal_zlib = gzip, zlib  # type: ignore[misc]
 
-try:
-    from nibabel.spatialimages import HeaderDataError
-except ImportError:
-    HeaderDataError = ValueError  # type: ignore[assignment,misc]
-
 DEFLATE_MAX_RATIO = 1032  # deflate cannot compress more tightly, so that a header that claims more is wrong
 _MAX_MEMORY = 4 << 30  # bytes: a decompressed file and the int16 volume made of it
 _CHUNK = 1 << 20  # fits in the processor's cache
@@ -35,7 +31,6 @@ _CHUNK = 1 << 20  # fits in the processor's cache
 _DAMAGE: tuple[type[Exception], ...] = (  # type: ignore[assignment]
     *(EOFError, OSError, zlib.error, isal_zlib.error, lzma.LZMAError, zipfile.BadZipFile),  # while decompressing
     *(ValueError, KeyError, IndexError, TypeError, OverflowError, SyntaxError, TokenError, struct.error),  # of headers
-    HeaderDataError,
 )
 
 
@@ -45,6 +40,12 @@ class Readable(Protocol):
     def read(self, size: int = -1, /) -> bytes:
         """Return up to `size` bytes; none at the end."""
         ...
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """Return what damaged bytes raise; nibabel's own error only where a reader has imported nibabel."""
+    nibabel = sys.modules.get("nibabel.spatialimages")
+    return _DAMAGE if nibabel is None else (*_DAMAGE, nibabel.HeaderDataError)
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def damage_named(path: Path, what: str) -> Iterator[None]:
         yield
     except CTReadError:
         raise
-    except _DAMAGE as error:
+    except _damage() as error:
         if is_disk_error(error):
             name = getattr(error, "filename", None) or path
             raise CTReadError(

@@ -113,7 +113,10 @@ class SamfGenerationMixin(GenerationMixin):
         result = super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, *args, **kwargs
         )
-        if getattr(self, "is_quantized", False) and self.device.type == "cpu":
+        reordered = generation_config.num_beams > 1 and not getattr(
+            self, "is_quantized", False
+        )  # in a new place each step
+        if self.device.type == "cpu" and not reordered:
             for name in set(CACHE_NAMES) - given:
                 grow_in_place(model_kwargs.get(name))
         return result

@@ -10,11 +10,6 @@ import numpy as np
 from .files_samf import atomic_path
 from .slice_views_samf import ScanGeometry
 
-try:
-    from scipy import ndimage
-except ImportError:
-    ndimage = None
-
 GRID_MM = 6.0  # about a quarter of a patch of ViT-B/16 on a chest
 _LEVELS = 255  # heat is stored in so many steps: files shrink to a tenth
 _DESCRIPTION = b"SAMF evidence. For research only, not for diagnosis."
@@ -69,8 +64,10 @@ def back_project(geometry: ScanGeometry, heat: np.ndarray, voxels: np.ndarray) -
     Raises:
         ImportError: scipy is not installed.
     """
-    if ndimage is None:
-        raise ImportError("Back-projection interpolates with scipy: pip install scipy")
+    try:
+        from scipy import ndimage
+    except ImportError as error:
+        raise ImportError("Back-projection interpolates with scipy: pip install scipy") from error
     maps = []
     for view in geometry.views:
         numbers, rows, columns = view.coordinates(voxels)
@@ -93,6 +90,8 @@ def resample_heat(heat: np.ndarray, affine: np.ndarray, shape: tuple[int, ...], 
     Returns:
         uint8 of `shape`, 255 = 1.
     """
+    from scipy import ndimage
+
     mapping = np.linalg.inv(affine) @ target
     result = np.empty(shape, dtype=np.uint8)
     rows = np.indices(shape[1:]).reshape(2, -1)

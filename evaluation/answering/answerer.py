@@ -10,8 +10,9 @@ import torch
 
 from samf.cache.slice_cache import SliceCache
 from samf.data.collator import SamfCollator
-from samf.data.schema import FAILURES_FILE, OnError, Record, VolumeStore
+from samf.data.schema import FAILURES_FILE, OnError, Record, VolumeStore, volume_of
 from samf.evaluation.answering.answer_folder import PREDICTIONS, TIMES, AnswerFolder
+from samf.evaluation.answering.batches import WINDOW
 from samf.evaluation.answering.digests import VolumeDigests
 from samf.evaluation.answering.option_likelihood import OptionCollator, answer_log_likelihoods, option_texts
 from samf.evaluation.answering.settings import GenerationSettings
@@ -31,6 +32,7 @@ T = TypeVar("T")
 
 # What an unreadable volume raises while a batch is assembled; anything else is a bug and always ends the run.
 _RECORD_ERRORS = (OSError, ValueError)
+_EMBEDDING_BYTES = 1 << 30  # of slice embeddings that stay in memory, so that a volume is encoded once for all tasks
 # Inputs that are cast to the model's dtype; positions and masks keep theirs.
 _FLOAT_INPUTS = ("pixel_values", "slice_embeddings")
 
@@ -60,24 +62,30 @@ class ModelInputs:
     ):
         self.likelihood: OptionCollator | None = None
         self._ahead: ReadAhead | None = None
+        self._volumes: EncodedVolumes | None = None
         if collator is not None:
             if settings.mcq == "likelihood":
                 raise ValueError("mcq='likelihood' needs training batches of its own; leave out `collator`.")
             self.generate = collator
             return
-        kept = 2 * settings.batch_size + 1  # this batch's volumes, the next one's, and one that is in both
+        rows = settings.batch_size or 1
+        kept = 2 * rows + 1  # this batch's volumes, the next one's, and one that is in both
         store = VolumeMemo(processor.image_processor, kept) if volume_store is None else volume_store
         # Other stores may use the model, which must not run in threads.
         self._ahead = ReadAhead(store) if isinstance(store, VolumeMemo | SliceCache) else None
-        volumes = EncodedVolumes(model, processor.image_processor, self._ahead or store, kept)
-        self.generate = SamfCollator(processor, generation=True, volume_store=volumes)
+        # Other stores' embeddings are counted as if they were a model's own.
+        fitting = _EMBEDDING_BYTES // (4 * processor.image_processor.num_slices * model.config.slice_dim)
+        self._volumes = EncodedVolumes(
+            model, processor.image_processor, self._ahead or store, max(WINDOW + kept, fitting)
+        )
+        self.generate = SamfCollator(processor, generation=True, volume_store=self._volumes)
         if settings.mcq == "likelihood":
-            self.likelihood = OptionCollator(SamfCollator(processor, volume_store=volumes), settings.batch_size)
+            self.likelihood = OptionCollator(SamfCollator(processor, volume_store=self._volumes), rows)
 
     def read_ahead(self, records: Sequence[Record]) -> None:
-        """Begin to read the volumes of records in threads."""
-        if self._ahead:
-            self._ahead.start(records)
+        """Begin to read the volumes of records, as far as they aren't encoded yet, in threads."""
+        if self._ahead and self._volumes:
+            self._ahead.start([record for record in records if not self._volumes.holds(volume_of(record))])
 
     def close(self) -> None:
         """Stop the reading threads."""
@@ -122,7 +130,7 @@ class Answerer:
         Args:
             batch: records of one task.
             answered: ids that have an answer already.
-            new_volumes: how many volumes were not in the previous batch.
+            new_volumes: how many volumes were in no batch of this task before.
         """
         task, started = batch[0]["task"], time.perf_counter()
         by_likelihood = self.inputs.likelihood if task == "multiple_choice" else None

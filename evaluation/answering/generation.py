@@ -29,7 +29,7 @@ from samf.evaluation.answering.answer_folder import PREDICTIONS, SETTINGS, TIMES
 from samf.evaluation.answering.answerer import Answerer, Collator, ModelInputs
 from samf.evaluation.answering.batches import make_batches, share_batches
 from samf.evaluation.answering.digests import describe_answering, digest_of, references_digest
-from samf.evaluation.answering.settings import GenerationSettings, GenerationSummary
+from samf.evaluation.answering.settings import GenerationSettings, GenerationSummary, fitting_batch_size
 from samf.evaluation.answering.shuffled_volumes import shuffle_volumes
 from samf.evaluation.json_lines import read_complete_lines
 from samf.evaluation.schema import Failure, Results
@@ -101,6 +101,8 @@ def generate_predictions(
     """
     on_error = check_on_error(on_error)
     settings, started, processes = settings or GenerationSettings(), time.perf_counter(), Processes()
+    batch_size = settings.batch_size or fitting_batch_size(model, settings)
+    settings = replace(settings, batch_size=batch_size)
     folder = AnswerFolder(output_dir, records, processes.rank)
     with processes.main_process_first():
         if processes.is_first:
@@ -110,7 +112,7 @@ def generate_predictions(
     inputs = ModelInputs(model, processor, settings, collator=collator, volume_store=volume_store)
     answerer = Answerer(model, processor, inputs, settings, folder, on_error)
     with _folder_closed_after(folder, inputs, processes), _in_evaluation_mode(model):
-        _answer_share(answerer, make_batches(records, settings.batch_size), answered, processes)
+        _answer_share(answerer, make_batches(records, batch_size), answered, processes)
     return _summarise(folder, answered, time.perf_counter() - started, processes.count)
 
 
@@ -161,7 +163,7 @@ def _answer_share(
     missing = {number: sum(record["id"] not in answered for record in batches[number]) for number in share}
     todo = [number for number in share if missing[number]]
     total = sum(len(batches[number]) for number in share)
-    before: set[tuple[Task, str]] = set()
+    seen: set[tuple[Task, str]] = set()
     with tqdm(
         total=total,
         initial=total - sum(missing.values()),
@@ -175,8 +177,8 @@ def _answer_share(
             answerer.inputs.read_ahead([*batch, *(batches[following] if following is not None else [])])
             if answerer.settings.do_sample:
                 set_seed(answerer.settings.seed + number)
-            answerer(batch, answered, new_volumes=len(volumes - before))
-            before = volumes
+            answerer(batch, answered, new_volumes=len(volumes - seen))
+            seen |= volumes
             progress.update(missing[number])
 
 

@@ -129,6 +129,10 @@ class EncodedVolumes:
         self.store = store
         self._memo: _Memo[VolumeArrays] = _Memo(capacity)
 
+    def holds(self, volume: VolumeRef | None) -> bool:
+        """Return whether the volume's embeddings are in memory; False for None."""
+        return volume is not None and self._memo.get(volume) is not None
+
     def get(self, volume: VolumeLike) -> VolumeArrays:
         """Return `slice_embeddings` (S, D) float32, `slice_planes` and `slice_positions` (S,)."""
         volume = VolumeRef.of(volume)
@@ -139,6 +143,7 @@ class EncodedVolumes:
                 unwrap = getattr(self.model, "get_base_model", None)  # of a model in training that peft has wrapped
                 model = self.model if unwrap is None else unwrap()
                 slices = encode_slices(model.model, self.image_processor, slices)
-            encoded = slices
+            # A cache's arrays are maps, of which each holds its file open.
+            encoded = {name: np.array(array) for name, array in slices.items()}
             self._memo.put(volume, encoded)
         return encoded

@@ -332,6 +332,35 @@ def test_completion_knows_the_commands():
     assert done.stdout.split() == ["report"] and done.returncode == 0, done.stderr
 
 
+def _packages_after(*arguments: str) -> set[str]:
+    """Return the top-level packages that a command of its own process has imported when it ends."""
+    code = (
+        "import sys; sys.argv = ['samf', *sys.argv[1:]]; from samf.cli.main import app\n"
+        "try: app()\nfinally: sys.stderr.write(' '.join(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {name.partition(".")[0] for name in done.stderr.split()}
+
+
+@pytest.mark.parametrize("arguments", [[], ["report"]])
+def test_help_imports_no_library_of_models(arguments):
+    assert not _packages_after(*arguments, "--help") & {"torch", "transformers", "numpy", "huggingface_hub", "jinja2"}
+
+
+def test_reading_a_format_imports_no_library_of_another(tmp_path):
+    np.save(tmp_path / "scan.npy", np.full((8, 8, 8), -900, np.int16))
+    packages = _packages_after("info", str(tmp_path / "scan.npy"))
+    assert "numpy" in packages and not packages & {"nibabel", "pydicom", "SimpleITK", "torch", "transformers"}
+
+
+@pytest.mark.slow
+def test_a_report_imports_nothing_of_training_and_evaluation(scans, model):
+    packages = _packages_after("report", str(scans[0]), "--model", str(model), "--max-new-tokens", "4")
+    unused = {"datasets", "pandas", "matplotlib", "sklearn", "nltk", "peft", "lightly", "SimpleITK", "onnx", "gradio"}
+    assert "torch" in packages and not packages & unused
+
+
 def test_recipes_are_listed_and_printed():
     assert "demo/3_report" in run(app, ["recipe"]).stdout
     assert "base: ct_rate\n" in run(app, ["recipe", "ct_rate_ao2d"]).stdout

@@ -38,6 +38,7 @@ from samf.evaluation.answering.generation import (
     shuffle_volumes,
 )
 from samf.evaluation.answering.option_likelihood import OptionCollator, answer_log_likelihoods, option_rows
+from samf.evaluation.answering.settings import fitting_batch_size
 from samf.evaluation.answering.volume_readers import EncodedVolumes, ReadAhead, VolumeMemo
 from samf.evaluation.scoring import read_predictions
 from samf.evaluation.scoring_options import ScoringOptions, scoring_parser
@@ -163,8 +164,52 @@ def test_batches_hold_one_task_and_every_record_once(records):
     assert sorted(r["id"] for batch in batches for r in batch) == sorted(r["id"] for r in records)
     assert all(len({r["task"] for r in batch}) == 1 and len(batch) <= 4 for batch in batches)
     assert make_batches(records[::-1], 4) == batches
-    volumes = [r["volume"] for batch in batches for r in batch if r["task"] == "multiple_choice"]
-    assert len([1 for a, b in zip(volumes, volumes[1:], strict=False) if a != b]) == len(set(volumes)) - 1
+
+
+def test_equal_questions_share_batches_within_a_window_of_volumes():
+    """Six volumes in windows of two: what is asked of a window is answered before the next one, by length of the prompt."""
+    asked = [
+        (volume, question) for volume in "fbdaec" for question in ("where is the nodule?", "which?", "which side?")
+    ]
+    records = [
+        {"id": f"{volume} {question}", "task": "short_answer", "volume": volume, "question": question, "choices": None}
+        for volume, question in asked
+    ]
+    batches = make_batches(records, 2, window=2)
+    expected = [
+        [f"{volume} {question}" for volume in window]
+        for window in ("ab", "cd", "ef")
+        for question in ("which?", "which side?", "where is the nodule?")
+    ]
+    assert [[record["id"] for record in batch] for batch in batches] == expected
+
+
+def test_the_default_batch_holds_keys_and_values_of_4_gib():
+    """Counted from the cache of the library itself: the rows that fit, with as many tokens as are planned for."""
+    processor = tiny_processor()
+    model = model_for(processor)
+    settings = GenerationSettings(max_new_tokens=100, num_beams=2)
+    assert fitting_batch_size(model, settings) == 64 and fitting_batch_size(EchoModel(), settings) == 8
+    with torch.no_grad():
+        cache = model.model.language_model(torch.ones(1, 1, dtype=torch.long), use_cache=True).past_key_values
+    token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    model.config.num_image_tokens = 1_000_000
+    assert fitting_batch_size(model, settings) == 2**32 // (token * (1_000_000 + 256 + 100) * 2) > 1
+    model.config.num_image_tokens = 10**10
+    assert fitting_batch_size(model, settings) == 1
+
+
+def test_a_volume_is_encoded_once_for_the_questions_of_all_tasks(ct_folder, tmp_path, monkeypatch):
+    """Though each task asks about all volumes, and a batch holds one record."""
+    processor = tiny_processor()
+    model = model_for(processor)
+    records = list(load_records(str(ct_folder / "mcq.csv"), "valid", tasks=["multiple_choice"], on_missing="raise"))
+    records += [{**record, "id": f"{record['id']} again", "task": "short_answer"} for record in records]
+    encoded = []
+    encode = type(model.model).encode_slices
+    monkeypatch.setattr(type(model.model), "encode_slices", lambda *a, **k: encoded.append(1) or encode(*a, **k))
+    generate_predictions(model, processor, records, tmp_path, GenerationSettings(batch_size=1, max_new_tokens=2))
+    assert len(encoded) == len({record["volume"] for record in records}) < len(records)
 
 
 @pytest.mark.parametrize("kept", range(15))
