@@ -42,6 +42,7 @@ from pydicom.fileset import FileSet
 from samf import SamfImageProcessor
 from samf.cache.slice_cache import SliceCache
 from samf.model import ct_dicom, ct_dicom_pixels
+from samf.model.ct_dicom_walk import HeaderWalker
 from samf.model.ct_volume import AIR_HU, CTReadError, read_ct
 from samf.reporting import slice_view as view
 
@@ -852,23 +853,27 @@ def test_no_room_to_unpack_into_is_not_called_damage(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(pydicom, "dcmwrite", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(CTReadError, match="slice000.dcm: cannot be read, or decoded into .*No space left.*TMPDIR"):
         read_ct(folder)
 
 
-def test_a_header_that_the_system_will_not_read_is_not_left_out(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reader", ["walk", "pydicom"])
+def test_a_header_that_the_system_will_not_read_is_not_left_out(tmp_path, monkeypatch, reader):
     folder = write_series(tmp_path / "series")
-    read = pydicom.dcmread
+    owner, name = (HeaderWalker, "walk") if reader == "walk" else (pydicom, "dcmread")
+    read = getattr(owner, name)
 
-    def refuse(stream, **options):
+    def refuse(*args, **options):
         if refuse.calls == 1:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         refuse.calls += 1
-        return read(stream, **options)
+        return read(*args, **options)
 
     refuse.calls = 0
-    monkeypatch.setattr(pydicom, "dcmread", refuse)
+    if reader == "pydicom":
+        monkeypatch.setattr(HeaderWalker, "walk", lambda *_: None)
+    monkeypatch.setattr(owner, name, refuse)
     with pytest.raises(CTReadError, match="series: cannot be read .Input/output error"):
         read_ct(folder)
 

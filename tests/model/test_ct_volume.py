@@ -752,7 +752,7 @@ def test_what_the_system_will_not_read_is_not_called_damaged(tmp_path, monkeypat
     def refuse(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(ct_streams, "_fill", refuse)
+    monkeypatch.setattr(ct_streams, "_consume", refuse)
     with pytest.raises(CTReadError, match="cannot be read .Input/output error.*its disk") as error:
         read_ct(path)
     assert str(path) in str(error.value) and "damaged" not in str(error.value)
