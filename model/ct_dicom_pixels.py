@@ -1,7 +1,8 @@
 """The voxels of DICOM files, frame by frame, as they are stored.
 
-Native voxels are read straight from the file. SimpleITK (GDCM) decodes JPEG, JPEG-LS, JPEG 2000, HTJ2K and RLE in a process
-of its own: damaged streams can crash, hang or flood a decoder, and here each of these becomes an error.
+Native voxels are read straight from the file. SimpleITK (GDCM) decodes JPEG, JPEG-LS, JPEG 2000, HTJ2K and RLE in processes
+of their own: damaged streams can crash, hang or flood a decoder, and here each of these becomes an error. Where imagecodecs
+is installed, it decodes lossless JPEG-LS, JPEG 2000, HTJ2K and RLE there, which is faster; what it refuses is left to GDCM.
 """
 
 import math
@@ -30,6 +31,8 @@ except ImportError:
     encapsulate = generate_frames = None  # type: ignore[assignment]
 
 _RLE = "1.2.840.10008.1.2.5"
+_JPEG_LS = "1.2.840.10008.1.2.4.80"
+_PERHAPS_LOSSY = {f"1.2.840.10008.1.2.4.{n}" for n in (91, 203)}  # where decoders may round differently
 _HTJ2K = {f"1.2.840.10008.1.2.4.{n}" for n in (201, 202, 203)}
 _JPEG_2000 = {f"1.2.840.10008.1.2.4.{n}" for n in (90, 91)} | _HTJ2K
 _GDCM = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81)} | {_RLE} | _JPEG_2000
@@ -63,19 +66,61 @@ try:
         sys.exit(1)
 except (ImportError, AttributeError, TypeError, OSError):
     pass
+import numpy
 try:
-    import numpy, SimpleITK
+    import imagecodecs
 except ImportError:
-    sys.exit(3)
-version = SimpleITK.Version.MajorVersion(), SimpleITK.Version.MinorVersion()
-if version < (2, 5) and any(name.endswith(".htj2k") for name in names):
-    sys.exit(5)
-SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-reader = SimpleITK.ImageFileReader()
-reader.SetImageIO("GDCMImageIO")
+    imagecodecs = None
+
+def planes(frame, pixels):
+    starts = [int.from_bytes(frame[4 * k : 4 * k + 4], "little") for k in range(1, 1 + frame[0])] + [len(frame)]
+    bytes_of = [imagecodecs.packbits_decode(frame[a:b]) for a, b in zip(starts, starts[1:])]
+    image = numpy.empty((pixels, len(starts) - 1), dtype="u1")
+    for k, plane in enumerate(reversed(bytes_of)):
+        if not pixels <= len(plane) <= pixels + 1:
+            raise ValueError
+        image[:, k] = numpy.frombuffer(plane, "u1", pixels)
+    return image.view(f"<u{len(bytes_of)}")
+
+def decode(name):
+    *_, pixels, _, way, kind = name.split(".")
+    if way != "plain" or imagecodecs is None:
+        return None
+    with open(name, "rb") as stream:
+        data = stream.read()
+    start = data.index(bytes.fromhex("e07f1000 4f420000 ffffffff")) + 12
+    start += 8 + int.from_bytes(data[start + 4 : start + 8], "little")  # the table of offsets
+    frame = data[start + 8 : start + 8 + int.from_bytes(data[start + 4 : start + 8], "little")]
+    try:
+        if kind == "rle":
+            return planes(frame, int(pixels))
+        codec = {"jls": "jpegls_decode", "j2k": "jpeg2k_decode", "htj2k": "htj2k_decode"}[kind]
+        return getattr(imagecodecs, codec)(frame)
+    except Exception:
+        return None
+
+def open_reader():
+    try:
+        import SimpleITK
+    except ImportError:
+        sys.exit(3)
+    version = SimpleITK.Version.MajorVersion(), SimpleITK.Version.MinorVersion()
+    if version < (2, 5) and any(name.endswith(".htj2k") for name in names):
+        sys.exit(5)
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    return reader, SimpleITK.GetArrayFromImage
+
+opened = None
 for name in names:
-    reader.SetFileName(name)
-    array = SimpleITK.GetArrayFromImage(reader.Execute())
+    array = decode(name)
+    if array is None:
+        reader, array_of = opened = opened or open_reader()
+        reader.SetFileName(name)
+        array = array_of(reader.Execute())
+    if array.dtype.kind in "iu":
+        array = array.astype(name.split(".")[-3], copy=False)
     try:
         numpy.save(name + ".npy", array)
     except OSError:
@@ -99,7 +144,7 @@ class Frames:
     def __enter__(self) -> "Frames":
         self._folder = tempfile.TemporaryDirectory(prefix="samf-")
         self._fragments: tuple[Path | None, list[bytes]] = (None, [])
-        self._decoded: list[str] = []
+        self._names: dict[int, str] = {}  # the files of the batch, by frame
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,12 +162,12 @@ class Frames:
         Raises:
             CTReadError: a frame's file or compressed data don't match its header, or it can't be decoded.
         """
-        for file in self._decoded:
-            Path(f"{file}.npy").unlink(missing_ok=True)
-        self._decoded, stop = self._write_batch(start)
-        if self._decoded:
+        for name in self._names.values():
+            Path(f"{name}.npy").unlink(missing_ok=True)
+        stop = self._write_batch(start)
+        if self._names:
             with _damage_named(self.pieces[start][0]):
-                self._decode(self._decoded, self.pieces[start][0].file)
+                self._decode(list(self._names.values()), self.pieces[start][0].file)
         return stop
 
     def read(self, i: int, out: np.ndarray) -> np.ndarray:
@@ -149,19 +194,14 @@ class Frames:
 
     def _compressed(self, i: int) -> np.ndarray:
         pixels = self.pieces[i][0]
-        decoded = Path(f"{self._file(i)}.npy")
+        decoded = Path(f"{self._names[i]}.npy")
         if not decoded.is_file():
             raise CTReadError(f"{pixels.file}: its compressed voxels are damaged. {EXPORT_AGAIN}")
         stored = np.load(decoded)
         if stored.size != pixels.rows * pixels.columns or stored.dtype.kind not in "iu":
             raise CTReadError(f"{pixels.file}: decodes to shape {stored.shape} of {stored.dtype}. {EXPORT_AGAIN}")
-        kind = np.dtype(f"{'i' if pixels.signed else 'u'}{pixels.allocated // 8}")
-        stored = stored.reshape(pixels.rows, pixels.columns).astype(kind)
+        stored = stored.reshape(pixels.rows, pixels.columns).astype(_kind(pixels), copy=False)
         return _meaningful_bits(stored, pixels.stored, pixels.stored - 1)
-
-    def _file(self, i: int) -> Path:
-        kind = "htj2k" if self.pieces[i][0].syntax in _HTJ2K else "dcm"
-        return Path(self._folder.name, f"{i:06d}.{kind}")
 
     def _decode(self, batch: list[str], first: Path) -> None:
         """Decode files on all processors. Each process stops at a damaged frame, and other processes take other frames.
@@ -179,20 +219,21 @@ class Frames:
         for file in batch:
             Path(file).unlink()
 
-    def _write_batch(self, i: int) -> tuple[list[str], int]:
-        """Write frame i and following ones as files of single frames; return their paths and the end of the batch."""
-        batch: list[str] = []
-        size = 0
-        while i < len(self.pieces) and size < _BATCH and len(batch) < _BATCH_FILES:
+    def _write_batch(self, i: int) -> int:
+        """Write frame i and following ones as files of single frames; return the end of the batch."""
+        self._names, size = {}, 0
+        while i < len(self.pieces) and size < _BATCH and len(self._names) < _BATCH_FILES:
             pixels, frame = self.pieces[i]
             if pixels.syntax not in NATIVE:
                 _check_readable(pixels)
                 with _damage_named(pixels):
-                    self._file(i).write_bytes(_single_frame(pixels, self._stream(pixels, frame)))
-                batch.append(str(self._file(i)))
+                    fragment = self._stream(pixels, frame)
+                    name = f"{i:06d}.{pixels.rows * pixels.columns}.{_kind(pixels)}.{_codec(pixels, fragment)}"
+                    self._names[i] = str(Path(self._folder.name, name))
+                    Path(self._names[i]).write_bytes(_single_frame(pixels, fragment))
                 size += pixels.rows * pixels.columns * pixels.allocated // 8
             i += 1
-        return batch, i
+        return i
 
     def _check_exit(self, code: int, file: Path) -> None:
         if code == _NO_SIMPLEITK:
@@ -234,6 +275,11 @@ def run_decoder(first: Path, batch: Sequence[str]) -> int:
         return subprocess.run(command, env=environment, capture_output=True, timeout=seconds, check=False).returncode
     except subprocess.TimeoutExpired as error:
         raise CTReadError(f"{first}: decoding its voxels takes far too long. {EXPORT_AGAIN}") from error
+
+
+def _kind(pixels: DicomPixels) -> str:
+    """Return the type of the stored values, such as "i2"."""
+    return f"{'i' if pixels.signed else 'u'}{pixels.allocated // 8}"
 
 
 def _check_readable(pixels: DicomPixels) -> None:
@@ -292,7 +338,7 @@ def _check_complete(pixels: DicomPixels, frame: int, found: int, expected: int) 
 
 
 def _native(pixels: DicomPixels, frame: int) -> np.ndarray:
-    dtype = np.dtype(f"{NATIVE[pixels.syntax]}{'i' if pixels.signed else 'u'}{pixels.allocated // 8}")
+    dtype = np.dtype(NATIVE[pixels.syntax] + _kind(pixels))
     expected = pixels.rows * pixels.columns * dtype.itemsize
     with contents(pixels.file) as (stream, _):
         stream.seek(pixels.offset + frame * expected)
@@ -313,6 +359,26 @@ def _meaningful_bits(stored: np.ndarray, bits: int, high_bit: int, in_place: boo
 
 
 # --- Compressed voxels ------------------------------------------------------------------------------------------------
+
+
+def _codec(pixels: DicomPixels, frame: bytes) -> str:
+    """Return the end of a frame's file name, by which the process chooses its decoder.
+
+    It is "plain." and a kind for frames that any decoder of that kind reads alike: their own header agrees with the
+    file's. These are imagecodecs', where it is installed; all others are GDCM's.
+    """
+    if pixels.syntax == _RLE:
+        return "plain.rle" if pixels.allocated in (8, 16) else "any.dcm"
+    if pixels.syntax == _JPEG_LS:
+        start = frame.find(b"\xff\xf7", 0, 4096)
+        return "plain.jls" if start >= 0 and frame[start + 4] == pixels.stored else "any.dcm"
+    kind = "htj2k" if pixels.syntax in _HTJ2K else "j2k" if pixels.syntax in _JPEG_2000 else "dcm"
+    if kind != "dcm" and pixels.syntax not in _PERHAPS_LOSSY:
+        start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
+        depth, signed = (frame[start + 42] & 127) + 1, frame[start + 42] >> 7
+        if pixels.stored <= depth <= pixels.allocated and signed == pixels.signed:
+            return f"plain.{kind}"
+    return f"any.{kind}"
 
 
 def _single_frame(pixels: DicomPixels, frame: bytes) -> bytes:
