@@ -316,7 +316,7 @@ def _damage_named(pixels: DicomPixels) -> Iterator[None]:
 def _native_into(pixels: DicomPixels, frame: int, out: np.ndarray) -> np.ndarray:
     """Read a frame of 16 bits per voxel straight into int16 (rows, columns); return its stored values there, as a view."""
     stored = out.view(np.int16 if pixels.signed else np.uint16)
-    target = memoryview(out.view(np.uint8).reshape(-1))
+    target = out.view(np.uint8).reshape(-1).data
     allowed = max(min(len(target), pixels.length - frame * len(target)), 0)
     done = 0
     with open(pixels.file, "rb", buffering=0) as stream:

@@ -33,6 +33,9 @@ class _NotPlainError(Exception):
     """A file that is left to pydicom."""
 
 
+_UNUSUAL: tuple[type[Exception], ...] = (_NotPlainError, *PARSE_ERRORS)
+
+
 class PlainHeader(dict[str, Any]):
     """Values by keyword, with as much of a pydicom dataset's interface as reading slices needs.
 
@@ -87,7 +90,7 @@ class HeaderWalker:
                 data += stream.read(piece - len(data)) or b""
                 try:
                     return self._parse(data)
-                except (_NotPlainError, *PARSE_ERRORS):
+                except _UNUSUAL:
                     return None
                 except _CutError:
                     if len(data) == size:
@@ -123,11 +126,12 @@ class HeaderWalker:
                 self._values.clear()
             group, element = struct.unpack("<HH", tag)
             encoding = pydicom.charset.convert_encodings(character_set.decode("ascii").strip(" \0"))
+            value: Any = raw or pydicom.dataelem.empty_value_for_VR(vr.decode(), raw=True)
             plain = pydicom.dataelem.RawDataElement(
                 pydicom.tag.Tag(group, element),
                 vr.decode(),
                 len(raw),
-                raw or pydicom.dataelem.empty_value_for_VR(vr.decode(), raw=True),
+                value,
                 0,
                 False,
                 True,
