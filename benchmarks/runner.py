@@ -3,7 +3,7 @@
     python -m samf.benchmarks model                               # every line at full size: about 20 GB of memory
     python -m samf.benchmarks model --lines vit,fusion --device cuda --json figures.json
     python -m samf.benchmarks model --lines quantized             # 4 and 8 bits on a CPU: 17 GB of memory, 20 GB of disk
-    SAMF_TEST_DATA=FOLDER python -m samf.benchmarks volumes       # a scan of 512 x 512 x 300: 2 GB, four minutes
+    SAMF_TEST_DATA=FOLDER python -m samf.benchmarks volumes       # a scan of 512 x 512 x 300: 2 GB, a quarter of an hour
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data          # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data --lines scoring  # 3,039 predictions against rouge-score: 6 minutes
     python -m samf.benchmarks data --lines fill,resume            # filling a cache; a folder of 47,000 files
@@ -32,6 +32,8 @@ from tqdm import tqdm
 
 from samf.benchmarks import answer_lines, cache_lines
 from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
+from samf.benchmarks.dicom_lines import STAGES as DICOM_STAGES
+from samf.benchmarks.format_lines import STAGES as FORMAT_STAGES
 from samf.benchmarks.measuring import Machine, Measurement, Summary, describe_machine, describe_versions, peak_memory
 from samf.benchmarks.memory_lines import quantise_model, reload_model, reload_quantised, save_model, train_lora
 from samf.benchmarks.quantized_lines import stages as quantized_stages
@@ -64,6 +66,8 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
             "memory": measure_memory,
             "slab_memory": measure_slab_memory,
         },
+        "dicom": {"scan": write_scan, **DICOM_STAGES},
+        "formats": {"scan": write_scan, **FORMAT_STAGES},
     },
     "data": {
         "records": {"copy": write_copy, "first": read_copy, "second": read_copy},

@@ -17,6 +17,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MAX_VOXELS = 1_850_000_000
 EXPORT_AGAIN = "Download or export it again."
 
+Scale: TypeAlias = tuple[float, float]  # slope and intercept
 Sizes: TypeAlias = Sequence[float] | np.ndarray  # mm along three axes
 
 
@@ -88,6 +89,8 @@ class StoredVolume:
         intercept: the header's intercept.
         own: no other object shares the array, so that it may be changed in place.
         own_scaling: `array` holds HU already, because each DICOM slice has its own slope and intercept.
+        not_finite: voxels that were NaN or infinite, where `array` holds HU because its values were scaled as they were
+            read. Slope and intercept are then 1 and 0.
         notes: irregularities that were found and repaired, in words.
         series: which DICOM series it is, as a digest; None for other formats.
     """
@@ -103,6 +106,7 @@ class StoredVolume:
     intercept: float = 0.0
     own: bool = True
     own_scaling: bool = False
+    not_finite: int = 0
     notes: list[str] = field(default_factory=list)
     series: str | None = None
 
@@ -171,13 +175,18 @@ def scale_to_hu(stored: np.ndarray, slope: float, intercept: float, out: np.ndar
         stored: stored values of any real type.
         slope: HU per stored unit.
         intercept: HU of a stored 0.
-        out: int16 array of the same shape.
+        out: int16 array of the same shape; it may be the same memory as `stored`, seen as int16.
 
     Returns:
         Number of voxels that are NaN or infinite; they become air.
     """
     limits, kind, size = np.iinfo(np.int16), stored.dtype.kind, stored.dtype.itemsize
     whole = float(slope).is_integer() and float(intercept).is_integer() and abs(slope) * 2**16 + abs(intercept) < 2**31
+    if kind in "iu" and size == 2 and stored.dtype.isnative and slope == 1 and whole and stored.size:
+        lowest, highest = int(stored.min()) + intercept, int(stored.max()) + intercept
+        if limits.min <= lowest and highest <= limits.max:  # modulo 2^16, so that the sign of neither matters
+            np.add(stored.view(np.int16), np.uint16(int(intercept) % (1 << 16)).view(np.int16), out=out)
+            return 0
     if kind in "iub" and size <= 2 and whole:  # as most scanners store: several times faster
         whole_values = stored.astype(np.int32)
         whole_values *= int(slope)

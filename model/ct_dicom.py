@@ -34,6 +34,7 @@ from .ct_dicom_headers import DicomSlice, Headers, read_headers
 from .ct_dicom_pixels import Frames
 from .ct_dicom_series import choose_series, describe_left_out, series_fingerprint
 from .ct_dicom_storage import pydicom
+from .ct_threads import run_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -158,27 +159,32 @@ def _check_size(source: str, slices: Sequence[DicomSlice], indices: np.ndarray |
 def _read_pixels(source: str, slices: Sequence[DicomSlice]) -> np.ndarray:
     """Return int16 HU (slices, rows, columns): each slice with its own slope and intercept, padding as air."""
     _check_size(source, slices, None)
-    first, padded = slices[0].pixels, 0
+    rows, columns = slices[0].pixels.rows, slices[0].pixels.columns
+    padded = np.zeros(len(slices), dtype=np.int64)
     with Frames([(piece.pixels, piece.frame) for piece in slices]) as frames:
-        stored = frames[0]  # an unreadable first slice fails before memory is taken
-        hu = np.empty((len(slices), first.rows, first.columns), dtype=np.int16)
-        for i, piece in enumerate(slices):
-            stored = frames[i] if i else stored
-            _slice_to_hu(stored, piece, hu[i])
-            if piece.padding is not None:
-                outside = (stored >= piece.padding[0]) & (stored <= piece.padding[1])
-                hu[i][outside] = AIR_HU
-                padded += int(outside.sum())
-    if padded:
-        logger.info("%s: %d voxels hold the padding value; read as air (%d HU)", source, padded, AIR_HU)
+        stop = frames.prepare(0)
+        frames.read(0, np.empty((rows, columns), dtype=np.int16))  # if it is unreadable, before memory is taken
+        hu = np.empty((len(slices), rows, columns), dtype=np.int16)
+
+        def place(i: int) -> None:
+            padded[i] = _stored_to_hu(frames.read(i, hu[i]), slices[i], hu[i])
+
+        run_parallel(place, range(stop))
+        while stop < len(slices):
+            start, stop = stop, frames.prepare(stop)
+            run_parallel(place, range(start, stop))
+    if padded.any():
+        logger.info("%s: %d voxels hold the padding value; read as air (%d HU)", source, padded.sum(), AIR_HU)
     return hu
 
 
-def _slice_to_hu(stored: np.ndarray, piece: DicomSlice, out: np.ndarray) -> None:
-    if piece.slope == 1 and piece.intercept == int(piece.intercept) and abs(piece.intercept) < 1 << 30:
-        limits = np.iinfo(np.int16)
-        wide = stored.astype(np.int64 if stored.dtype.itemsize > 2 else np.int32)
-        np.clip(wide + int(piece.intercept), limits.min, limits.max, out=wide)
-        out[...] = wide
-    else:
-        scale_to_hu(stored, piece.slope, piece.intercept, out)
+def _stored_to_hu(stored: np.ndarray, piece: DicomSlice, out: np.ndarray) -> int:
+    """Write the HU of a slice's stored values, which `out` may share its memory with; return how many are padding."""
+    outside = None
+    if piece.padding is not None:
+        outside = (stored >= piece.padding[0]) & (stored <= piece.padding[1])
+    scale_to_hu(stored, piece.slope, piece.intercept, out)
+    if outside is None:
+        return 0
+    out[outside] = AIR_HU
+    return int(outside.sum())

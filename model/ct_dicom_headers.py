@@ -22,6 +22,7 @@ from .ct_dicom_storage import (
     pydicom,
     quiet_pydicom,
 )
+from .ct_dicom_walk import HeaderWalker
 from .ct_signatures import DICOMDIR_CLASS, looks_like_dicom, read_head
 
 _CT_CLASS = re.compile(rb"(?<![\d.])1\.2\.840\.10008\.5\.1\.4\.1\.1\.2(\.[12])?(?![\d.])")  # plain, enhanced, converted
@@ -145,16 +146,17 @@ def read_headers(files: Iterable[Path], allow_non_ct: bool) -> Headers:
         allow_non_ct: take any modality and any unit.
     """
     series: dict[str, list[DicomSlice]] = defaultdict(list)
-    headers = Headers({}, Counter(), {})
-    for path in files:
-        try:
-            for piece in _slices_of(path, allow_non_ct):
-                series[piece.series].append(piece)
-        except LeftOutError as reason:
-            headers.left_out[str(reason)] += 1
-        except BrokenSliceError as error:
-            headers.broken[path] = error
-            headers.left_out[error.kind] += 1
+    headers, walker = Headers({}, Counter(), {}), HeaderWalker()
+    with quiet_pydicom():
+        for path in files:
+            try:
+                for piece in _slices_of(path, allow_non_ct, walker):
+                    series[piece.series].append(piece)
+            except LeftOutError as reason:
+                headers.left_out[str(reason)] += 1
+            except BrokenSliceError as error:
+                headers.broken[path] = error
+                headers.left_out[error.kind] += 1
     headers.series = dict(series)
     return headers
 
@@ -162,26 +164,35 @@ def read_headers(files: Iterable[Path], allow_non_ct: bool) -> Headers:
 # --- One file ---------------------------------------------------------------------------------------------------------
 
 
-def _slices_of(path: Path, allow_non_ct: bool) -> list[DicomSlice]:
+def _slices_of(path: Path, allow_non_ct: bool, walker: HeaderWalker) -> list[DicomSlice]:
+    if (plain := walker.walk(path)) is not None:
+        try:
+            return _slices_from(plain.header, path, (plain.syntax, plain.offset, plain.length), allow_non_ct)
+        except PARSE_ERRORS:
+            pass  # the whole header, below, tells which tag can't be read
+    return _parsed_slices(path, allow_non_ct)
+
+
+def _parsed_slices(path: Path, allow_non_ct: bool) -> list[DicomSlice]:
+    """Return the slices of any file that pydicom can parse."""
     head = read_head(path, 4096)
     if not looks_like_dicom(head) and not _CT_CLASS.search(head):
         raise LeftOutError("that are not DICOM files")
     header = None
     try:
-        with contents(path) as (stream, syntax), quiet_pydicom():
+        with contents(path) as (stream, inflated):
             header = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=TAGS)
-            syntax = syntax or str(header.file_meta.get("TransferSyntaxUID", ""))
+            syntax = inflated or str(header.file_meta.get("TransferSyntaxUID", ""))
             implicit = header.original_encoding[0] is True
             if not syntax:
                 syntax = _IMPLICIT_LITTLE if implicit else EXPLICIT_LITTLE
             offset, length = pixel_element(stream, NATIVE.get(syntax, "<"), implicit)
-            return _slices_from(header, path, (syntax, offset, length), allow_non_ct)
+            return _slices_from(header, path, (syntax, offset, length), allow_non_ct, deflated=inflated != "")
     except PARSE_ERRORS as error:
         if is_disk_error(error):
             raise
         if _CT_CLASS.search(head):
-            with quiet_pydicom():
-                raise _broken_slice(header) from error
+            raise _broken_slice(header) from error
         # Not the error's message: it may quote the file.
         raise LeftOutError(f"with a damaged header ({type(error).__name__}, e.g. {path.name})") from error
 
@@ -220,8 +231,18 @@ def _unreadable_tag(header: Any) -> tuple[Any, bool] | None:
     return None
 
 
-def _slices_from(header: Any, path: Path, storage: tuple[str, int, int], allow_non_ct: bool) -> list[DicomSlice]:
-    """Return the slices of a header; `storage`: transfer syntax, and offset and length of the pixel data."""
+def _slices_from(
+    header: Any, path: Path, storage: tuple[str, int, int], allow_non_ct: bool, deflated: bool = False
+) -> list[DicomSlice]:
+    """Return the slices of a header.
+
+    Args:
+        header: pydicom's dataset, or a `PlainHeader`.
+        path: the file.
+        storage: transfer syntax, and offset and length of the pixel data.
+        allow_non_ct: take any modality and any unit.
+        deflated: the file was inflated to be read.
+    """
     modality = str(header.get("Modality", "") or "")
     if "Rows" not in header or "Columns" not in header:
         kind = str(header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID") or "")
@@ -231,7 +252,7 @@ def _slices_from(header: Any, path: Path, storage: tuple[str, int, int], allow_n
             raise LeftOutError("directories of a disc (DICOMDIR: name its folder)")
         raise LeftOutError("reports or other objects without images" if kind else "damaged files")
     _check_kind(header, modality, allow_non_ct)
-    pixels = _pixels(header, path, *storage)
+    pixels = _pixels(header, path, *storage, deflated)
     if pixels.rows < 1 or pixels.columns < 1 or pixels.frames < 1:
         raise LeftOutError("empty images")
     if "PerFrameFunctionalGroupsSequence" in header:
@@ -241,7 +262,7 @@ def _slices_from(header: Any, path: Path, storage: tuple[str, int, int], allow_n
     return [_slice(header, pixels, 0, modality, allow_non_ct, lambda keyword, group=None: header.get(keyword))]
 
 
-def _pixels(header: Any, path: Path, syntax: str, offset: int, length: int) -> DicomPixels:
+def _pixels(header: Any, path: Path, syntax: str, offset: int, length: int, deflated: bool) -> DicomPixels:
     stored = int(header.get("BitsStored") or header.BitsAllocated)
     return DicomPixels(
         file=path,
@@ -255,6 +276,7 @@ def _pixels(header: Any, path: Path, syntax: str, offset: int, length: int) -> D
         stored=stored,
         high_bit=int(header.get("HighBit") or stored - 1),
         signed=int(header.get("PixelRepresentation") or 0) == 1,
+        deflated=deflated,
     )
 
 

@@ -1,7 +1,8 @@
 """The voxels of DICOM files, frame by frame, as they are stored.
 
-Native voxels are read straight from the file. SimpleITK (GDCM) decodes JPEG, JPEG-LS, JPEG 2000, HTJ2K and RLE in a process
-of its own: damaged streams can crash, hang or flood a decoder, and here each of these becomes an error.
+Native voxels are read straight from the file. SimpleITK (GDCM) decodes JPEG, JPEG-LS, JPEG 2000, HTJ2K and RLE in processes
+of their own: damaged streams can crash, hang or flood a decoder, and here each of these becomes an error. Where imagecodecs
+is installed, it decodes lossless JPEG-LS, JPEG 2000, HTJ2K and RLE there, which is faster; what it refuses is left to GDCM.
 """
 
 import math
@@ -11,7 +12,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache, partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import numpy as np
 
 from .ct_common import EXPORT_AGAIN, CTReadError, is_disk_error, system_message
 from .ct_dicom_storage import NATIVE, PARSE_ERRORS, DicomPixels, contents, pydicom, quiet_pydicom
+from .ct_threads import thread_count
 
 try:
     from pydicom.encaps import encapsulate, generate_frames
@@ -26,13 +31,16 @@ except ImportError:
     encapsulate = generate_frames = None  # type: ignore[assignment]
 
 _RLE = "1.2.840.10008.1.2.5"
+_JPEG_LS = "1.2.840.10008.1.2.4.80"
+_PERHAPS_LOSSY = {f"1.2.840.10008.1.2.4.{n}" for n in (91, 203)}  # where decoders may round differently
 _HTJ2K = {f"1.2.840.10008.1.2.4.{n}" for n in (201, 202, 203)}
 _JPEG_2000 = {f"1.2.840.10008.1.2.4.{n}" for n in (90, 91)} | _HTJ2K
 _GDCM = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81)} | {_RLE} | _JPEG_2000
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _MAX_FRAME_PIXELS = 1 << 26  # 8192 x 8192: a compressed frame may claim any size
-_BATCH = 1 << 28  # bytes of voxels that one process decodes
-_BATCH_FILES = 256
+_BATCH = 1 << 28  # bytes of voxels that are decoded at a time
+_BATCH_FILES = 512
+_LEAST_FRAMES = 8  # per process: starting one takes as long as decoding about as many
 _SECONDS_PER_PROCESS, _SECONDS_PER_FRAME = 15, 5  # half a second and a tenth are usual
 # Each thread's stack would count against the process's memory limit.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"), "1")
@@ -58,19 +66,61 @@ try:
         sys.exit(1)
 except (ImportError, AttributeError, TypeError, OSError):
     pass
+import numpy
 try:
-    import numpy, SimpleITK
+    import imagecodecs
 except ImportError:
-    sys.exit(3)
-version = SimpleITK.Version.MajorVersion(), SimpleITK.Version.MinorVersion()
-if version < (2, 5) and any(name.endswith(".htj2k") for name in names):
-    sys.exit(5)
-SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-reader = SimpleITK.ImageFileReader()
-reader.SetImageIO("GDCMImageIO")
+    imagecodecs = None
+
+def planes(frame, pixels):
+    starts = [int.from_bytes(frame[4 * k : 4 * k + 4], "little") for k in range(1, 1 + frame[0])] + [len(frame)]
+    bytes_of = [imagecodecs.packbits_decode(frame[a:b]) for a, b in zip(starts, starts[1:])]
+    image = numpy.empty((pixels, len(starts) - 1), dtype="u1")
+    for k, plane in enumerate(reversed(bytes_of)):
+        if not pixels <= len(plane) <= pixels + 1:
+            raise ValueError
+        image[:, k] = numpy.frombuffer(plane, "u1", pixels)
+    return image.view(f"<u{len(bytes_of)}")
+
+def decode(name):
+    *_, pixels, _, way, kind = name.split(".")
+    if way != "plain" or imagecodecs is None:
+        return None
+    with open(name, "rb") as stream:
+        data = stream.read()
+    start = data.index(bytes.fromhex("e07f1000 4f420000 ffffffff")) + 12
+    start += 8 + int.from_bytes(data[start + 4 : start + 8], "little")  # the table of offsets
+    frame = data[start + 8 : start + 8 + int.from_bytes(data[start + 4 : start + 8], "little")]
+    try:
+        if kind == "rle":
+            return planes(frame, int(pixels))
+        codec = {"jls": "jpegls_decode", "j2k": "jpeg2k_decode", "htj2k": "htj2k_decode"}[kind]
+        return getattr(imagecodecs, codec)(frame)
+    except Exception:
+        return None
+
+def open_reader():
+    try:
+        import SimpleITK
+    except ImportError:
+        sys.exit(3)
+    version = SimpleITK.Version.MajorVersion(), SimpleITK.Version.MinorVersion()
+    if version < (2, 5) and any(name.endswith(".htj2k") for name in names):
+        sys.exit(5)
+    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = SimpleITK.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    return reader, SimpleITK.GetArrayFromImage
+
+opened = None
 for name in names:
-    reader.SetFileName(name)
-    array = SimpleITK.GetArrayFromImage(reader.Execute())
+    array = decode(name)
+    if array is None:
+        reader, array_of = opened = opened or open_reader()
+        reader.SetFileName(name)
+        array = array_of(reader.Execute())
+    if array.dtype.kind in "iu":
+        array = array.astype(name.split(".")[-3], copy=False)
     try:
         numpy.save(name + ".npy", array)
     except OSError:
@@ -81,7 +131,8 @@ for name in names:
 class Frames:
     """Stored values of frames, native or compressed.
 
-    `frames[i]` is an array (rows, columns), signed or not as its header says. Use it as a context manager.
+    Frames are read in batches: `prepare` decodes the compressed frames of the next batch, each on one of as many processes
+    as torch uses threads, and `read` returns frames of that batch on any thread. Use it as a context manager.
 
     Args:
         pieces: files and the numbers of their frames, in the order in which they will be asked for.
@@ -93,67 +144,96 @@ class Frames:
     def __enter__(self) -> "Frames":
         self._folder = tempfile.TemporaryDirectory(prefix="samf-")
         self._fragments: tuple[Path | None, list[bytes]] = (None, [])
+        self._names: dict[int, str] = {}  # the files of the batch, by frame
         return self
 
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
-    def __getitem__(self, i: int) -> np.ndarray:
+    def prepare(self, start: int) -> int:
+        """Decode a batch of compressed frames; the batch before it is dropped.
+
+        Args:
+            start: the first frame of the batch.
+
+        Returns:
+            The end of the batch: frames from `start` up to it can be read.
+
+        Raises:
+            CTReadError: a frame's file or compressed data don't match its header, or it can't be decoded.
+        """
+        for name in self._names.values():
+            Path(f"{name}.npy").unlink(missing_ok=True)
+        stop = self._write_batch(start)
+        if self._names:
+            with _damage_named(self.pieces[start][0]):
+                self._decode(list(self._names.values()), self.pieces[start][0].file)
+        return stop
+
+    def read(self, i: int, out: np.ndarray) -> np.ndarray:
+        """Return the stored values of a frame, signed or not as its header says.
+
+        Args:
+            i: number of the piece, of the batch that was prepared.
+            out: contiguous int16 (rows, columns) that may hold them.
+
+        Returns:
+            Array (rows, columns), a view of `out` or a new one.
+
+        Raises:
+            CTReadError: damaged, or cut short.
+        """
         pixels, frame = self.pieces[i]
         _check_readable(pixels)
         with _damage_named(pixels):
-            return _native(pixels, frame) if pixels.syntax in NATIVE else self._compressed(i)
+            if pixels.syntax not in NATIVE:
+                return self._compressed(i)
+            if pixels.allocated == 16 and not pixels.deflated:
+                return _native_into(pixels, frame, out)
+            return _native(pixels, frame)
 
     def _compressed(self, i: int) -> np.ndarray:
         pixels = self.pieces[i][0]
-        decoded = Path(f"{self._file(i)}.npy")
-        if not decoded.is_file():
-            self._decode_from(i)
+        decoded = Path(f"{self._names[i]}.npy")
         if not decoded.is_file():
             raise CTReadError(f"{pixels.file}: its compressed voxels are damaged. {EXPORT_AGAIN}")
         stored = np.load(decoded)
-        decoded.unlink()
         if stored.size != pixels.rows * pixels.columns or stored.dtype.kind not in "iu":
             raise CTReadError(f"{pixels.file}: decodes to shape {stored.shape} of {stored.dtype}. {EXPORT_AGAIN}")
-        kind = np.dtype(f"{'i' if pixels.signed else 'u'}{pixels.allocated // 8}")
-        stored = stored.reshape(pixels.rows, pixels.columns).astype(kind)
+        stored = stored.reshape(pixels.rows, pixels.columns).astype(_kind(pixels), copy=False)
         return _meaningful_bits(stored, pixels.stored, pixels.stored - 1)
 
-    def _file(self, i: int) -> Path:
-        kind = "htj2k" if self.pieces[i][0].syntax in _HTJ2K else "dcm"
-        return Path(self._folder.name, f"{i:06d}.{kind}")
+    def _decode(self, batch: list[str], first: Path) -> None:
+        """Decode files on all processors. Each process stops at a damaged frame, and other processes take other frames.
 
-    def _decode_from(self, i: int) -> None:
-        """Decode frame i and as many of the following ones as make a batch."""
-        first = self.pieces[i][0].file
-        batch = self._write_batch(i)
-        seconds = _SECONDS_PER_PROCESS + _SECONDS_PER_FRAME * len(batch)
-        limits = [str(os.getpid()), str(math.ceil(seconds))]
-        command = [sys.executable or "python3", "-P", "-c", _DECODE_SCRIPT, *limits, *batch]
-        environment = {**os.environ, **_ONE_THREAD}
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, timeout=seconds, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise CTReadError(f"{first}: decoding its voxels takes far too long. {EXPORT_AGAIN}") from error
-        self._check_exit(done.returncode, first)
+        Args:
+            batch: paths of single compressed frames.
+            first: the file that messages name.
+        """
+        processes = max(min(thread_count(), len(batch) // _LEAST_FRAMES), 1)
+        parts = [batch[k::processes] for k in range(processes)]
+        with ThreadPoolExecutor(processes) as pool:
+            codes = list(pool.map(partial(run_decoder, first), parts))
+        for code in codes:
+            self._check_exit(code, first)
         for file in batch:
             Path(file).unlink()
 
-    def _write_batch(self, i: int) -> list[str]:
-        """Write frame i and following ones as files of single frames; return their paths."""
-        batch: list[str] = []
-        size = 0
-        while i < len(self.pieces) and size < _BATCH and len(batch) < _BATCH_FILES:
+    def _write_batch(self, i: int) -> int:
+        """Write frame i and following ones as files of single frames; return the end of the batch."""
+        self._names, size = {}, 0
+        while i < len(self.pieces) and size < _BATCH and len(self._names) < _BATCH_FILES:
             pixels, frame = self.pieces[i]
             if pixels.syntax not in NATIVE:
                 _check_readable(pixels)
                 with _damage_named(pixels):
-                    dataset = _bare_dataset(pixels, self._stream(pixels, frame))
-                    pydicom.dcmwrite(self._file(i), dataset, enforce_file_format=True)
-                batch.append(str(self._file(i)))
+                    fragment = self._stream(pixels, frame)
+                    name = f"{i:06d}.{pixels.rows * pixels.columns}.{_kind(pixels)}.{_codec(pixels, fragment)}"
+                    self._names[i] = str(Path(self._folder.name, name))
+                    Path(self._names[i]).write_bytes(_single_frame(pixels, fragment))
                 size += pixels.rows * pixels.columns * pixels.allocated // 8
             i += 1
-        return batch
+        return i
 
     def _check_exit(self, code: int, file: Path) -> None:
         if code == _NO_SIMPLEITK:
@@ -183,6 +263,23 @@ class Frames:
         fragment = self._fragments[1][frame]
         _check_codestream(pixels, fragment)
         return fragment
+
+
+def run_decoder(first: Path, batch: Sequence[str]) -> int:
+    """Decode files in a process of its own and return its exit code; `first`: the file that an error names."""
+    seconds = _SECONDS_PER_PROCESS + _SECONDS_PER_FRAME * len(batch)
+    limits = [str(os.getpid()), str(math.ceil(seconds))]
+    command = [sys.executable or "python3", "-P", "-c", _DECODE_SCRIPT, *limits, *batch]
+    environment = {**os.environ, **_ONE_THREAD}
+    try:
+        return subprocess.run(command, env=environment, capture_output=True, timeout=seconds, check=False).returncode
+    except subprocess.TimeoutExpired as error:
+        raise CTReadError(f"{first}: decoding its voxels takes far too long. {EXPORT_AGAIN}") from error
+
+
+def _kind(pixels: DicomPixels) -> str:
+    """Return the type of the stored values, such as "i2"."""
+    return f"{'i' if pixels.signed else 'u'}{pixels.allocated // 8}"
 
 
 def _check_readable(pixels: DicomPixels) -> None:
@@ -216,48 +313,97 @@ def _damage_named(pixels: DicomPixels) -> Iterator[None]:
 # --- Native voxels ----------------------------------------------------------------------------------------------------
 
 
+def _native_into(pixels: DicomPixels, frame: int, out: np.ndarray) -> np.ndarray:
+    """Read a frame of 16 bits per voxel straight into int16 (rows, columns); return its stored values there, as a view."""
+    stored = out.view(np.int16 if pixels.signed else np.uint16)
+    target = out.view(np.uint8).reshape(-1).data
+    allowed = max(min(len(target), pixels.length - frame * len(target)), 0)
+    done = 0
+    with open(pixels.file, "rb", buffering=0) as stream:
+        stream.seek(pixels.offset + frame * len(target))
+        while done < allowed and (count := stream.readinto(target[done:allowed])):
+            done += count
+    _check_complete(pixels, frame, done, len(target))
+    if np.dtype(f"{NATIVE[pixels.syntax]}i2") != out.dtype:
+        stored.byteswap(inplace=True)
+    return _meaningful_bits(stored, pixels.stored, pixels.high_bit, in_place=True)
+
+
+def _check_complete(pixels: DicomPixels, frame: int, found: int, expected: int) -> None:
+    if found < expected:
+        raise CTReadError(
+            f"{pixels.file}: {found} of {expected} bytes of voxels for frame {frame + 1}. "
+            f"It was cut short: download or export it again."
+        )
+
+
 def _native(pixels: DicomPixels, frame: int) -> np.ndarray:
-    dtype = np.dtype(f"{NATIVE[pixels.syntax]}{'i' if pixels.signed else 'u'}{pixels.allocated // 8}")
+    dtype = np.dtype(NATIVE[pixels.syntax] + _kind(pixels))
     expected = pixels.rows * pixels.columns * dtype.itemsize
     with contents(pixels.file) as (stream, _):
         stream.seek(pixels.offset + frame * expected)
         data = stream.read(max(min(expected, pixels.length - frame * expected), 0))
-    if len(data) < expected:
-        raise CTReadError(
-            f"{pixels.file}: {len(data)} of {expected} bytes of voxels for frame {frame + 1}. "
-            f"It was cut short: download or export it again."
-        )
+    _check_complete(pixels, frame, len(data), expected)
     stored = np.frombuffer(data, dtype=dtype).reshape(pixels.rows, pixels.columns)
     return _meaningful_bits(stored, pixels.stored, pixels.high_bit)
 
 
-def _meaningful_bits(stored: np.ndarray, bits: int, high_bit: int) -> np.ndarray:
+def _meaningful_bits(stored: np.ndarray, bits: int, high_bit: int, in_place: bool = False) -> np.ndarray:
     """Return the values of the bits that count; the others may hold overlays or anything else."""
     allocated = stored.dtype.itemsize * 8
     if bits == allocated or not bits <= high_bit + 1 <= allocated:
         return stored
-    left = allocated - 1 - high_bit
-    return (stored << left) >> (allocated - bits)  # the second shift extends the sign of a signed type
+    out = stored if in_place else np.empty_like(stored)
+    np.left_shift(stored, allocated - 1 - high_bit, out=out)
+    return np.right_shift(out, allocated - bits, out=out)  # this shift extends the sign of a signed type
 
 
 # --- Compressed voxels ------------------------------------------------------------------------------------------------
 
 
-def _bare_dataset(pixels: DicomPixels, frame: bytes) -> Any:
-    """Return a dataset of one compressed frame and nothing else that a decoder does not need."""
+def _codec(pixels: DicomPixels, frame: bytes) -> str:
+    """Return the end of a frame's file name, by which the process chooses its decoder.
+
+    It is "plain." and a kind for frames that any decoder of that kind reads alike: their own header agrees with the
+    file's. These are imagecodecs', where it is installed; all others are GDCM's.
+    """
+    if pixels.syntax == _RLE:
+        return "plain.rle" if pixels.allocated in (8, 16) else "any.dcm"
+    if pixels.syntax == _JPEG_LS:
+        start = frame.find(b"\xff\xf7", 0, 4096)
+        return "plain.jls" if start >= 0 and frame[start + 4] == pixels.stored else "any.dcm"
+    kind = "htj2k" if pixels.syntax in _HTJ2K else "j2k" if pixels.syntax in _JPEG_2000 else "dcm"
+    if kind != "dcm" and pixels.syntax not in _PERHAPS_LOSSY:
+        start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
+        depth, signed = (frame[start + 42] & 127) + 1, frame[start + 42] >> 7
+        if pixels.stored <= depth <= pixels.allocated and signed == pixels.signed:
+            return f"plain.{kind}"
+    return f"any.{kind}"
+
+
+def _single_frame(pixels: DicomPixels, frame: bytes) -> bytes:
+    """Return a DICOM file of one compressed frame and nothing else that a decoder does not need."""
+    header = _bare_header(pixels.syntax, pixels.rows, pixels.columns, pixels.allocated, pixels.stored, pixels.signed)
+    pixel_data = struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OB", 0, 0xFFFFFFFF)
+    end = struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+    return b"".join((header, pixel_data, encapsulate([frame]), end))
+
+
+@lru_cache(maxsize=8)
+def _bare_header(syntax: str, rows: int, columns: int, allocated: int, stored: int, signed: bool) -> bytes:
+    """Return a DICOM file of one compressed frame up to its pixel data."""
     data: Any = pydicom.Dataset()
     data.file_meta = pydicom.dataset.FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = pixels.syntax
+    data.file_meta.TransferSyntaxUID = syntax
     data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = _SECONDARY_CAPTURE
     data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
-    data.Rows, data.Columns = pixels.rows, pixels.columns
+    data.Rows, data.Columns = rows, columns
     data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-    data.BitsAllocated, data.BitsStored, data.HighBit = pixels.allocated, pixels.stored, pixels.stored - 1
-    data.PixelRepresentation = int(pixels.signed)
-    data.PixelData = encapsulate([frame])
-    data["PixelData"].VR = "OB"
-    data["PixelData"].is_undefined_length = True
-    return data
+    data.BitsAllocated, data.BitsStored, data.HighBit = allocated, stored, stored - 1
+    data.PixelRepresentation = int(signed)
+    file = BytesIO()
+    pydicom.dcmwrite(file, data, enforce_file_format=True)
+    return file.getvalue()
 
 
 def _check_fragments(pixels: DicomPixels, data: bytes) -> None:

@@ -23,6 +23,7 @@ except ImportError:
     BytesLengthException = InvalidDicomError = ValueError  # type: ignore[assignment,misc]
 
 __all__ = [
+    "DEFLATED",
     "EXPLICIT_LITTLE",
     "NATIVE",
     "PARSE_ERRORS",
@@ -55,7 +56,7 @@ PARSE_ERRORS: tuple[type[Exception], ...] = (
 )
 _IMPLICIT, EXPLICIT_LITTLE, _EXPLICIT_BIG = (f"1.2.840.10008.1.2{suffix}" for suffix in ("", ".1", ".2"))
 NATIVE = {_IMPLICIT: "<", EXPLICIT_LITTLE: "<", _EXPLICIT_BIG: ">"}  # transfer syntaxes without compression: byte order
-_DEFLATED = "1.2.840.10008.1.2.1.99"
+DEFLATED = "1.2.840.10008.1.2.1.99"
 _CT_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
 _PIXEL_TAG = (0x7FE0, 0x0010)
 _MAX_INFLATED = 1 << 30
@@ -115,6 +116,7 @@ class DicomPixels:
         stored: bits of them that count.
         high_bit: index of the highest of those.
         signed: whether they are two's complement.
+        deflated: whether the whole file is, so that `offset` counts in its inflated content.
     """
 
     file: Path
@@ -128,6 +130,7 @@ class DicomPixels:
     stored: int
     high_bit: int
     signed: bool
+    deflated: bool = False
 
 
 @contextmanager
@@ -160,7 +163,7 @@ def contents(path: Path) -> Iterator[tuple[Any, str]]:
     """
     with open(path, "rb") as stream, _Map(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         # The UID is in the first few hundred bytes of a file whose remainder is deflated.
-        if _DEFLATED.encode() not in mapped[:1024]:
+        if DEFLATED.encode() not in mapped[:1024]:
             yield mapped, ""
             return
         meta = pydicom.filereader.read_file_meta_info(path)

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_READERS: dict[str, Callable[[Path], StoredVolume]] = {
-    "NIfTI": lambda path: read_nifti(path, compressed=False),
-    "compressed NIfTI": lambda path: read_nifti(path, compressed=True),
+# Of a path and of whether values may be scaled while they are read.
+_READERS: dict[str, Callable[[Path, bool], StoredVolume]] = {
+    "NIfTI": lambda path, as_hu: read_nifti(path, compressed=False, as_hu=as_hu),
+    "compressed NIfTI": lambda path, as_hu: read_nifti(path, compressed=True, as_hu=as_hu),
     "NRRD": read_nrrd,
     "MetaImage": read_metaimage,
-    "NumPy": read_npy,
-    "npz": read_npz,
+    "NumPy": lambda path, _: read_npy(path),
+    "npz": lambda path, _: read_npz(path),
 }
 
 
@@ -113,7 +114,7 @@ def _read_file(path: Path, source: str, options: ReadOptions) -> StoredVolume:
         return _read_dicom([path], source, options)
     if options.series_uid is not None:
         raise CTReadError(f"{source}: series_uid is for DICOM, and this is {kind}. Leave it out.")
-    return replace(_READERS[kind](path), source=source)
+    return replace(_READERS[kind](path, not options.rescaled), source=source)
 
 
 def _read_folder(folder: Path, source: str, options: ReadOptions, archive: bool = False) -> StoredVolume:
@@ -122,7 +123,7 @@ def _read_folder(folder: Path, source: str, options: ReadOptions, archive: bool 
     if files:
         return _read_dicom(files, source, options)
     if archive:
-        return _read_only_volume(folder, source)
+        return _read_only_volume(folder, source, options)
     entries = sorted(folder.iterdir())
     if not entries:
         raise CTReadError(f"{source}: an empty folder; expected the DICOM slices of one CT series.")
@@ -134,7 +135,7 @@ def _read_folder(folder: Path, source: str, options: ReadOptions, archive: bool 
     )
 
 
-def _read_only_volume(folder: Path, source: str) -> StoredVolume:
+def _read_only_volume(folder: Path, source: str, options: ReadOptions) -> StoredVolume:
     volumes = [file for file in sorted(folder.iterdir()) if _is_volume(file)]
     volumes = [file for file in volumes if paired_header(file) is None]  # the .hdr represents both
     if len(volumes) != 1:
@@ -142,7 +143,7 @@ def _read_only_volume(folder: Path, source: str) -> StoredVolume:
             f"{source}: a zip with {len(volumes)} volumes; expected DICOM slices or one volume file. "
             f"Unpack it and name one."
         )
-    return replace(_READERS[file_format(volumes[0])](volumes[0]), source=source)
+    return replace(_READERS[file_format(volumes[0])](volumes[0], not options.rescaled), source=source)
 
 
 def _is_volume(file: Path) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from .ct_common import AIR_HU, CTReadError, NotCTError, StoredVolume, scale_to_hu
+from .ct_threads import run_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -15,7 +16,7 @@ Verdict = Literal["HU", "no air", "not HU"]
 
 MIN_JUDGED = 10_000  # voxels: fewer are not representative
 _PADDING_HU = -1500  # noise and streaks reach down to about -1300; no measured value is below this
-_SAMPLE = 1 << 18
+_SAMPLE, _SAMPLE_PIECES = 1 << 18, 16
 _ZERO = 32768  # index of HU 0 in a histogram of int16
 
 
@@ -62,9 +63,14 @@ def to_hu(stored: np.ndarray, slope: float, intercept: float, source: str) -> np
     axis = int(np.argmax(np.abs(stored.strides)))
     planes = zip(np.moveaxis(stored, axis, 0), np.moveaxis(hu, axis, 0), strict=True)
     not_finite = sum(scale_to_hu(source_plane, slope, intercept, plane) for source_plane, plane in planes)
-    if not_finite:
-        logger.warning("%s: %d voxels are NaN or infinite; read as air (%d HU)", source, not_finite, AIR_HU)
+    warn_of_not_finite(source, not_finite)
     return hu
+
+
+def warn_of_not_finite(source: str, count: int) -> None:
+    """Log how many voxels of a volume are NaN or infinite, if any are."""
+    if count:
+        logger.warning("%s: %d voxels are NaN or infinite; read as air (%d HU)", source, count, AIR_HU)
 
 
 def padding_to_air(hu: np.ndarray, source: str, own: bool) -> np.ndarray:
@@ -75,7 +81,7 @@ def padding_to_air(hu: np.ndarray, source: str, own: bool) -> np.ndarray:
         source: name in messages.
         own: change the array in place.
     """
-    lowest = int(hu.min())
+    lowest = _lowest(hu)
     if lowest >= _PADDING_HU:
         return hu
     if not own:
@@ -87,6 +93,18 @@ def padding_to_air(hu: np.ndarray, source: str, own: bool) -> np.ndarray:
         plane[padding] = AIR_HU
     logger.info("%s: %d voxels below %d HU (down to %d) are padding; read as air", source, count, _PADDING_HU, lowest)
     return hu
+
+
+def _lowest(hu: np.ndarray) -> int:
+    """Return the lowest value of an array (X, Y, Z)."""
+    planes = np.moveaxis(hu, int(np.argmax(np.abs(hu.strides))), 0)
+    lowest = np.empty(len(planes), dtype=hu.dtype)
+
+    def find(i: int) -> None:
+        lowest[i] = planes[i].min()
+
+    run_parallel(find, range(len(planes)))
+    return int(lowest.min())
 
 
 # --- The check --------------------------------------------------------------------------------------------------------
@@ -139,7 +157,14 @@ def _sample(hu: np.ndarray) -> np.ndarray:
     step = max(1, flat.size // _SAMPLE)
     while step > 1 and math.gcd(step, math.prod(hu.shape)) > 1:
         step += 1
-    return np.asarray(flat[::step])
+    sample = np.empty(-(-flat.size // step), dtype=flat.dtype)
+    piece = -(-len(sample) // _SAMPLE_PIECES)
+
+    def gather(i: int) -> None:  # mostly waits for memory
+        sample[i * piece : (i + 1) * piece] = flat[i * piece * step : (i + 1) * piece * step : step]
+
+    run_parallel(gather, range(_SAMPLE_PIECES))
+    return sample
 
 
 def check_intensity(

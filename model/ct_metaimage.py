@@ -7,9 +7,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .ct_common import EXPORT_AGAIN, LPS_TO_RAS, CTReadError, StoredVolume, squeezed_shape
+from .ct_common import EXPORT_AGAIN, LPS_TO_RAS, CTReadError, Scale, StoredVolume, squeezed_shape
 from .ct_headers import MAX_HEADER_LINES, MAX_VALUE, check_fields, detached_file, header_units, trusted_units
-from .ct_streams import DEFLATE_MAX_RATIO, ZlibStream, check_claim, damage_named, decompress
+from .ct_streams import DEFLATE_MAX_RATIO, ZlibStream, check_claim, damage_named, map_values, read_values
 
 _TYPES = {
     "MET_CHAR": "i1",
@@ -27,8 +27,12 @@ _TYPES = {
 }
 
 
-def read_metaimage(path: Path) -> StoredVolume:
+def read_metaimage(path: Path, as_hu: bool = False) -> StoredVolume:
     """Read a MetaImage file.
+
+    Args:
+        path: the `.mha` or `.mhd`.
+        as_hu: turn values into int16 HU while they are read, in place of returning the stored ones.
 
     Raises:
         CTReadError: damaged, or not one 3-D volume of single values.
@@ -41,10 +45,13 @@ def read_metaimage(path: Path) -> StoredVolume:
         data_path = path
         if fields["ElementDataFile"].upper() != "LOCAL":
             data_path, start = detached_file(path, fields["ElementDataFile"]), 0
-        array = _array(data_path, start, fields, dtype, shape)
+        scale = (1.0, 0.0) if as_hu else None
+        array, not_finite = _array(data_path, start, fields, dtype, shape, scale)
         affine, zooms = _affine(path, fields, len(sizes))
     own = not isinstance(array, np.memmap)
-    return StoredVolume(array.reshape(shape, order="F"), str(path), [affine], zooms, "LPS", own=own)
+    return StoredVolume(
+        array.reshape(shape, order="F"), str(path), [affine], zooms, "LPS", own=own, not_finite=not_finite
+    )
 
 
 def _fields(path: Path, stream: BinaryIO) -> dict[str, str]:
@@ -84,8 +91,19 @@ def _is_true(fields: Mapping[str, str], name: str, default: str = "False") -> bo
     return fields.get(name, default).lower() in ("true", "1", "yes")
 
 
-def _array(path: Path, start: int, fields: Mapping[str, str], dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
-    """Return the stored values as a flat array, a memory map where they are raw."""
+def _array(
+    path: Path, start: int, fields: Mapping[str, str], dtype: np.dtype, shape: Sequence[int], scale: Scale | None
+) -> tuple[np.ndarray, int]:
+    """Return the values as a flat array, and how many of them are not finite, as `read_values` and `map_values` do.
+
+    Args:
+        path: the file of the voxels.
+        start: offset of the voxels in bytes.
+        fields: of the header.
+        dtype: of the stored values.
+        shape: (X, Y, Z).
+        scale: slope and intercept, for values in HU.
+    """
     if not _is_true(fields, "BinaryData", default="True"):
         raise CTReadError(f"{path}: voxels written as text; expected binary ones. Convert the scan again.")
     size, expected = path.stat().st_size, math.prod(shape) * dtype.itemsize
@@ -93,11 +111,11 @@ def _array(path: Path, start: int, fields: Mapping[str, str], dtype: np.dtype, s
     if not _is_true(fields, "CompressedData"):
         start = size - expected if skip == -1 else start + skip
         check_claim(path, shape, dtype, start, size)
-        return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(math.prod(shape),))
+        return map_values(path, start, expected, dtype, scale)
     check_claim(path, shape, dtype, 0, size * DEFLATE_MAX_RATIO, compressed=True)
     with open(path, "rb") as stream:
         stream.seek(start + max(skip, 0))
-        return decompress(path, ZlibStream(stream), expected).view(dtype)
+        return read_values(path, ZlibStream(stream), expected, dtype, scale)
 
 
 def _affine(path: Path, fields: Mapping[str, str], dimension: int) -> tuple[np.ndarray, np.ndarray]:

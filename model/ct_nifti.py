@@ -7,22 +7,31 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .ct_common import EXPORT_AGAIN, CTReadError, StoredVolume, check_dtype, squeezed_shape
+from .ct_common import EXPORT_AGAIN, CTReadError, Scale, StoredVolume, check_dtype, squeezed_shape
 from .ct_headers import trusted_units
 from .ct_signatures import GZIP_MAGIC, describe_bytes, nifti_header_size, other_half, read_head
-from .ct_streams import DEFLATE_MAX_RATIO, check_claim, damage_named, decompress, open_gzip, skip_bytes
+from .ct_streams import (
+    DEFLATE_MAX_RATIO,
+    check_claim,
+    damage_named,
+    map_values,
+    open_gzip,
+    read_values,
+    skip_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
 _ROUNDED_LENGTH = 1 + 1e-4  # of a unit quaternion whose numbers have four digits
 
 
-def read_nifti(path: Path, compressed: bool) -> StoredVolume:
+def read_nifti(path: Path, compressed: bool, as_hu: bool = False) -> StoredVolume:
     """Read a `.nii` file, or a `.hdr` with its `.img`.
 
     Args:
         path: the file, or the `.hdr` of a pair.
         compressed: by gzip; such voxels are decompressed into memory, others are mapped.
+        as_hu: scale values as the header says while they are read, in place of returning the stored ones.
 
     Raises:
         CTReadError: damaged, not one 3-D volume, or without its other half.
@@ -34,19 +43,21 @@ def read_nifti(path: Path, compressed: bool) -> StoredVolume:
     with damage_named(path, "the file"):
         with open_gzip(path) if compressed else open(path, "rb") as stream:
             header, position, pair = _header(path, stream, compressed)
-            array = None if pair else _array(path, stream, header, position, compressed)
-        if array is None:
-            array = _pair_array(path, header)
-    slope, intercept = _scaling(path, header)
+            scale = _scaling(path, header) if as_hu else None
+            found = None if pair else _array(path, stream, header, position, compressed, scale)
+        array, not_finite = _pair_array(path, header, scale) if found is None else found
+    slope, intercept = (1.0, 0.0) if as_hu else _scaling(path, header)
     affines, zooms = nifti_affines(str(path), header), nifti_zooms(str(path), header)
     own = not isinstance(array, np.memmap)
-    return StoredVolume(array, str(path), affines, zooms, slope=slope, intercept=intercept, own=own)
+    return StoredVolume(
+        array, str(path), affines, zooms, slope=slope, intercept=intercept, own=own, not_finite=not_finite
+    )
 
 
 # --- Voxels -----------------------------------------------------------------------------------------------------------
 
 
-def _pair_array(path: Path, header: Any) -> np.ndarray:
+def _pair_array(path: Path, header: Any, scale: Scale | None) -> tuple[np.ndarray, int]:
     voxels = other_half(path)
     if voxels is None:
         raise CTReadError(
@@ -54,7 +65,7 @@ def _pair_array(path: Path, header: Any) -> np.ndarray:
         )
     compressed = read_head(voxels, 2) == GZIP_MAGIC
     with open_gzip(voxels) if compressed else open(voxels, "rb") as stream:
-        return _array(voxels, stream, header, 0, compressed)
+        return _array(voxels, stream, header, 0, compressed, scale)
 
 
 def _header(path: Path, stream: BinaryIO, compressed: bool) -> tuple[Any, int, bool]:
@@ -83,10 +94,18 @@ def _header(path: Path, stream: BinaryIO, compressed: bool) -> tuple[Any, int, b
     return header_class(block, check=False), size, pair
 
 
-def _array(path: Path, stream: BinaryIO, header: Any, position: int, compressed: bool) -> np.ndarray:
-    """Return the stored values (X, Y, Z), as a memory map where the file isn't compressed.
+def _array(
+    path: Path, stream: BinaryIO, header: Any, position: int, compressed: bool, scale: Scale | None
+) -> tuple[np.ndarray, int]:
+    """Return the values (X, Y, Z), and how many of them are not finite, as `read_values` and `map_values` do.
 
-    `position`: bytes of the stream that the header took, 0 where the header is another file.
+    Args:
+        path: the file.
+        stream: the file, decompressed, behind its header.
+        header: nibabel's.
+        position: bytes of the stream that the header took, 0 where the header is another file.
+        compressed: by gzip.
+        scale: slope and intercept, for values in HU.
     """
     dtype = header.get_data_dtype()
     check_dtype(dtype, str(path))
@@ -98,10 +117,12 @@ def _array(path: Path, stream: BinaryIO, header: Any, position: int, compressed:
             f"{path}: voxels from byte {offset:.0f} on, inside its own header of {position}. {EXPORT_AGAIN}"
         )
     expected = check_claim(path, shape, dtype, offset, limit, compressed=compressed)
-    if not compressed:
-        return np.memmap(path, dtype=dtype, mode="r", offset=int(offset), shape=shape, order="F")
-    skip_bytes(stream, int(offset) - position)
-    return decompress(path, stream, expected).view(dtype).reshape(shape, order="F")
+    if compressed:
+        skip_bytes(stream, int(offset) - position)
+        array, not_finite = read_values(path, stream, expected, dtype, scale)
+    else:
+        array, not_finite = map_values(path, int(offset), expected, dtype, scale)
+    return array.reshape(shape, order="F"), not_finite
 
 
 def _scaling(path: Path, header: Any) -> tuple[float, float]:

@@ -11,9 +11,17 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .ct_common import EXPORT_AGAIN, MAX_VOXELS, CTReadError, StoredVolume, squeezed_shape
+from .ct_common import EXPORT_AGAIN, MAX_VOXELS, CTReadError, Scale, StoredVolume, squeezed_shape
 from .ct_headers import MAX_HEADER_LINES, MAX_VALUE, check_fields, detached_file, header_units, trusted_units
-from .ct_streams import DEFLATE_MAX_RATIO, check_claim, damage_named, decompress, open_gzip, skip_bytes
+from .ct_streams import (
+    DEFLATE_MAX_RATIO,
+    check_claim,
+    damage_named,
+    map_values,
+    open_gzip,
+    read_values,
+    skip_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +64,12 @@ class _Geometry:
     zooms: np.ndarray  # (3,) mm
 
 
-def read_nrrd(path: Path) -> StoredVolume:
+def read_nrrd(path: Path, as_hu: bool = False) -> StoredVolume:
     """Read a NRRD file.
+
+    Args:
+        path: the file, or the header of detached voxels.
+        as_hu: turn values into int16 HU while they are read, in place of returning the stored ones.
 
     Raises:
         CTReadError: damaged, or not one 3-D volume of single values.
@@ -70,11 +82,11 @@ def read_nrrd(path: Path) -> StoredVolume:
         data_path = path
         if "data file" in fields:
             data_path, start = detached_file(path, fields["data file"]), 0
-        array = _array(data_path, start, fields, layout)
+        array, not_finite = _array(data_path, start, fields, layout, (1.0, 0.0) if as_hu else None)
         shape = squeezed_shape([layout.sizes[axis] for axis in geometry.axes], str(path))
         array = array.reshape(shape, order="F")
     own = not isinstance(array, np.memmap)
-    return StoredVolume(array, str(path), geometry.affines, geometry.zooms, "LPS", own=own)
+    return StoredVolume(array, str(path), geometry.affines, geometry.zooms, "LPS", own=own, not_finite=not_finite)
 
 
 def _fields(path: Path, stream: BinaryIO) -> dict[str, str]:
@@ -169,8 +181,18 @@ def _check_other_axes(path: Path, sizes: Sequence[int], axes: Sequence[int]) -> 
 # --- Voxels -----------------------------------------------------------------------------------------------------------
 
 
-def _array(path: Path, start: int, fields: Mapping[str, str], layout: _Layout) -> np.ndarray:
-    """Return the stored values as a flat array, a memory map where they are raw."""
+def _array(
+    path: Path, start: int, fields: Mapping[str, str], layout: _Layout, scale: Scale | None
+) -> tuple[np.ndarray, int]:
+    """Return the values as a flat array, and how many of them are not finite, as `read_values` and `map_values` do.
+
+    Args:
+        path: the file of the voxels.
+        start: offset of the voxels in bytes.
+        fields: of the header.
+        layout: how the voxels are stored.
+        scale: slope and intercept, for values in HU. Voxels as text are returned as they are.
+    """
     lines, skip = (int(fields.get(f"{name} skip", fields.get(f"{name}skip", 0))) for name in ("line", "byte"))
     dtype, sizes, encoding = layout.dtype, layout.sizes, layout.encoding
     expected, size = math.prod(sizes) * dtype.itemsize, path.stat().st_size
@@ -183,13 +205,13 @@ def _array(path: Path, start: int, fields: Mapping[str, str], layout: _Layout) -
         if encoding == "raw":
             start = size - expected if skip == -1 else stream.tell() + skip
             check_claim(path, sizes, dtype, start, size)
-            return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(math.prod(sizes),))
+            return map_values(path, start, expected, dtype, scale)
         if encoding == "ascii":  # at least one byte per number
             check_claim(path, sizes, np.dtype("u1"), stream.tell(), min(size, _MAX_TEXT))
-            return np.array(stream.read(_MAX_TEXT).split()[: math.prod(sizes)], dtype=np.float64)
+            return np.array(stream.read(_MAX_TEXT).split()[: math.prod(sizes)], dtype=np.float64), 0
         decompressed = open_gzip(stream) if encoding == "gzip" else bz2.BZ2File(stream)
         # bzip2 compresses up to about 45,000 times: there only the limit of memory holds.
         limit = size * DEFLATE_MAX_RATIO if encoding == "gzip" else math.inf
         check_claim(path, sizes, dtype, max(skip, 0), limit, compressed=True)
         skip_bytes(decompressed, skip)
-        return decompress(path, decompressed, expected).view(dtype)
+        return read_values(path, decompressed, expected, dtype, scale)

@@ -8,7 +8,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .ct_common import EXPORT_AGAIN, CTReadError, is_disk_error, system_message
+from .ct_common import EXPORT_AGAIN, CTReadError, Scale, is_disk_error, scale_to_hu, system_message
 
 try:  # two to three times faster than zlib; optional
     from isal import igzip, isal_zlib
@@ -27,6 +27,7 @@ except ImportError:
 DEFLATE_MAX_RATIO = 1032  # deflate cannot compress more tightly, so that a header that claims more is wrong
 _MAX_MEMORY = 4 << 30  # bytes: a decompressed file and the int16 volume made of it
 _CHUNK = 1 << 20  # fits in the processor's cache
+_PIECE = 1 << 16  # voxels: so does one in the 64 bits of a scaling
 # isal declares its exception class as an instance.
 _DAMAGE: tuple[type[Exception], ...] = (  # type: ignore[assignment]
     *(EOFError, OSError, zlib.error, isal_zlib.error, lzma.LZMAError, zipfile.BadZipFile),  # while decompressing
@@ -121,33 +122,133 @@ def decompress(path: Path, stream: Readable, expected: int) -> np.ndarray:
         CTReadError: the stream holds fewer bytes, or far more.
     """
     buffer = np.empty(expected, dtype=np.uint8)
-    done = _fill(stream, buffer)
+
+    def copy(chunk: bytes, done: int) -> None:
+        buffer[done : done + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
+
+    _consume(path, stream, expected, copy)
+    _check_rest(path, stream, expected)
+    return buffer
+
+
+def read_values(
+    path: Path, stream: Readable, expected: int, dtype: np.dtype, scale: Scale | None
+) -> tuple[np.ndarray, int]:
+    """Return the next values of a decompressing stream, and read the rest of it, whose end holds checksums.
+
+    Args:
+        path: the file, for messages.
+        stream: a decompressing stream.
+        expected: number of bytes.
+        dtype: of the stored values.
+        scale: slope and intercept, for values in HU; None for the stored ones.
+
+    Returns:
+        Array (N,), and the number of voxels that are NaN or infinite where it holds HU; these are air.
+
+    Raises:
+        CTReadError: the stream holds fewer bytes, or far more.
+    """
+    if scale is None or is_hu(dtype, scale):
+        return decompress(path, stream, expected).view(dtype), 0
+    values = _read_hu(path, stream, expected, dtype, scale)
+    _check_rest(path, stream, expected)
+    return values
+
+
+def map_values(path: Path, start: int, expected: int, dtype: np.dtype, scale: Scale | None) -> tuple[np.ndarray, int]:
+    """Return uncompressed values of a file, as a memory map if they need no scaling.
+
+    Args:
+        path: the file.
+        start: offset of the first value in bytes.
+        expected: number of bytes.
+        dtype: of the stored values.
+        scale: as for `read_values`.
+
+    Returns:
+        As `read_values`.
+
+    Raises:
+        CTReadError: the file ends early.
+    """
+    if scale is None or is_hu(dtype, scale):
+        return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=(expected // dtype.itemsize,)), 0
+    with open(path, "rb") as stream:
+        stream.seek(start)
+        return _read_hu(path, stream, expected, dtype, scale)
+
+
+def is_hu(dtype: np.dtype, scale: Scale) -> bool:
+    """Return whether stored values of a type are HU in native int16 as they are."""
+    return dtype == np.int16 and tuple(scale) == (1.0, 0.0)
+
+
+def _read_hu(path: Path, stream: Readable, expected: int, dtype: np.dtype, scale: Scale) -> tuple[np.ndarray, int]:
+    """Return values in HU, each scaled as it is read, so that no array of stored values takes memory.
+
+    Args:
+        path: the file, for messages.
+        stream: to read from.
+        expected: number of bytes.
+        dtype: of the stored values.
+        scale: slope and intercept.
+
+    Returns:
+        int16 array (N,), and the number of voxels that are NaN or infinite; these are air.
+
+    Raises:
+        CTReadError: the stream holds fewer bytes, or far more.
+    """
+    hu = np.empty(expected // dtype.itemsize, dtype=np.int16)
+    carry, not_finite = b"", 0
+
+    def convert(chunk: bytes, done: int) -> None:
+        nonlocal carry, not_finite
+        start = (done - len(carry)) // dtype.itemsize
+        chunk = carry + chunk if carry else chunk
+        whole = len(chunk) // dtype.itemsize * dtype.itemsize
+        carry, values = chunk[whole:], np.frombuffer(chunk, dtype=dtype, count=whole // dtype.itemsize)
+        for first in range(0, len(values), _PIECE):
+            piece = values[first : first + _PIECE]
+            target = hu[start + first : start + first + len(piece)]
+            not_finite += scale_to_hu(piece, *scale, target)
+
+    _consume(path, stream, expected, convert)
+    return hu, not_finite
+
+
+def _consume(path: Path, stream: Readable, expected: int, task: Callable[[bytes, int], None]) -> None:
+    """Call `task` with each chunk of the next bytes of a stream, and the number of bytes before it.
+
+    A second thread does so, because touching new memory takes about as long as decompressing into it.
+
+    Raises:
+        CTReadError: fewer than `expected` bytes.
+    """
+    done = 0
+    with ThreadPoolExecutor(1) as worker:
+        pending = None
+        while done < expected and (chunk := stream.read(min(_CHUNK, expected - done))):
+            if pending is not None:
+                pending.result()
+            pending = worker.submit(task, chunk, done)
+            done += len(chunk)
+        if pending is not None:
+            pending.result()
     if done < expected:
         raise CTReadError(
             f"{path}: ends after {done} of {expected} bytes of voxels. It was cut short: download or export it again."
         )
+
+
+def _check_rest(path: Path, stream: Readable, expected: int) -> None:
+    """Read a stream to its end. Raise CTReadError when there is far more than the voxels."""
     rest = 0
     while chunk := stream.read(_CHUNK):
         rest += len(chunk)
         if rest > _MAX_MEMORY:
             raise CTReadError(f"{path}: decompresses to far more than the {expected} bytes it declares. {EXPORT_AGAIN}")
-    return buffer
-
-
-def _fill(stream: Readable, buffer: np.ndarray) -> int:
-    """Read a stream into a buffer (N,) of uint8; return the number of bytes read.
-
-    A second thread copies, because touching new memory takes about as long as decompressing into it.
-    """
-    done = 0
-    with ThreadPoolExecutor(1) as copier:
-        copied = None
-        while done < len(buffer) and (chunk := stream.read(min(_CHUNK, len(buffer) - done))):
-            if copied is not None:
-                copied.result()
-            copied = copier.submit(np.copyto, buffer[done : done + len(chunk)], np.frombuffer(chunk, dtype=np.uint8))
-            done += len(chunk)
-    return done
 
 
 def skip_bytes(stream: Readable, count: int) -> None:

@@ -33,7 +33,15 @@ from .ct_geometry import (
 )
 from .ct_headers import is_plausible
 from .ct_inputs import is_source
-from .ct_intensity import MIN_JUDGED, check_intensity, judge_intensity, padding_to_air, scaling, to_hu
+from .ct_intensity import (
+    MIN_JUDGED,
+    check_intensity,
+    judge_intensity,
+    padding_to_air,
+    scaling,
+    to_hu,
+    warn_of_not_finite,
+)
 from .ct_memory import stored_image
 from .ct_source import open_source
 
@@ -206,6 +214,7 @@ def _build(
     if shear > MAX_SHEAR_DEGREES:
         stored.notes.append(f"tilted gantry or sheared axes: {shear:.1f}° off a right angle")
     hu = to_hu(array, *scaling(stored, rescale), source)
+    warn_of_not_finite(source, stored.not_finite)
     if judge is not False:
         check_intensity(stored, array, hu, rescale, refuse=bool(judge))
     hu = padding_to_air(hu, source, own=stored.own or hu is not array)

@@ -23,6 +23,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils.generic import TensorType
 
 from .ct_inputs import is_dataset, is_image, is_kind, is_row
+from .ct_threads import run_parallel
 from .ct_volume import CTVolume, to_ct_volume
 from .hub_samf import PushToHubWithCard
 from .published_slices import PUBLISHED_CHANNELS, extract_published
@@ -38,7 +39,7 @@ from .slice_geometry import (
     slice_coordinates,
     whole_volume,
 )
-from .slice_resampling import SLABS, Slab, SquareResampler, apply_windows, reduce_slabs, run_parallel
+from .slice_resampling import SLABS, Slab, SquareResampler, apply_windows, reduce_slabs
 from .slice_settings import (
     DESCRIPTIONS,
     PRESETS,

@@ -1,8 +1,7 @@
 """Resampling of CT slices: slabs along the normal, square pixels in the plane, HU windows to grey values."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .ct_threads import run_parallel
 from .ct_volume import AIR_HU
 
 Slab = Literal["none", "mean", "mip"]
@@ -32,9 +32,14 @@ def reduce_slabs(images: np.ndarray, indices: np.ndarray, slab: Slab, out: np.nd
     # Slab i covers the images whose centres are within it, edges[i] to edges[i + 1].
     edges = np.array([-((count - 2 * i * depth) // (2 * count)) for i in range(count + 1)])
     strides = np.abs(images.strides)
-    if slab == "none":
+    apart = strides[0] > min(strides)  # neighbouring voxels of neighbouring images are not neighbours in memory
+    if slab == "none" and apart:
         run_parallel(lambda i: np.clip(images[indices[i]], AIR_HU, _MAX_HU, out=out[i]), range(count))
-    elif depth < count or strides[0] > min(strides):
+    elif slab == "none":  # one sweep over memory for all images, which share its cache lines
+        along = 1 if strides[1] > strides[2] else 2
+        images, out = images.swapaxes(1, along), out.swapaxes(1, along)
+        run_parallel(lambda i: np.clip(images[indices, i], AIR_HU, _MAX_HU, out=out[:, i]), range(images.shape[1]))
+    elif depth < count or apart:
         run_parallel(
             lambda i: _reduce_slab(images[edges[i] : edges[i + 1]], images[indices[i]], slab, out[i]), range(count)
         )
@@ -179,15 +184,3 @@ def apply_windows(
         values *= np.float32(255)
         np.rint(values, out=values)
         grey[...] = values.clip(0, 255, out=values)
-
-
-def run_parallel(task: Callable[[int], object], items: Iterable[int]) -> None:
-    """Call `task` for each item on as many threads as torch uses; NumPy releases the interpreter lock meanwhile."""
-    threads = torch.get_num_threads()
-    if threads == 1:  # a DataLoader worker among others
-        for item in items:
-            task(item)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(task, items):
-            pass  # raises what a task raised

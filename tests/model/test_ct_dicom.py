@@ -42,6 +42,7 @@ from pydicom.fileset import FileSet
 from samf import SamfImageProcessor
 from samf.cache.slice_cache import SliceCache
 from samf.model import ct_dicom, ct_dicom_pixels
+from samf.model.ct_dicom_walk import HeaderWalker
 from samf.model.ct_volume import AIR_HU, CTReadError, read_ct
 from samf.reporting import slice_view as view
 
@@ -615,6 +616,9 @@ def test_jpeg_lossless_and_jpeg_2000(tmp_path, compressor, signed):
     assert_every_voxel_in_place(read_ct(folder))
 
 
+WITHOUT_IMAGECODECS = ct_dicom_pixels._DECODE_SCRIPT.replace("import imagecodecs", "raise ImportError")
+
+
 # 16 x 16 pixels, the number at place i being 9 i + 100, packed by CharLS.
 JPEG_LS = (
     "|JeWc01FHN5C9MX0TBTI+5iXv0RR9100{JF+g&r(wXEkk%rH`+b(K+TQk0~nNS>;ys;a7}h@ehHL`fu)NpUqKl1U_zSWHPIl2uhmwN+JBP>NM"
@@ -664,8 +668,8 @@ def test_htj2k(tmp_path, syntax, signed):
 
 def test_htj2k_needs_a_simpleitk_that_unpacks_it(tmp_path, monkeypatch):
     """Version 2.4 gives no image. It does unpack JPEG 2000, which needs no message."""
-    older = ct_dicom_pixels._DECODE_SCRIPT.replace("SimpleITK.Version.MinorVersion()", "-1")
-    assert older != ct_dicom_pixels._DECODE_SCRIPT
+    older = WITHOUT_IMAGECODECS.replace("SimpleITK.Version.MinorVersion()", "-1")
+    assert older != WITHOUT_IMAGECODECS
     monkeypatch.setattr(ct_dicom_pixels, "_DECODE_SCRIPT", older)
     with pytest.raises(CTReadError, match="slice: its voxels are compressed as HTJ2K.*pip install -U 'SimpleITK>=2.5'"):
         read_ct(write_htj2k(tmp_path / "slice", 201, False))
@@ -817,9 +821,7 @@ def packed_series(tmp_path):
 def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, monkeypatch):
     folder = write_series(tmp_path / "series", stack_positions(2))
     packed = packed_series(tmp_path)
-    monkeypatch.setattr(
-        ct_dicom_pixels, "_DECODE_SCRIPT", ct_dicom_pixels._DECODE_SCRIPT.replace("SimpleITK", "not_installed")
-    )
+    monkeypatch.setattr(ct_dicom_pixels, "_DECODE_SCRIPT", WITHOUT_IMAGECODECS.replace("SimpleITK", "not_installed"))
     assert_every_voxel_in_place(read_ct(folder))  # native voxels need only pydicom
     with pytest.raises(CTReadError, match="slice000.dcm: compressed voxels need SimpleITK: pip install SimpleITK"):
         read_ct(packed)
@@ -852,23 +854,27 @@ def test_no_room_to_unpack_into_is_not_called_damage(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(pydicom, "dcmwrite", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(CTReadError, match="slice000.dcm: cannot be read, or decoded into .*No space left.*TMPDIR"):
         read_ct(folder)
 
 
-def test_a_header_that_the_system_will_not_read_is_not_left_out(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reader", ["walk", "pydicom"])
+def test_a_header_that_the_system_will_not_read_is_not_left_out(tmp_path, monkeypatch, reader):
     folder = write_series(tmp_path / "series")
-    read = pydicom.dcmread
+    owner, name = (HeaderWalker, "walk") if reader == "walk" else (pydicom, "dcmread")
+    read = getattr(owner, name)
 
-    def refuse(stream, **options):
+    def refuse(*args, **options):
         if refuse.calls == 1:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         refuse.calls += 1
-        return read(stream, **options)
+        return read(*args, **options)
 
     refuse.calls = 0
-    monkeypatch.setattr(pydicom, "dcmread", refuse)
+    if reader == "pydicom":
+        monkeypatch.setattr(HeaderWalker, "walk", lambda *_: None)
+    monkeypatch.setattr(owner, name, refuse)
     with pytest.raises(CTReadError, match="series: cannot be read .Input/output error"):
         read_ct(folder)
 
@@ -877,7 +883,7 @@ def test_a_header_that_the_system_will_not_read_is_not_left_out(tmp_path, monkey
 def test_a_decoder_ends_with_its_parent(tmp_path):
     note = tmp_path / "decoder"
     hang = f"open({str(note)!r}, 'w').write(str(os.getpid())); import time; time.sleep(60)"
-    script = ct_dicom_pixels._DECODE_SCRIPT.replace("import numpy, SimpleITK", hang)
+    script = ct_dicom_pixels._DECODE_SCRIPT.replace("import numpy", hang)
     start = (
         f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}, str(os.getpid()), '60', 'x'])"
     )
@@ -892,7 +898,7 @@ def test_a_decoder_ends_with_its_parent(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits on CPU time")
 def test_a_decoder_that_computes_for_ever_ends_by_itself():
-    script = ct_dicom_pixels._DECODE_SCRIPT.replace("import numpy, SimpleITK", "while True: pass")
+    script = ct_dicom_pixels._DECODE_SCRIPT.replace("import numpy", "while True: pass")
     done = subprocess.run([sys.executable, "-c", script, str(os.getpid()), "1", "x"], timeout=60)
     assert done.returncode == -signal.SIGKILL
 

@@ -18,6 +18,8 @@ import torch
 
 from samf.model import ct_streams
 from samf.model.ct_common import VolumeRef, scale_to_hu
+from samf.model.ct_intensity import to_hu
+from samf.model.ct_nifti import read_nifti
 from samf.model.ct_volume import AIR_HU, CTReadError, CTVolume, judge_intensity, read_ct, to_ct_volume
 
 SHAPE = (9, 7, 5)
@@ -752,7 +754,7 @@ def test_what_the_system_will_not_read_is_not_called_damaged(tmp_path, monkeypat
     def refuse(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(ct_streams, "_fill", refuse)
+    monkeypatch.setattr(ct_streams, "_consume", refuse)
     with pytest.raises(CTReadError, match="cannot be read .Input/output error.*its disk") as error:
         read_ct(path)
     assert str(path) in str(error.value) and "damaged" not in str(error.value)
@@ -866,3 +868,29 @@ def test_every_type_becomes_hu_as_exact_numbers_say(dtype):
             for value, known in zip(stored, finite, strict=True)
         ]
         assert found.tolist() == expected, (slope, intercept)
+
+
+# ------------------------------------------------------------------------------------------------ scaled as they are read
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", [">i2", "u2", "i4", "f4", "f8", "i1"])
+@pytest.mark.parametrize("scale", [(1, 0), (1, -1024), (2, -1024), (0.0754, -1024.3)])
+def test_values_scaled_as_they_are_read_are_those_scaled_at_once(tmp_path, monkeypatch, dtype, scale, compressed):
+    """Chunks end within a value, and the last one is short."""
+    monkeypatch.setattr(ct_streams, "_CHUNK", 1001)
+    monkeypatch.setattr(ct_streams, "_PIECE", 37)
+    values = np.random.default_rng(0).uniform(-100, 3000, (9, 10, 11)).clip(0, 126 if dtype == "i1" else None)
+    if "f" in dtype:
+        values[1, 2, 3], values[4, 5, 6] = np.nan, np.inf
+    header = nib.Nifti1Header(endianness=dtype[0] if dtype[0] == ">" else "<")
+    image = nib.Nifti1Image(values.astype(dtype), np.diag([1.5, 1.5, 2, 1]), header, dtype=dtype)
+    image.header.set_slope_inter(*scale)
+    path = tmp_path / f"scan.nii{'.gz' if compressed else ''}"
+    nib.save(image, path)
+    now, later = (read_nifti(path, compressed, as_hu) for as_hu in (True, False))
+    assert later.array.dtype == np.dtype(dtype) and (later.slope, later.intercept) == pytest.approx(scale)
+    expected = to_hu(later.array, later.slope, later.intercept, "")
+    assert now.array.dtype == np.int16 and (now.slope, now.intercept) == (1, 0)
+    np.testing.assert_array_equal(now.array, expected)
+    assert now.not_finite == np.count_nonzero(~np.isfinite(later.array.astype(float)))
