@@ -203,12 +203,13 @@ def test_parameters_are_counted_part_by_part():
     assert set(figures) == {"slice encoder", "positions", "aggregator", "fusion", "language model", "head"}
 
 
+SLOW_LINES = ("train_compiled", "dicom", "formats", "start", "batches", "answers", "scoring")
 ALL_LINES = [(command, line) for command, lines in benchmark.LINES.items() for line in lines if line != "parameters"]
 
 
 @pytest.mark.parametrize(
     ("command", "line"),
-    [pytest.param(*line, marks=[pytest.mark.slow] if "compiled" in line[1] else []) for line in ALL_LINES],
+    [pytest.param(*line, marks=[pytest.mark.slow] if line[1] in SLOW_LINES else []) for line in ALL_LINES],
 )
 def test_every_line_runs(command, line, tmp_path):
     """Each stage in turn, in this process; what it asserts itself (equal weights, answers, results) holds."""
