@@ -1,6 +1,7 @@
 """`samf data`: commands about data sets."""
 
 import importlib
+import sys
 
 import typer
 
@@ -21,6 +22,7 @@ def add_data(app: typer.Typer) -> None:
         context_settings=_PASS_ON,
     )
     def check(context: typer.Context) -> None:
+        sys.argv = ["samf data check", *context.args]  # for its usage line
         raise typer.Exit(importlib.import_module("samf.checking.command").main(context.args))
 
     app.add_typer(group, name="data")
