@@ -27,7 +27,7 @@ from samf.training.arguments import DataArguments, ModelArguments, MonitorArgume
 from samf.training.checkpoints import checkpoint_to_resume
 from samf.training.datasets import TrainerDatasets, build_mixture, has_text_only_records, load_datasets
 from samf.training.factory import apply_liger, build_model, build_processor
-from samf.training.launchers import is_zero3
+from samf.training.launchers import is_zero3, refuse_strangers
 from samf.training.repository import card_settings
 from samf.training.sample_generation import SampleWriter, choose_samples
 from samf.training.skipping import skip_unreadable
@@ -129,6 +129,7 @@ def configure(training: TrainingArguments, model_args: ModelArguments, data_args
         data_args: Name the objective.
         lora: Whether an adapter is trained.
     """
+    refuse_strangers(training)
     set_seed(training.seed)
     training.remove_unused_columns = False
     training.prediction_loss_only = True

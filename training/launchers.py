@@ -5,6 +5,7 @@ weights in it and keeps float32 copies in its optimizer. Here losses stay float3
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection
 
 import torch
@@ -16,6 +17,27 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 _LANGUAGE_MODEL = ("language_model.", "lm_head.")
+
+
+def refuse_strangers(training: TrainingArguments) -> None:
+    """Refuse to train where a launcher has started several processes that don't see each other.
+
+    accelerate does so with the recipes for GPUs on a machine without one. Each process would train on all records, as the main
+    one, and write the same files.
+
+    Args:
+        training: The run's arguments, which know the launcher.
+
+    Raises:
+        ValueError: There are several processes, and this one takes itself for the only one.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if launched > 1 and training.world_size == 1:
+        raise ValueError(
+            f"The launcher started {launched} processes, and each takes itself for the only one: all would train on the same "
+            "records and write the same files. accelerate does this without a GPU: start with `torchrun --nproc_per_node "
+            f"{launched} SCRIPT … --use_cpu true`, or one process without a launcher."
+        )
 
 
 def refuse_shards(training: TrainingArguments, stage: str) -> None:

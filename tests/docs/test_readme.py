@@ -77,7 +77,7 @@ def test_links_lead_somewhere(page):
 def test_paths_in_code_spans_exist():
     """`recipes/ct_rate.yaml` and the like, in pages that describe the repository as it is."""
     path = re.compile(
-        r"`((?:model|data|cache|training|evaluation|reporting|phantoms|utils|recipes|examples|tests)/[\w./-]+)`"
+        r"`((?:model|data|cache|training|evaluation|reporting|phantoms|utils|recipes|examples|findings|tests)/[\w./-]+)`"
     )
     for page in pages():
         if page.name != "CHANGELOG.md":

@@ -300,7 +300,7 @@ def meta(path, *lines):
     return path
 
 
-@pytest.mark.parametrize("matrix", [None, "0 1 0 1 0 0 0 0 1"])
+@pytest.mark.parametrize("matrix", [None, "0 1 0 1 0 0 0 0 1", "0 1 0 0 0 1 1 0 0"])  # the last isn't its own transpose
 @pytest.mark.parametrize("spacing", ["0.7 0.8 -1.5", "-0.7 0.8 1.5"])
 def test_metaimage_with_a_minus_in_its_spacing(tmp_path, matrix, spacing):
     lines = [f"ElementSpacing = {spacing}", "Offset = 20 30 -400"]

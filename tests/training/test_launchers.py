@@ -15,11 +15,12 @@ from small_run import history, options_of, prepare, train_here
 from tiny import tiny_batch, tiny_model
 from transformers import Trainer
 
-from samf import pretrain_encoder, warmup_aggregator
+from samf import pretrain_encoder, train, warmup_aggregator
 from samf.training.launchers import (
     float32_names,
     float32_weights,
     keep_float32_losses,
+    refuse_strangers,
     touch_unread_parts,
     whole_count,
 )
@@ -108,6 +109,27 @@ def test_stages_of_few_weights_refuse_shards_before_they_load_anything(monkeypat
     monkeypatch.setattr(script, "parse_recipe", lambda *_: (*parsed, training))
     with pytest.raises(ValueError, match=rf"this launcher \({kind}\) shards them.*ddp.yaml"):
         script.main([])
+
+
+@pytest.mark.parametrize("script", [train, pretrain_encoder, warmup_aggregator])
+def test_processes_that_take_themselves_for_the_only_one_are_refused(monkeypatch, script):
+    """As accelerate starts them from the recipes for GPUs on a machine without one."""
+    arguments = {train: 4, pretrain_encoder: 2, warmup_aggregator: 1}[script]
+    parsed = (SimpleNamespace(**dict.fromkeys(("lora_rank", "objective"), 0)) for _ in range(arguments))
+    monkeypatch.setattr(script, "parse_recipe", lambda *_: (*parsed, SimpleNamespace(world_size=1)))
+    monkeypatch.setattr(script, "card_settings", lambda *_: None, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match="started 2 processes.*torchrun --nproc_per_node 2"):
+        script.main([])
+
+
+def test_a_process_of_its_own_and_processes_that_see_each_other_are_accepted(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # a cluster names its size, and nobody has launched several
+    refuse_strangers(SimpleNamespace(world_size=1))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    refuse_strangers(SimpleNamespace(world_size=2))
 
 
 def test_a_run_resumes_with_as_many_records_a_step_or_says_what_to_set(work):
