@@ -44,4 +44,7 @@ def test_sharded_weights_train_and_are_saved_whole(tmp_path, kind):
     batch = tiny_batch("ao2d", rows=4)
     with torch.no_grad():
         output, wanted = model.eval()(**batch).logits, expected.eval()(**batch).logits
-    torch.testing.assert_close(output, wanted, rtol=0, atol=1e-3)
+        untrained = build(kind == "adapter").eval()(**batch).logits
+    # Initial weights that differ by 1e-7 of themselves end in logits that differ by 4e-3 (of 3.5).
+    torch.testing.assert_close(output, wanted, rtol=0, atol=1e-2)
+    assert (untrained - wanted).abs().max() > 0.1
