@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
+LAUNCHERS_READY := $(VENV)/.ready-launchers
 # The oldest transformers that requirements.txt allows, in an environment of its own.
 OLDEST := $(shell sed -n 's/^transformers>=\([0-9.]*\).*/\1/p' requirements.txt)
 OLDEST_VENV := .venv-oldest
@@ -22,11 +23,15 @@ LINT_TYPECHECK ?= yes
 # The repository's root is the package `samf`: a folder that holds a link of this name is where mypy finds it.
 CHECKOUT := $(VENV)/checkout
 
-.PHONY: demo test $(HALVES) test-slow test-oldest lint typecheck docs clean
+.PHONY: demo test $(HALVES) test-slow test-launchers test-oldest lint typecheck docs clean
 
 $(READY): requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e '.[test]'
+	touch $@
+
+$(LAUNCHERS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet -e '.[launchers]'
 	touch $@
 
 $(OLDEST_READY): requirements.txt pyproject.toml
@@ -58,6 +63,9 @@ test-others: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) tests -m slow $(TEST_OPTIONS)
+
+test-launchers: $(LAUNCHERS_READY)
+	OMP_NUM_THREADS=1 $(PYTEST) tests/launchers -m slow $(TEST_OPTIONS)
 
 test-oldest: $(OLDEST_READY)
 	$(OLDEST_VENV)/bin/python -m pytest $(MODEL_TESTS) -q -rs $(TEST_OPTIONS)

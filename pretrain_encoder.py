@@ -27,7 +27,7 @@ from samf.pretraining.medmnist_slices import MEDMNIST_WINDOWS, holds_medmnist
 from samf.pretraining.scans import ScanArguments
 from samf.pretraining.slice_datasets import SLICES, slice_sets
 from samf.training.checkpoints import checkpoint_to_resume
-from samf.training.launchers import refuse_shards, refuse_strangers
+from samf.training.launchers import check_launcher, refuse_shards
 from samf.training.trainer_base import train_to_end
 from samf.utils.distributed import leaves_processes
 from samf.utils.recipe import parse_recipe
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train a slice encoder from a recipe and the command line."""
     args, dino_args, training = parse_recipe((EncoderArguments, DinoArguments, TrainingArguments), argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    refuse_strangers(training)
+    check_launcher(training)
     refuse_shards(training, "The slice encoder's pretraining")
     set_seed(training.seed)
     training.remove_unused_columns = False

@@ -27,7 +27,7 @@ from samf.training.arguments import DataArguments, ModelArguments, MonitorArgume
 from samf.training.checkpoints import checkpoint_to_resume
 from samf.training.datasets import TrainerDatasets, build_mixture, has_text_only_records, load_datasets
 from samf.training.factory import apply_liger, build_model, build_processor
-from samf.training.launchers import is_zero3, refuse_strangers
+from samf.training.launchers import check_launcher, refuse_unsharded_options
 from samf.training.repository import card_settings
 from samf.training.sample_generation import SampleWriter, choose_samples
 from samf.training.skipping import skip_unreadable
@@ -64,12 +64,6 @@ def wrap_model(
     if training.use_liger_kernel:
         apply_liger(model)
         training.use_liger_kernel = False  # Trainer looks kernels up by the whole model's type and finds none
-    if tuning.merge and is_zero3(training.deepspeed_plugin):
-        raise ValueError(
-            "merge can't be used with ZeRO-3, under which one process can't load a model on its own: leave it out, and "
-            f"afterwards call `python -m samf.training.adapter {training.output_dir} "
-            f"{Path(training.output_dir, MERGED)}`."
-        )
     if tuning.lora_rank:
         base = model_args.model
         if base is None:
@@ -120,16 +114,27 @@ def build_samples(
     )
 
 
-def configure(training: TrainingArguments, model_args: ModelArguments, data_args: DataArguments, lora: bool) -> None:
-    """Set the arguments that follow from others, before anything is loaded.
+def configure(
+    training: TrainingArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    tuning: TuningArguments,
+    monitor: MonitorArguments,
+) -> None:
+    """Refuse what the launcher can't do and set the arguments that follow from others, before anything is loaded.
 
     Args:
         training: Get the checkpoint to resume from and the options of SAMF's batches.
         model_args: Get the adapter's own base model where an adapter's training resumes.
         data_args: Name the objective.
-        lora: Whether an adapter is trained.
+        tuning: Settings of the adapter.
+        monitor: Number of samples.
+
+    Raises:
+        ValueError: The launcher can't do what the arguments ask for.
     """
-    refuse_strangers(training)
+    check_launcher(training)
+    refuse_unsharded_options(training, samples=bool(monitor.generate_samples), merge=tuning.merge)
     set_seed(training.seed)
     training.remove_unused_columns = False
     training.prediction_loss_only = True
@@ -137,7 +142,7 @@ def configure(training: TrainingArguments, model_args: ModelArguments, data_args
     training.label_names = ["finding_targets"] if data_args.objective == "findings" else ["labels"]
     base = Path(training.output_dir, BASE)
     training.resume_from_checkpoint = checkpoint_to_resume(training)
-    if lora and training.resume_from_checkpoint and (base / "config.json").is_file():
+    if tuning.lora_rank and training.resume_from_checkpoint and (base / "config.json").is_file():
         model_args.model = str(base.resolve())
     # Otherwise ZeRO-3 shards each component as it loads, whatever its zero3_init_flag says; Trainer sets this again.
     unset_hf_deepspeed_config()
@@ -168,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, tuning, monitor, training = parse_recipe(ARGUMENTS, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     card = card_settings(model_args, data_args)
-    configure(training, model_args, data_args, lora=tuning.lora_rank > 0)
+    configure(training, model_args, data_args, tuning, monitor)
     processor = build_processor(model_args)
     model = build_model(model_args, processor)
     data = load_datasets(

@@ -32,7 +32,7 @@ from samf.pretraining.scans import Scan, ScanArguments, readable_scans
 from samf.pretraining.slice_datasets import SLICES
 from samf.training.aggregator_arguments import AggregatorArguments
 from samf.training.checkpoints import checkpoint_to_resume
-from samf.training.launchers import refuse_shards, refuse_strangers
+from samf.training.launchers import check_launcher, refuse_shards
 from samf.training.trainer_base import train_to_end
 from samf.utils.distributed import leaves_processes
 from samf.utils.recipe import parse_recipe
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     """Warm the aggregator up, from a recipe and the command line."""
     args, training = parse_recipe((WarmupArguments, TrainingArguments), argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    refuse_strangers(training)
+    check_launcher(training)
     refuse_shards(training, "The aggregator's warm-up")
     set_seed(training.seed)
     training.remove_unused_columns = False

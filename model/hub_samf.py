@@ -22,6 +22,7 @@ from .configuration_samf import SamfConfig
 from .model_card import README, CardSettings, hub_id, is_generated, make_card, write_model_card
 from .pipeline_samf import CUSTOM_PIPELINES  # so the library copies the pipeline's code with the model's
 from .quantization_samf import register as register_quantization
+from .workarounds_samf import own_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _ModelBase
@@ -202,11 +203,12 @@ class HubModel(PushToHubWithCard, _ModelBase):
         hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if push_to_hub and name in kwargs}
         before = _modified(save_directory)
         adapter = active_adapter(self)
-        self._name_auto_model()
-        if adapter is None or self._hf_peft_config_loaded:
-            super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        elif is_main_process:
-            save_wrapped_adapter(self, Path(save_directory), state_dict)
+        with own_class(self):
+            self._name_auto_model()
+            if adapter is None or self._hf_peft_config_loaded:
+                super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+            elif is_main_process:
+                save_wrapped_adapter(self, Path(save_directory), state_dict)
         if not is_main_process:
             return
         publish_weights(save_directory)
@@ -237,9 +239,10 @@ class HubModel(PushToHubWithCard, _ModelBase):
 
     def save_config_and_code(self, folder: str | os.PathLike) -> None:
         """Write config.json with all Auto classes, and the code: what a folder needs in addition to weights."""
-        self._name_auto_model()
-        custom_object_save(self, folder, config=self.config)  # type: ignore[arg-type]  # takes a configuration too
-        self.config.save_pretrained(folder)
+        with own_class(self):
+            self._name_auto_model()
+            custom_object_save(self, folder, config=self.config)  # type: ignore[arg-type]  # takes a configuration too
+            self.config.save_pretrained(folder)
 
     def _name_auto_model(self) -> None:
         """Enter a whole model as AutoModel's class, also in a configuration of its base model or of older code.

@@ -1,5 +1,8 @@
 """Workarounds for hardware and launchers, kept apart from the equations; they change no value beyond rounding."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -32,3 +35,21 @@ def restore_positions(positions: torch.Tensor) -> torch.Tensor:
     another; integers pass unchanged. The trainer therefore sends `positions.float().view(torch.int32)`.
     """
     return positions.view(torch.float32) if positions.dtype == torch.int32 else positions
+
+
+@contextmanager
+def own_class(model: nn.Module) -> Iterator[None]:
+    """Give a model its own class for the time of saving.
+
+    `fully_shard` replaces it by a class of torch's. The library would enter that as the model's class for AutoModel and
+    save torch's private code as the model's, and nobody could load the folder.
+
+    Args:
+        model: the model; another one than a sharded one is left as it is.
+    """
+    given = type(model)
+    model.__class__ = next(kind for kind in given.__mro__ if not kind.__module__.startswith("torch.distributed."))
+    try:
+        yield
+    finally:
+        model.__class__ = given

@@ -15,12 +15,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def command(script: str, processes: int, options: dict) -> list[str]:
     """Return the command `python script`, or torchrun on this machine, with `--key=value` for each option."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    flags = [
-        part
-        for key, value in options.items()
-        for part in ([f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"])
-    ]
-    return [sys.executable, *launcher, str(REPOSITORY / script), *flags]
+    return [sys.executable, *launcher, str(REPOSITORY / script), *flags(options)]
+
+
+def flags(options: dict) -> list[str]:
+    """Return `--key=value` for each option; a list is several values, a mapping is JSON."""
+    arguments = []
+    for key, value in options.items():
+        if isinstance(value, list | tuple):
+            arguments += [f"--{key}", *map(str, value)]
+        else:
+            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return arguments
 
 
 def environment() -> dict[str, str]:

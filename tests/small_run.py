@@ -13,11 +13,11 @@ from samf.phantoms.dataset import PhantomSettings, write_dataset
 from samf.phantoms.tokenizer import train_small_tokenizer
 
 
-def prepare(folder: Path) -> Path:
+def prepare(folder: Path, train_patients: int = 6) -> Path:
     """Write phantoms with 10 mm voxels and the components of a tiny model, and return their folder."""
     write_dataset(
         folder / "phantoms",
-        train_patients=6,
+        train_patients=train_patients,
         valid_patients=3,
         settings=PhantomSettings(voxel_mm=10.0),
         text_questions=12,

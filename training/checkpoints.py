@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import sort_checkpoints
 
 from samf.training.checkpoint_damage import find_damage
+from samf.training.checkpoint_kind import kind_mismatch
 from samf.utils.distributed import Processes
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     processes, so that they resume from the same one.
 
     Raises:
-        CheckpointError: The path is no whole checkpoint, or "last" finds only damaged ones.
+        CheckpointError: The path is no whole checkpoint, "last" finds only damaged ones, or another kind of launcher wrote
+            it.
     """
     option = training.resume_from_checkpoint
     if not option or str(option).lower() == "false":
@@ -63,9 +65,13 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
 
     def choose() -> str | None:
         try:
-            return _choose(str(option), training)
+            checkpoint = _choose(str(option), training)
+            mismatch = None if checkpoint is None or training.save_only_model else kind_mismatch(checkpoint, training)
         except OSError as error:
             raise CheckpointError(str(error)) from error
+        if mismatch is not None:
+            raise CheckpointError(f"resume_from_checkpoint={checkpoint}: {mismatch}")
+        return checkpoint
 
     return Processes().from_first(choose)
 

@@ -7,6 +7,7 @@ weights in it and keeps float32 copies in its optimizer. Here losses stay float3
 import dataclasses
 import os
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import torch
 from accelerate import DeepSpeedPlugin
@@ -17,26 +18,61 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 _LANGUAGE_MODEL = ("language_model.", "lm_head.")
+NO_SAMPLES = (
+    "generate_samples needs whole weights on every process, and this launcher shards them: leave it out and "
+    "answer with eval.py afterwards, or start with recipes/accelerate/ddp.yaml."
+)
 
 
-def refuse_strangers(training: TrainingArguments) -> None:
-    """Refuse to train where a launcher has started several processes that don't see each other.
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
-    accelerate does so with the recipes for GPUs on a machine without one. Each process would train on all records, as the main
-    one, and write the same files.
+
+def sharding(training: TrainingArguments) -> str | None:
+    """Return what the launcher shards the weights or the optimizer by: ZeRO-1, -2, -3 or FSDP; None = nothing.
+
+    accelerate says by the type of its state that it will use FSDP only once a Trainer exists; before that, its
+    launcher's environment does.
 
     Args:
-        training: The run's arguments, which know the launcher.
+        training: The run's arguments.
+    """
+    if training.deepspeed_plugin is not None:
+        return f"ZeRO-{training.deepspeed_plugin.zero_stage}"
+    return "FSDP" if training.fsdp or _is_set("ACCELERATE_USE_FSDP") else None
+
+
+def check_launcher(training: TrainingArguments) -> None:
+    """Refuse what accelerate doesn't do and doesn't say: shards without GPUs, and processes that aren't connected.
+
+    Args:
+        training: The run's arguments, before anything is loaded.
 
     Raises:
-        ValueError: There are several processes, and this one takes itself for the only one.
+        ValueError: The launcher's recipe asks for FSDP and accelerate would train without it; its processes would train
+            alone; it asks for a mesh of parallel dimensions.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
-    if launched > 1 and training.world_size == 1:
+    # A cluster may name a size of its own where no launcher, which numbers its processes, has started several.
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    kind = str(getattr(training.distributed_state, "distributed_type", "")).rpartition(".")[2]
+    if sharding(training) == "FSDP" and kind in ("NO", "MULTI_CPU"):
         raise ValueError(
-            f"The launcher started {launched} processes, and each takes itself for the only one: all would train on the same "
-            "records and write the same files. accelerate does this without a GPU: start with `torchrun --nproc_per_node "
-            f"{launched} SCRIPT … --use_cpu true`, or one process without a launcher."
+            f"The launcher's recipe asks for FSDP, which needs two processes or more with a GPU each; found {started} on "
+            f"{training.device}, where accelerate would train without shards. Start with recipes/accelerate/ddp.yaml on a GPU, "
+            "or without one by `torchrun --nproc_per_node N … --use_cpu true`."
+        )
+    if started > 1 and training.world_size == 1:
+        raise ValueError(
+            f"The launcher started {started} processes, and accelerate, which finds no GPU, doesn't connect them: each "
+            "would train alone and write the same files. Start with `torchrun --nproc_per_node N … --use_cpu true`."
+        )
+    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "1")) for name in ("tp", "cp", "sp")}
+    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG") and any(size > 1 for size in sizes.values()):
+        asked = ", ".join(f"{name}_size {size}" for name, size in sizes.items() if size > 1)
+        raise ValueError(
+            f"The launcher asks for {asked}: the fusion reads each prompt as a whole, which context and sequence parallelism "
+            "cut, and training loads whole weights, not tensor-parallel ones. Leave it out, and shard with "
+            "recipes/accelerate/fsdp2.yaml."
         )
 
 
@@ -52,11 +88,32 @@ def refuse_shards(training: TrainingArguments, stage: str) -> None:
     Raises:
         ValueError: The launcher is FSDP or DeepSpeed.
     """
-    kind = str(getattr(training.distributed_state, "distributed_type", "")).rpartition(".")[2]
-    if training.deepspeed or training.fsdp or "DEEPSPEED" in kind or "FSDP" in kind:
+    if (kind := sharding(training)) is not None:
         raise ValueError(
-            f"{stage} needs whole weights on every process, and this launcher ({kind or 'DeepSpeed or FSDP'}) shards them. "
+            f"{stage} needs whole weights on every process, and this launcher ({kind}) shards them. "
             "They fit on any GPU: start with `accelerate launch --config_file recipes/accelerate/ddp.yaml` or torchrun."
+        )
+
+
+def refuse_unsharded_options(training: TrainingArguments, *, samples: bool, merge: bool) -> None:
+    """Refuse options of stage 3 that need whole weights under a launcher that shards them, before anything is loaded.
+
+    Args:
+        training: The run's arguments.
+        samples: Whether answers are generated during training.
+        merge: Whether the adapter is merged at the end.
+
+    Raises:
+        ValueError: One of them is asked for.
+    """
+    kind = sharding(training)
+    if samples and kind in ("FSDP", "ZeRO-3"):
+        raise ValueError(NO_SAMPLES)
+    if merge and kind == "ZeRO-3":
+        out = training.output_dir
+        raise ValueError(
+            "merge can't be used with ZeRO-3, under which one process can't load a model on its own: leave it out, and "
+            f"afterwards call `python -m samf.training.adapter {out} {Path(out, 'merged')}`."
         )
 
 

@@ -21,6 +21,7 @@ from samf.training.datasets import has_text_only_records
 from samf.training.flops import StepFlops, can_count, known_peak
 from samf.training.image_grounding import SliceWeights, measure_gap, warn_if_not_grounded
 from samf.training.launchers import (
+    NO_SAMPLES,
     float32_names,
     float32_weights,
     has_volume,
@@ -109,10 +110,7 @@ class SamfTrainer(StoppableTrainer):
                 "start with recipes/accelerate/ddp.yaml."
             )
         if self.samples is not None:
-            raise ValueError(
-                "generate_samples needs whole weights on every process, and this launcher shards them: leave it out and "
-                "answer with eval.py afterwards, or start with recipes/accelerate/ddp.yaml."
-            )
+            raise ValueError(NO_SAMPLES)
 
     def _base_model(self) -> nn.Module:
         model = self.accelerator.unwrap_model(self.model)

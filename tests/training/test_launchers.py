@@ -1,32 +1,30 @@
 """Sharding launchers and changed numbers of processes: precision, refusals, resuming."""
 
-import importlib.util
-import subprocess
-import sys
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from launch import environment, logged
-from safetensors.torch import load_file
-from small_run import history, options_of, prepare, train_here
+from launch import logged
+from small_run import prepare, train_here
 from tiny import tiny_batch, tiny_model
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import Trainer
 
-from samf import pretrain_encoder, train, warmup_aggregator
+from samf import SamfForConditionalGeneration, pretrain_encoder, warmup_aggregator
+from samf.training.checkpoint_kind import kind_mismatch
 from samf.training.launchers import (
+    check_launcher,
     float32_names,
     float32_weights,
     keep_float32_losses,
-    refuse_strangers,
+    sharding,
     touch_unread_parts,
     whole_count,
 )
 from samf.training.trainer import SamfTrainer
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +81,19 @@ def test_a_batch_without_a_volume_leaves_a_zero_gradient_in_every_part():
             assert not weight.grad.any(), name
 
 
+def test_a_sharded_model_is_saved_under_its_own_class_and_with_its_own_code(tmp_path):
+    """`fully_shard` makes a class of its own, in a module of torch's."""
+    model = tiny_model()
+    kinds = (FSDPModule, SamfForConditionalGeneration)
+    model.__class__ = type("FSDPSamf", kinds, {"__module__": fully_shard.__module__})
+    model.save_pretrained(tmp_path)
+    assert type(model).__name__ == "FSDPSamf"
+    auto_map = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["auto_map"]
+    for name in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM"):
+        assert auto_map[name] == "modeling_samf.SamfForConditionalGeneration", name
+    assert (tmp_path / "modeling_samf.py").is_file() and not list(tmp_path.glob("_fsdp*"))
+
+
 def test_weights_are_saved_in_the_precision_that_was_given_to_the_launcher():
     """DeepSpeed casts the model's own weights to bfloat16, and its optimizer keeps float32 copies."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2).bfloat16(), torch.nn.Linear(2, 1))
@@ -98,11 +109,11 @@ def test_weights_are_saved_in_the_precision_that_was_given_to_the_launcher():
 
 
 @pytest.mark.parametrize("script", [pretrain_encoder, warmup_aggregator])
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+@pytest.mark.parametrize("kind", ["ZeRO-2", "FSDP"])
 def test_stages_of_few_weights_refuse_shards_before_they_load_anything(monkeypatch, tmp_path, script, kind):
     name = "EncoderArguments" if script is pretrain_encoder else "WarmupArguments"
-    training = SimpleNamespace(
-        distributed_state=SimpleNamespace(distributed_type=f"DistributedType.{kind}"), deepspeed=None, fsdp=None
+    training = run_under(
+        monkeypatch, "MULTI_GPU", processes=2, fsdp=kind == "FSDP", zero=2 if kind == "ZeRO-2" else None
     )
     parsed = (getattr(script, name)(slice_encoder="/nowhere") if name == "WarmupArguments" else SimpleNamespace(),)
     parsed += (SimpleNamespace(),) if script is pretrain_encoder else ()
@@ -111,25 +122,80 @@ def test_stages_of_few_weights_refuse_shards_before_they_load_anything(monkeypat
         script.main([])
 
 
-@pytest.mark.parametrize("script", [train, pretrain_encoder, warmup_aggregator])
-def test_processes_that_take_themselves_for_the_only_one_are_refused(monkeypatch, script):
-    """As accelerate starts them from the recipes for GPUs on a machine without one."""
-    arguments = {train: 4, pretrain_encoder: 2, warmup_aggregator: 1}[script]
-    parsed = (SimpleNamespace(**dict.fromkeys(("lora_rank", "objective"), 0)) for _ in range(arguments))
-    monkeypatch.setattr(script, "parse_recipe", lambda *_: (*parsed, SimpleNamespace(world_size=1)))
-    monkeypatch.setattr(script, "card_settings", lambda *_: None, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def run_under(monkeypatch, kind: str, *, processes: int = 1, fsdp: bool = False, zero: int | None = None):
+    """Return arguments as they are before a Trainer exists, when only the environment tells of FSDP."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(ValueError, match="started 2 processes.*torchrun --nproc_per_node 2"):
-        script.main([])
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(fsdp).lower())
+    return SimpleNamespace(
+        distributed_state=SimpleNamespace(distributed_type=f"DistributedType.{kind}"),
+        deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero),
+        fsdp=None,
+        device="cpu",
+        world_size=1 if kind == "NO" else processes,
+    )
 
 
-def test_a_process_of_its_own_and_processes_that_see_each_other_are_accepted(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("LOCAL_RANK", raising=False)  # a cluster names its size, and nobody has launched several
-    refuse_strangers(SimpleNamespace(world_size=1))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    refuse_strangers(SimpleNamespace(world_size=2))
+def test_what_the_launcher_shards_is_known_before_a_trainer_exists(monkeypatch):
+    for kind, fsdp, zero, expected in (
+        ("MULTI_GPU", True, None, "FSDP"),
+        ("MULTI_GPU", False, 3, "ZeRO-3"),
+        ("MULTI_GPU", False, None, None),
+        ("NO", False, None, None),
+    ):
+        training = run_under(monkeypatch, kind, processes=1 if kind == "NO" else 2, fsdp=fsdp, zero=zero)
+        assert sharding(training) == expected
+        check_launcher(training)
+
+
+@pytest.mark.parametrize("kind", ["NO", "MULTI_CPU"])
+def test_fsdp_that_accelerate_would_leave_out_is_refused(monkeypatch, kind):
+    with pytest.raises(ValueError, match=r"asks for FSDP.*found 2 on cpu, where accelerate would train without shards"):
+        check_launcher(run_under(monkeypatch, kind, processes=2, fsdp=True))
+
+
+def test_processes_that_are_not_connected_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"started 2 processes.*doesn't connect them.*--use_cpu true"):
+        check_launcher(run_under(monkeypatch, "NO", processes=2))
+
+
+def test_a_process_of_its_own_in_a_cluster_that_names_its_size_is_accepted(monkeypatch):
+    training = run_under(monkeypatch, "NO", processes=2)
+    monkeypatch.delenv("LOCAL_RANK")
+    check_launcher(training)
+
+
+@pytest.mark.parametrize("name", ["tp", "cp", "sp"])
+def test_meshes_of_other_dimensions_are_refused(monkeypatch, name):
+    training = run_under(monkeypatch, "MULTI_GPU", processes=2)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    check_launcher(training)
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", "2")
+    with pytest.raises(ValueError, match=rf"asks for {name}_size 2: .*fsdp2.yaml"):
+        check_launcher(training)
+
+
+@pytest.mark.parametrize(
+    ("files", "now", "processes", "message"),
+    [
+        (["optimizer.pt"], None, 4, None),
+        (["optimizer.bin"], "FSDP", 4, None),
+        (["optimizer_0/.metadata"], None, 2, "written under FSDP, and this run trains without shards"),
+        (["optimizer.pt"], "ZeRO-2", 2, "written without shards, and this run trains under ZeRO-2"),
+        (["global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "FSDP", 2, "written under ZeRO-2"),
+        (["global_step2/zero_pp_rank_0_mp_rank_00_model_states.pt"], "ZeRO-2", 2, "written under ZeRO-3"),
+        ([f"global_step2/zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in (0, 1)], "ZeRO-2", 2, None),
+        ([f"global_step2/zero_pp_rank_{r}_mp_rank_00_optim_states.pt" for r in (0, 1)], "ZeRO-2", 4, "of 2 processes"),
+    ],
+)
+def test_a_checkpoint_of_another_launcher_is_told_from_its_files(monkeypatch, tmp_path, files, now, processes, message):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    zero = int(now[-1]) if now and now.startswith("ZeRO") else None
+    training = run_under(monkeypatch, "MULTI_GPU", processes=processes, fsdp=now == "FSDP", zero=zero)
+    found = kind_mismatch(tmp_path, training)
+    assert found is None if message is None else message in found
 
 
 def test_a_run_resumes_with_as_many_records_a_step_or_says_what_to_set(work):
@@ -147,63 +213,3 @@ def test_a_run_resumes_with_as_many_records_a_step_or_says_what_to_set(work):
     assert logged(work / "accumulated") == pytest.approx(unbroken, abs=1e-5)
     train_here(work, "restarted", **resumed, ignore_data_skip=True)
     assert len(logged(work / "restarted")) == 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
-def test_sharding_launchers_train_as_plain_processes_do(work, tmp_path, recipe):
-    """`accelerate launch` with the recipe as it is, on two CPU processes; with frozen bfloat16 and trained float32 weights."""
-    if "deepspeed" in recipe and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed")
-    precision = {"dtype": "bfloat16", "trained_dtype": "float32", "bf16": True, "lora_rank": 2}
-    options = {**precision, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "lora_dropout": 0.0}
-    options |= {"aggregator_dropout": 0.0, "per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 3}
-    settings = options_of(work, "", **options)
-    run_launched(None, {**settings, "output_dir": tmp_path / "plain"})
-    run_launched(recipe, {**settings, "output_dir": tmp_path / recipe})
-    names = ("loss", "eval_own_loss", "eval_shuffled_loss")
-    plain, sharded = ([logged(tmp_path / run, name) for name in names] for run in ("plain", recipe))
-    assert sum(sharded, []) == pytest.approx(sum(plain, []), rel=2e-3)
-    assert any(loss != torch.tensor(loss).bfloat16().item() for loss in sum(sharded, []))
-    saved = load_file(tmp_path / recipe / "adapter_model.safetensors")
-    assert {weight.dtype for weight in saved.values()} == {torch.float32}
-    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in saved.values())
-
-
-@pytest.mark.slow
-def test_zero2_trains_on_batches_without_a_volume(work, tmp_path):
-    pytest.importorskip("deepspeed")
-    questions = [work / f"phantoms/dataset/vqa/{name}_vqa.json" for name in ("train_text", "train")]
-    options = {"max_steps": 6, "logging_steps": 1, "per_device_train_batch_size": 1, "vqa_files": questions}
-    settings = options_of(work, "", **options, tasks=["multiple_choice"], output_dir=tmp_path / "out")
-    run_launched("deepspeed_zero2", settings)
-    assert len(history(tmp_path / "out")) >= 6
-
-
-def run_launched(recipe: str | None, settings: dict) -> None:
-    """Run train.py on two CPU processes, under torchrun or under `accelerate launch` with one of our recipes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(REPOSITORY / "train.py")]
-    if recipe is not None:
-        settings = {key: value for key, value in settings.items() if key != "use_cpu"}
-        precision = "bf16" if settings.get("bf16") else "no"
-        launcher = ["-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
-        launcher += [
-            f"--config_file={REPOSITORY / 'recipes/accelerate' / recipe}.yaml",
-            f"--mixed_precision={precision}",
-        ]
-        launcher += [str(REPOSITORY / "tests/cpu_shards.py"), str(REPOSITORY / "train.py")]
-    flags = [
-        part
-        for key, value in settings.items()
-        for part in ([f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"])
-    ]
-    backends = {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"} if recipe else {}
-    done = subprocess.run(
-        [sys.executable, *launcher, *flags],
-        env={**environment(), **backends},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]

@@ -18,6 +18,7 @@ from samf import SamfConfig, SamfForConditionalGeneration, SamfProcessor, train
 from samf.data.collator import SamfCollator
 from samf.data.loading import load_records
 from samf.model.adapters_samf import adapter_base
+from samf.training import launchers
 from samf.training.adapter import add_lora, cast_trained, language_model_layers
 from samf.training.arguments import TuningArguments
 from samf.training.param_groups import PARTS, part_of
@@ -228,8 +229,9 @@ def test_an_adapter_on_an_adapter_is_an_error_that_says_merge_first(work, traine
         train_here(work, "never", model=trained, **LORA)
 
 
-def test_merging_under_zero_3_is_an_error_before_training(work, monkeypatch):
-    monkeypatch.setattr(train, "is_zero3", lambda plugin: True)
+def test_merging_under_zero_3_is_an_error_before_anything_is_loaded(work, monkeypatch):
+    monkeypatch.setattr(launchers, "sharding", lambda training: "ZeRO-3")
+    monkeypatch.setattr(train, "build_processor", lambda *_: pytest.fail("it loads"))
     with pytest.raises(ValueError, match=r"python -m samf.training.adapter .*never .*never/merged"):
         train_here(work, "never", **LORA, merge=True)
 

@@ -1,6 +1,5 @@
 """Several processes against one, sharded weights, and runs that were killed, against unbroken ones."""
 
-import json
 import math
 import os
 import random
@@ -13,16 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from fsdp2_training import build, train
 from launch import command, environment, kill_script, logged, run_script
-from peft import PeftModel
 from safetensors.torch import load_file
 from small_run import options_of, prepare
-from tiny import tiny_batch, tiny_model
 
-from samf import SamfForConditionalGeneration
 from samf.training.checkpoints import last_checkpoint
-from samf.training.repository import check_whole
 
 pytestmark = pytest.mark.slow
 
@@ -163,35 +157,3 @@ def test_a_killed_run_resumes_as_if_unbroken(work, tmp_path, processes, strategy
         assert rest == order[-len(rest) :]
     weights, others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(others[key], value) for key, value in weights.items())
-
-
-@pytest.mark.parametrize("kind", ["full", "adapter"])
-def test_sharded_weights_train_and_are_saved_whole(tmp_path, kind):
-    """fully_shard on the CPU over gloo trains as one process on the whole batch, and from_pretrained reads the result."""
-    launcher = command("tests/fsdp2_training.py", 2, {})
-    done = subprocess.run([*launcher, str(tmp_path), kind], env=environment(), capture_output=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr[-3000:]
-    facts = [json.loads((tmp_path / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
-    assert all(fact["sharded"] for fact in facts)
-    assert sum(fact["own_share"] for fact in facts) == pytest.approx(1)
-    assert max(fact["own_share"] for fact in facts) < 0.6
-
-    expected = build(kind == "adapter")
-    losses = train(expected, slice(0, 4))
-    means = [sum(pair) / 2 for pair in zip(*(fact["losses"] for fact in facts), strict=True)]
-    torch.testing.assert_close(means, losses, rtol=0, atol=1e-4)
-
-    saved = tmp_path / "saved"
-    check_whole(saved)
-    if kind == "adapter":
-        base = tiny_model(finding_names=["a", "b"], aggregator_dropout=0.0)
-        model = PeftModel.from_pretrained(base, saved)
-    else:
-        model = SamfForConditionalGeneration.from_pretrained(saved)
-        assert json.loads((saved / "config.json").read_text(encoding="utf-8"))["architectures"] == [
-            "SamfForConditionalGeneration"
-        ]
-    batch = tiny_batch("ao2d", rows=4)
-    with torch.no_grad():
-        output, wanted = model.eval()(**batch).logits, expected.eval()(**batch).logits
-    torch.testing.assert_close(output, wanted, rtol=0, atol=1e-3)
