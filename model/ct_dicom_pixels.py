@@ -96,7 +96,7 @@ def decode(name):
             return planes(frame, int(pixels))
         codec = {"jls": "jpegls_decode", "j2k": "jpeg2k_decode", "htj2k": "htj2k_decode"}[kind]
         return getattr(imagecodecs, codec)(frame)
-    except Exception:
+    except Exception:  # of a damaged codestream, whatever a codec raises: the other reader tries it
         return None
 
 def open_reader():
