@@ -21,7 +21,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .file_memory_samf import AFTERWARDS, WHILE_LOADING, keep_freed_blocks, release_memory
+from .file_memory_samf import (
+    AFTERWARDS,
+    WHILE_LOADING,
+    fetch_pages,
+    in_file,
+    keep_freed_blocks,
+    release_memory,
+    release_pages,
+)
 from .quantized_linear_samf import QuantizedLinear, kernel_plan
 from .quantized_weights_samf import GROUP_SIZES
 
@@ -29,6 +37,7 @@ logger = logging.get_logger(__name__)
 
 METHOD = "samf"
 _BITS = (4, 8)
+_LEAST_IN_FILE = 1 << 20  # bytes of a weight that is kept in a file: each has a file of its own
 _DEVICE_CHOICES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -195,6 +204,8 @@ class SamfQuantizer(HfQuantizer):
         layers.sort(key=lambda layer: layer.weight.nbytes, reverse=True)
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             list(threads.map(QuantizedLinear.arrange, layers))
+        for part in _parts_read_once(model):
+            _keep_in_file(part)
         keep_freed_blocks(AFTERWARDS)
         logger.info(describe_quantization(model))
         return model
@@ -222,6 +233,33 @@ class SamfQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Return False: Trainer refuses the model."""
         return False
+
+
+def _parts_read_once(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the parts of a SAMF model that a prompt needs once: slice encoder, aggregator, fusion."""
+    decoder = model.get_decoder()
+    whole = cast(nn.Module, model.base_model)
+    return [part for part in whole.children() if not any(module is decoder for module in part.modules())]
+
+
+def _keep_in_file(part: nn.Module) -> None:
+    """Keep a part's weights in memory only while it computes; between that they are in temporary files."""
+    for parameter in part.parameters():
+        if parameter.device.type == "cpu" and parameter.nbytes >= _LEAST_IN_FILE:
+            parameter.data = in_file(parameter.data)
+    release_memory()
+    part.register_forward_pre_hook(_fetch)
+    part.register_forward_hook(_release)
+
+
+def _fetch(part: nn.Module, args: Any) -> None:
+    for parameter in part.parameters():
+        fetch_pages(parameter)
+
+
+def _release(part: nn.Module, args: Any, output: Any) -> None:
+    for parameter in part.parameters():
+        release_pages(parameter)
 
 
 class Bfloat16Embedding(nn.Embedding):

@@ -293,6 +293,19 @@ def test_a_weight_that_onnx_runtime_has_copied_is_in_a_file_whose_memory_is_free
     assert torch.equal(layer.weight.data, content)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the weights stay in memory on other systems")
+def test_parts_that_a_prompt_needs_once_hold_their_weights_only_while_they_compute(monkeypatch):
+    monkeypatch.setattr("samf.model.quantization_samf._LEAST_IN_FILE", 1)
+    model, batch = tiny_model(), tiny_batch("ao2d")
+    expected = model.model(**batch).image_outputs.pooler_output
+    quantize(model, SamfQuantizationConfig())
+    torch.testing.assert_close(model.model(**batch).image_outputs.pooler_output, expected)
+    for part in (model.model.slice_encoder, model.model.aggregator, model.model.fusion):
+        assert {resident(parameter) for parameter in part.parameters()} == {0}
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied.model(**batch).image_outputs.pooler_output, expected)
+
+
 def resident(tensor):
     """Return the kilobytes in memory of the mapping that a tensor begins."""
     mappings = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
