@@ -98,7 +98,9 @@ def _choose_cluster(args: argparse.Namespace) -> ClusterSettings | None:
     if args.shard.count > 1:
         raise ValueError("--cluster divides the list itself: omit --shard, and start it without torchrun")
     if args.num_workers and args.cluster != "local":
-        raise ValueError("--num_workers is the cluster's: each worker reads as many volumes at once as it has threads (--nthreads)")
+        raise ValueError(
+            "--num_workers is for --cluster local: other workers read a volume per thread (dask worker --nthreads)"
+        )
     return ClusterSettings.parse(args.cluster, args.cluster_options, args.num_workers or usable_cores())
 
 

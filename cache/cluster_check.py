@@ -5,7 +5,6 @@ import uuid
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 from samf.cache.pool_process import PoolRefusedError
 from samf.cache.slice_cache import SliceCache

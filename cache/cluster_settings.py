@@ -48,5 +48,7 @@ class ClusterSettings:
         except (OSError, yaml.YAMLError) as error:
             raise ValueError(f"--cluster_options {options}: {error}") from error
         if not isinstance(found, dict):
-            raise ValueError(f"--cluster_options {options}: expected a mapping, as {{n_workers: 4}}, or a file with one")
+            raise ValueError(
+                f"--cluster_options {options}: expected a mapping, as {{n_workers: 4}}, or a file with one"
+            )
         return cls(target, found, workers)

@@ -56,11 +56,13 @@ class PoolPlugin(WorkerPlugin):
 
     async def teardown(self, worker: Any) -> None:
         """End the pool, whatever it is doing."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
         with self._lock:
-            pool, self._pool = self._pool, None
             self.refusal = self.refusal or "the run has ended"
-        if pool is not None:
-            await asyncio.to_thread(pool.close)
+            if self._pool is not None:
+                self._pool.close()
 
     def open_pool(self) -> PoolProcess:
         """Return the pool; start it if it has ended, as it does after some time without jobs.

@@ -1,10 +1,11 @@
 """Filling a slice cache ahead of training, by any number of processes on any number of machines.
 
 Shards divide the list by position (`Shard`), which needs no communication between machines and works on every file
-system. A cluster (`samf.cache.cluster`) has one queue instead. Within a shard, and between runs over the same list, each
+system; a cluster (`samf.cache.cluster`) has one queue instead. Within a shard, and between runs over the same list, each
 volume is locked before its entry is made (`samf.cache.locks`). A volume is done when its entry exists, so a killed run is
-resumed by starting it again, with any shards. A volume that can't be read, crashes its process or takes too long is noted as failed (`samf.cache.manifest`), and
-the run continues; a failure for lack of memory or of a library, or because of the disk or network, is left to the next run.
+resumed by starting it again, with any shards. A volume that can't be read, crashes its process or takes too long is noted as
+failed (`samf.cache.manifest`), and the run continues; a failure for lack of memory or of a library, or because of the disk
+or network, is left to the next run.
 
 Volumes on the Hub or the web are downloaded first. Those from the Hub go to $TMPDIR and are deleted after their slices
 were extracted, except for files that were in $HF_HOME before; those from the web are kept. Neither is included in the
@@ -204,7 +205,9 @@ def _make_all(
     ):
         run = _FillRun(pool, manifest, log, options, progress, readable)
         measured = []
-        for volume, outcome in run.make([*sample, *rest]):  # at once: a volume that hangs is no reason for others to wait
+        for volume, outcome in run.make(
+            [*sample, *rest]
+        ):  # at once: a volume that hangs is no reason for others to wait
             measured.append((volume, outcome))
             if len(measured) == len(sample) and options.show_progress:
                 timed = replace(estimate, workers=pool.size).with_time(here, _times(measured))

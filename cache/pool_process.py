@@ -62,7 +62,9 @@ class PoolProcess:
             self._connection.send((work, versions, size))
             refusal = self._connection.recv()
         except (EOFError, OSError):
-            refusal = f"the pool's process ended with exit status {self._process.wait()}; its message is in the worker's log"
+            refusal = (
+                f"the pool's process ended with exit status {self._process.wait()}; its message is in the worker's log"
+            )
         if refusal is not None:
             self._process.wait()
             raise PoolRefusedError(refusal)
@@ -166,16 +168,22 @@ def _run_pickled(job: tuple[int, bytes], *, work: Callable[[Any], Any]) -> Any:
     return work(pickle.loads(job[1]))
 
 
-class _Jobs:
-    """Adapter of the caller's connection: None, the wish to end, is the end of the stream."""
+class JobConnection:
+    """Jobs from a connection whose other side may be open in further processes: None is their end.
+
+    Args:
+        connection: from which they come.
+    """
 
     def __init__(self, connection: Connection):
         self.connection = connection
 
     def fileno(self) -> int:
+        """Return the connection's file descriptor."""
         return self.connection.fileno()
 
     def recv(self) -> Any:
+        """Return the next job; raise EOFError after the last one."""
         job = self.connection.recv()
         if job is None:
             raise EOFError
@@ -200,7 +208,7 @@ def main(descriptor: int) -> None:
 
         work, timeout, size = prepared
         with WorkerPool(functools.partial(_run_pickled, work=work), size, timeout) as pool:
-            for (number, _), result in pool.map((), more=_Jobs(connection), idle=_IDLE):
+            for (number, _), result in pool.map((), more=JobConnection(connection), idle=_IDLE):
                 connection.send((number, pickle.dumps(result)))
     except (EOFError, OSError):  # the caller is gone
         return
@@ -210,3 +218,4 @@ def main(descriptor: int) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]))
+    os._exit(0)  # the libraries' own endings take seconds, and there is nothing to save
