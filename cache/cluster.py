@@ -1,9 +1,9 @@
 """Filling a cache on several machines by dask: one queue, workers that come and go, a dashboard.
 
-Dask spreads the volumes, one task each, over its workers. In each dask worker a `WorkerPool` reads them
-(`samf.cache.cluster_worker`): dask itself knows no time limits, and takes a file that crashes a reader for one of several that
-the worker had (`findings/dask_blames_tasks_that_it_never_started.sh`). What becomes of a volume is recorded by the process that
-started the run, as without a cluster.
+Dask spreads the volumes over its workers, one task each or, if they are small, one for a few of them. In each dask worker a
+`WorkerPool` reads them (`samf.cache.cluster_worker`): dask itself knows no time limits, and takes a file that crashes a reader
+for one of several that the worker had (`findings/dask_blames_tasks_that_it_never_started.sh`). What becomes of a volume is
+recorded by the process that started the run, as without a cluster.
 """
 
 import importlib
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _QUIET = 60.0  # seconds without a result after which it is said if there are no workers
 _POLL = 0.02
+_BATCH, _BATCH_BYTES = 8, 4_000_000  # at most so many volumes in one task, if they are no larger together
+_ROUNDS = 8  # tasks that each process gets at least, before volumes share one
 _TRIES = 3  # times that jobs are given out whose worker or pool died
 
 Job = TypeVar("Job")
@@ -58,7 +60,11 @@ class ClusterPool(Generic[Job, Result]):
         volumes: Sequence[Volume],
     ):
         self._distributed = _import_dask("distributed")
+        for name in ("distributed", *logging.root.manager.loggerDict):
+            if name.partition(".")[0] == "distributed":  # each has a level of its own
+                logging.getLogger(name).setLevel(logging.WARNING)
         self._name = f"samf-{uuid.uuid4().hex[:12]}"
+        self._batch = _batch_size(volumes)
         self._submitted = 0
         self._running: dict[Any, tuple[Sequence[Job], int]] = {}  # future → jobs, and how often they were given out
         with ExitStack() as stack:
@@ -81,7 +87,9 @@ class ClusterPool(Generic[Job, Result]):
 
     def map(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result | WorkerDied]]:
         """Yield (job, its result or WorkerDied), in the order of completion."""
-        for outcomes in self._run([[job] for job in jobs]):
+        jobs = list(jobs)
+        at_once = min(self._batch, max(1, len(jobs) // (_ROUNDS * self.size)))
+        for outcomes in self._run([jobs[start : start + at_once] for start in range(0, len(jobs), at_once)]):
             yield from outcomes
 
     def map_beside(
@@ -188,6 +196,12 @@ class ClusterPool(Generic[Job, Result]):
             self._client.retire_workers([worker], close_workers=True)
 
 
+def _batch_size(volumes: Sequence[Volume]) -> int:
+    """Return how many volumes share a task: dask takes milliseconds for each task, which small volumes take, too."""
+    mean = sum(volume.bytes for volume in volumes) / max(1, len(volumes))
+    return max(1, min(_BATCH, int(_BATCH_BYTES / mean))) if mean else 1
+
+
 def _worker_module() -> ModuleType:
     """Return the module of dask's workers, which can be imported where dask is installed."""
     return _import_dask("samf.cache.cluster_worker")
@@ -214,9 +228,6 @@ def _connect(distributed: ModuleType, settings: ClusterSettings, stack: ExitStac
     except (OSError, ValueError, TypeError) as error:
         raise PreprocessError(f"--cluster {settings.target}: {error}") from error
     stack.enter_context(client)
-    for name in logging.root.manager.loggerDict:
-        if name.partition(".")[0] == "distributed":  # each has a level of its own
-            logging.getLogger(name).setLevel(logging.WARNING)
     logger.info("cluster %s, dashboard %s", client.scheduler.address, client.dashboard_link)
     return client
 

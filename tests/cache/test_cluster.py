@@ -1,6 +1,5 @@
 """preprocess.py --cluster: a dask cluster makes what one machine makes, and a machine that dies blames no volume."""
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -8,12 +7,10 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
-from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
+from cluster_runs import SMALL, entries, failures, logged, manifest, run, save_phantoms
 
 from samf import preprocess
 from samf.benchmarks.cluster_lines import TroubledCache
@@ -26,37 +23,6 @@ from samf.cache.volume_list import inspect_volumes
 from samf.cache.worker_pool import WorkerDied, WorkerPool
 from samf.data.volume_discovery import search_volumes
 from samf.model.image_processing_samf import SamfImageProcessor
-from samf.phantoms.dataset import make_phantom, write_nifti
-
-SMALL = ("--slices_per_plane=2", "--image_size=16")
-
-
-def save_phantoms(folder: Path, names: list[str]) -> list[Path]:
-    folder.mkdir(parents=True)
-    phantom = make_phantom(np.random.default_rng(0), voxel_mm=14)
-    for number, name in enumerate(names):
-        noise = np.random.default_rng(number).integers(-20, 20, phantom.hu.shape, dtype=np.int16)
-        write_nifti(type(phantom)(phantom.hu + noise, phantom.affine, {}, {}), folder / f"{name}.nii.gz")
-    return [folder / f"{name}.nii.gz" for name in names]
-
-
-def entries(cache: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in cache.glob("??/*.safetensors")}
-
-
-def manifest(cache: Path) -> dict:
-    return json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
-
-
-def failures(cache: Path) -> dict[str, str]:
-    lines = (cache / "failures.jsonl").read_text(encoding="utf-8").splitlines()
-    return {Path(row["volume"]).name.partition(".")[0]: row["error"] for row in map(json.loads, lines)}
-
-
-def logged(cache: Path) -> Counter:
-    lines = [line for file in (cache / "log").iterdir() for line in file.read_text(encoding="utf-8").splitlines()]
-    return Counter(json.loads(line)["record"] for line in lines)
-
 
 # ---- command line --------------------------------------------------------------------------------------------------
 
@@ -189,10 +155,6 @@ def address(distributed):
         n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, silence_logs=50
     ) as cluster:
         yield cluster.scheduler_address
-
-
-def run(folder: Path, cache: Path, *options: str) -> int:
-    return preprocess.main([str(folder), f"--cache={cache}", *SMALL, *options])
 
 
 def test_a_cluster_makes_the_entries_that_a_pool_makes_and_notes_the_same_failures(address, tmp_path, monkeypatch):
