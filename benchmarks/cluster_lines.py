@@ -5,6 +5,7 @@ crash their reader, hang it, or hold something else than their name says.
 """
 
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -56,6 +57,7 @@ class TroubledCache(SliceCache):
         """Read a volume, if its name lets it."""
         kind = Path(VolumeRef.of(volume).path).name.partition("_")[0]
         if kind == "crash":
+            faulthandler.disable()
             os.kill(os.getpid(), signal.SIGSEGV)
         if kind == "hang":
             time.sleep(_HANG)

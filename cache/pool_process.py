@@ -96,7 +96,7 @@ class PoolProcess:
             if not self._is_closed:
                 with contextlib.suppress(OSError):
                     self._connection.send(None)
-        self._receiver.join(_PATIENCE)  # until its workers have ended; it itself may take a while to leave
+        self._receiver.join(_PATIENCE)
         if self._receiver.is_alive():
             self._process.kill()
             self._receiver.join()
@@ -120,6 +120,7 @@ class PoolProcess:
             self._is_closed = True
             self._fail_pending()
             self._connection.close()
+        self._process.wait()
 
     def _fail_pending(self) -> None:
         for future in self._pending.values():

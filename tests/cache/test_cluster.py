@@ -179,6 +179,7 @@ def test_a_cluster_makes_the_entries_that_a_pool_makes_and_notes_the_same_failur
     assert run(folder, by_cluster, *options, f"--cluster={address}") == 0
 
 
+@pytest.mark.slow
 def test_a_worker_of_another_version_is_refused_before_the_work(address, tmp_path, monkeypatch, capsys):
     save_phantoms(tmp_path / "volumes", ["a"])
     monkeypatch.setattr(cluster_module, "versions", lambda: versions() | {"EXTRACT_VERSION": "0"})
