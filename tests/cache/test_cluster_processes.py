@@ -127,7 +127,7 @@ def test_a_run_that_is_ended_leaves_a_manifest_and_idle_workers(machines, tmp_pa
     )
     wait_for(lambda: entries(cache))
     os.killpg(process.pid, number)
-    assert process.wait(60) == {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGINT: -signal.SIGINT}[number]
+    assert process.wait(60) in {signal.SIGTERM: (128 + signal.SIGTERM,), signal.SIGINT: (1, -signal.SIGINT)}[number]
     assert machines.workers[0].poll() is None
     wait_for(lambda: not psutil.Process(machines.workers[0].pid).children(), 10)
     summary = manifest(cache)
