@@ -32,6 +32,7 @@ _POLL = 0.02
 _BATCH, _BATCH_BYTES = 8, 4_000_000  # at most so many volumes in one task, if they are no larger together
 _ROUNDS = 8  # tasks that each process gets at least, before volumes share one
 _TRIES = 3  # times that jobs are given out whose worker or pool died
+_GONE = "The cluster's scheduler is gone, or has dropped the work. Start it if it is, and run the same command again."
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -163,7 +164,7 @@ class ClusterPool(Generic[Job, Result]):
                 last = time.monotonic()
                 continue
             if self._client.status not in ("running", "connecting"):
-                raise PreprocessError("The cluster's scheduler is gone. Start it, and run the same command again.")
+                raise PreprocessError(_GONE)
             if time.monotonic() - last > _QUIET:
                 last = time.monotonic()
                 if not self._client.nthreads():
@@ -186,7 +187,7 @@ class ClusterPool(Generic[Job, Result]):
         if isinstance(error, self._distributed.KilledWorker):
             return WorkerDied("WorkerLost", "several workers of the cluster ended while they had it")
         if future.status in ("cancelled", "lost"):
-            raise PreprocessError("The cluster's scheduler has dropped the work. Run the same command again.")
+            raise PreprocessError(_GONE)
         raise PreprocessError(f"The cluster can't run the work: {type(error).__name__}: {error}")
 
     def _dismiss(self, worker: str, reason: str) -> None:
