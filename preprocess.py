@@ -2,6 +2,8 @@
 
     python preprocess.py /data/CT-RATE --cache /scratch/slices --dry_run           # estimate size and time
     python preprocess.py /data/CT-RATE --cache /scratch/slices --on_error skip     # one machine, all cores
+    python preprocess.py … --cluster tcp://head:8786                               # the workers of a dask scheduler
+    python preprocess.py … --cluster slurm --cluster_options '{n_workers: 8, cores: 16, memory: 64GB}'
     python preprocess.py … --shard 3/16                                            # task 3 of an array job's 1 to 16
     torchrun --nproc_per_node 8 preprocess.py … --embeddings runs/slice_encoder    # and embed the slices, on 8 GPUs
     python preprocess.py … --verify                                                # compare all entries with their checksums
@@ -29,6 +31,7 @@ from typing import Any, NoReturn
 from torch import nn
 from transformers import AutoConfig
 
+from samf.cache.cluster_settings import ClusterSettings
 from samf.cache.embedding_cache import EmbeddingCache
 from samf.cache.estimate import describe_bytes
 from samf.cache.fill import dry_run, fill_slices, unsettled
@@ -72,9 +75,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     try:
         args.sources.check_source()
         args.shard = Shard.choose(args.shard, os.environ)
+        args.cluster = _choose_cluster(args)
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def _choose_cluster(args: argparse.Namespace) -> ClusterSettings | None:
+    """Return the cluster that is asked for; raise ValueError if another option doesn't go with one."""
+    if args.cluster is None:
+        if args.cluster_options:
+            raise ValueError("--cluster_options goes with --cluster")
+        return None
+    remedies = {
+        "dry_run": "it measures this machine: omit --cluster",
+        "verify": "it reads the entries on this machine: omit --cluster",
+        "embeddings": "fill the slices with --cluster first, then run the same command with --embeddings instead",
+    }
+    for name, remedy in remedies.items():
+        if getattr(args, name):
+            raise ValueError(f"--cluster doesn't go with --{name}: {remedy}")
+    if args.shard.count > 1:
+        raise ValueError("--cluster divides the list itself: omit --shard, and start it without torchrun")
+    if args.num_workers and args.cluster != "local":
+        raise ValueError(
+            "--num_workers is for --cluster local: other workers read a volume per thread (dask worker --nthreads)"
+        )
+    return ClusterSettings.parse(args.cluster, args.cluster_options, args.num_workers or usable_cores())
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -127,6 +154,15 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 def _add_work_options(work: argparse._ArgumentGroup) -> None:
     work.add_argument(
         "--num_workers", type=int, help="processes that read volumes; default: all cores, divided by ranks"
+    )
+    work.add_argument(
+        "--cluster",
+        help="local, slurm, or address of a dask scheduler (tcp://host:8786): its workers read the volumes; "
+        "pip install 'samf[cluster]'",
+    )
+    work.add_argument(
+        "--cluster_options",
+        help="of dask's LocalCluster, dask-jobqueue's SLURMCluster or dask's Client: a mapping as YAML or JSON, or its file",
     )
     work.add_argument("--shard", help="3/16: the third of sixteen parts; under torchrun each rank takes a part of it")
     work.add_argument("--timeout", type=float, default=600, help="seconds that one volume may take; 0: no limit")
@@ -200,6 +236,7 @@ def fill_options(args: argparse.Namespace) -> FillOptions:
         retry_failed=args.retry_failed,
         force=args.force,
         show_progress=local_rank() == 0,
+        cluster=args.cluster,
     )
 
 

@@ -1,10 +1,11 @@
 """Filling a slice cache ahead of training, by any number of processes on any number of machines.
 
 Shards divide the list by position (`Shard`), which needs no communication between machines and works on every file
-system. Within a shard, and between runs over the same list, each volume is locked before its entry is made
-(`samf.cache.locks`). A volume is done when its entry exists, so a killed run is resumed by starting it again, with any
-shards. A volume that can't be read, crashes its process or takes too long is noted as failed (`samf.cache.manifest`), and
-the run continues; a failure for lack of memory or of a library, or because of the disk or network, is left to the next run.
+system; a cluster (`samf.cache.cluster`) has one queue instead. Within a shard, and between runs over the same list, each
+volume is locked before its entry is made (`samf.cache.locks`). A volume is done when its entry exists, so a killed run is
+resumed by starting it again, with any shards. A volume that can't be read, crashes its process or takes too long is noted as
+failed (`samf.cache.manifest`), and the run continues; a failure for lack of memory or of a library, or because of the disk
+or network, is left to the next run.
 
 Volumes on the Hub or the web are downloaded first. Those from the Hub go to $TMPDIR and are deleted after their slices
 were extracted, except for files that were in $HF_HOME before; those from the web are kept. Neither is included in the
@@ -14,11 +15,15 @@ estimate of disk space.
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import TypeAlias
 
 from tqdm import tqdm
 
+from samf.cache.cluster import ClusterPool
 from samf.cache.estimate import Estimate, describe_bytes, entry_bytes, free_bytes, split_sample
 from samf.cache.fill_options import (
     AllFailedError,
@@ -49,6 +54,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+Pool: TypeAlias = WorkerPool[Job, Outcome] | ClusterPool[Job, Outcome]
 
 _POLL = 2.0  # seconds between two attempts at volumes that other processes have locked
 _MAX_FAILURES = 20  # failures in a row without any success after which the cause can't be the volumes
@@ -97,7 +104,8 @@ def fill_slices(
         raise UnreadableVolumeError(_with_remedy(inaccessible[0].problem))
     try:
         if here:
-            _make_all(here, _known_readable(volumes, manifest), estimate, cache, manifest, options)
+            with _open_pool(volumes, estimate.workers, cache, manifest, options) as pool:
+                _make_all(here, _known_readable(volumes, manifest), estimate, pool, manifest, options)
     except AllFailedError:  # the workers have ended: no process notes further failures
         for volume in here:
             manifest.forget_failure(volume.name)
@@ -172,28 +180,40 @@ def _report_passed_over(summary: ManifestSummary, manifest: Manifest, options: F
         )
 
 
+def _open_pool(
+    volumes: Sequence[Volume], workers: int, cache: SliceCache, manifest: Manifest, options: FillOptions
+) -> Pool:
+    """Return the processes that read volumes: of this machine, or of a cluster's."""
+    work = partial(run_job, cache=cache, manifest=manifest)
+    if options.cluster is None:
+        return WorkerPool(work, workers, options.timeout)
+    return ClusterPool(options.cluster, work, options.timeout, cache, volumes)
+
+
 def _make_all(
     here: Sequence[Volume],
     readable: Volume | None,
     estimate: Estimate,
-    cache: SliceCache,
+    pool: Pool,
     manifest: Manifest,
     options: FillOptions,
 ) -> None:
-    sample, rest = split_sample(here, estimate.workers)
-    work = partial(run_job, cache=cache, manifest=manifest)
+    sample, rest = split_sample(here, pool.size)
     with (
         WorkLog(manifest, options.shard) as log,
-        WorkerPool(work, estimate.workers, options.timeout) as pool,
         tqdm(total=len(here), desc="slices", unit="volume", disable=not options.show_progress) as progress,
     ):
         run = _FillRun(pool, manifest, log, options, progress, readable)
-        measured = run.make(sample)
-        if options.show_progress:
-            logger.info("%s", estimate.with_time(here, _times(measured)))
-        run.make(rest)
+        measured = []
+        for volume, outcome in run.make(
+            [*sample, *rest]
+        ):  # at once: a volume that hangs is no reason for others to wait
+            measured.append((volume, outcome))
+            if len(measured) == len(sample) and options.show_progress:
+                timed = replace(estimate, workers=pool.size).with_time(here, _times(measured))
+                logger.info("%s", timed)
         run.make_released()
-        run.retry_timed_out(max(1, estimate.workers - 1))
+        run.retry_timed_out()
 
 
 class _FillRun:
@@ -210,7 +230,7 @@ class _FillRun:
 
     def __init__(
         self,
-        pool: WorkerPool[Job, Outcome],
+        pool: Pool,
         manifest: Manifest,
         log: WorkLog,
         options: FillOptions,
@@ -225,26 +245,24 @@ class _FillRun:
         self.timeouts_in_a_row = 0
         self.has_success = False
 
-    def make(self, volumes: Sequence[Volume]) -> list[tuple[Volume, Outcome]]:
-        """Make the entries of these volumes; return the outcomes."""
-        outcomes = []
+    def make(self, volumes: Sequence[Volume]) -> Iterator[tuple[Volume, Outcome]]:
+        """Make the entries of these volumes; yield the outcomes."""
         for job, result in self.pool.map([Job(volume) for volume in volumes]):
-            outcomes.append((job.volume, Outcome.of(result)))
             if self.options.should_stop is not None and self.options.should_stop():
                 raise StoppedError("another process has stopped")
             if _is_timeout(result) and self.options.on_error == "skip":
                 self._postpone(job.volume, Outcome.of(result))
-                continue
-            self.timeouts_in_a_row = 0
-            self._record(job.volume, result)
-        return outcomes
+            else:
+                self.timeouts_in_a_row = 0
+                self._record(job.volume, result)
+            yield job.volume, Outcome.of(result)
 
     def make_released(self) -> None:
         """Wait for volumes that other processes had locked, and make those that they left; not forever."""
         progressed = time.monotonic()
         while self.locked:
             locked, self.locked = self.locked, []
-            self.make(locked)
+            deque(self.make(locked), maxlen=0)
             if len(self.locked) < len(locked):
                 progressed = time.monotonic()
             elif time.monotonic() - progressed > (self.options.timeout or 3600):
@@ -255,21 +273,16 @@ class _FillRun:
             if self.locked:
                 time.sleep(_POLL)
 
-    def retry_timed_out(self, at_once: int) -> None:
+    def retry_timed_out(self) -> None:
         """Retry volumes that timed out, together with a volume that is known to be readable.
 
         A volume that hangs its reader can't be distinguished from one on a disk that stalls, as file servers do when they
-        restart. It is noted as failed if it times out again while the readable one is read. Otherwise it is left to the
-        next run.
-
-        Args:
-            at_once: number of volumes to retry together.
+        restart. It is noted as failed if it times out again while the same machine reads the readable one. Otherwise it is
+        left to the next run.
         """
         waiting, self.timed_out = self.timed_out, []
         control = [] if self.readable is None else [Job(self.readable, is_control=True)]
-        for start in range(0, len(waiting), at_once):
-            jobs = [Job(volume) for volume in waiting[start : start + at_once]]
-            results = list(self.pool.map([*jobs, *control]))
+        for results in self.pool.map_beside([Job(volume) for volume in waiting], control):
             disk_responds = any(job.is_control and Outcome.of(result).status == "done" for job, result in results)
             for job, result in results:
                 if job.is_control:
@@ -303,7 +316,7 @@ class _FillRun:
             self.has_success = True
             self.readable = self.readable if is_address(volume.path) else volume
         if outcome.status == "done":
-            self.log.append(volume, outcome.bytes, outcome.seconds)
+            self.log.append(volume, outcome.bytes, outcome.seconds, outcome.host)
         elif outcome.status == "aborted":
             raise PreprocessError(f"{outcome.message}. Is the disk full or faulty, or the folder write-protected?")
         elif outcome.status == "failed" and volume.is_passed_over(outcome.error):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from samf.cache.cluster_settings import ClusterSettings
 from samf.cache.volume_list import Shard
 from samf.data.options import check_on_error
 from samf.data.schema import OnError
@@ -37,6 +38,7 @@ class FillOptions:
         retry_failed: retry volumes that failed in an earlier run; "raise" always does.
         force: start although the disk seems too small.
         show_progress: show a progress bar.
+        cluster: read the volumes on the machines of this cluster; None = in `workers` processes of this one.
         should_stop: called after each volume; True ends the work with a StoppedError.
     """
 
@@ -47,6 +49,7 @@ class FillOptions:
     retry_failed: bool = False
     force: bool = False
     show_progress: bool = True
+    cluster: ClusterSettings | None = None
     should_stop: Callable[[], bool] | None = None
 
     def __post_init__(self) -> None:

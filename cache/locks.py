@@ -23,7 +23,8 @@ def _warn_of_no_locks(path: Path, reason: str | None) -> None:
 class EntryLocks:
     """Locks on entries by name: each is a lock on one byte of a common file, at the offset that the name gives.
 
-    The kernel releases a lock when its process ends, however it ends, and an orphaned worker keeps its lock while it runs.
+    The kernel releases a lock when its process ends, however it ends, and an orphaned worker keeps its lock while it runs
+    (on Linux it ends with its parent).
     So no lock is ever stale, and none needs a heartbeat or a clock, unlike lock files, which a killed run leaves behind and
     others must judge and take over without a race. NFS passes such locks to its server (version 4: released within a minute
     or two when a machine goes down), as do cluster file systems that are mounted with locks. Without such support, or

@@ -281,20 +281,21 @@ class WorkLog:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._file.close()
 
-    def append(self, volume: Volume, size: int, seconds: float) -> None:
+    def append(self, volume: Volume, size: int, seconds: float, host: str = "") -> None:
         """Add an entry.
 
         Args:
             volume: the entry's volume.
             size: bytes of the entry.
             seconds: how long it took.
+            host: the machine that made it; default: this one.
         """
         line: LogLine = {
             "volume": volume.path,
             "record": volume.name,
             "bytes": size,
             "seconds": round(seconds, 4),
-            "host": self.host,
+            "host": host or self.host,
             "time": _now(),
         }
         self._file.write(_json_line(line))

@@ -1,5 +1,6 @@
 """Jobs of the worker processes that fill a slice cache: one volume each."""
 
+import platform
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -38,6 +39,7 @@ class Outcome:
         seconds: how long it took.
         error: name of the exception or signal.
         message: why it failed.
+        host: the machine that made the entry.
     """
 
     status: Literal["done", "found", "locked", "failed", "aborted"]
@@ -45,6 +47,7 @@ class Outcome:
     seconds: float = 0.0
     error: str = ""
     message: str = ""
+    host: str = ""
 
     @classmethod
     def of(cls, result: "Outcome | WorkerDied") -> "Outcome":
@@ -107,7 +110,8 @@ def _make(volume: Volume, cache: SliceCache, manifest: Manifest) -> Outcome:
         return Outcome("aborted", error=type(error).__name__, message=f"{entry}: {error}")
     if not entry.is_file():  # the file was changed after the list was made, and its entry has another name
         return Outcome("failed", error="Changed", message=f"{volume.path}: changed meanwhile. Run again.")
-    return Outcome("done", entry.stat().st_size, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Outcome("done", entry.stat().st_size, seconds, host=platform.node().partition(".")[0])
 
 
 def _is_permanent(volume: Volume, error: BaseException) -> bool:

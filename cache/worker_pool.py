@@ -4,6 +4,7 @@
 process, if it is killed for lack of memory, or if it exceeds the timeout, only its job fails, and the process is replaced.
 """
 
+import ctypes
 import logging
 import multiprocessing
 import os
@@ -12,10 +13,10 @@ import signal
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from samf.utils.parallel import one_thread
 
@@ -23,9 +24,12 @@ logger = logging.getLogger(__name__)
 
 if sys.platform == "linux":  # fork shares the libraries' memory among workers and replaces a worker in milliseconds
     _CONTEXT = multiprocessing.get_context("fork")
+    _LIBC = ctypes.CDLL(None)
 else:
     _CONTEXT = multiprocessing.get_context("spawn")
+    _LIBC = None
 _POLL = 1.0  # seconds after which an idle worker checks whether its parent is alive
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -42,6 +46,18 @@ class WorkerDied:
 
     error: str
     message: str
+
+
+class JobStream(Protocol):
+    """Source of jobs that arrive while others run, such as a connection."""
+
+    def fileno(self) -> int:
+        """Return the file descriptor that is readable when there is a job."""
+        ...
+
+    def recv(self) -> Any:
+        """Return the next job; raise EOFError if no more jobs come."""
+        ...
 
 
 class WorkerPool(Generic[Job, Result]):
@@ -64,25 +80,61 @@ class WorkerPool(Generic[Job, Result]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def map(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result | WorkerDied]]:
-        """Yield (job, its result or WorkerDied), in the order of completion."""
-        waiting = deque(jobs)
+    @property
+    def size(self) -> int:
+        """Return the number of processes."""
+        return len(self._workers)
+
+    def map(
+        self, jobs: Iterable[Job], more: JobStream | None = None, idle: float | None = None
+    ) -> Iterator[tuple[Job, Result | WorkerDied]]:
+        """Yield (job, its result or WorkerDied), in the order of completion.
+
+        Args:
+            jobs: the jobs.
+            more: further jobs are received from it until its end; those that aren't finished then are given up.
+            idle: seconds without a job after which `more` is no longer waited for; None = no limit.
+        """
+        waiting, free = deque(jobs), list(self._workers)
         busy: dict[Any, tuple[_Worker[Job, Result], Job]] = {}
 
-        def give_next(worker: _Worker[Job, Result]) -> None:
-            if waiting:
-                job = waiting.popleft()
+        def give_next() -> None:
+            while waiting and free:
+                worker, job = free.pop(), waiting.popleft()
                 worker.give(job)
                 busy[worker.connection] = worker, job
 
-        for worker in self._workers:
-            give_next(worker)
-        while busy:
-            for connection in wait(list(busy)):
+        give_next()
+        while busy or more is not None:
+            ready = wait([*busy, more] if more is not None else list(busy), None if busy else idle)
+            if not ready:
+                return
+            for connection in ready:
+                if connection is more:
+                    try:
+                        waiting.append(more.recv())
+                    except (EOFError, OSError):
+                        return
+                    give_next()
+                    continue
                 worker, job = busy.pop(connection)
                 result = worker.take()
-                give_next(self._replace(worker) if isinstance(result, WorkerDied) else worker)
+                free.append(self._replace(worker) if isinstance(result, WorkerDied) else worker)
+                give_next()
                 yield job, result
+
+    def map_beside(
+        self, jobs: Sequence[Job], control: Sequence[Job]
+    ) -> Iterator[list[tuple[Job, Result | WorkerDied]]]:
+        """Yield the outcomes of a few jobs together with those of `control`, which were run next to them.
+
+        Args:
+            jobs: the jobs; as many at once as leave a process free.
+            control: at most one job, which is run again with each of those groups.
+        """
+        at_once = max(1, self.size - 1)
+        for start in range(0, len(jobs), at_once):
+            yield list(self.map([*jobs[start : start + at_once], *control]))
 
     def close(self) -> None:
         """End all processes, whatever they are doing."""
@@ -142,10 +194,17 @@ def _describe_death(exitcode: int, timeout: float | None) -> WorkerDied:
     return WorkerDied(name, "its process crashed, probably because a library can't handle a damaged file")
 
 
+def _die_with_parent() -> None:
+    """Let the kernel end this process with the thread that started it, even if it is busy; only Linux can."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _serve(
     connection: Connection, work: Callable[[Job], Result], timeout: float | None, parent: int, folder: str
 ) -> None:
     """Run a worker until its parent has no more jobs or is gone; `folder` is for its temporary files."""
+    _die_with_parent()
     one_thread()
     tempfile.tempdir = folder
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group: the parent decides what to do

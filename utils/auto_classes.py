@@ -5,12 +5,17 @@ import sys
 from pathlib import Path
 
 # Commands that read no model and start without torch.
-_WITHOUT_MODELS = ("samf.evaluation.scoring",)
+_WITHOUT_MODELS = ("samf.evaluation.scoring", "samf.cache.pool_process")
+# Programs that import this package and hand all work to processes of their own: the `samf` command, and those of a cluster,
+# which take half a gigabyte less each.
+_PROGRAMS = ("samf", "dask-scheduler", "dask-worker", "dask_scheduler", "dask_worker")
+_DASK_COMMANDS = ("scheduler", "worker")
 
 
 def command_needs_classes() -> bool:
-    """Return whether this process's command may load a model: not the `samf` command by itself, and not scoring."""
-    if Path(sys.argv[0] if sys.argv else "").stem == "samf":
+    """Return whether this process's command may load a model: not the `samf` command by itself, nor those above."""
+    program = Path(sys.argv[0] if sys.argv else "").stem
+    if program in _PROGRAMS or (program == "dask" and sys.argv[1:2] in ([name] for name in _DASK_COMMANDS)):
         return False
     command = sys.orig_argv[1:]
     return not any(

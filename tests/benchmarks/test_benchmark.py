@@ -203,7 +203,7 @@ def test_parameters_are_counted_part_by_part():
     assert set(figures) == {"slice encoder", "positions", "aggregator", "fusion", "language model", "head"}
 
 
-SLOW_LINES = ("train_compiled", "dicom", "formats", "start", "batches", "answers", "scoring")
+SLOW_LINES = ("train_compiled", "dicom", "formats", "start", "batches", "answers", "scoring", "cluster")
 ALL_LINES = [(command, line) for command, lines in benchmark.LINES.items() for line in lines if line != "parameters"]
 
 

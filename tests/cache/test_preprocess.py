@@ -794,11 +794,16 @@ def test_temporary_files_of_workers_go_with_them(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_orphaned_worker_ends_by_itself(tmp_path):
-    """Only its parent is killed: it finishes its volume, keeps its lock until then, and goes."""
+@pytest.mark.parametrize(
+    "busy",
+    [0, pytest.param(60, marks=pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a busy process"))],
+)
+def test_an_orphaned_worker_ends_by_itself(tmp_path, busy):
+    """Only its parent is killed: it goes, with its lock, whether it has a volume or not."""
 
     def work(job: int) -> int:
         (tmp_path / "worker").write_text(str(os.getpid()), encoding="utf-8")
+        time.sleep(busy)
         return job
 
     def parent() -> int:
