@@ -6,9 +6,9 @@ system. Within a shard, and between runs over the same list, each volume is lock
 shards. A volume that can't be read, crashes its process or takes too long is noted as failed (`samf.cache.manifest`), and
 the run continues; a failure for lack of memory or of a library, or because of the disk or network, is left to the next run.
 
-Volumes on the Hub or the web are downloaded first. Those from the Hub go to $TMPDIR and are deleted after their slices
-were extracted, except for files that were in $HF_HOME before; those from the web are kept. Neither is included in the
-estimate of disk space.
+Volumes on the Hub, in object stores or on the web are downloaded first. Those from the Hub and from stores go to $TMPDIR and
+are deleted after their slices were extracted, except for files that were in $HF_HOME before; those from the web are kept.
+None of them is included in the estimate of disk space.
 """
 
 import json
@@ -110,7 +110,7 @@ def fill_slices(
 
 
 def unsettled(volumes: Sequence[Volume], manifest: Manifest, shard: Shard) -> list[Volume]:
-    """Return the volumes of a shard that have neither an entry nor a noted failure.
+    """Return the volumes of a shard that have neither an entry nor a failure that lasts.
 
     Args:
         volumes: the list.
@@ -119,7 +119,11 @@ def unsettled(volumes: Sequence[Volume], manifest: Manifest, shard: Shard) -> li
     """
     done, failed = manifest.keys()
     settled = done | failed  # once, not for each volume
-    return [volume for volume in shard.of(volumes) if volume.key is not None and volume.key not in settled]
+    return [
+        volume
+        for volume in shard.of(volumes)
+        if volume.is_unreached or (volume.key is not None and volume.key not in settled)
+    ]
 
 
 def _estimate_slices(

@@ -226,7 +226,9 @@ class Manifest:
             logged = {line["record"]: line for line in self.log_lines()}
             made = [self._made(volume, logged) for volume in volumes if volume.key in done]
             unmade = [
-                (volume, self._failure(volume)) for volume in volumes if volume.key is None or volume.key in failed
+                (volume, self._failure(volume))
+                for volume in volumes
+                if volume.key in failed or (volume.key is None and not volume.is_unreached)
             ]
             passed_over = [row for volume, row in unmade if volume.is_passed_over(row["error"])]
             failures = [row for volume, row in unmade if not volume.is_passed_over(row["error"])]

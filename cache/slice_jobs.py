@@ -9,6 +9,7 @@ from samf.cache.manifest import Manifest
 from samf.cache.slice_cache import SliceCache
 from samf.cache.volume_list import Volume
 from samf.cache.worker_pool import WorkerDied
+from samf.model.ct_common import DownloadError
 from samf.model.ct_download import is_address
 from samf.model.ct_volume import CTReadError
 
@@ -114,6 +115,8 @@ def _is_permanent(volume: Volume, error: BaseException) -> bool:
     """Return whether the volume itself is at fault: not lack of memory or of a library, nor its disk or network."""
     if isinstance(error, MemoryError | ImportError) or "pip install" in str(error):  # how readers ask for a library
         return False
+    if isinstance(error, DownloadError):
+        return not error.is_temporary
     cause = error.__cause__
     while cause is not None:
         # Without an error number it is a reader's error for damaged contents (gzip's), or a server's answer.

@@ -90,7 +90,7 @@ def _errors_named(source: str) -> Iterator[None]:
     try:
         yield
     except CTReadError as error:
-        if source in str(error):
+        if source.rstrip("/") in str(error):
             raise
         raise type(error)(f"{source}: {error}") from error
     except MemoryError as error:
