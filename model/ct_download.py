@@ -15,7 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
@@ -59,11 +59,10 @@ class _HubFile(TypedDict):
 
 def is_address(path: Any) -> bool:
     """Return whether `path` is an address that `local_copy` fetches."""
-    return isinstance(path, str) and path.lower().startswith(("http://", "https://", "hf://", *_store_prefixes()))
-
-
-def _store_prefixes() -> Iterator[str]:
-    return (f"{scheme}://" for scheme in STORES)
+    if not isinstance(path, str) or "://" not in path:
+        return False
+    scheme = path.partition("://")[0].lower()
+    return scheme in ("http", "https", "hf") or scheme in STORES
 
 
 def file_path(path: Any) -> Any:
@@ -157,7 +156,7 @@ def not_kept(address: Any) -> Iterator[None]:
     For callers that keep what they make of a volume: the downloads of a data set are larger than its slices. Does nothing
     for other paths.
     """
-    if not (is_address(address) and address.lower().startswith(("hf://", *_store_prefixes()))):
+    if not is_address(address) or address.lower().startswith(("http://", "https://")):
         yield
         return
     with tempfile.TemporaryDirectory(prefix="samf-") as folder:
@@ -192,8 +191,12 @@ def _cache_folder(address: str) -> Iterator[Path]:
     key = hashlib.sha256(address.encode()).hexdigest()[:40]
     root = Path(constants.HF_HOME, "samf")
     lock = root / "locks" / f"{key}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
+    with ExitStack() as held:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(WeakFileLock(lock))
+        except OSError as error:  # a cache that can't be written; what is in it can be read
+            logger.debug("%s: no lock (%s)", lock, error.strerror)
         yield root / "volumes" / key
 
 
