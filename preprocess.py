@@ -13,8 +13,8 @@ DATA is CT-RATE's folder (v1 or v2) or its name on the Hub, folders of volumes o
 a .txt file with one path per line, single volumes, or with `--volume_column` a data set or table in any layout. Files that
 are found in a folder and are no CT (masks, other modalities) are passed over and counted. `train.py --slice_cache` and
 `eval.py --slice_cache` with the same folder and settings find the entries. Volumes on the Hub and in object stores (s3://,
-gs://) are downloaded to $TMPDIR, and deleted after their slices were extracted. A run that was killed is resumed by the same command, or with other shards: a
-volume is done when its entry exists.
+gs://) are downloaded to $TMPDIR, and deleted after their slices were extracted. A run that was killed is resumed by the same
+command, or with other shards: a volume is done when its entry exists.
 """
 
 import argparse

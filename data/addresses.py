@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from samf.data.ct_rate.sources import is_hub_name
+from samf.data.file_kinds import has_volume_suffix
 from samf.model.ct_download import file_path, is_address, local_path, redacted
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -20,6 +21,11 @@ def address_suffix(address: str) -> str:
 def is_file_address(source: object) -> bool:
     """Return whether `source` is the address of a file or folder, and not of a whole data set on the Hub."""
     return is_address(source) and not is_hub_name(str(source))
+
+
+def names_file(address: str) -> bool:
+    """Return whether an address's ending is that of a table, a list or a volume; folders may have other dots."""
+    return address_suffix(address) in (*TABLE_SUFFIXES, ".txt") or has_volume_suffix(redacted(address))
 
 
 @contextmanager
@@ -48,7 +54,9 @@ def local_table(source: str | Path) -> Iterator[Path]:
 
 def folder_of(address: str) -> str:
     """Return the address of the folder that a file is in."""
-    return redacted(address).rstrip("/").rpartition("/")[0] if address.startswith("http") else address.rpartition("/")[0]
+    return (
+        redacted(address).rstrip("/").rpartition("/")[0] if address.startswith("http") else address.rpartition("/")[0]
+    )
 
 
 def join_address(folder: str, name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import datasets
 
-from samf.data.addresses import address_suffix, folder_of, is_file_address, local_table
+from samf.data.addresses import address_suffix, folder_of, is_file_address, local_table, names_file
 from samf.data.ct_rate.loader import load_ct_rate
 from samf.data.ct_rate.sources import is_hub_name
 from samf.data.patients import PatientRule, settle_patients
@@ -68,7 +68,7 @@ def load_records(
 def data_root(source: str | Path) -> str:
     """Return the folder of a data source, or its address: where paths of volumes start."""
     if is_file_address(str(source)):
-        return folder_of(str(source)) if address_suffix(str(source)) else str(source).rstrip("/")
+        return folder_of(str(source)) if names_file(str(source)) else str(source).rstrip("/")
     root = Path(source).expanduser().absolute()
     return str(root if root.is_dir() else root.parent)
 

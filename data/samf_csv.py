@@ -1,5 +1,6 @@
 """The SAMF paper's own CSVs as Datasets of records."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def _locate(root: Path | str, name: str) -> str:
     if is_address(name):
         return name
     if isinstance(root, str):
-        return join_address(root, name)
+        return name if os.path.isabs(name) else join_address(root, name)
     places = [root / name]
     if VolumeName.find(name):
         places += [volume_path(root, name, "v2"), volume_path(root, name, "v1")]

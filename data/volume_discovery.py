@@ -12,7 +12,7 @@ from pathlib import Path
 
 import datasets
 
-from samf.data.addresses import address_suffix, folder_of, is_file_address, join_address, local_table
+from samf.data.addresses import address_suffix, folder_of, is_file_address, join_address, local_table, names_file
 from samf.data.ct_rate.loader import load_ct_rate
 from samf.data.ct_rate.names import VolumeName
 from samf.data.ct_rate.sources import CtRateFolder, CtRateSource, CtRateStore, is_hub_name
@@ -193,10 +193,11 @@ def _volumes_by_split(source: str, options: SourceOptions) -> dict[str, FoundVol
         load = partial(load_records, source, on_missing=on_missing, patient_column=options.patient_column)
         load = partial(load, image_root=options.image_root) if options.image_root else load
         return {split: _named_volumes(load(split)) for split in named}
-    is_stored = is_store_address(source) and not address_suffix(source)
-    folders = ct_rate_folders(source if is_stored else path, splits) if is_stored or path.is_dir() else []
+    is_stored = is_store_address(source) and not names_file(source)
+    root = source if is_stored else path
+    folders = ct_rate_folders(root, splits) if is_stored or path.is_dir() else []
     return {
-        folder.split: _named_volumes(load_ct_rate(source if is_stored else path, folder.split, tasks=["report"], on_missing=on_missing))
+        folder.split: _named_volumes(load_ct_rate(root, folder.split, tasks=["report"], on_missing=on_missing))
         for folder in folders
         if folder.reports or folder.vqa
     }

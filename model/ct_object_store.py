@@ -15,7 +15,7 @@ from .ct_common import CTReadError, DownloadError
 
 # Schemes of addresses, and the packages that fsspec needs for them.
 STORES = {"s3": "s3fs", "gs": "gcsfs"}
-_TAGS = ("ETag", "etag", "generation", "mtime", "created")  # what a store calls the version of an object's content
+_TAGS = ("ETag", "etag", "generation")  # what a store calls the version of an object's content
 _MAX_OBJECTS = 100_000  # of one folder
 _ACCESS_ERRORS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "RefreshError")
 _ACCESS_STATUS = (401, 403)
@@ -83,7 +83,7 @@ def stored_state(address: str, refresh: bool = False) -> StoredState:
     if state is None or refresh:
         try:
             state = _ask(address)
-        except Exception as error:  # noqa: BLE001 — each store's libraries have exceptions of their own
+        except Exception as error:  # each store's libraries have exceptions of their own
             raise _explained(address, error) from error
         _states[address] = state
     return state
@@ -98,7 +98,7 @@ def has_stored(address: str) -> bool:
     address = normalised(address)
     try:
         _file_system(address).info(address)
-    except Exception as error:  # noqa: BLE001 — see above
+    except Exception as error:
         explained = _explained(address, error)
         if isinstance(explained, DownloadError) and not explained.is_temporary:
             return False
@@ -120,10 +120,10 @@ def stored_names(address: str) -> set[str]:
         found = _file_system(address).ls(address, detail=False)
     except FileNotFoundError as error:
         explained = _explained(address, error)
-        if "bucket" in str(explained):
+        if "there is no bucket" in str(explained):
             raise explained from error
         return set()
-    except Exception as error:  # noqa: BLE001 — see above
+    except Exception as error:
         raise _explained(address, error) from error
     return {path.rstrip("/").rpartition("/")[2] for path in found}
 
@@ -140,7 +140,7 @@ def list_stored(address: str) -> list[StoredFile]:
     address = normalised(address)
     try:
         files = _objects_below(address)
-    except Exception as error:  # noqa: BLE001 — see above
+    except Exception as error:
         raise _explained(address, error) from error
     for file in files:
         _states[f"{address}/{file.name}"] = StoredState((StoredFile("", file.size, file.tag),), is_folder=False)
@@ -179,7 +179,7 @@ def read_stored_head(address: str, size: int) -> bytes:
     """
     try:
         head: bytes = _file_system(address).cat_file(address, start=0, end=size)
-    except Exception as error:  # noqa: BLE001 — see above
+    except Exception as error:
         raise _explained(address, error) from error
     return head
 
@@ -204,7 +204,7 @@ def download_stored(address: str, state: StoredState, target: Path) -> None:
     try:
         # Lists in, lists out: s3fs and gcsfs then fetch several at a time.
         _file_system(address).get(list(places), [str(place) for place in places.values()])
-    except Exception as error:  # noqa: BLE001 — see above
+    except Exception as error:
         raise _explained(address, error) from error
     # Large objects are fetched in parts, each by a request of its own: parts of two versions would fit together.
     changed = [place for place, file in zip(places.values(), state.files, strict=True) if _size(place) != file.size]
@@ -224,7 +224,7 @@ def _places(address: str, state: StoredState, target: Path) -> dict[str, Path]:
     target.mkdir(parents=True)
     for file in state.files:
         if ".." in file.name.split("/") or "\\" in file.name or "\0" in file.name:
-            raise CTReadError(f"{address}: an object's name holds \"..\" or \"\\\". Rename it, or name another folder.")
+            raise CTReadError(f'{address}: an object\'s name holds ".." or "\\". Rename it, or name another folder.')
     return {f"{address}/{file.name}": target / file.name for file in state.files}
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 # Commands that read no model and start without torch.
-_WITHOUT_MODELS = ("samf.evaluation.scoring",)
+_WITHOUT_MODELS = ("samf.evaluation.scoring", "samf.benchmarks.remote_process")
 
 
 def command_needs_classes() -> bool:

@@ -1,0 +1,157 @@
+"""Tables, lists, folders and CT-RATE's layout in an object store, whose volumes are addresses. The store is in memory."""
+
+import io
+import json
+
+import datasets
+import pytest
+from dicom_series import stack_positions, write_series
+from store_stand_ins import BUCKET, nifti_bytes, use_memory_store
+
+from samf.cache.volume_identity import volume_identity
+from samf.cli.errors import UsageError
+from samf.cli.scans import find_scans
+from samf.data.loading import load_records
+from samf.data.patients import PatientRule
+from samf.data.table_columns import TableColumns
+from samf.data.volume_discovery import SourceOptions, find_splits, find_volumes, search_volumes
+from samf.model import ct_object_store
+from samf.model.ct_common import DownloadError
+from samf.model.ct_volume import VolumeRef, read_ct
+
+ROWS = [{"scan": f"scans/{k}.nii.gz", "text": f"Report {k}.", "who": f"p{k}"} for k in range(3)]
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    return use_memory_store(tmp_path, monkeypatch)
+
+
+def tables() -> dict[str, bytes]:
+    """The same rows in every format."""
+    parquet = io.BytesIO()
+    datasets.Dataset.from_list(ROWS).to_parquet(parquet)
+    rows = [",".join(row.values()) for row in ROWS]
+    return {
+        "csv": "\n".join(["scan,text,who", *rows]).encode(),
+        "tsv": "\n".join(["scan,text,who", *rows]).replace(",", "\t").encode(),
+        "json": json.dumps(ROWS).encode(),
+        "jsonl": "\n".join(map(json.dumps, ROWS)).encode(),
+        "parquet": parquet.getvalue(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_a_table_names_volumes_next_to_it(store, kind):
+    address = store.put(f"tables/all.{kind}", tables()[kind])
+    columns = TableColumns("scan", report="text", patient="who")
+    records = load_records(address, "train", columns=columns)
+    assert [(r["volume"], r["answer"], r["patient_id"]) for r in records] == [
+        (f"{BUCKET}/tables/scans/{k}.nii.gz", f"Report {k}.", f"p{k}") for k in range(3)
+    ]
+    elsewhere = load_records(address, "train", columns=columns, image_root="s3://other/place/")
+    assert elsewhere["volume"][0] == "s3://other/place/scans/0.nii.gz"
+    found = search_volumes([address], SourceOptions(columns=columns))
+    assert [volume.path for volume in found.volumes] == records["volume"][:]
+    assert store.fetched == [address]
+
+
+def test_names_in_a_table_may_be_addresses_or_lead_up(store, tmp_path):
+    rows = "image,caption\n../a.nii.gz,One.\ns3://other/b.nii.gz,Two.\n/disk/c.nii.gz,Three.\n"
+    address = store.put("tables/valid.csv", rows.encode())
+    with pytest.raises(FileNotFoundError, match="/disk/c.nii.gz"):
+        load_records(address.replace("valid", "{split}"), "valid")
+    records = load_records(address.replace("valid", "{split}"), "valid", on_missing="keep")
+    assert records["volume"][:] == [f"{BUCKET}/a.nii.gz", "s3://other/b.nii.gz", "/disk/c.nii.gz"]
+    local = tmp_path / "local.csv"
+    local.write_text("image,caption\ns3://bucket/a.nii.gz,One.\nb/c.nii.gz,Two.\n", encoding="utf-8")
+    assert load_records(local, "train", image_root=BUCKET)["volume"][:] == [
+        "s3://bucket/a.nii.gz",
+        f"{BUCKET}/b/c.nii.gz",
+    ]
+
+
+def test_errors_of_a_table_name_its_address(store):
+    address = store.put("broken.jsonl", b"{")
+    columns = TableColumns("scan", report="text")
+    with pytest.raises(ValueError, match=f"^{address}: not valid JSON"):
+        load_records(address, "train", columns=columns)
+    with pytest.raises(DownloadError, match=f"^{BUCKET}/absent.csv: there is no such file"):
+        load_records(f"{BUCKET}/absent.csv", "train", columns=columns)
+    with pytest.raises(ValueError, match="scan.xlsx: expected the address of a .csv"):
+        load_records(f"{BUCKET}/scan.xlsx", "train", columns=columns)
+
+
+def test_a_folder_is_listed_once_and_gives_volumes_and_series(store, tmp_path, monkeypatch):
+    for name in ("a/1.nii.gz", "a/b/2.nrrd", "a/z.mha", "a/.hidden.nii.gz", "other/readme.txt"):
+        store.put(f"data/{name}", nifti_bytes())
+    series = write_series(tmp_path / "series", stack_positions(3))
+    store.put_folder("data/p1/ct", series)
+    store.put("data/p1/ct/notes.txt", b"text")
+    found = search_volumes([f"{BUCKET}/data/"])
+    names = ["a/1.nii.gz", "a/b/2.nrrd", "a/z.mha", "p1/ct"]
+    assert [volume.path for volume in found.volumes] == [f"{BUCKET}/data/{name}" for name in names]
+    assert found.searched == {volume.path for volume in found.volumes}
+    with monkeypatch.context() as patched:
+        patched.setattr(ct_object_store, "_ask", lambda address: pytest.fail("the store is asked again"))
+        listed = {volume.path: volume_identity(volume.path) for volume in found.volumes}
+    ct_object_store._states.clear()
+    assert {path: volume_identity(path) for path in listed} == listed
+    chosen = search_volumes([f"{BUCKET}/data"], SourceOptions(patterns=("p1/*", "1.nii.gz")))
+    assert [volume.path for volume in chosen.volumes] == [f"{BUCKET}/data/a/1.nii.gz", f"{BUCKET}/data/p1/ct"]
+    assert chosen.passed_over.total() == 2
+    assert find_scans([f"{BUCKET}/data/p1", f"{BUCKET}/data/a/1.nii.gz"]) == [
+        f"{BUCKET}/data/p1/ct",
+        f"{BUCKET}/data/a/1.nii.gz",
+    ]
+    with pytest.raises(UsageError, match="there is no such file or folder"):
+        find_scans([f"{BUCKET}/nothing"])
+
+
+def test_a_changed_object_is_another_volume(store):
+    address = store.put("scan.nii.gz", nifti_bytes())
+    before = volume_identity(address)
+    store.put("scan.nii.gz", nifti_bytes(1))
+    assert volume_identity(address) == before  # the store is asked once per process
+    ct_object_store._states.clear()
+    assert volume_identity(address) != before
+    states = ct_object_store.known_states()
+    ct_object_store._states.clear()
+    ct_object_store.remember_states(states)
+    assert list(ct_object_store._states) == [address]
+
+
+def test_a_list_and_single_files(store, tmp_path):
+    first = min(write_series(tmp_path / "s", stack_positions(3)).iterdir())
+    slice_ = store.put("one/IM0", first.read_bytes())
+    address = store.put("lists/all.txt", b"a.nii.gz\n# none\n../b.nii.gz\nhf://datasets/o/n/c.nii.gz\n/d.nii.gz\n")
+    assert find_volumes([address]) == [
+        VolumeRef(name)
+        for name in (
+            f"{BUCKET}/lists/a.nii.gz",
+            f"{BUCKET}/b.nii.gz",
+            "hf://datasets/o/n/c.nii.gz",
+            "/d.nii.gz",
+        )
+    ]
+    assert find_volumes([slice_, f"{BUCKET}/x.nii.gz"]) == [VolumeRef(slice_), VolumeRef(f"{BUCKET}/x.nii.gz")]
+
+
+def test_ct_rates_layout_and_patients_by_folder(store):
+    volume = "valid_fixed/valid_1/valid_1_a/valid_1_a_1.nii.gz"
+    store.put(f"CT-RATE/dataset/{volume}", nifti_bytes())
+    reports = b"VolumeName,Findings_EN\nvalid_1_a_1.nii.gz,Lungs are clear.\n"
+    store.put("CT-RATE/dataset/radiology_text_reports/validation_reports.csv", reports)
+    for root in (f"{BUCKET}/CT-RATE", f"{BUCKET}/CT-RATE/dataset/"):
+        (record,) = load_records(root, "valid")
+        assert record["answer"] == "Lungs are clear." and record["patient_id"] == "valid_1"
+        assert record["volume"] == f"{BUCKET}/CT-RATE/dataset/{volume}"
+    assert find_volumes([f"{BUCKET}/CT-RATE"]) == [VolumeRef(record["volume"])]
+    assert read_ct(record["volume"]).shape == (5, 4, 3)
+    with pytest.raises(FileNotFoundError, match="expected CT-RATE's layout"):
+        load_records(f"{BUCKET}/elsewhere", "valid")
+    store.put("cohort/P1/a.nii.gz", nifti_bytes())
+    store.put("cohort/P2/b.nii.gz", nifti_bytes())
+    found = find_splits(f"{BUCKET}/cohort", SourceOptions(patient_rule=PatientRule.parse("folder")))
+    assert sorted(found["train"].patients.values()) == ["P1", "P2"]
