@@ -274,7 +274,7 @@ def report_left(left: Sequence[Volume]) -> int:
     """Print how many volumes are left; return the exit status."""
     if left:
         sys.stderr.write(
-            f"{len(left)} volumes of this process's part are left (first: {left[0].path}): another process has them, or "
+            f"{len(left)} volumes of this process's part are left (first: {left[0].label}): another process has them, or "
             "they failed for reasons that may be temporary. Run again.\n"
         )
     return TRY_AGAIN if left else 0

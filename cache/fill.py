@@ -287,10 +287,10 @@ class _FillRun:
         """Retry a volume that timed out at the end; after too many in a row, end the run: the disk stalls."""
         self.timed_out.append(volume)
         self.timeouts_in_a_row += 1
-        logger.warning("%s: %s; it is retried at the end", volume.path, outcome.message)
+        logger.warning("%s: %s; it is retried at the end", volume.label, outcome.message)
         if self.timeouts_in_a_row == _MAX_FAILURES:
             raise PreprocessError(
-                f"{volume.path}: {outcome.message}, as did the {self.timeouts_in_a_row - 1} volumes before it. Does the "
+                f"{volume.label}: {outcome.message}, as did the {self.timeouts_in_a_row - 1} volumes before it. Does the "
                 "volumes' disk stall? None of them is noted as failed: run again when the disk responds, or with a longer "
                 "--timeout."
             )
@@ -318,7 +318,7 @@ class _FillRun:
     def _record_failure(self, volume: Volume, outcome: Outcome) -> None:
         self.failures += 1
         self.progress.set_postfix(failed=self.failures)
-        message = outcome.message if volume.path in outcome.message else f"{volume.path}: {outcome.message}"
+        message = outcome.message if volume.label in outcome.message else f"{volume.label}: {outcome.message}"
         if self.options.on_error == "raise":
             raise UnreadableVolumeError(_with_remedy(f"{message} ({outcome.error})"))
         logger.warning("skipped: %s (%s)", message, outcome.error)

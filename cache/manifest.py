@@ -247,7 +247,7 @@ class Manifest:
         """Return a line of volumes.jsonl; entries without a log line are another script's, or from just before a kill."""
         line = logged.get(volume.name)
         return {
-            "volume": volume.path,
+            "volume": volume.label,
             "rescale": volume.ref.rescale,
             "record": volume.name,
             "bytes": line["bytes"] if line else self.entry(volume.name).stat().st_size,
@@ -292,7 +292,7 @@ class WorkLog:
             seconds: how long it took.
         """
         line: LogLine = {
-            "volume": volume.path,
+            "volume": volume.label,
             "record": volume.name,
             "bytes": size,
             "seconds": round(seconds, 4),
@@ -312,7 +312,7 @@ def _now() -> str:
 
 
 def _failure(volume: Volume, error: str, message: str) -> Failure:
-    return {"volume": volume.path, "rescale": volume.ref.rescale, "error": error, "message": message}
+    return {"volume": volume.label, "rescale": volume.ref.rescale, "error": error, "message": message}
 
 
 def _summarize(

@@ -107,7 +107,7 @@ def _make(volume: Volume, cache: SliceCache, manifest: Manifest) -> Outcome:
     except OSError as error:  # of the cache: reading volumes raises CTReadError
         return Outcome("aborted", error=type(error).__name__, message=f"{entry}: {error}")
     if not entry.is_file():  # the file was changed after the list was made, and its entry has another name
-        return Outcome("failed", error="Changed", message=f"{volume.path}: changed meanwhile. Run again.")
+        return Outcome("failed", error="Changed", message=f"{volume.label}: changed meanwhile. Run again.")
     return Outcome("done", entry.stat().st_size, time.perf_counter() - start)
 
 

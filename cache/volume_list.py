@@ -7,6 +7,7 @@ from typing import Protocol
 
 from samf.cache.volume_identity import Identity, identity_bytes, volume_identity
 from samf.model.ct_common import DownloadError
+from samf.model.ct_download import is_address, redacted
 from samf.model.ct_object_store import is_store_address
 from samf.model.ct_volume import CTReadError, NotCTError, VolumeRef
 
@@ -50,6 +51,11 @@ class Volume:
         return self.ref.path
 
     @property
+    def label(self) -> str:
+        """Return its path, or its address without what may be a key; for messages and lists."""
+        return redacted(self.path) if is_address(self.path) else self.path
+
+    @property
     def name(self) -> str:
         """Return the name of its entry.
 
@@ -57,7 +63,7 @@ class Volume:
             ValueError: the volume can't be accessed.
         """
         if self.key is None:
-            raise ValueError(f"{self.path} has no entry: {self.problem}")
+            raise ValueError(f"{self.label} has no entry: {self.problem}")
         return self.key
 
     def is_passed_over(self, error: str) -> bool:

@@ -75,11 +75,12 @@ def _scans_of_folder(folder: str) -> "list[VolumeRef]":
 def report_names(scans: Sequence[str]) -> dict[str, str]:
     """Return a file name without an ending for each scan; scans of one name in different folders get numbers."""
     from samf.data.file_kinds import VOLUME_SUFFIXES
+    from samf.model.ct_download import is_address, redacted
 
     names: dict[str, str] = {}
     taken: set[str] = set()
     for scan in scans:
-        stem = Path(scan.rstrip("/")).name
+        stem = Path((redacted(scan) if is_address(scan) else scan).rstrip("/")).name
         ending = max((end for end in VOLUME_SUFFIXES if stem.lower().endswith(end)), key=len, default="")
         stem = stem[: len(stem) - len(ending)] or "scan"
         name, number = stem, 2

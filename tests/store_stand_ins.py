@@ -40,6 +40,10 @@ class _Tagged(MemoryFileSystem):
         found = super().ls(path, detail=detail, **options)
         return [self._tagged(info) for info in found] if detail else found
 
+    def find(self, path: str, detail: bool = False, **options: object) -> list | dict:
+        found = super().find(path, detail=True, **options)
+        return {name: self._tagged(info) for name, info in found.items()} if detail else list(found)
+
     def _tagged(self, info: dict) -> dict:
         if info["type"] == "directory":
             return info
