@@ -119,10 +119,10 @@ def read_ct(
 
     Args:
         path: a file (NIfTI, NRRD, MetaImage, NumPy, DICOM, or a zip of one of them), a folder with DICOM slices in it or
-            in its sub-folders, a list of the DICOM files of one volume, or a file://, http(s):// or hf:// address of a
-            file, or an s3:// or gs:// address of a file or folder. Instead of a path: a `VolumeRef`, a file that is open for reading bytes, or io.BytesIO, a pydicom
-            dataset, or a row of an undecoded column of `datasets`, {"bytes": …, "path": …}. An open file is read from its
-            beginning, and stays open at the position where it was.
+            in its sub-folders, a list of the DICOM files of one volume, a file://, http(s):// or hf:// address of a file,
+            or an s3:// or gs:// address of a file or folder. Instead of a path: a `VolumeRef`, a file that is open for
+            reading bytes, or io.BytesIO, a pydicom dataset, or a row of an undecoded column of `datasets`,
+            {"bytes": …, "path": …}. An open file is read from its beginning, and stays open at the position where it was.
         rescale: (slope, intercept) for a file that holds raw stored values under a blank header, as in CT-RATE's first
             release. Values that are HU already are noticed and refused. Five numbers are slope, intercept and spacing:
             what a record of such a volume carries.
