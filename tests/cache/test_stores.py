@@ -19,6 +19,7 @@ from store_stand_ins import BUCKET, nifti_bytes, s3_server, use_memory_store
 from samf import preprocess
 from samf.cache import volume_list
 from samf.cache.slice_cache import SliceCache
+from samf.cli.scans import find_scans, report_names
 from samf.model import ct_download, ct_object_store
 from samf.model.ct_common import CTReadError
 from samf.model.image_processing_samf import SamfImageProcessor
@@ -155,6 +156,18 @@ def test_a_volume_that_changes_while_it_is_read_gets_no_entry(store, tmp_path, m
     with pytest.raises(CTReadError, match="scan.nii.gz: changed while it was read"):
         cache.get(address)
     assert cache.entry_path(address) != entry and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_signed_address_is_told_without_its_signature(tmp_path, capsys, monkeypatch):
+    """In messages, in the cache's lists, and in the names of reports."""
+    monkeypatch.setattr(ct_download.constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(ct_download.constants, "HF_HUB_OFFLINE", False)
+    address, cache = "http://user:HUSH@127.0.0.1:9/scan.nii.gz?X-Amz-Signature=HUSH", tmp_path / "cache"
+    (tmp_path / "list.txt").write_text(f"{address}\n", encoding="utf-8")
+    assert run(cache, str(tmp_path / "list.txt"), "--on_error=skip") == preprocess.TRY_AGAIN
+    told = "".join(capsys.readouterr()) + "".join(file.read_text(encoding="utf-8") for file in cache.rglob("*.json*"))
+    assert "http://127.0.0.1:9/scan.nii.gz" in told and "HUSH" not in told.replace(str(tmp_path), "")
+    assert report_names(find_scans([address])) == {address: "scan"}
 
 
 def test_a_cache_is_a_folder_on_a_disk(tmp_path, capsys):
