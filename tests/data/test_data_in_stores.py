@@ -2,11 +2,15 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import datasets
+import launch
 import pytest
+import small_run
 from dicom_series import stack_positions, write_series
-from store_stand_ins import BUCKET, nifti_bytes, use_memory_store
+from store_stand_ins import BUCKET, nifti_bytes, s3_server, use_memory_store
 
 from samf.cache.volume_identity import volume_identity
 from samf.cli.errors import UsageError
@@ -155,3 +159,43 @@ def test_ct_rates_layout_and_patients_by_folder(store):
     store.put("cohort/P2/b.nii.gz", nifti_bytes())
     found = find_splits(f"{BUCKET}/cohort", SourceOptions(patient_rule=PatientRule.parse("folder")))
     assert sorted(found["train"].patients.values()) == ["P1", "P2"]
+
+
+@pytest.mark.slow
+def test_scans_in_a_bucket_are_reported_on_trained_on_and_evaluated(tmp_path):
+    """Each command as it is called, with a server of S3; training and evaluation without a slice cache."""
+    work = small_run.prepare(tmp_path / "work")
+    scans = sorted((work / "phantoms").rglob("*.nii.gz"))[:4]
+    rows = [
+        {"scan": f"../scans/{k}.nii.gz", "text": "No nodule. The heart is enlarged.", "who": f"p{k}"} for k in range(4)
+    ]
+    with s3_server(tmp_path / "home") as server:
+        for k, scan in enumerate(scans):
+            server.put(f"scans/{k}.nii.gz", scan.read_bytes())
+        for split, part in (("train", rows[:3]), ("valid", rows[3:])):
+            server.put(f"tables/{split}.jsonl", "\n".join(map(json.dumps, part)).encode())
+
+        def call(*command: object) -> None:
+            environment = {**launch.environment(), **server.environment}
+            done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+
+        columns = ["--volume_column", "scan", "--report_column", "text", "--patient_column", "who"]
+        options = {**small_run.options_of(work, "model"), "data": "s3://scans/tables/{split}.jsonl", "tasks": "report"}
+        options.pop("slice_cache", None)
+        flags = [part for key, value in options.items() for part in (f"--{key}", value)]
+        call(sys.executable, launch.REPOSITORY / "train.py", *flags, *columns)
+        assert [server.fetched(f"scans/{k}.nii.gz") for k in range(4)] == [1, 1, 1, 0]
+        out = tmp_path / "answers"
+        call(
+            sys.executable, launch.REPOSITORY / "eval.py", "--model", work / "model", "--data", options["data"],
+            "--output_dir", out, "--tasks", "report", "--max_new_tokens", 4, "--resamples", 0, *columns,
+        )  # fmt: skip
+        (answered,) = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(answered)["reference"] == rows[3]["text"]
+        reports = tmp_path / "reports"
+        call(
+            sys.executable, "-m", "samf.cli.main", "report", "s3://scans/scans", "--out", reports, "--max-new-tokens", 4
+        )
+        assert sorted(file.name for file in reports.glob("*.txt")) == [f"{k}.txt" for k in range(4)]
+        assert [server.fetched(f"scans/{k}.nii.gz") for k in range(4)] == [1] * 4  # kept since the training
