@@ -24,6 +24,7 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from samf.cache.entries import local_directory
 from samf.cache.slice_cache import SliceCache
 from samf.data.loading import load_records
 from samf.data.options import check_on_error
@@ -107,6 +108,8 @@ class EvalArguments(SourceArguments, ScoringArguments):
         self.check_source()
         if self.min_coverage and self.slice_cache is None:
             raise ValueError("min_coverage is checked when slices are made: give slice_cache too.")
+        if self.slice_cache is not None:
+            local_directory(self.slice_cache)
         unknown = sorted(set(self.tasks) - set(TASKS))
         if unknown:
             raise ValueError(f"tasks names {unknown}; they are {', '.join(TASKS)}.")

@@ -9,13 +9,14 @@
     python preprocess.py … --verify                                                # compare all entries with their checksums
     python preprocess.py /data/atlas --pattern 'ct.nii.gz' --min_coverage 100      # from a tree with other files in it
     python preprocess.py owner/name --volume_column nifti --cache /scratch/slices  # any data set on the Hub
+    python preprocess.py s3://bucket/scans --cache /scratch/slices                 # a folder in an object store
 
 DATA is CT-RATE's folder (v1 or v2) or its name on the Hub, folders of volumes or of DICOM series, one of the paper's CSVs,
 a .txt file with one path per line, single volumes, or with `--volume_column` a data set or table in any layout. Files that
 are found in a folder and are no CT (masks, other modalities) are passed over and counted. `train.py --slice_cache` and
-`eval.py --slice_cache` with the same folder and settings find the entries. Volumes on the Hub are downloaded to $TMPDIR,
-and deleted after their slices were extracted. A run that was killed is resumed by the same command, or with other shards: a
-volume is done when its entry exists.
+`eval.py --slice_cache` with the same folder and settings find the entries. Volumes on the Hub and in object stores (s3://,
+gs://) are downloaded to $TMPDIR, and deleted after their slices were extracted. A run that was killed is resumed by the same
+command, or with other shards: a volume is done when its entry exists.
 """
 
 import argparse
@@ -25,14 +26,14 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 from transformers import AutoConfig
 
 from samf.cache.cluster_settings import ClusterSettings
 from samf.cache.embedding_cache import EmbeddingCache
+from samf.cache.entries import local_directory
 from samf.cache.estimate import describe_bytes
 from samf.cache.fill import dry_run, fill_slices, unsettled
 from samf.cache.fill_embeddings import estimate_embeddings, fill_embeddings
@@ -45,6 +46,7 @@ from samf.cache.volume_list import Shard, Volume, inspect_volumes
 from samf.data.options import check_on_error, check_on_missing
 from samf.data.source_arguments import SourceArguments
 from samf.data.volume_discovery import SPLITS, FoundVolumes, search_volumes
+from samf.model.ct_common import DownloadError
 from samf.model.image_processing_samf import EXTRACT_VERSION, SamfImageProcessor
 from samf.model.modeling_samf import SamfForConditionalGeneration, SamfModel
 from samf.model.slice_geometry import FIELDS
@@ -60,6 +62,7 @@ logger = logging.getLogger("samf.preprocess")
 # Exit status if some volumes of this process are neither made nor noted as failed: EX_TEMPFAIL of sysexits.h.
 TRY_AGAIN = 75
 
+_Checked = TypeVar("_Checked")
 _SOURCE_ARGUMENTS = ("dataset", "volume_column", "split_column", "dataset_split", "image_root", "min_coverage")
 
 
@@ -127,7 +130,9 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="+", help="CT-RATE's folder, folders, lists, CSVs, volumes")
-    parser.add_argument("--cache", type=Path, required=True, help="cache directory; may contain entries already")
+    parser.add_argument(
+        "--cache", type=_checked(local_directory), required=True, help="cache directory; may contain entries already"
+    )
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS, help="of CT-RATE; default: both")
     parser.add_argument(
         "--on_missing",
@@ -185,10 +190,10 @@ def _add_work_options(work: argparse._ArgumentGroup) -> None:
     )
 
 
-def _checked(check: Callable[[str], str]) -> Callable[[str], str]:
+def _checked(check: Callable[[str], _Checked]) -> Callable[[str], _Checked]:
     """Return an argparse type that reports the ValueErrors of `check`."""
 
-    def parse(text: str) -> str:
+    def parse(text: str) -> _Checked:
         try:
             return check(text)
         except ValueError as error:
@@ -306,7 +311,7 @@ def report_left(left: Sequence[Volume]) -> int:
     """Print how many volumes are left; return the exit status."""
     if left:
         sys.stderr.write(
-            f"{len(left)} volumes of this process's part are left (first: {left[0].path}): another process has them, or "
+            f"{len(left)} volumes of this process's part are left (first: {left[0].label}): another process has them, or "
             "they failed for reasons that may be temporary. Run again.\n"
         )
     return TRY_AGAIN if left else 0
@@ -347,6 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _leave)
     try:
         return run(args)
+    except DownloadError as error:  # of a table or a listing
+        sys.stderr.write(f"{error}\n")
+        return TRY_AGAIN if error.is_temporary else 1
     except (PreprocessError, TextEncodingError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

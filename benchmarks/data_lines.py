@@ -32,7 +32,7 @@ from samf.phantoms.text import join_report
 from samf.phantoms.tokenizer import train_small_tokenizer
 from samf.training.sampling import RecordOrder
 
-_VOLUMES = 47_149  # of CT-RATE's training split
+VOLUMES = 47_149  # of CT-RATE's training split
 _VQA_BYTES = 1_000_000_000
 MOST_MEMORY = 2.0  # GB, imports included
 REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
@@ -80,7 +80,7 @@ def write_ct_rate_copy(root: Path, volumes: int, vqa_bytes: int, templates: Temp
         vqa_bytes: approximate size of the VQA file.
         templates: rows that are repeated under new names; reconstructions of a scan share its report.
     """
-    rows = list(islice(_renamed(templates.metadata), volumes))
+    rows = list(islice(renamed(templates.metadata), volumes))
     by_scan: dict[str, int] = {}
     texts = [by_scan.setdefault(VolumeName.parse(row["VolumeName"]).scan_id, len(by_scan)) for row in rows]
     chosen = [templates.reports[k % len(templates.reports)] for k in texts]
@@ -94,7 +94,7 @@ def write_ct_rate_copy(root: Path, volumes: int, vqa_bytes: int, templates: Temp
     _write_vqa(root / "vqa/train_vqa.json", zip(cycle(names), cycle(text for text, _ in chosen)), vqa_bytes)
 
 
-def _renamed(rows: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
+def renamed(rows: Sequence[dict[str, str]]) -> Iterator[dict[str, str]]:
     """Yield the rows repeatedly, each time of new patients of the training split."""
     for number in count():
         for row in rows:
@@ -153,7 +153,7 @@ def _exchange(rng: random.Random, task: str, report: str, first: bool) -> list[d
 
 def write_copy(settings: Settings) -> list[Measurement]:
     """Write the copy to the stage's folder."""
-    volumes, size = (_VOLUMES, _VQA_BYTES) if settings.size == "full" else (200, 200_000)
+    volumes, size = (VOLUMES, _VQA_BYTES) if settings.size == "full" else (200, 200_000)
     started = time.monotonic()
     write_ct_rate_copy(settings.folder / "CT-RATE", volumes, size, find_templates())
     return [
@@ -181,7 +181,7 @@ def read_copy(settings: Settings) -> list[Measurement]:
     mixture = TaskMixture(records, {"report": 1, "multiple_choice": 1})
     rows = mixture.epoch_rows(0)
     mixed = time.monotonic()
-    if len(mixture.rows["report"]) != (_VOLUMES if settings.size == "full" else 200):
+    if len(mixture.rows["report"]) != (VOLUMES if settings.size == "full" else 200):
         raise RuntimeError(f"{len(mixture.rows['report'])} reports were read; expected one for each volume.")
     note = f"{len(records)} records of {len(mixture.rows['report'])} reports and a VQA file"
     limit = MOST_MEMORY if settings.size == "full" else None

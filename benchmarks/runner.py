@@ -8,6 +8,7 @@
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data --lines scoring  # 3,039 predictions against rouge-score: 6 minutes
     python -m samf.benchmarks data --lines fill,resume            # filling a cache; a folder of 47,000 files
     python -m samf.benchmarks data --lines cluster                # by dask on this machine; pip install 'samf[cluster]'
+    SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data --lines remote  # 47,149 reports by hf:// from this machine
     python -m samf.benchmarks training --device cuda              # a step as in recipes/ct_rate.yaml
     python -m samf.benchmarks report --model runs/demo/model      # a report's seconds, batches and shared scans
     python -m samf.benchmarks report --size medium                # the same with random weights
@@ -31,7 +32,7 @@ from typing import NotRequired, TypedDict
 import torch
 from tqdm import tqdm
 
-from samf.benchmarks import answer_lines, cache_lines, cluster_lines
+from samf.benchmarks import answer_lines, cache_lines, cluster_lines, remote_lines
 from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
 from samf.benchmarks.dicom_lines import STAGES as DICOM_STAGES
 from samf.benchmarks.format_lines import STAGES as FORMAT_STAGES
@@ -74,6 +75,7 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
         "records": {"copy": write_copy, "first": read_copy, "second": read_copy},
         "padding": {"padding": count_padding},
         "scoring": {"predictions": write_predictions, "scoring": time_scoring},
+        "remote": remote_lines.STAGES,
         **cache_lines.STAGES,
         **cluster_lines.STAGES,
     },

@@ -7,15 +7,18 @@ import os
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias, TypedDict
 
 import numpy as np
 from safetensors.numpy import save
 
+from samf.cache.locks import EntryLocks
 from samf.cache.volume_identity import Identity, volume_identity
 from samf.data.schema import VolumeLike
+from samf.model.ct_download import is_address, redacted
 from samf.model.ct_volume import CTReadError, VolumeRef
 from samf.utils.files import atomic_write
 
@@ -42,10 +45,14 @@ class VolumeCache(ABC):
 
     Args:
         folder: the cache directory; it is created when the first entry is written.
+
+    Raises:
+        ValueError: an address in place of a directory.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = local_directory(folder)
+        self._downloads = EntryLocks(self.folder / "downloads.lock")
 
     @abstractmethod
     def key(self, volume: VolumeRef, identity: Identity) -> str:
@@ -70,16 +77,47 @@ class VolumeCache(ABC):
         entry_path = self.entry_path(volume)
         arrays = read_entry(entry_path)
         if arrays is None:
-            made = make(volume)
-            if self.entry_path(volume) != entry_path:  # it would be stored under the old file's name
-                raise CTReadError(
-                    f"{volume.path}: changed while it was read. Wait until it is written, then try again."
-                )
-            write_entry(entry_path, made)
-            arrays = read_entry(entry_path)
+            with self._fetched_once(volume, entry_path):
+                arrays = read_entry(entry_path)
+                if arrays is None:
+                    self._write_new(volume, entry_path, make)
+                    arrays = read_entry(entry_path)
         if arrays is None:
             raise OSError(f"{entry_path}: the entry that was just written can't be read. Is the disk full or faulty?")
         return arrays
+
+    def _write_new(
+        self, volume: VolumeRef, entry_path: Path, make: Callable[[VolumeRef], Mapping[str, np.ndarray]]
+    ) -> None:
+        made = make(volume)
+        if self.entry_path(volume) != entry_path:  # it would be stored under the old file's name
+            raise CTReadError(f"{volume.path}: changed while it was read. Wait until it is written, then try again.")
+        write_entry(entry_path, made)
+
+    @contextmanager
+    def _fetched_once(self, volume: VolumeRef, entry_path: Path) -> Iterator[None]:
+        """Let other processes that share the cache wait while this one downloads the volume and makes its entry."""
+        if not is_address(volume.path):
+            yield
+            return
+        with self._downloads.hold(entry_path.stem, wait=True):
+            yield
+
+
+def local_directory(folder: str | os.PathLike) -> Path:
+    """Return the path of a cache directory.
+
+    Raises:
+        ValueError: it is an address; says what to do instead.
+    """
+    text = os.fspath(folder)
+    if "://" in text:
+        raise ValueError(
+            f"{redacted(text)}: a cache is a folder on a disk, because its entries are mapped into memory and locked. Fill "
+            f"one on a local disk, then copy it to the store, or pack it into shards there; each machine that trains "
+            f"copies it back."
+        )
+    return Path(folder)
 
 
 def entry_key(*parts: object) -> str:

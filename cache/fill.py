@@ -7,9 +7,9 @@ resumed by starting it again, with any shards. A volume that can't be read, cras
 failed (`samf.cache.manifest`), and the run continues; a failure for lack of memory or of a library, or because of the disk
 or network, is left to the next run.
 
-Volumes on the Hub or the web are downloaded first. Those from the Hub go to $TMPDIR and are deleted after their slices
-were extracted, except for files that were in $HF_HOME before; those from the web are kept. Neither is included in the
-estimate of disk space.
+Volumes on the Hub, in object stores or on the web are downloaded first. Those from the Hub and from stores go to $TMPDIR and
+are deleted after their slices were extracted, except for files that were in $HF_HOME before; those from the web are kept.
+None of them is included in the estimate of disk space.
 """
 
 import json
@@ -118,7 +118,7 @@ def fill_slices(
 
 
 def unsettled(volumes: Sequence[Volume], manifest: Manifest, shard: Shard) -> list[Volume]:
-    """Return the volumes of a shard that have neither an entry nor a noted failure.
+    """Return the volumes of a shard that have neither an entry nor a failure that lasts.
 
     Args:
         volumes: the list.
@@ -127,7 +127,11 @@ def unsettled(volumes: Sequence[Volume], manifest: Manifest, shard: Shard) -> li
     """
     done, failed = manifest.keys()
     settled = done | failed  # once, not for each volume
-    return [volume for volume in shard.of(volumes) if volume.key is not None and volume.key not in settled]
+    return [
+        volume
+        for volume in shard.of(volumes)
+        if volume.is_unreached or (volume.key is not None and volume.key not in settled)
+    ]
 
 
 def _estimate_slices(
@@ -296,10 +300,10 @@ class _FillRun:
         """Retry a volume that timed out at the end; after too many in a row, end the run: the disk stalls."""
         self.timed_out.append(volume)
         self.timeouts_in_a_row += 1
-        logger.warning("%s: %s; it is retried at the end", volume.path, outcome.message)
+        logger.warning("%s: %s; it is retried at the end", volume.label, outcome.message)
         if self.timeouts_in_a_row == _MAX_FAILURES:
             raise PreprocessError(
-                f"{volume.path}: {outcome.message}, as did the {self.timeouts_in_a_row - 1} volumes before it. Does the "
+                f"{volume.label}: {outcome.message}, as did the {self.timeouts_in_a_row - 1} volumes before it. Does the "
                 "volumes' disk stall? None of them is noted as failed: run again when the disk responds, or with a longer "
                 "--timeout."
             )
@@ -327,7 +331,7 @@ class _FillRun:
     def _record_failure(self, volume: Volume, outcome: Outcome) -> None:
         self.failures += 1
         self.progress.set_postfix(failed=self.failures)
-        message = outcome.message if volume.path in outcome.message else f"{volume.path}: {outcome.message}"
+        message = outcome.message if volume.label in outcome.message else f"{volume.label}: {outcome.message}"
         if self.options.on_error == "raise":
             raise UnreadableVolumeError(_with_remedy(f"{message} ({outcome.error})"))
         logger.warning("skipped: %s (%s)", message, outcome.error)

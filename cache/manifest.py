@@ -226,7 +226,9 @@ class Manifest:
             logged = {line["record"]: line for line in self.log_lines()}
             made = [self._made(volume, logged) for volume in volumes if volume.key in done]
             unmade = [
-                (volume, self._failure(volume)) for volume in volumes if volume.key is None or volume.key in failed
+                (volume, self._failure(volume))
+                for volume in volumes
+                if volume.key in failed or (volume.key is None and not volume.is_unreached)
             ]
             passed_over = [row for volume, row in unmade if volume.is_passed_over(row["error"])]
             failures = [row for volume, row in unmade if not volume.is_passed_over(row["error"])]
@@ -245,7 +247,7 @@ class Manifest:
         """Return a line of volumes.jsonl; entries without a log line are another script's, or from just before a kill."""
         line = logged.get(volume.name)
         return {
-            "volume": volume.path,
+            "volume": volume.label,
             "rescale": volume.ref.rescale,
             "record": volume.name,
             "bytes": line["bytes"] if line else self.entry(volume.name).stat().st_size,
@@ -291,7 +293,7 @@ class WorkLog:
             host: the machine that made it; default: this one.
         """
         line: LogLine = {
-            "volume": volume.path,
+            "volume": volume.label,
             "record": volume.name,
             "bytes": size,
             "seconds": round(seconds, 4),
@@ -311,7 +313,7 @@ def _now() -> str:
 
 
 def _failure(volume: Volume, error: str, message: str) -> Failure:
-    return {"volume": volume.path, "rescale": volume.ref.rescale, "error": error, "message": message}
+    return {"volume": volume.label, "rescale": volume.ref.rescale, "error": error, "message": message}
 
 
 def _summarize(

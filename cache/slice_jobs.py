@@ -10,6 +10,7 @@ from samf.cache.manifest import Manifest
 from samf.cache.slice_cache import SliceCache
 from samf.cache.volume_list import Volume
 from samf.cache.worker_pool import WorkerDied
+from samf.model.ct_common import DownloadError
 from samf.model.ct_download import is_address
 from samf.model.ct_volume import CTReadError
 
@@ -109,7 +110,7 @@ def _make(volume: Volume, cache: SliceCache, manifest: Manifest) -> Outcome:
     except OSError as error:  # of the cache: reading volumes raises CTReadError
         return Outcome("aborted", error=type(error).__name__, message=f"{entry}: {error}")
     if not entry.is_file():  # the file was changed after the list was made, and its entry has another name
-        return Outcome("failed", error="Changed", message=f"{volume.path}: changed meanwhile. Run again.")
+        return Outcome("failed", error="Changed", message=f"{volume.label}: changed meanwhile. Run again.")
     seconds = time.perf_counter() - start
     return Outcome("done", entry.stat().st_size, seconds, host=platform.node().partition(".")[0])
 
@@ -118,6 +119,8 @@ def _is_permanent(volume: Volume, error: BaseException) -> bool:
     """Return whether the volume itself is at fault: not lack of memory or of a library, nor its disk or network."""
     if isinstance(error, MemoryError | ImportError) or "pip install" in str(error):  # how readers ask for a library
         return False
+    if isinstance(error, DownloadError):
+        return not error.is_temporary
     cause = error.__cause__
     while cause is not None:
         # Without an error number it is a reader's error for damaged contents (gzip's), or a server's answer.

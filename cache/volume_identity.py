@@ -1,4 +1,4 @@
-"""Identity of a volume on disk, by path, size and modification time of its files."""
+"""Identity of a volume: by path, size and modification time of its files, or what a store says about an object."""
 
 import os
 import re
@@ -7,11 +7,13 @@ from typing import TypeAlias
 
 from samf.model.ct_dicom_files import walk_once
 from samf.model.ct_download import file_path, is_address
+from samf.model.ct_object_store import is_store_address, normalised, stored_state
 from samf.model.ct_signatures import other_half
 from samf.model.ct_volume import CTReadError
 
-# A volume's path, and of each of its files the name below that path, the size in bytes and the modification time in ns.
-Identity: TypeAlias = tuple[str, list[tuple[str, int, int]]]
+# A volume's path, and of each of its files the name below that path, the size in bytes and the modification time in ns; of
+# an object in a store, its ETag in place of the time.
+Identity: TypeAlias = tuple[str, list[tuple[str, int, int | str]]]
 
 # The line of a MetaImage or NRRD header that names another file with the voxels.
 _DATA_FILE = re.compile(
@@ -25,7 +27,8 @@ def volume_identity(path: str | os.PathLike) -> Identity:
 
     The files are the file itself and, for a detached header or half of a pair, the file with the voxels; or all files in and
     below a folder. Each takes a `stat`, also on network file systems, and contents are not read, so all machines that
-    share a cache must mount the volumes at the same path. An address is its own identity, so that its entry is found
+    share a cache must mount the volumes at the same path. Of an object in a store the ETag counts in place of the time; the
+    store is asked once per process. An address on the Hub or the web is its own identity, so that its entry is found
     without the network: its content is assumed not to change. An address on the Hub can name a revision.
 
     Args:
@@ -35,13 +38,15 @@ def volume_identity(path: str | os.PathLike) -> Identity:
         CTReadError: the file or folder can't be accessed.
     """
     path = file_path(path)
+    if is_store_address(path):
+        return normalised(str(path)), [(file.name, file.size, file.tag) for file in stored_state(str(path)).files]
     if is_address(path):
         return str(path), []
     path = Path(os.path.abspath(path))
     try:
         if path.is_dir():
             return str(path), sorted(_files_below(path))
-        files = [("", *_size_and_time(path))]
+        files: list[tuple[str, int, int | str]] = [("", *_size_and_time(path))]
         voxels = _voxel_file(path) if path.suffix.lower() in _DETACHED_HEADERS else other_half(path)
         if voxels is not None:
             files.append((voxels.name, *_size_and_time(voxels)))
@@ -62,9 +67,9 @@ def _size_and_time(file: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _files_below(folder: Path) -> list[tuple[str, int, int]]:
+def _files_below(folder: Path) -> list[tuple[str, int, int | str]]:
     """Return the files that reading the folder finds; links are followed, as `read_ct` does."""
-    files = []
+    files: list[tuple[str, int, int | str]] = []
     for parent, names in walk_once(folder):
         for name in names:
             file = Path(parent, name)

@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from samf.cache.volume_identity import Identity, identity_bytes, volume_identity
+from samf.model.ct_common import DownloadError
+from samf.model.ct_download import is_address, redacted
+from samf.model.ct_object_store import is_store_address
 from samf.model.ct_volume import CTReadError, NotCTError, VolumeRef
 
 STAT_THREADS = 16  # on a network file system they mostly wait
 _PART = 64  # volumes that a thread looks up at once
+_MOST_UNREACHED = 20  # volumes that a store doesn't give, and none before, after which the rest isn't tried
 NOT_CT = NotCTError.__name__  # error of an intact file that is no CT
 
 
@@ -31,6 +35,7 @@ class Volume:
         bytes: total size of its files.
         problem: why it can't be accessed.
         searched: whether it was found in a folder instead of being named.
+        is_unreached: whether the problem may be temporary, such as a store that doesn't answer.
     """
 
     ref: VolumeRef
@@ -38,11 +43,17 @@ class Volume:
     bytes: int = 0
     problem: str = ""
     searched: bool = False
+    is_unreached: bool = False
 
     @property
     def path(self) -> str:
         """Return its path or address."""
         return self.ref.path
+
+    @property
+    def label(self) -> str:
+        """Return its path, or its address without what may be a key; for messages and lists."""
+        return redacted(self.path) if is_address(self.path) else self.path
 
     @property
     def name(self) -> str:
@@ -52,7 +63,7 @@ class Volume:
             ValueError: the volume can't be accessed.
         """
         if self.key is None:
-            raise ValueError(f"{self.path} has no entry: {self.problem}")
+            raise ValueError(f"{self.label} has no entry: {self.problem}")
         return self.key
 
     def is_passed_over(self, error: str) -> bool:
@@ -99,19 +110,38 @@ def inspect_volumes(volumes: Sequence[VolumeRef], store: Store, searched: Collec
         volumes: the volumes of the run.
         store: names the entries.
         searched: paths that were found in folders instead of being named.
-    """
 
+    Raises:
+        DownloadError: object stores give none of the volumes, which would take minutes to hear for each.
+    """
     searched = frozenset(searched)
+    unreached: list[DownloadError] = []
+    reached: list[str] = []
+
+    def no_answer() -> bool:
+        return len(unreached) >= _MOST_UNREACHED and not reached
 
     def inspect(volume: VolumeRef) -> Volume:
         is_searched = volume.path in searched
         try:
+            if no_answer():
+                raise unreached[0]
             identity = volume_identity(volume.path)
+        except DownloadError as error:
+            if error.is_temporary:
+                unreached.append(error)
+            problem = str(error)
+            return Volume(volume, None, problem=problem, searched=is_searched, is_unreached=error.is_temporary)
         except CTReadError as error:
             return Volume(volume, None, problem=str(error), searched=is_searched)
+        if is_store_address(volume.path) and not reached:
+            reached.append(volume.path)
         return Volume(volume, store.key(volume, identity), identity_bytes(identity), searched=is_searched)
 
     # In parts: handing over a single volume takes longer than looking it up on a local disk.
     parts = [volumes[start : start + _PART] for start in range(0, len(volumes), _PART)]
     with ThreadPoolExecutor(STAT_THREADS) as threads:
-        return [volume for part in threads.map(lambda part: list(map(inspect, part)), parts) for volume in part]
+        listed = [volume for part in threads.map(lambda part: list(map(inspect, part)), parts) for volume in part]
+    if no_answer():
+        raise unreached[0]
+    return listed

@@ -25,11 +25,14 @@ def find_scans(paths: Sequence[str]) -> list[str]:
 
     found: dict[str, None] = {}
     for path in paths:
+        if is_address(path):
+            found |= dict.fromkeys(_scans_at(path))
+            continue
         names = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not Path(path).exists() else [path]
         if not names:
             raise UsageError(f"{path}: no file fits this pattern.")
         for name in names:
-            if is_address(name) or Path(name).is_file():
+            if Path(name).is_file():
                 found[name] = None
             elif not Path(name).is_dir():
                 raise UsageError(f"{name}: no such file or folder.")
@@ -39,6 +42,22 @@ def find_scans(paths: Sequence[str]) -> list[str]:
                 except FileNotFoundError as error:
                     raise UsageError(f"{name}: no scan in it or below it: {error}") from error
     return list(found)
+
+
+def _scans_at(address: str) -> list[str]:
+    """Return the scans that an address names: those below a folder in an object store, or itself."""
+    from samf.data.file_kinds import has_volume_suffix
+    from samf.model.ct_common import CTReadError
+    from samf.model.ct_object_store import is_store_address
+
+    if not is_store_address(address) or has_volume_suffix(address):
+        return [address]
+    from samf.data.store_search import volumes_stored_below
+
+    try:
+        return [volume.path for volume in volumes_stored_below(address)] or [address]
+    except CTReadError as error:
+        raise UsageError(str(error)) from error
 
 
 def _scans_of_folder(folder: str) -> "list[VolumeRef]":
@@ -56,11 +75,12 @@ def _scans_of_folder(folder: str) -> "list[VolumeRef]":
 def report_names(scans: Sequence[str]) -> dict[str, str]:
     """Return a file name without an ending for each scan; scans of one name in different folders get numbers."""
     from samf.data.file_kinds import VOLUME_SUFFIXES
+    from samf.model.ct_download import is_address, redacted
 
     names: dict[str, str] = {}
     taken: set[str] = set()
     for scan in scans:
-        stem = Path(scan.rstrip("/")).name
+        stem = Path((redacted(scan) if is_address(scan) else scan).rstrip("/")).name
         ending = max((end for end in VOLUME_SUFFIXES if stem.lower().endswith(end)), key=len, default="")
         stem = stem[: len(stem) - len(ending)] or "scan"
         name, number = stem, 2

@@ -5,7 +5,7 @@ from pathlib import Path
 from samf.model.ct_signatures import looks_like_dicom
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".npy", ".npz", ".zip")
-_HEAD_BYTES = 352  # enough to recognise DICOM with and without its preamble
+HEAD_BYTES = 352  # enough to recognise DICOM with and without its preamble
 
 
 def has_volume_suffix(path: str) -> bool:
@@ -22,4 +22,4 @@ def is_dicom_file(path: Path) -> bool:
     if not path.is_file() or path.name.upper().startswith("DICOMDIR"):
         return False
     with path.open("rb") as stream:
-        return looks_like_dicom(stream.read(_HEAD_BYTES))
+        return looks_like_dicom(stream.read(HEAD_BYTES))

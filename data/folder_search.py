@@ -14,8 +14,8 @@ from samf.model.ct_dicom_files import walk_once
 
 logger = logging.getLogger(__name__)
 
-_MASK = "8-bit masks or images"  # why a file is passed over
-_DICOM_SAMPLE = 5  # files of a folder, other than volumes, that are checked for DICOM
+NOT_MATCHING, _MASK = "not matching the pattern", "8-bit masks or images"  # why a file is passed over
+DICOM_SAMPLE = 5  # files of a folder, other than volumes, that are checked for DICOM
 
 
 def volumes_below(
@@ -33,18 +33,18 @@ def volumes_below(
         names = [name for name in files if has_volume_suffix(name) and name[0] != "."]
         volumes = [os.path.join(folder, name) for name in names]
         others = [name for name in files if name not in set(names)]
-        if any(_is_dicom(Path(folder, name)) for name in others[:_DICOM_SAMPLE]):
+        if any(_is_dicom(Path(folder, name)) for name in others[:DICOM_SAMPLE]):
             volumes = sorted([*volumes, folder])
         for path in map(os.path.normpath, volumes):
-            if patterns and not _fits(os.path.relpath(path, root), patterns):
-                passed_over["not matching the pattern"] += 1
+            if patterns and not fits(os.path.relpath(path, root), patterns):
+                passed_over[NOT_MATCHING] += 1
             elif mask_by_header(path):
                 passed_over[_MASK] += 1
             else:
                 yield VolumeRef(path)
 
 
-def _fits(name: str, patterns: Sequence[str]) -> bool:
+def fits(name: str, patterns: Sequence[str]) -> bool:
     """Return whether a path below the data's folder matches a pattern; its last part, for a pattern without "/"."""
     return any(fnmatch.fnmatchcase(name if "/" in pattern else os.path.basename(name), pattern) for pattern in patterns)
 

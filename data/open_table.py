@@ -10,9 +10,10 @@ from pathlib import Path
 import datasets
 from huggingface_hub.errors import HfHubHTTPError
 
+from samf.data.addresses import TABLE_SUFFIXES, address_suffix, is_file_address, local_table
 from samf.data.ct_rate.sources import HUB_NAME
 from samf.data.schema import JsonObject
-from samf.model.ct_download import file_path
+from samf.model.ct_download import file_path, redacted
 from samf.utils.text_files import open_csv, read_text
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,11 @@ def open_table(source: str | Path, split: str) -> datasets.Dataset | datasets.Da
     Raises:
         FileNotFoundError: there is no such data set.
         ValueError: `datasets` can't read it.
+        CTReadError: a table at an address can't be fetched.
     """
     named = str(source).replace("{split}", split)
+    if is_file_address(named):
+        return _open_address(named)
     path = Path(file_path(named)).expanduser()
     if path.is_file():
         return _open_file(path)
@@ -108,6 +112,13 @@ def split_by_column(
     return datasets.DatasetDict(
         {name: table.select(numbers, new_fingerprint=prints[name]) for name, numbers in rows.items()}
     )
+
+
+def _open_address(address: str) -> datasets.Dataset:
+    if address_suffix(address) not in TABLE_SUFFIXES:
+        raise ValueError(f"{redacted(address)}: expected the address of a {', '.join(TABLE_SUFFIXES)} file.")
+    with local_table(address) as path:
+        return _open_file(path)
 
 
 def _open_file(path: Path) -> datasets.Dataset:

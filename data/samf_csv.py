@@ -1,11 +1,13 @@
 """The SAMF paper's own CSVs as Datasets of records."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import datasets
 
+from samf.data.addresses import join_address
 from samf.data.ct_rate.names import VolumeName, volume_path
 from samf.data.ct_rate.tables import read_rows
 from samf.data.load_stats import LoadStats
@@ -39,7 +41,7 @@ def load_samf_csv(
         report_csv: a CSV with the columns image and caption, or None.
         mcq_csv: a CSV with the columns Question ID, Image, Question, Choice A to D, Answer Choice and Answer, or None.
         image_root: the folder from which the images' paths start. Where an image isn't there, CT-RATE's v2 and v1 folders
-            below it are tried.
+            below it are tried. Or the folder's address: then nothing is tried.
         tasks: some of ("report", "multiple_choice"); None takes both.
         on_missing: as for `load_ct_rate`.
         patient_column: the column of patients; None takes `patient_id` where there is one.
@@ -53,7 +55,7 @@ def load_samf_csv(
     if tasks is not None:
         check_choice("tasks", tasks, TASKS)
     load_stats = LoadStats()
-    locate = partial(_locate, Path(image_root).expanduser().absolute())
+    locate = partial(_locate, _root(image_root))
     builder = RecordBuilder(VolumeChoice(locate, load_stats), load_stats, tasks or ("report", "multiple_choice"))
 
     def records() -> Iterator[Record]:
@@ -70,11 +72,18 @@ def load_samf_csv(
     return dataset
 
 
-def _locate(root: Path, name: str) -> str:
+def _root(image_root: str | Path) -> Path | str:
+    """Return an absolute path, or an address."""
+    return str(image_root) if is_address(str(image_root)) else Path(image_root).expanduser().absolute()
+
+
+def _locate(root: Path | str, name: str) -> str:
     """Return the path of an image below `root`, or in CT-RATE's folders there; addresses stay."""
     name = file_path(name)
     if is_address(name):
         return name
+    if isinstance(root, str):
+        return name if os.path.isabs(name) else join_address(root, name)
     places = [root / name]
     if VolumeName.find(name):
         places += [volume_path(root, name, "v2"), volume_path(root, name, "v1")]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from datasets.utils.file_utils import xopen
 
+from samf.data.addresses import folder_of, is_file_address, join_address
 from samf.data.ct_rate.sources import HUB_NAME
 from samf.model.ct_download import file_path, is_address
 from samf.utils.files import atomic_write
@@ -13,11 +14,12 @@ _GZIP = b"\x1f\x8b"
 
 
 class TablePaths:
-    """The paths of a table's volumes: absolute, an address, or relative to a folder or a repository on the Hub.
+    """The paths of a table's volumes: absolute, an address, or relative to a folder, to its address or to a repository.
 
     Args:
-        source: the table, or a data set's name on the Hub.
-        image_root: the folder from which relative paths start; None takes the table's folder, or the repository.
+        source: the table or its address, or a data set's name on the Hub.
+        image_root: the folder from which relative paths start, or its address; None takes the table's folder, or the
+            repository.
     """
 
     def __init__(self, source: str | Path, image_root: str | Path | None):
@@ -25,8 +27,12 @@ class TablePaths:
         match = HUB_NAME.fullmatch(str(source))
         self._root = path if path.is_dir() else path.parent
         self._address: str | None = None
-        if image_root is not None:
+        if image_root is not None and is_address(str(image_root)):
+            self._address = str(image_root).rstrip("/")
+        elif image_root is not None:
             self._root = Path(image_root).expanduser().absolute()
+        elif is_file_address(str(source)):
+            self._address = folder_of(str(source))
         elif match is not None and not path.exists():
             at = f"@{match['revision']}" if match["revision"] else ""
             self._address = f"hf://datasets/{match['name']}{at}"
@@ -36,7 +42,7 @@ class TablePaths:
         name = file_path(name)
         if is_address(name) or os.path.isabs(name):
             return name
-        return f"{self._address}/{name}" if self._address else os.path.normpath(self._root / name)
+        return join_address(self._address, name) if self._address else os.path.normpath(self._root / name)
 
 
 def volume_name(value: object, folder: Path, number: int) -> str | None:

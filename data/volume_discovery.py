@@ -12,17 +12,20 @@ from pathlib import Path
 
 import datasets
 
+from samf.data.addresses import address_suffix, folder_of, is_file_address, join_address, local_table, names_file
 from samf.data.ct_rate.loader import load_ct_rate
 from samf.data.ct_rate.names import VolumeName
-from samf.data.ct_rate.sources import CtRateFolder, is_hub_name
-from samf.data.file_kinds import VOLUME_SUFFIXES
+from samf.data.ct_rate.sources import CtRateFolder, CtRateSource, CtRateStore, is_hub_name
+from samf.data.file_kinds import VOLUME_SUFFIXES, has_volume_suffix
 from samf.data.folder_search import volumes_below
-from samf.data.loading import load_records
+from samf.data.loading import data_root, load_records
 from samf.data.options import check_on_missing
 from samf.data.patients import PATIENT_COLUMN, PatientRule, find_patients
 from samf.data.schema import OnMissing
+from samf.data.store_search import volumes_stored_below
 from samf.data.table_columns import TableColumns
 from samf.model.ct_download import file_path, is_address
+from samf.model.ct_object_store import is_store_address
 from samf.model.ct_volume import VolumeRef
 from samf.utils.text_files import read_lines
 
@@ -129,11 +132,13 @@ def search_volumes(data: Sequence[str], options: SourceOptions = SourceOptions()
     Args:
         data: CT-RATE's folder (v1 or v2) or name on the Hub, for the volumes that have reports; the paper's CSVs, as for
             `load_records`; a table or data set whose columns `options` names; folders with volumes or DICOM folders at any
-            depth; a .txt file with one path or address per line, relative to its folder; paths or addresses of volumes.
+            depth, also in object stores; a .txt file with one path or address per line, relative to its folder; paths or
+            addresses of volumes.
         options: the options of the search.
 
     Raises:
         FileNotFoundError: a source has no volume, or one is missing; says what is expected.
+        DownloadError: a store can't be listed.
         ValueError: a volume with two different rescales.
     """
     found = join_found([_volumes_of(source, options) for source in data])
@@ -145,7 +150,8 @@ def search_volumes(data: Sequence[str], options: SourceOptions = SourceOptions()
 def find_splits(source: str, options: SourceOptions) -> dict[str, FoundVolumes]:
     """Find the volumes of a source by split, with their patients; a source without splits is all "train"."""
     by_split = _volumes_by_split(source, options) or {"train": search_volumes([source], options)}
-    root = str(Path(source).expanduser().absolute())
+    is_folder = Path(source).expanduser().is_dir()
+    root = data_root(source) if is_folder or is_file_address(source) else str(Path(source).expanduser().absolute())
 
     def with_all_patients(found: FoundVolumes) -> FoundVolumes:
         paths = [volume.path for volume in found.volumes]
@@ -187,9 +193,11 @@ def _volumes_by_split(source: str, options: SourceOptions) -> dict[str, FoundVol
         load = partial(load_records, source, on_missing=on_missing, patient_column=options.patient_column)
         load = partial(load, image_root=options.image_root) if options.image_root else load
         return {split: _named_volumes(load(split)) for split in named}
-    folders = ct_rate_folders(path, splits) if path.is_dir() else []
+    is_stored = is_store_address(source) and not names_file(source)
+    root = source if is_stored else path
+    folders = ct_rate_folders(root, splits) if is_stored or path.is_dir() else []
     return {
-        folder.split: _named_volumes(load_ct_rate(path, folder.split, tasks=["report"], on_missing=on_missing))
+        folder.split: _named_volumes(load_ct_rate(root, folder.split, tasks=["report"], on_missing=on_missing))
         for folder in folders
         if folder.reports or folder.vqa
     }
@@ -202,11 +210,11 @@ def _volumes_of(source: str, options: SourceOptions) -> FoundVolumes:
         return FoundVolumes(sorted(joined.volumes, key=attrgetter("path")), patients=joined.patients)
     path = Path(source).expanduser().absolute()
     if is_address(source):
-        return FoundVolumes([VolumeRef(source)])
+        return _address_volumes(source, options)
     if path.is_dir():
         return _folder_volumes(path, options)
     if path.suffix.lower() == ".txt" and path.is_file():
-        return FoundVolumes(_listed_volumes(path))
+        return FoundVolumes(_listed_volumes(str(path)))
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file or folder. Check the path; a relative one starts at {Path.cwd()}."
@@ -233,23 +241,46 @@ def _folder_volumes(root: Path, options: SourceOptions) -> FoundVolumes:
     return FoundVolumes(found, searched, passed_over=passed_over)
 
 
-def ct_rate_folders(root: Path, splits: Sequence[str]) -> list[CtRateFolder]:
-    """Return the splits of CT-RATE that a folder has."""
-    found = []
+def _address_volumes(address: str, options: SourceOptions) -> FoundVolumes:
+    """Return the volumes that an address names: those of a list, those below a folder in a store, or itself."""
+    if address_suffix(address) == ".txt":
+        return FoundVolumes(_listed_volumes(address))
+    if not is_store_address(address) or has_volume_suffix(address):
+        return FoundVolumes([VolumeRef(address)])
+    passed_over: Counter[str] = Counter()
+    found = volumes_stored_below(address, options.patterns, passed_over)
+    if not found and passed_over:
+        raise FileNotFoundError(f"{address}: no volume matches the pattern; {passed_over.total()} others are there.")
+    if not found:  # a file without a volume's suffix
+        return FoundVolumes([VolumeRef(address)])
+    searched = frozenset(volume.path for volume in found if volume.path != address.rstrip("/"))
+    return FoundVolumes(found, searched, passed_over=passed_over)
+
+
+def ct_rate_folders(root: Path | str, splits: Sequence[str]) -> list[CtRateSource]:
+    """Return the splits of CT-RATE that a folder has, or an address in an object store."""
+    found: list[CtRateSource] = []
     for split in splits:
         try:
-            found.append(CtRateFolder(root, split))
+            found.append(CtRateStore(root, split) if isinstance(root, str) else CtRateFolder(root, split))
         except FileNotFoundError:
             continue
     return found
 
 
-def _listed_volumes(file: Path) -> list[VolumeRef]:
-    lines = [line.strip() for line in read_lines(file)]
+def _listed_volumes(file: str) -> list[VolumeRef]:
+    """Return the volumes of a list, whose lines are relative to its folder."""
+    with local_table(file) as path:
+        lines = [line.strip() for line in read_lines(path)]
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
         raise FileNotFoundError(f"{file}: no volumes; expected one path or address per line.")
-    return [
-        VolumeRef(name if is_address(name) else os.path.join(file.parent, os.path.expanduser(name)))
-        for name in map(file_path, names)
-    ]
+
+    def located(name: str) -> str:
+        if is_address(name) or os.path.isabs(name):
+            return name
+        if is_address(file):
+            return join_address(folder_of(file), name)
+        return os.path.join(os.path.dirname(file), os.path.expanduser(name))
+
+    return [VolumeRef(located(name)) for name in map(file_path, names)]

@@ -32,6 +32,19 @@ class NotCTError(CTReadError):
     """An intact volume that is no chest CT: a mask, an image, another modality, or only a few slices."""
 
 
+class DownloadError(CTReadError):
+    """A file at an address that cannot be fetched.
+
+    Args:
+        message: as of every CTReadError.
+        is_temporary: the same address may be fetched later, such as when the network or an access right is back.
+    """
+
+    def __init__(self, message: str, is_temporary: bool = True):
+        super().__init__(message)
+        self.is_temporary = is_temporary
+
+
 @dataclass(frozen=True)
 class VolumeRef:
     """A volume's path and its rescaling, as one hashable value.

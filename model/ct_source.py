@@ -90,7 +90,7 @@ def _errors_named(source: str) -> Iterator[None]:
     try:
         yield
     except CTReadError as error:
-        if source in str(error):
+        if source.rstrip("/").lower() in str(error).lower():  # an address may be told in its plain form
             raise
         raise type(error)(f"{source}: {error}") from error
     except MemoryError as error:

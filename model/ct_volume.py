@@ -1,9 +1,9 @@
 """One CT volume from a file, a folder or an address: Hounsfield units, spacing and canonical orientation.
 
 `read_ct` takes NIfTI-1/2 (`.nii`, `.nii.gz`), NRRD, MetaImage (`.mha`, `.mhd`), `.npy` and `.npz`; DICOM as a folder,
-a list of files, one slice or a multi-frame file; a zip of any of these; and http(s):// or hf:// addresses. Formats are
-recognised by their first bytes, never by their suffix. Whatever the file's own axes, the result is RAS+: the first index
-grows from the patient's left to the right, the second from back to front, the third from foot to head.
+a list of files, one slice or a multi-frame file; a zip of any of these; and http(s)://, hf://, s3:// or gs:// addresses.
+Formats are recognised by their first bytes, never by their suffix. Whatever the file's own axes, the result is RAS+: the first
+index grows from the patient's left to the right, the second from back to front, the third from foot to head.
 
 Geometry: see `ct_geometry`. Intensity: slope and intercept count once; NaN, infinite and padding voxels (below -1500 HU)
 become air and are counted; then percentiles and air of a sample are checked (`judge_intensity`).
@@ -119,10 +119,10 @@ def read_ct(
 
     Args:
         path: a file (NIfTI, NRRD, MetaImage, NumPy, DICOM, or a zip of one of them), a folder with DICOM slices in it or
-            in its sub-folders, a list of the DICOM files of one volume, or a file://, http(s):// or hf:// address of a
-            file. Instead of a path: a `VolumeRef`, a file that is open for reading bytes, or io.BytesIO, a pydicom
-            dataset, or a row of an undecoded column of `datasets`, {"bytes": …, "path": …}. An open file is read from its
-            beginning, and stays open at the position where it was.
+            in its sub-folders, a list of the DICOM files of one volume, a file://, http(s):// or hf:// address of a file,
+            or an s3:// or gs:// address of a file or folder. Instead of a path: a `VolumeRef`, a file that is open for
+            reading bytes, or io.BytesIO, a pydicom dataset, or a row of an undecoded column of `datasets`,
+            {"bytes": …, "path": …}. An open file is read from its beginning, and stays open at the position where it was.
         rescale: (slope, intercept) for a file that holds raw stored values under a blank header, as in CT-RATE's first
             release. Values that are HU already are noticed and refused. Five numbers are slope, intercept and spacing:
             what a record of such a volume carries.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from samf.cache.entries import local_directory
 from samf.data.mixture import parse_weights
 from samf.data.source_arguments import SourceArguments
 from samf.training.aggregator_arguments import AggregatorArguments
@@ -115,6 +116,8 @@ class DataArguments(SourceArguments):
         check_choices(self)
         if self.min_coverage and self.slice_cache is None:
             raise ValueError("min_coverage is checked when slices are made: give slice_cache too.")
+        if self.slice_cache is not None:
+            local_directory(self.slice_cache)
         if unknown := sorted(set(parse_weights(self.mixture)) - set(self.tasks)):
             weights = " ".join(f"{task}=1" for task in self.tasks)
             raise ValueError(f"mixture has {unknown}; expected some of tasks, {self.tasks}: --mixture {weights}.")

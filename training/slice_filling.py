@@ -10,6 +10,7 @@ from typing import get_args
 from samf.cache.fill import FillOptions, StoppedError, fill_slices
 from samf.cache.manifest import Manifest, Shard, Volume, inspect_volumes
 from samf.cache.slice_cache import SliceCache, entry_file
+from samf.model.ct_object_store import known_states, remember_states
 from samf.model.ct_volume import VolumeRef
 from samf.model.image_processing_samf import EXTRACT_VERSION
 from samf.training.choices import OnErrorOption
@@ -50,7 +51,10 @@ def fill_slice_cache(
     if on_error not in get_args(OnErrorOption):
         raise ValueError(f"on_error={on_error!r}; expected 'raise' or 'skip'.")
     processes = Processes()
-    listed, run = processes.from_first(lambda: (inspect_volumes(volumes, cache, searched), uuid.uuid4().hex))
+    listed, run, states = processes.from_first(
+        lambda: (inspect_volumes(volumes, cache, searched), uuid.uuid4().hex, known_states())
+    )
+    remember_states(states)
     shard = Shard(processes.rank, processes.count)
     _fill_share(cache, listed, run, shard, "skip" if on_error == "skip" else FillOptions.on_error, timeout)
     own = {volume.key for volume in shard.of(listed) if _has_file(cache, volume)}

@@ -14,6 +14,7 @@ from samf.cache.fill import describe_bytes, entry_bytes, free_bytes
 from samf.cache.manifest import Manifest, inspect_volumes
 from samf.cache.slice_cache import SliceCache, read_entry
 from samf.data.schema import VolumeLike, VolumeStore
+from samf.model.ct_object_store import known_states, remember_states
 from samf.model.ct_volume import VolumeRef
 from samf.model.image_processing_samf import SamfImageProcessor
 from samf.model.modeling_samf import SamfForConditionalGeneration
@@ -114,7 +115,10 @@ def _check(
             logger.warning("%s %s: its %s are used, and nothing is added.", folder, problem, stage)
         return problem
 
-    return Processes().from_first(look)  # another process may see the disk differently
+    # Another process may see the disk differently.
+    problem, states = Processes().from_first(lambda: (look(), known_states()))
+    remember_states(states)
+    return problem
 
 
 def build_volume_store(

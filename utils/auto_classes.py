@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 # Commands that read no model and start without torch.
-_WITHOUT_MODELS = ("samf.evaluation.scoring", "samf.cache.pool_process")
+_WITHOUT_MODELS = ("samf.evaluation.scoring", "samf.cache.pool_process", "samf.benchmarks.remote_process")
 # Programs that import this package and hand all work to processes of their own: the `samf` command, and those of a cluster,
 # which take half a gigabyte less each.
 _PROGRAMS = ("samf", "dask-scheduler", "dask-worker", "dask_scheduler", "dask_worker")

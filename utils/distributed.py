@@ -8,14 +8,15 @@ rank does.
 import functools
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
 
 # A rank that has finished waits for the others: hours, where the default limits are 10 (nccl) or 30 (gloo) minutes.
 _TIMEOUT = timedelta(days=30)
@@ -25,6 +26,12 @@ R = TypeVar("R")
 T = TypeVar("T")
 # Set while rank 0 runs the function of `from_first`: that function must not wait for the other ranks, which wait for it.
 _runs_for_all: ContextVar[bool] = ContextVar("_runs_for_all", default=False)
+
+
+def _started() -> Any:
+    """Return torch.distributed if its process group was started; a process that hasn't imported torch has none."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
 class Processes:
@@ -39,7 +46,8 @@ class Processes:
 
     def __init__(self) -> None:
         self.rank, self.count = 0, 1
-        if not _runs_for_all.get() and dist.is_available() and dist.is_initialized():
+        dist = _started()
+        if dist is not None and not _runs_for_all.get():
             self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     @property
@@ -50,7 +58,7 @@ class Processes:
     def wait(self) -> None:
         """Wait until every process has called this."""
         if self.count > 1:
-            dist.barrier(self._group())
+            _started().barrier(self._group())
 
     def from_first(self, make: Callable[[], T]) -> T:
         """Return on every process what rank 0's `make` returns, and raise on every process what it raises.
@@ -68,7 +76,7 @@ class Processes:
                 outcome = [(None, _portable(error))]
             finally:
                 _runs_for_all.reset(token)
-        dist.broadcast_object_list(outcome, src=0, group=self._group())
+        _started().broadcast_object_list(outcome, src=0, group=self._group())
         result, raised = outcome[0]
         if raised is not None:
             raise raised
@@ -88,13 +96,16 @@ class Processes:
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
-        dist.all_gather_object(values, value, group=self._group())
+        _started().all_gather_object(values, value, group=self._group())
         return values
 
     def any(self, value: bool) -> bool:
         """Return whether `value` is true on any process."""
         if self.count == 1:
             return value
+        import torch
+        import torch.distributed as dist
+
         found = torch.tensor(int(value))
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group())
         return bool(found)
@@ -120,13 +131,13 @@ class Processes:
             )
 
     def _group(self) -> Any:
-        return _gloo_group(dist.group.WORLD)
+        return _gloo_group(_started().group.WORLD)
 
 
 @functools.cache
 def _gloo_group(world: Any) -> Any:
     """Make one group per default group `world`: each has threads and connections of its own."""
-    return dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    return _started().new_group(backend="gloo", timeout=_TIMEOUT)
 
 
 def _portable(error: Exception) -> Exception:
@@ -143,13 +154,16 @@ def _portable(error: Exception) -> Exception:
 
 def join_processes() -> None:
     """Start the process group that a launcher has prepared; do nothing without one, or if it has been started."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ and _started() is None:
+        import torch.distributed as dist
+
         dist.init_process_group("gloo", timeout=_TIMEOUT)
 
 
 def leave_processes() -> None:
     """End the process group that `join_processes` or a Trainer has started, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    dist = _started()
+    if dist is not None:
         _gloo_group.cache_clear()  # its group ends with the default one
         dist.destroy_process_group()
 
@@ -186,7 +200,9 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def default_device() -> torch.device:
+def default_device() -> "torch.device":
     """Return this process's accelerator, or the CPU on a machine without one."""
+    import torch
+
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, local_rank())

@@ -14,7 +14,7 @@ import datasets
 
 from samf.data.ct_rate.names import VolumeName, volume_path
 from samf.data.ct_rate.rows import SECTIONS, report_records, vqa_records
-from samf.data.ct_rate.sources import CtRateFolder, CtRateHub, CtRateSource, is_hub_name
+from samf.data.ct_rate.sources import CtRateFolder, CtRateHub, CtRateSource, CtRateStore, is_hub_name
 from samf.data.ct_rate.tables import (
     CT_RATE_LABELS,
     choose_reconstructions,
@@ -33,6 +33,7 @@ from samf.data.record_cache import load_or_make
 from samf.data.records import FEATURES, RESCALED_FEATURES, RecordBuilder, VolumeChoice
 from samf.data.schema import IGNORE_INDEX, TASKS, JsonObject, Record, Task
 from samf.data.texts import settle_answer, split_options
+from samf.model.ct_object_store import is_store_address
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,9 @@ def load_ct_rate(
     Records of v1 volumes, which hold raw values under blank headers, have the metadata's `rescale` for `read_ct`; prefer v2.
 
     Args:
-        root: CT-RATE's folder, or the one that holds its `dataset` folder; or a data set of its layout on the Hub,
-            owner/name or owner/name@revision. From the Hub, tables are fetched now, each volume when it is read.
+        root: CT-RATE's folder, or the one that holds its `dataset` folder; its address in an object store; or a data set
+            of its layout on the Hub, owner/name or owner/name@revision. From stores and the Hub, tables are fetched now,
+            each volume when it is read.
         split: "train" or "valid" (or "validation").
         tasks: some of TASKS; None takes those that have a file.
         report_sections: some of SECTIONS. Several are joined under their names; a report without the first is left out.
@@ -108,7 +110,7 @@ def load_ct_rate(
         vqa_files: VQA JSON files, by path or by name below the data set; None takes vqa/{split}_vqa.json.
         finding_names: columns of the label CSV that become `finding_labels`, in this order.
         on_missing: for absent volumes: "raise" lists them in an error, "skip" leaves their records out and counts them,
-            "keep" doesn't check. Volumes on the Hub are not checked before they are read.
+            "keep" doesn't check. Volumes on the Hub and in stores are not checked before they are read.
         layout: "v1" or "v2" where a folder holds both; None takes v2.
         cache_dir: folder for the Arrow files; default: one in the cache of `datasets`.
         counts_file: JSON file for the counts by task and by reason.
@@ -156,7 +158,9 @@ def _open_split(
 
 
 def _open_source(root: str | Path, split: str, layout: str | None) -> CtRateSource:
-    """Open a folder; or a data set on the Hub, if there is no such folder and the name can be one of a data set."""
+    """Open a folder; a store; or a data set on the Hub, if there is no such folder and the name can be one of a data set."""
+    if is_store_address(str(root)):
+        return CtRateStore(str(root), split, layout)
     if is_hub_name(str(root)) and not Path(root).expanduser().exists():
         return CtRateHub(str(root), split, layout)
     return CtRateFolder(root, split, layout)

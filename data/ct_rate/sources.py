@@ -1,4 +1,4 @@
-"""The files of one split of CT-RATE: in a folder, or in a data set on the Hub."""
+"""The files of one split of CT-RATE: in a folder, in an object store, or in a data set on the Hub."""
 
 import logging
 import re
@@ -17,6 +17,8 @@ from huggingface_hub.errors import (
 )
 
 from samf.data.ct_rate.names import LAYOUTS, Layout, VolumeName, volume_location
+from samf.model.ct_download import local_path
+from samf.model.ct_object_store import has_stored, stored_names
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +150,51 @@ class CtRateFolder(CtRateSource):
     def locate(self, name: str) -> str:
         """Return the path of a volume, which need not exist."""
         return str(self._folder / (volume_location(name, self.layout) if VolumeName.find(name) else name))
+
+
+# --- An object store --------------------------------------------------------------------------------------------------
+
+
+class CtRateStore(CtRateSource):
+    """A split of CT-RATE in an object store. Tables are fetched into the cache on first use, volumes when they are read.
+
+    Args:
+        root: the address of CT-RATE's folder, with or without its `dataset` level.
+        split: "train", "valid" or "validation".
+        layout: "v1" or "v2"; None takes what is there, v2 if both are.
+
+    Raises:
+        FileNotFoundError: there is neither a folder of the split's volumes nor one of tables.
+        DownloadError: no access or no connection.
+        ValueError: an unknown split or layout.
+    """
+
+    def __init__(self, root: str, split: str, layout: str | None = None):
+        split, root = _check_split(split, layout), root.rstrip("/")
+        for folder in (root, f"{root}/dataset"):
+            names = stored_names(folder)
+            present = [name for name, part in (("v2", f"{split}_fixed"), ("v1", split)) if part in names]
+            if present or "radiology_text_reports" in names:
+                super().__init__(folder, split, _layout(layout, "v1" if present == ["v1"] else "v2"))
+                return
+        raise FileNotFoundError(
+            f"{root}: expected CT-RATE's layout, {root}[/dataset]/{split}_fixed/ (v2) or {split}/ (v1), next to "
+            f"radiology_text_reports/ and vqa/. For a data set in another layout, name a table and its columns: "
+            f"--volume_column."
+        )
+
+    def file(self, name: str) -> Path | None:
+        """Fetch a file into the cache and return its path, None if there is none.
+
+        Raises:
+            DownloadError: no access or no connection.
+        """
+        address = f"{self.root}/{name}"
+        return local_path(address, keep_name=True) if has_stored(address) else None
+
+    def locate(self, name: str) -> str:
+        """Return the address of a volume, which need not exist."""
+        return f"{self.root}/{volume_location(name, self.layout) if VolumeName.find(name) else name}"
 
 
 # --- The Hub ----------------------------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 
-from samf.benchmarks import data_lines
+from samf.benchmarks import data_lines, remote_lines
 from samf.benchmarks.workloads import Settings
 from samf.data.ct_rate.loader import load_ct_rate
 from samf.data.ct_rate.tables import CT_RATE_LABELS, read_json_array
@@ -54,3 +55,12 @@ def test_sorting_leaves_less_padding_than_chance(test_data, tmp_path, monkeypatc
     figures = data_lines.count_padding(Settings("tiny", torch.device("cpu"), torch.float32, 1.0, tmp_path))
     random, by_step, by_length = (figure.values[0] for figure in figures)
     assert 100 > random > by_step > by_length > 0
+
+
+@pytest.mark.slow
+def test_a_start_from_a_table_on_the_hub_reads_every_row(tmp_path, monkeypatch):
+    monkeypatch.delenv("SAMF_TEST_DATA", raising=False)
+    monkeypatch.setattr(remote_lines, "_REPEATS", 1)
+    settings = Settings("tiny", torch.device("cpu"), torch.float32, 1.0, tmp_path)
+    figures = [figure for stage in remote_lines.STAGES.values() for figure in stage(settings)]
+    assert sum("200 records" in figure.note for figure in figures) == 3

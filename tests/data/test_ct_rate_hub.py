@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from samf.data.loading import load_records
 from samf.data.table_columns import TableColumns
-from samf.model.ct_volume import VolumeRef, read_ct
+from samf.model.ct_volume import CTReadError, VolumeRef, read_ct
 from samf.pretraining.scans import find_scans
 
 NAME = "someone/CT-RATE"
@@ -182,6 +182,24 @@ def test_any_data_set_on_the_hub_by_its_columns(datasets_hub):
         assert name == "nifti" or records["volume"][:] == ["hf://datasets/someone/paths/scans/2.nii.gz"]
     with pytest.raises(FileNotFoundError, match="someone/nothing: `datasets.load_dataset` can't read it"):
         load_records("someone/nothing", "train", columns=columns)
+
+
+def test_a_table_in_a_repository_by_its_address(datasets_hub):
+    """Its volumes are next to it, in the same revision; the table is fetched once."""
+    scan = gzip.compress(nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(5, 4, 3), np.eye(4)).to_bytes())
+    rows = [{"scan": f"scans/{k}.nii.gz", "text": f"Report {k}."} for k in range(3)]
+    repository = datasets_hub.repositories["someone/tables"] = Repository("someone/tables", private=False)
+    files = {f"a/scans/{k}.nii.gz": scan for k in range(3)}
+    repository.commit("main", {"a/all.parquet": parquet(rows), **files}, "files")
+    columns = TableColumns("scan", report="text")
+    for _ in range(2):
+        records = load_records("hf://datasets/someone/tables@main/a/all.parquet", "train", columns=columns)
+        assert records["answer"][:] == [row["text"] for row in rows]
+        assert records["volume"][2] == "hf://datasets/someone/tables@main/a/scans/2.nii.gz"
+    assert read_ct(records["volume"][2]).shape == (5, 4, 3)
+    assert sum(line == "GET /datasets/someone/tables/resolve/main/a/all.parquet" for line in datasets_hub.requests) <= 1
+    with pytest.raises(CTReadError, match="hf://datasets/someone/tables/none.csv: cannot be fetched"):
+        load_records("hf://datasets/someone/tables/none.csv", "train", columns=columns)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -58,6 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.site.declare is not None:
             self.send_header("Content-Length", str(len(data) + self.site.declare))
         self.end_headers()
+        self.site.fetched.append(path)
         self.wfile.write(data)
 
     def log_message(self, *_):
@@ -66,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Site:
     def __init__(self):
-        self.files, self.requests, self.tags, self.declare = {}, [], True, 0
+        self.files, self.requests, self.fetched, self.tags, self.declare = {}, [], [], True, 0
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         seconds = 0.02  # between looks for the end
@@ -88,7 +90,9 @@ def site(tmp_path, monkeypatch):
 
 
 def cached(tmp_path):
-    return sorted(path.name for path in (tmp_path / "hf").rglob("*") if path.is_file())
+    """Names of the files kept, without those of locks."""
+    kept = (path for path in (tmp_path / "hf").rglob("*") if path.is_file() and path.parent.name != "locks")
+    return sorted(path.name for path in kept)
 
 
 # -------------------------------------------------------------------------------------------------------------- the web
@@ -151,6 +155,31 @@ def test_a_download_cut_short_is_not_kept(site, tmp_path):
     with pytest.raises(CTReadError, match="received .* bytes|cannot be fetched"):
         read_ct(f"{site.url}/scan.nii.gz")
     assert cached(tmp_path) == []
+
+
+def test_of_several_readers_one_fetches_and_the_others_wait(site):
+    site.files["/scan.nii.gz"] = nifti_bytes()
+    url, together = f"{site.url}/scan.nii.gz", threading.Barrier(4)
+
+    def read(_):
+        together.wait()
+        return read_ct(url).shape
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(read, range(4))) == [(5, 4, 3)] * 4
+    assert site.fetched == ["/scan.nii.gz"] and len(site.requests) == 4
+
+
+def test_a_cache_that_can_not_be_written_is_read(site, tmp_path, monkeypatch):
+    site.files["/scan.nii.gz"] = nifti_bytes()
+    url = f"{site.url}/scan.nii.gz"
+    first = read_ct(url)
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(ct_download, "WeakFileLock", refuse)
+    np.testing.assert_array_equal(read_ct(url).hu, first.hu)
 
 
 def test_errors_name_the_address_and_hide_its_keys(site, caplog):
@@ -419,8 +448,8 @@ def test_a_folder_that_can_not_be_listed_is_no_folder_without_slices(tmp_path, m
 
 
 def test_what_is_no_path_at_all():
-    for address in ("s3://bucket/scan.nii", "ftp://host/scan.nii.gz"):
-        with pytest.raises(CTReadError, match=f"{address}: an address of scheme .*expected .*http.*hf://"):
+    for address in ("az://container/scan.nii", "ftp://host/scan.nii.gz"):
+        with pytest.raises(CTReadError, match=f"{address}: an address of scheme .*expected .*http.*hf://, s3://"):
             read_ct(address)
     with pytest.raises(CTReadError, match="an empty path"):
         read_ct("")

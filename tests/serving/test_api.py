@@ -111,6 +111,7 @@ def test_paths_are_read_below_the_scan_folder_and_nowhere_else(serve, scans):
     secret = str(scans.parent / "secret.txt")
     outside = ["../secret.txt", secret, "link.nii.gz", ".", "", "none.nii.gz", "a\0b", "/etc/passwd", "~/x"]
     outside += ["x" * 5000, "http://127.0.0.1/x.nii.gz", "hf://datasets/a/b/c.nii.gz", "../scans/../secret.txt"]
+    outside += ["s3://bucket/x.nii.gz", "S3://bucket/", "gs://bucket/x.nii.gz", "memory://bucket/x.nii.gz"]
     told = {client.post(CHAT, json=asked({"type": "volume", "path": path})).text for path in outside}
     link.unlink()
     assert len(told) == 1 and json.loads(told.pop())["error"]["code"] == "scan_not_found"

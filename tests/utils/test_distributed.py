@@ -21,7 +21,7 @@ def two_processes(monkeypatch) -> SimpleNamespace:
         new_group=lambda **options: made.append(options) or object(),
         made=made,
     )
-    monkeypatch.setattr(processes, "dist", fake)
+    monkeypatch.setattr(processes, "_started", lambda: fake)
     return fake
 
 
