@@ -28,7 +28,7 @@ from samf.training.checkpoints import checkpoint_to_resume
 from samf.training.datasets import TrainerDatasets, build_mixture, has_text_only_records, load_datasets
 from samf.training.factory import apply_liger, build_model, build_processor
 from samf.training.launchers import check_launcher, refuse_unsharded_options
-from samf.training.repository import card_settings
+from samf.training.repository import card_settings, write_run_record
 from samf.training.sample_generation import SampleWriter, choose_samples
 from samf.training.skipping import skip_unreadable
 from samf.training.throughput import CountingCollator
@@ -37,7 +37,7 @@ from samf.training.trainer import SamfTrainer, save_repository
 from samf.training.trainer_base import train_to_end
 from samf.training.volume_stores import build_volume_store
 from samf.utils.distributed import Processes, leaves_processes
-from samf.utils.recipe import parse_recipe
+from samf.utils.recipe import parse_recipe, recipes_of
 
 ARGUMENTS = (ModelArguments, DataArguments, TuningArguments, MonitorArguments, TrainingArguments)
 
@@ -208,6 +208,8 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=CountingCollator(skip_unreadable(collator, data_args.on_error, data["train_dataset"])),
         **data,
     )
+    if trainer.is_world_process_zero():
+        write_run_record(training, data_args, tuning, recipes_of(argv), data)
     train_to_end(trainer)
     finish(trainer, tuning.merge)
 
