@@ -11,7 +11,6 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from samf.model.adapters_samf import AdapterConfig, base_problem
 from samf.model.hub_samf import HubModel
 from samf.model.model_card import README, hub_id, is_generated
 from samf.model.quantization_samf import describe_quantization, quantization_name
@@ -121,15 +120,17 @@ def _push(
         for note in facts.notes:
             options.say(f"not used: {note}")
         figures = write_figures(facts, staged)
-        card = _local_card(saved, model)
-        (staged / README).write_text(complete_card(card, target.repo_id, facts, figures, relation), encoding="utf-8")
-        check_private_data(staged, saved.folder)
+        written = _local_card(saved, model)
+        _write_card(staged, written)
+        check_private_data(staged, saved.folder)  # with the lines of a person's card as they are in the folder
+        _write_card(staged, complete_card(written, target.repo_id, facts, figures, relation))
+        check_private_data(staged, saved.folder, README)
         repo_id = open_repository(api, target, saved.kind)
         there = hub_card(api, repo_id, target.revision)
-        own = there is not None and not is_generated(there)
-        card = complete_card(there if own else card, repo_id, facts, figures, relation)
-        (staged / README).write_text(card, encoding="utf-8", newline="")
-        check_private_data(staged, saved.folder)
+        if there is not None and not is_generated(there):
+            _write_card(staged, complete_card(there, repo_id, facts, figures, relation))
+        elif repo_id != target.repo_id:
+            _write_card(staged, complete_card(written, repo_id, facts, figures, relation))
         pushed = upload(api, repo_id, staged, target, saved.kind, f"Upload {type(model).__name__}")
         options.say(pushed.url)
         if target.tag:
@@ -170,7 +171,11 @@ def _hub_base(saved: SavedModel, given: str | None, api: HfApi) -> HubBase | Non
     if hub_id(name) is None:
         if given is not None:
             raise ShareError(f"--base {given}: not a Hub id; expected OWNER/NAME or OWNER/NAME@REVISION.")
-        raise ShareError(f"{saved.folder}: an adapter can't be pushed: {base_problem(_Named(saved.base))} {_BASE_REMEDY}")
+        found = f"the folder {saved.base}" if saved.base else "not known by any name"
+        raise ShareError(
+            f"{saved.folder}: an adapter that others can't load: its base model is {found}. Push both with --collection; or, "
+            "if the base model is on the Hub already, name it by --base OWNER/NAME."
+        )
     wanted = revision or (None if given else saved.adapter.get("revision"))
     try:
         with hub_errors(name):
@@ -178,16 +183,6 @@ def _hub_base(saved: SavedModel, given: str | None, api: HfApi) -> HubBase | Non
     except ShareError as error:
         raise ShareError(f"{saved.folder}: its base model isn't on the Hub: {error}") from error
     return HubBase(name, info.sha)
-
-
-_BASE_REMEDY = "Or push both with --collection; or, if it is on the Hub already, name it by --base OWNER/NAME."
-
-
-class _Named(AdapterConfig):
-    """The part of an adapter's configuration that names its base."""
-
-    def __init__(self, base: str | None):
-        self.base_model_name_or_path = base
 
 
 def _revisions(base: HubBase) -> dict[str, str]:
@@ -212,6 +207,11 @@ def _quantization(model: HubModel, saved: SavedModel) -> str | None:
     described = describe_quantization(model)
     layers = described.partition(":")[0] if described else None  # without what computes with them on this machine
     return ", ".join(part for part in (quantization_name(model), layers) if part)
+
+
+def _write_card(folder: Path, card: str) -> None:
+    """Write README.md with the line ends that it has."""
+    (folder / README).write_text(card, encoding="utf-8", newline="")
 
 
 def _local_card(saved: SavedModel, model: HubModel) -> str:

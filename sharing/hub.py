@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from huggingface_hub import HfApi, errors, get_token
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
@@ -143,11 +143,14 @@ def open_repository(api: HfApi, target: Target, kind: Kind) -> str:
     if api.token is None and get_token() is None:
         raise ShareError(f"{target.repo_id}: not logged in: run hf auth login, or set HF_TOKEN.")
     with hub_errors(target.repo_id):
-        if target.create_pr:
-            repo_id = target.repo_id
-        else:
-            repo_id = str(api.create_repo(target.repo_id, private=target.private, exist_ok=True).repo_id)
-        info = api.model_info(repo_id)
+        repo_id = target.repo_id if "/" in target.repo_id else f"{api.whoami()['name']}/{target.repo_id}"
+        try:
+            info = api.model_info(repo_id)
+        except errors.RepositoryNotFoundError:
+            if target.create_pr:
+                raise
+            api.create_repo(repo_id, private=target.private, exist_ok=True)  # exist_ok: somebody else was faster
+            info = api.model_info(repo_id)
     if target.private is not None and bool(info.private) != target.private:
         found, wanted = ("private", "public") if info.private else ("public", "private")
         raise ShareError(
@@ -244,9 +247,3 @@ def tag_commit(api: HfApi, pushed: Pushed, tag: str) -> None:
                 "another tag; nothing will be sent twice."
             ) from error
         raise
-
-
-def whoami(api: HfApi) -> dict[str, Any]:
-    """Return the account of the token."""
-    with hub_errors("the Hub"):
-        return dict(api.whoami())

@@ -5,10 +5,9 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from samf.model.model_card import public_name
 from samf.sharing.errors import ShareError
 from samf.utils.files import write_json
 
@@ -41,7 +40,7 @@ def _scrubbed(value: Any) -> Any:
         return {key: _scrubbed(entry) for key, entry in kept.items()}
     if isinstance(value, list):
         return [_scrubbed(entry) for entry in value]
-    return public_name(value.replace("\\", "/")) if isinstance(value, str) and _is_path(value) else value
+    return PureWindowsPath(value).name if isinstance(value, str) and _is_path(value) else value  # either kind of path
 
 
 def _is_local(value: Any) -> bool:
@@ -53,7 +52,7 @@ def _is_path(text: str) -> bool:
     return bool(re.match(r"(?:/[\w.@-]+){2,}/?$|[A-Za-z]:[\\/]|~[\\/]|\\\\\w", text)) and "\n" not in text
 
 
-def check_private_data(folder: Path, source: Path) -> None:
+def check_private_data(folder: Path, source: Path, pattern: str = "*") -> None:
     """Raise ShareError where a file to be pushed names a folder of this machine, or a scan or patient of the run.
 
     Weights are searched in their headers.
@@ -61,12 +60,13 @@ def check_private_data(folder: Path, source: Path) -> None:
     Args:
         folder: what will be pushed.
         source: the run's folder, which may hold predictions.
+        pattern: of the files that are looked at.
     """
     paths, ids = local_paths(source), patient_ids(source)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob(pattern) if path.is_file()):
         content = _searchable(path)
-        for pattern, what in ((paths, "a folder of this machine"), (_HOME, "a home folder"), (ids, "a scan or patient")):
-            match = pattern.search(content) if pattern is not None else None
+        for secret, what in ((paths, "a folder of this machine"), (_HOME, "a home folder"), (ids, "a scan or patient")):
+            match = secret.search(content) if secret is not None else None
             if match:
                 line = content.count(b"\n", 0, match.start()) + 1
                 raise ShareError(

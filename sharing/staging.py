@@ -19,6 +19,7 @@ from samf.model.processing_samf import SamfProcessor
 from samf.sharing.errors import ShareError
 from samf.sharing.private_data import scrub_json_files
 from samf.sharing.saved_models import ADAPTER_CONFIG, SavedModel
+from samf.utils.auto_classes import register_classes
 from samf.utils.files import write_json
 from samf.utils.packaged import HANDLER, REQUIREMENTS
 
@@ -39,6 +40,7 @@ def load_outline(saved: SavedModel) -> HubModel:
     Raises:
         ShareError: the weights aren't those of the configuration, or the folder doesn't load.
     """
+    register_classes()  # so that saving copies the code
     options: dict[str, Any] = {} if saved.kind == "quantized" else {"device_map": "meta"}
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)  # the report of missing weights, which follows as an error
