@@ -30,7 +30,8 @@ def push(
     tag: Annotated[str | None, typer.Option(help="Name for the pushed commit, such as v1.0.")] = None,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="An adapter's base model on the Hub, ID or ID@REVISION, where it was trained on a folder.")
+        str | None,
+        typer.Option(help="An adapter's base model on the Hub, ID or ID@REVISION, where it was trained on a folder."),
     ] = None,
     collection: Annotated[
         bool,

@@ -19,7 +19,17 @@ from samf.sharing.collection import Member, add_to_collection, plan_collection
 from samf.sharing.errors import ShareError
 from samf.sharing.facts import read_facts
 from samf.sharing.figures import write_figures
-from samf.sharing.hub import Pushed, Target, check_target, hub_api, hub_card, hub_errors, open_repository, tag_commit, upload
+from samf.sharing.hub import (
+    Pushed,
+    Target,
+    check_target,
+    hub_api,
+    hub_card,
+    hub_errors,
+    open_repository,
+    tag_commit,
+    upload,
+)
 from samf.sharing.private_data import check_private_data
 from samf.sharing.saved_models import SavedModel, read_saved_model
 from samf.sharing.staging import HubBase, stage_model
@@ -93,7 +103,9 @@ def push_collection(
     options, api = options or PushOptions(), api or hub_api()
     check_target(target)
     if target.create_pr:
-        raise ShareError("--pr proposes a change of one repository, and a collection has several: push them one by one.")
+        raise ShareError(
+            "--pr proposes a change of one repository, and a collection has several: push them one by one."
+        )
     members = plan_collection(folders)
     pushed: dict[str, Pushed] = {}
     owner, _, name = target.repo_id.rpartition("/")

@@ -49,15 +49,14 @@ class Relation:
     def rows(self) -> dict[str, str]:
         """Return rows of the card's table."""
         names = [
-            f"`{base}`" + (f" at `{self.revisions[base][:12]}`" if base in self.revisions else "") for base in self.bases
+            f"`{base}`" + (f" at `{self.revisions[base][:12]}`" if base in self.revisions else "")
+            for base in self.bases
         ]
         rows = {"Made from": " and ".join(names)} if names else {}
         return rows | ({"Weights": self.quantization} if self.quantization else {})
 
 
-def complete_card(
-    card: str, repository: str, facts: RunFacts, figures: Mapping[str, str], relation: Relation
-) -> str:
+def complete_card(card: str, repository: str, facts: RunFacts, figures: Mapping[str, str], relation: Relation) -> str:
     """Return a generated card with everything that its run recorded; of a person's card only the metadata is completed.
 
     Args:
@@ -102,7 +101,9 @@ def add_metadata(card: str, metadata: Mapping[str, Any]) -> str:
     try:
         there = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError as error:
-        raise ShareError(f"README.md: its metadata can't be read ({error}); repair the block between --- lines.") from error
+        raise ShareError(
+            f"README.md: its metadata can't be read ({error}); repair the block between --- lines."
+        ) from error
     if match and not isinstance(there, dict | None):
         raise ShareError("README.md: its metadata isn't a mapping; repair the block between the --- lines.")
     missing = {key: metadata[key] for key in _MERGED_KEYS if key in metadata and key not in (there or {})}
@@ -116,7 +117,13 @@ def add_metadata(card: str, metadata: Mapping[str, Any]) -> str:
 
 
 def _model_index(facts: RunFacts, repository: str) -> dict[str, Any]:
-    results = [result for each in facts.evaluations if not each.is_control for entry in each.index() for result in entry["results"]]
+    results = [
+        result
+        for each in facts.evaluations
+        if not each.is_control
+        for entry in each.index()
+        for result in entry["results"]
+    ]
     results = [result for result in results if result["metrics"]]
     return {"model-index": [{"name": repository.split("/")[-1], "results": results}]} if results else {}
 
@@ -147,7 +154,11 @@ def _metrics(facts: RunFacts, figures: Mapping[str, str]) -> str:
         blocks += [f"### {_evaluation_title(each)}", _scores(each)]
         blocks += _images(figures, f"{each.name.replace('/', '_')}_")
     if facts.calibration is not None:
-        blocks += ["### Calibration of the findings", *_calibration(facts.calibration), *_images(figures, "reliability.png")]
+        blocks += [
+            "### Calibration of the findings",
+            *_calibration(facts.calibration),
+            *_images(figures, "reliability.png"),
+        ]
     return "\n\n".join(blocks)
 
 
@@ -193,7 +204,9 @@ def _replace_section(text: str, title: str, content: str, *, keep: bool = False)
     if not content or match is None:
         return text
     before = match[2].strip() if keep and match[2].strip() != _NOT_KNOWN[title] else ""
-    return text[: match.start()] + match[1] + "\n\n".join(filter(None, [before, content])) + "\n\n" + text[match.end() :]
+    return (
+        text[: match.start()] + match[1] + "\n\n".join(filter(None, [before, content])) + "\n\n" + text[match.end() :]
+    )
 
 
 def _insert_before(text: str, title: str, section: str) -> str:

@@ -63,7 +63,9 @@ def plan_collection(folders: Sequence[Path]) -> list[Member]:
         folders = [*folders, *(folders[0] / name for name in _PARTS if (folders[0] / name / CONFIG).is_file())]
     saved = _with_local_base([read_saved_model(folder) for folder in folders])
     if len(saved) < 2:
-        raise ShareError(f"{folders[0]}: one model only; a collection has several. Leave out --collection, or name more folders.")
+        raise ShareError(
+            f"{folders[0]}: one model only; a collection has several. Leave out --collection, or name more folders."
+        )
     roles: dict[str, SavedModel] = {}
     for each in saved:
         role = _role(each, saved)
@@ -105,7 +107,9 @@ def _member(role: str, roles: Mapping[str, SavedModel]) -> Member:
     if role == "model" and "adapter" in roles and _has_parts_of(saved, roles["adapter"]):
         return Member(role, saved, ending, "merge", [name for name in ("base", "adapter") if name in roles])
     if role == "quantized":
-        bits = getattr(saved.config.quantization_config, "bits", None) or saved.config.quantization_config.get("bits", 4)
+        bits = getattr(saved.config.quantization_config, "bits", None) or saved.config.quantization_config.get(
+            "bits", 4
+        )
         whole = [name for name in ("model", "base") if name in roles and _shares_tensors(saved, roles[name])]
         return Member(role, saved, f"-int{bits}", "quantized", whole[:1])
     return Member(role, saved, ending)

@@ -55,7 +55,9 @@ class Evaluation:
         """Return the scores as the metadata of a card holds them."""
         source = str(self.settings.get("data", ""))
         dataset = {"dataset": hub_id(source) or self.data, "dataset_name": self.data}
-        return model_index(System(self.name, [], self.results), split=str(self.settings.get("split", "valid")), **dataset)
+        return model_index(
+            System(self.name, [], self.results), split=str(self.settings.get("split", "valid")), **dataset
+        )
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,13 @@ def _training_rows(
 
 
 def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _evaluations(saved: SavedModel, notes: list[str]) -> Iterator[Evaluation]:

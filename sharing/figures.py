@@ -20,9 +20,7 @@ _SERIES = {
 
 def loss_curve(log: Sequence[Mapping[str, float]]) -> Figure | None:
     """Plot the losses of a log over its steps; None with fewer than two points of each."""
-    points = {
-        key: [(row["step"], row[key]) for row in log if key in row and "step" in row] for key in _SERIES
-    }
+    points = {key: [(row["step"], row[key]) for row in log if key in row and "step" in row] for key in _SERIES}
     if not any(len(series) > 1 for series in points.values()):
         return None
     figure = Figure(figsize=(6.5, 3.6))

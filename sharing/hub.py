@@ -75,18 +75,22 @@ def check_target(target: Target) -> None:
     except errors.HFValidationError as error:
         raise ShareError(f"{target.repo_id!r} can't be a repository; expected OWNER/NAME. {error}") from error
     if target.create_pr and target.revision is not None:
-        raise ShareError("--pr opens a pull request to main; leave out --revision. To add to one: --revision refs/pr/N.")
+        raise ShareError(
+            "--pr opens a pull request to main; leave out --revision. To add to one: --revision refs/pr/N."
+        )
     if target.create_pr and target.tag:
         raise ShareError("--tag names a commit of the repository, and --pr makes none: tag it when it is merged.")
     if target.create_pr and target.gated:
         raise ShareError("--gated is a setting of the repository, which --pr leaves as it is.")
     if target.revision is not None and re.fullmatch("[0-9a-f]{40}", target.revision):
-        raise ShareError(f"--revision {target.revision[:12]}… is a commit, to which nothing can be added: name a branch.")
+        raise ShareError(
+            f"--revision {target.revision[:12]}… is a commit, to which nothing can be added: name a branch."
+        )
 
 
 @contextlib.contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """Turn the client's errors into ShareError, where something must be changed, and UploadError, where it may be tried again."""
+    """Turn the client's errors into ShareError (something must be changed) and UploadError (trying again may help)."""
     try:
         yield
     except errors.HfHubHTTPError as error:
@@ -171,7 +175,9 @@ def _check_kind(repo_id: str, files: set[str], kind: Kind) -> None:
     is_whole = any(name.startswith("model") and name.endswith((".safetensors", ".index.json")) for name in files)
     if (kind == "adapter" and is_whole and not is_adapter) or (kind != "adapter" and is_adapter and not is_whole):
         found = "an adapter" if is_adapter else "a whole model"
-        raise ShareError(f"{repo_id}: holds {found}, which {kind} weights would hide. Push to a repository of their own.")
+        raise ShareError(
+            f"{repo_id}: holds {found}, which {kind} weights would hide. Push to a repository of their own."
+        )
 
 
 def hub_card(api: HfApi, repo_id: str, revision: str | None) -> str | None:

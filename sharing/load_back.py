@@ -44,7 +44,9 @@ def _outline(source: str, revision: str, kind: str, config: Any) -> dict[str, An
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    model_class = get_class_from_dynamic_module(config.auto_map["AutoModelForImageTextToText"], source, revision=revision)
+    model_class = get_class_from_dynamic_module(
+        config.auto_map["AutoModelForImageTextToText"], source, revision=revision
+    )
     if kind != "model":
         return {"model": model_class.__name__, "parameters": None}
     with torch.device("meta"):

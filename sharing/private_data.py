@@ -84,7 +84,13 @@ def _searchable(path: Path) -> bytes:
 
 def local_paths(source: Path) -> re.Pattern[bytes]:
     """Return an expression for the paths of this machine: the run's folder, the working folder, home, temporary files."""
-    folders = {Path.home(), Path.cwd(), source.resolve(), source.resolve().parent, Path(tempfile.gettempdir()).resolve()}
+    folders = {
+        Path.home(),
+        Path.cwd(),
+        source.resolve(),
+        source.resolve().parent,
+        Path(tempfile.gettempdir()).resolve(),
+    }
     named = sorted({str(path) for path in folders if len(path.parts) > 1}, key=len, reverse=True)
     forms = [form for name in named for form in dict.fromkeys((name, name.replace("\\", "\\\\")))]
     return re.compile(rb"(?<![\w./-])(?:" + b"|".join(re.escape(os.fsencode(form)) for form in forms) + rb")[/\\]\w")

@@ -49,7 +49,7 @@ class SavedModel:
         for path in self.weights:
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:
-                    found |= {name: (path, file.get_slice(name).get_shape()) for name in file.keys()}
+                    found |= {name: (path, file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it isn't a dict
         return found
 
 

@@ -117,9 +117,7 @@ def _run(api: HfApi, pushed: Pushed, arguments: list[str]) -> dict[str, Any]:
         if isinstance(api.token, str):
             environment["HF_TOKEN"] = api.token
         command = [sys.executable, str(Path(load_back.__file__)), *arguments]
-        done = subprocess.run(
-            command, env=environment, cwd=cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False
-        )
+        done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, encoding="utf-8", check=False)
     if done.returncode != 0:
         last = " ".join(done.stderr.strip().rpartition("\n")[2].split())[:_TAIL]
         raise CheckError(f"{pushed.repo_id} at {pushed.revision}: pushed, but doesn't load in a fresh process: {last}")

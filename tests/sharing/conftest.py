@@ -35,6 +35,23 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
+@pytest.fixture
+def corrupt(hub, monkeypatch):
+    """Return a function that changes what the Hub has of a file after each upload: change(files of the commit, path)."""
+
+    def after_upload(path, change) -> None:
+        real = push_model.upload
+
+        def upload(*arguments):
+            pushed = real(*arguments)
+            change(hub.repositories[pushed.repo_id].commits[pushed.revision], path)
+            return pushed
+
+        monkeypatch.setattr(push_model, "upload", upload)
+
+    return after_upload
+
+
 _STAGED: dict[object, tuple[Path, object]] = {}
 
 
@@ -88,7 +105,11 @@ def evaluate(folder: Path) -> None:
     """Write the results of three answers into a run's folder."""
     rows = []
     for number, (reference, prediction) in enumerate(
-        [("There is emphysema.", "There is emphysema."), ("A lung nodule.", "There is emphysema."), ("Clear.", "Clear.")]
+        [
+            ("There is emphysema.", "There is emphysema."),
+            ("A lung nodule.", "There is emphysema."),
+            ("Clear.", "Clear."),
+        ]
     ):
         row = {"id": f"report_{number}_1", "scan_id": f"scan_{number}_a", "patient_id": f"{PATIENT}_{number}"}
         row |= {"task": "report", "question": "Write the report.", "choices": None}

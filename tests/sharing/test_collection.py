@@ -25,7 +25,10 @@ def relation(hub, name: str):
 def test_one_run_becomes_a_repository_per_form_and_a_collection(run, adapter, hub):
     lines = []
     pushed = push_collection([adapter], Target(f"{USER}/samf"), PushOptions("files", say=lines.append), hub.api())
-    names = {form: f"{USER}/samf{ending}" for form, ending in (("base", "-base"), ("lora", "-lora"), ("whole", ""), ("int4", "-int4"))}
+    names = {
+        form: f"{USER}/samf{ending}"
+        for form, ending in (("base", "-base"), ("lora", "-lora"), ("whole", ""), ("int4", "-int4"))
+    }
     assert [each.repo_id for each in pushed] == [names["base"], names["lora"], names["whole"], names["int4"]]
     assert relation(hub, names["base"]) == (None, None)
     assert relation(hub, names["lora"]) == ("adapter", names["base"])
@@ -69,7 +72,9 @@ def test_relations_are_read_from_the_weights(run, adapter, tmp_path):
     ]
     weights = load_file(tmp_path / "joined" / "model.safetensors")
     changed = {name: weight + 1 if ".fusion." in name else weight for name, weight in weights.items()}
-    save_file({name: torch.clone(weight) for name, weight in changed.items()}, tmp_path / "joined" / "model.safetensors")
+    save_file(
+        {name: torch.clone(weight) for name, weight in changed.items()}, tmp_path / "joined" / "model.safetensors"
+    )
     other = plan_collection([adapter, tmp_path / "joined"])
     assert {member.role: member.kind for member in other}["model"] is None
 

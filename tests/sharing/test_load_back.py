@@ -6,7 +6,6 @@ import sys
 
 import pytest
 from hub_stand_in import USER
-from test_push import corrupt
 
 from samf.scripts.push_model import PushOptions, push_collection, push_folder
 from samf.sharing.errors import CheckError
@@ -33,22 +32,24 @@ def _break_code(files, path):
     files[path] = b"raise RuntimeError('not the code that was pushed')\n"
 
 
-def test_code_that_doesn_t_run_elsewhere_fails_the_check(model, hub, monkeypatch):
-    corrupt(monkeypatch, hub, "configuration_samf.py", _break_code)
+def test_code_that_doesn_t_run_elsewhere_fails_the_check(model, hub, corrupt, monkeypatch):
+    corrupt("configuration_samf.py", _break_code)
     monkeypatch.setattr("samf.scripts.push_model.check_files", lambda *arguments: 0)
-    with pytest.raises(CheckError, match="pushed, but doesn't load in a fresh process: RuntimeError: not the code") as error:
+    with pytest.raises(
+        CheckError, match="pushed, but doesn't load in a fresh process: RuntimeError: not the code"
+    ) as error:
         push_folder(model, Target(NAME), PushOptions("load"), hub.api())
     assert hub.repositories[NAME].oid("main") in str(error.value)
 
 
-def test_other_weights_fail_the_full_check(model, hub, monkeypatch):
+def test_other_weights_fail_the_full_check(model, hub, corrupt, monkeypatch):
     """Where checksums say nothing: one number of the last shard."""
     shard = sorted(model.glob("model*.safetensors"))[-1].name
 
     def change(files, path):
         files[path] = files[path][:-2] + b"\x41\x41"
 
-    corrupt(monkeypatch, hub, shard, change)
+    corrupt(shard, change)
     monkeypatch.setattr("samf.scripts.push_model.check_files", lambda *arguments: 0)
     with pytest.raises(CheckError, match="gives other results"):
         push_folder(model, Target(NAME), PushOptions("full"), hub.api())

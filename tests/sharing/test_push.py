@@ -13,7 +13,6 @@ from hub_stand_in import READ_TOKEN, STRANGER_TOKEN, USER, HubStandIn
 from huggingface_hub import HfApi, ModelCard
 
 from samf.model.model_card import is_generated
-from samf.scripts import push_model
 from samf.scripts.push_model import PushOptions, push_folder
 from samf.sharing.errors import CheckError, ShareError, UploadError
 from samf.sharing.hub import Pushed, Target
@@ -148,7 +147,13 @@ def test_a_card_that_gives_somebody_away_isn_t_pushed(run, hub, tmp_path, text, 
 
 
 def test_scrubbing_keeps_what_only_looks_like_a_path(tmp_path):
-    content = {"token": "/think", "slash": "/", "url": "https://example.org/a/b", "id": "owner/name", "pattern": "a/b.c"}
+    content = {
+        "token": "/think",
+        "slash": "/",
+        "url": "https://example.org/a/b",
+        "id": "owner/name",
+        "pattern": "a/b.c",
+    }
     paths = {"data": "/data/hospital/CT", "windows": "C:\\Users\\ada\\ct", "name_or_path": "/data/hospital/model"}
     (tmp_path / "config.json").write_text(json.dumps({**content, **paths, "nested": [paths]}))
     scrub_json_files(tmp_path)
@@ -192,19 +197,6 @@ def test_a_generated_card_on_the_hub_is_replaced(run, adapter, hub):
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-def corrupt(monkeypatch, hub: HubStandIn, path: str, change) -> None:
-    """Change what the Hub has of a file after each upload."""
-    real = push_model.upload
-
-    def upload(*arguments):
-        pushed = real(*arguments)
-        files = hub.repositories[pushed.repo_id].commits[pushed.revision]
-        change(files, path)
-        return pushed
-
-    monkeypatch.setattr(push_model, "upload", upload)
-
-
 @pytest.mark.parametrize(
     ("path", "change", "message"),
     [
@@ -214,17 +206,17 @@ def corrupt(monkeypatch, hub: HubStandIn, path: str, change) -> None:
         ("old.safetensors", lambda files, path: files.update({path: b"x"}), "old.safetensors is there"),
     ],
 )
-def test_a_hub_with_other_bytes_fails_the_check(model, hub, monkeypatch, path, change, message):
-    corrupt(monkeypatch, hub, path, change)
+def test_a_hub_with_other_bytes_fails_the_check(model, hub, corrupt, path, change, message):
+    corrupt(path, change)
     with pytest.raises(CheckError, match=message) as error:
         push(model, hub)
     assert hub.repositories[NAME].oid("main") in str(error.value)
 
 
-def test_a_flipped_bit_of_the_weights_fails_the_check(model, hub, monkeypatch):
+def test_a_flipped_bit_of_the_weights_fails_the_check(model, hub, corrupt):
     shard = sorted(model.glob("model*.safetensors"))[-1].name
     flip = lambda files, path: files.update({path: files[path][:-1] + bytes([files[path][-1] ^ 1])})  # noqa: E731
-    corrupt(monkeypatch, hub, shard, flip)
+    corrupt(shard, flip)
     with pytest.raises(CheckError, match=f"{shard} differs"):
         push(model, hub)
 
@@ -273,7 +265,7 @@ def test_shards_of_an_earlier_push_are_removed(model, adapter, hub):
     """Both would be loaded by some rule: a single file hides an index."""
     push(model, hub)
     pushed = push(adapter / "merged", hub)
-    weights = {path for path in hub.files(NAME, pushed.revision) if path.startswith("model.") or path.startswith("model-")}
+    weights = {path for path in hub.files(NAME, pushed.revision) if path.startswith(("model.", "model-"))}
     assert weights == {"model.safetensors"}
 
 
