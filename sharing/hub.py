@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi, errors, get_token
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
 
 from samf.model.model_card import README
 from samf.sharing.errors import ShareError, UploadError
@@ -222,7 +226,7 @@ def upload(api: HfApi, repo_id: str, folder: Path, target: Target, kind: Kind, t
                 commit_message=target.message or title,
                 delete_patterns=_REPLACED.get(kind, _REPLACED_WHOLE),
             )
-    except RuntimeError as error:  # of a file's upload, without hf_xet around the client's error, with it hf_xet's own
+    except (RuntimeError, OSError) as error:  # without hf_xet around the client's error, with it hf_xet's own
         cause = error.__cause__ or error
         if isinstance(cause, errors.HfHubHTTPError):
             message, fatal = _explain(cause)

@@ -45,7 +45,7 @@ class SavedModel:
 
     def tensors(self) -> dict[str, tuple[Path, Sequence[int]]]:
         """Return name → (file, shape) of the stored tensors, from the files' headers."""
-        found = {}
+        found: dict[str, tuple[Path, Sequence[int]]] = {}
         for path in self.weights:
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt") as file:

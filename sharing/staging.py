@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers.utils import logging as transformers_logging
 
@@ -48,8 +48,11 @@ def load_outline(saved: SavedModel) -> HubModel:
     try:
         if saved.kind == "adapter":  # the base model may be elsewhere
             return _adapter_outline(saved)
-        model, info = SamfForConditionalGeneration.from_pretrained(
-            saved.folder, dtype="auto", output_loading_info=True, **options
+        model, info = cast(
+            tuple[HubModel, Mapping[str, Any]],
+            SamfForConditionalGeneration.from_pretrained(
+                saved.folder, dtype="auto", output_loading_info=True, **options
+            ),
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ShareError(f"{saved.folder}: doesn't load: {error}") from error

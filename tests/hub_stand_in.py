@@ -6,8 +6,8 @@
 
 Accounts have tokens and roles in organisations; `hub.fail(…)` breaks connections or answers with an error. A real
 `huggingface_hub` client talks to it through `HF_ENDPOINT`, within this process by `hub.api()`. Its environment also sets
-`HF_HUB_DISABLE_XET`: with `hf_xet` installed the client would upload by the Xet protocol, which needs a storage server;
-without it, by Git LFS. Every commit keeps all its files, so that old revisions stay readable.
+`HF_HUB_DISABLE_XET`: with `hf_xet` installed the client would upload by the Xet protocol, which needs a storage server
+(`hub.xet_storage` names a folder instead); without it, by Git LFS. Every commit keeps all its files, so that old revisions stay readable.
 """
 
 import base64
@@ -76,6 +76,7 @@ class Repository:
     messages: dict[str, str] = field(default_factory=dict)  # oid → message, in order
     refs: dict[str, str] = field(default_factory=lambda: {"main": NO_COMMIT})  # branches and refs/pr/N
     tags: dict[str, str] = field(default_factory=dict)
+    discussions: dict[int, str] = field(default_factory=dict)  # number → title of a pull request
 
     @property
     def owner(self) -> str:
@@ -121,6 +122,7 @@ class HubStandIn:
         self.part_size: int | None = None  # of multipart uploads; None = files are uploaded whole
         self.parts: dict[tuple[str, int], bytes] = {}
         self.lfs_objects: dict[str, bytes] = {}
+        self.xet_storage: Path | None = None  # folder that hf_xet writes into by itself; the server has no part in that
         self.requests: list[str] = []  # "METHOD path", as they came
         self.query: dict[str, list[str]] = {}  # of the request that is being answered
         self.account: Account | None = None  # of its token
@@ -304,6 +306,24 @@ class HubStandIn:
         wanted = [part["partNumber"] for part in json.loads(body)["parts"]]
         return self.lfs_upload(b"".join(self.parts.pop((oid, part)) for part in sorted(wanted)), oid)
 
+    def xet_token(self, repository: Repository, body: bytes, revision: str) -> dict[str, Any]:
+        if self.xet_storage is None:
+            raise HubError(404, message="no Xet storage")
+        return {"casUrl": f"local://{self.xet_storage}", "accessToken": "token", "exp": 2**33}
+
+    def open_discussion(self, repository: Repository, body: bytes) -> dict[str, Any]:
+        """Open a pull request without changes, as hf_xet's uploads do before their first commit."""
+        number = 1 + sum(name.startswith("refs/pr/") for name in repository.refs)
+        repository.refs[f"refs/pr/{number}"] = repository.oid("main")
+        repository.discussions[number] = json.loads(body)["title"]
+        return {"num": number}
+
+    def discussion(self, repository: Repository, body: bytes, number: str) -> dict[str, Any]:
+        known = {"createdAt": "2026-01-01T00:00:00.000Z", "status": "draft", "isPullRequest": True, "events": []}
+        known |= {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": [], "author": {"name": USER}}
+        repo = {"name": repository.name, "type": "model"}
+        return {"num": int(number), "title": repository.discussions[int(number)], "repo": repo, **known}
+
     def create_collection(self, body: bytes) -> dict[str, Any]:
         wanted = json.loads(body)
         owner, title = wanted["namespace"], wanted["title"]
@@ -377,6 +397,9 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("GET", "/api/collections/(?P<slug>[^/]+/[^/]+)", HubStandIn.collection),
     ("POST", "/api/collections/(?P<slug>[^/]+/[^/]+)/items", HubStandIn.add_item),
     ("PUT", f"/api/models/{_NAME}/settings", HubStandIn.settings),
+    ("GET", f"/api/models/{_NAME}/xet-write-token/{_REVISION}", HubStandIn.xet_token),
+    ("POST", f"/api/models/{_NAME}/discussions", HubStandIn.open_discussion),
+    ("GET", f"/api/models/{_NAME}/discussions/(?P<number>[0-9]+)", HubStandIn.discussion),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", HubStandIn.lfs_batch),
     ("GET", f"/api/models/{_NAME}", HubStandIn.info),
     ("GET", f"/api/models/{_NAME}/revision/{_REVISION}", HubStandIn.info),

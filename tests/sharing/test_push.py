@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hub_stand_in import READ_TOKEN, STRANGER_TOKEN, USER, HubStandIn
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 
 from samf.model.model_card import is_generated
 from samf.scripts.push_model import PushOptions, push_folder
@@ -252,6 +252,31 @@ def test_weights_stay_on_the_hub_where_the_commit_never_came(model, hub):
     hub.requests.clear()
     pushed = push(model, hub)
     assert hub.count("PUT /lfs/") == 0 and hub.repositories[NAME].oid("main") == pushed.revision
+
+
+@pytest.mark.slow
+def test_by_xet_too_a_second_push_sends_only_what_is_missing(model, adapter, hub, tmp_path, monkeypatch):
+    """hf_xet stores chunks in a folder, by itself; the stand-in is given the files, and the client's commits name them."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.xet_storage = tmp_path / "chunks"
+    hub.xet_storage.mkdir()
+    for path in (*model.glob("model*.safetensors"), adapter / "merged" / "model.safetensors"):
+        hub.lfs_objects[hashlib.sha256(path.read_bytes()).hexdigest()] = path.read_bytes()
+
+    def stored() -> int:
+        return sum(path.stat().st_size for path in hub.xet_storage.rglob("*") if path.parent.name == "xorbs")
+
+    broken = hub.fail("POST .*/commit/", answer=400)
+    with pytest.raises(ShareError, match="HTTP 400"):
+        push(model, hub)
+    before = stored()
+    hub.faults.remove(broken)
+    pushed = push(model, hub)
+    assert before > 500_000 and stored() < 1.2 * before and hub.count("lfs/objects") == 0
+    assert hub.files(NAME)["config.json"] and hub.repositories[NAME].oid("main") == pushed.revision
+    proposed = push(adapter / "merged", hub, token=STRANGER_TOKEN, create_pr=True)
+    assert proposed.branch == "refs/pr/1" and hub.repositories[NAME].oid("refs/pr/1") == proposed.revision
+    assert hub.repositories[NAME].oid("main") == pushed.revision
 
 
 @pytest.mark.slow
