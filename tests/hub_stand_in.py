@@ -7,7 +7,8 @@
 Accounts have tokens and roles in organisations; `hub.fail(…)` breaks connections or answers with an error. A real
 `huggingface_hub` client talks to it through `HF_ENDPOINT`, within this process by `hub.api()`. Its environment also sets
 `HF_HUB_DISABLE_XET`: with `hf_xet` installed the client would upload by the Xet protocol, which needs a storage server
-(`hub.xet_storage` names a folder instead); without it, by Git LFS. Every commit keeps all its files, so that old revisions stay readable.
+(`hub.xet_storage` names a folder instead); without it, by Git LFS. Every commit keeps all its files, so that old
+revisions stay readable.
 """
 
 import base64
