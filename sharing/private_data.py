@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -17,6 +17,9 @@ _ORIGINS = ("_name_or_path", "name_or_path", "is_local", "local_files_only", "_c
 _HOME = re.compile(rb"(?:/home/|/Users/|\b[A-Za-z]:\\{1,2}Users\\{1,2})[\w.-]+")
 _HEADER_BYTES = 8  # of a safetensors file: the length of its header
 _SHORTEST_ID = 5  # shorter ids of patients are words like any other
+_NOT_OF_THE_RUN = (".py", ".png")
+_VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+_WORD = re.compile(rb"[\w.-]+")
 _ID_KEYS = ("patient_id", "scan_id", "volume_id", "id")
 
 
@@ -55,7 +58,7 @@ def _is_path(text: str) -> bool:
 def check_private_data(folder: Path, source: Path, pattern: str = "*") -> None:
     """Raise ShareError where a file to be pushed names a folder of this machine, or a scan or patient of the run.
 
-    Weights are searched in their headers.
+    Weights are searched in their headers. Code is that of the package, whose examples may have any path and scan.
 
     Args:
         folder: what will be pushed.
@@ -63,16 +66,25 @@ def check_private_data(folder: Path, source: Path, pattern: str = "*") -> None:
         pattern: of the files that are looked at.
     """
     paths, ids = local_paths(source), patient_ids(source)
-    for path in sorted(path for path in folder.rglob(pattern) if path.is_file()):
+    words = {name for name in ids if _WORD.fullmatch(name)}
+    for path in sorted(path for path in folder.rglob(pattern) if path.is_file() and path.suffix not in _NOT_OF_THE_RUN):
         content = _searchable(path)
-        for secret, what in ((paths, "a folder of this machine"), (_HOME, "a home folder"), (ids, "a scan or patient")):
-            match = secret.search(content) if secret is not None else None
-            if match:
-                line = content.count(b"\n", 0, match.start()) + 1
+        places = {
+            "a folder of this machine": _start(paths.search(content)),
+            "a home folder": _start(_HOME.search(content)),
+            "a scan or patient": None if path.name in _VOCABULARY else _find_id(content, words, ids - words),
+        }
+        for what, place in places.items():
+            if place is not None:
+                line = content.count(b"\n", 0, place) + 1
                 raise ShareError(
                     f"{path.relative_to(folder)}, line {line}: names {what}, and would be public. Remove it from "
                     f"{source / path.name if (source / path.name).exists() else 'the model'} and push again."
                 )
+
+
+def _start(match: re.Match[bytes] | None) -> int | None:
+    return None if match is None else match.start()
 
 
 def _searchable(path: Path) -> bytes:
@@ -96,13 +108,22 @@ def local_paths(source: Path) -> re.Pattern[bytes]:
     return re.compile(rb"(?<![\w./-])(?:" + b"|".join(re.escape(os.fsencode(form)) for form in forms) + rb")[/\\]\w")
 
 
-def patient_ids(source: Path) -> re.Pattern[bytes] | None:
-    """Return an expression for the scans and patients that the run's predictions and failures name; None without any."""
-    found = {name for path in _listings(source) for name in _ids_of(path) if len(name) >= _SHORTEST_ID}
-    if not found:
-        return None
-    names = b"|".join(re.escape(name.encode()) for name in sorted(found, key=len, reverse=True))
-    return re.compile(rb"(?<![\w.-])(?:" + names + rb")(?![\w-])")
+def patient_ids(source: Path) -> set[bytes]:
+    """Return the scans and patients that the run's predictions and failures name, without bare numbers.
+
+    A number is also a size, a step or a token.
+    """
+    found = {name for path in _listings(source) for name in _ids_of(path)}
+    return {name.encode() for name in found if len(name) >= _SHORTEST_ID and not name.isdigit()}
+
+
+def _find_id(content: bytes, words: set[bytes], phrases: Collection[bytes]) -> int | None:
+    """Return where a text names one of many ids, which are words or phrases; None = nowhere."""
+    if words:
+        for match in _WORD.finditer(content):
+            if match[0] in words or match[0].rstrip(b".-") in words:
+                return match.start()
+    return next((place for name in phrases if (place := content.find(name)) >= 0), None)
 
 
 def _listings(source: Path) -> Iterator[Path]:

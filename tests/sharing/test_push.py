@@ -146,6 +146,23 @@ def test_a_card_that_gives_somebody_away_isn_t_pushed(run, hub, tmp_path, text, 
     assert "patient_0815" not in str(error.value) and not hub.repositories
 
 
+def test_what_only_looks_like_a_patient_or_path_is_pushed(tmp_path):
+    """Examples in code, numbers, tokens; and files of a hundred thousand scans are searched at once."""
+    staged, source = tmp_path / "staged", tmp_path / "run"
+    for folder in (staged, source / "eval"):
+        folder.mkdir(parents=True)
+    rows = [{"scan_id": f"valid_{number}_a", "patient_id": f"{number + 32_000}"} for number in range(2000)]
+    (source / "eval" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (staged / "ct_volume.py").write_text(f"# such as {Path.home()}/valid_53_a\n")
+    (staged / "config.json").write_text('{"vocab_size": 32064}')
+    (staged / "tokenizer.json").write_text('{"valid_1_a": 3}')
+    (staged / "README.md").write_text("xvalid_53_a and valid_99999_a\n")
+    check_private_data(staged, source)
+    (staged / "README.md").write_text("one line\n(valid_53_a).\n")
+    with pytest.raises(ShareError, match="README.md, line 2: names a scan or patient"):
+        check_private_data(staged, source)
+
+
 def test_scrubbing_keeps_what_only_looks_like_a_path(tmp_path):
     content = {
         "token": "/think",
