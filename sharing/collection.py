@@ -5,7 +5,7 @@ tree, its filters, download counts and gates belong to repositories: so each for
 in the cards (`base_model`, `base_model_relation`) connects them, and a collection is the page that shows all of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def _shares_tensors(quantized: SavedModel, model: SavedModel) -> bool:
     return _equal_tensors(quantized, model, lambda name: name)
 
 
-def _equal_tensors(first: SavedModel, second: SavedModel, name_in_second) -> bool:  # type: ignore[no-untyped-def]
+def _equal_tensors(first: SavedModel, second: SavedModel, name_in_second: Callable[[str], str]) -> bool:
     """Return whether the smallest tensors of the fusion, which every training changes, are equal in two folders."""
     ours, theirs = first.tensors(), second.tensors()
     names = [name for name in ours if ".fusion." in name and name_in_second(name) in theirs]

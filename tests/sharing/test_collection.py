@@ -53,6 +53,7 @@ def test_a_second_push_of_a_collection_changes_nothing(adapter, hub):
     assert all(hub.repositories[each.repo_id].private for each in first)
 
 
+@pytest.mark.slow
 def test_relations_are_read_from_the_weights(run, adapter, tmp_path):
     """What was merged or rounded elsewhere has the parts of the model that it was made from; another model hasn't."""
     shutil.copytree(adapter / "int4", tmp_path / "small")

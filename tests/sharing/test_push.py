@@ -63,6 +63,7 @@ def test_the_card_says_what_the_run_recorded(run, hub):
     assert "figures/loss.png" in shown and not any("reliability" in path for path in shown)
 
 
+@pytest.mark.slow
 def test_what_wasn_t_recorded_isn_t_said(adapter, hub):
     push(adapter / "merged", hub)
     card = card_of(hub)
@@ -218,9 +219,21 @@ def test_a_generated_card_on_the_hub_is_replaced(run, adapter, hub):
     ("path", "change", "message"),
     [
         ("config.json", lambda files, path: files.update({path: files[path][:-1] + b" "}), "config.json differs"),
-        ("modeling_samf.py", lambda files, path: files.update({path: b"x"}), "modeling_samf.py differs"),
-        ("tokenizer.json", lambda files, path: files.pop(path), "tokenizer.json is missing"),
-        ("old.safetensors", lambda files, path: files.update({path: b"x"}), "old.safetensors is there"),
+        pytest.param(
+            "modeling_samf.py",
+            lambda files, path: files.update({path: b"x"}),
+            "modeling_samf.py differs",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "tokenizer.json", lambda files, path: files.pop(path), "tokenizer.json is missing", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "old.safetensors",
+            lambda files, path: files.update({path: b"x"}),
+            "old.safetensors is there",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_hub_with_other_bytes_fails_the_check(model, hub, corrupt, path, change, message):
@@ -230,6 +243,7 @@ def test_a_hub_with_other_bytes_fails_the_check(model, hub, corrupt, path, chang
     assert hub.repositories[NAME].oid("main") in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_of_the_weights_fails_the_check(model, hub, corrupt):
     shard = sorted(model.glob("model*.safetensors"))[-1].name
     flip = lambda files, path: files.update({path: files[path][:-1] + bytes([files[path][-1] ^ 1])})  # noqa: E731
@@ -241,7 +255,7 @@ def test_a_flipped_bit_of_the_weights_fails_the_check(model, hub, corrupt):
 # --- Uploads that break -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("part_size", "requests"), [(None, 3), (50_000, 11)])
+@pytest.mark.parametrize(("part_size", "requests"), [(None, 3), pytest.param(50_000, 11, marks=pytest.mark.slow)])
 def test_a_second_push_sends_only_what_is_missing(model, hub, part_size, requests):
     hub.part_size = part_size
     broken = hub.fail("PUT /(lfs|parts)/", after=requests)
@@ -261,6 +275,7 @@ def test_a_second_push_sends_only_what_is_missing(model, hub, part_size, request
     assert {name: files[name] for name in shards} == shards
 
 
+@pytest.mark.slow
 def test_weights_stay_on_the_hub_where_the_commit_never_came(model, hub):
     broken = hub.fail("POST .*/commit/", answer=503)
     with pytest.raises(UploadError, match="HTTP 503"):
@@ -303,6 +318,7 @@ def test_an_unchanged_model_makes_no_commit(model, hub):
     assert len(hub.history(NAME)) == 2  # with the initial one
 
 
+@pytest.mark.slow
 def test_shards_of_an_earlier_push_are_removed(model, adapter, hub):
     """Both would be loaded by some rule: a single file hides an index."""
     push(model, hub)
@@ -314,6 +330,7 @@ def test_shards_of_an_earlier_push_are_removed(model, adapter, hub):
 # --- Repositories and rights ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_repository_of_an_organisation_needs_a_role_that_may_write(model, hub):
     assert push(model, hub, "lab/samf").repo_id == "lab/samf"
     for name in ("readers/samf", "others/samf"):
@@ -322,6 +339,7 @@ def test_a_repository_of_an_organisation_needs_a_role_that_may_write(model, hub)
     assert set(hub.repositories) == {"lab/samf"}
 
 
+@pytest.mark.slow
 def test_a_name_without_an_owner_is_ones_own(model, hub):
     assert push(model, hub, "samf").repo_id == NAME
     assert f'repository = "{NAME}"' in card_of(hub).text
@@ -329,7 +347,11 @@ def test_a_name_without_an_owner_is_ones_own(model, hub):
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [(READ_TOKEN, "no right"), (STRANGER_TOKEN, "no right"), ("hf_" + "0" * 34, "token isn't valid")],
+    [
+        (READ_TOKEN, "no right"),
+        pytest.param(STRANGER_TOKEN, "no right", marks=pytest.mark.slow),
+        pytest.param("hf_" + "0" * 34, "token isn't valid", marks=pytest.mark.slow),
+    ],
 )
 def test_without_rights_nothing_is_uploaded(model, hub, token, message):
     push(model, hub)
@@ -381,6 +403,7 @@ def test_a_pull_request_leaves_main_as_it_is(model, adapter, hub):
         push(model, hub, f"{USER}/nowhere", create_pr=True)
 
 
+@pytest.mark.slow
 def test_branches_and_tags(model, adapter, hub):
     first = push(model, hub, tag="v1", revision="trial")
     assert hub.repositories[NAME].tags == {"v1": first.revision} and first.branch == "trial"
@@ -409,7 +432,12 @@ def test_options_that_can_t_be_are_refused_without_a_request(model, hub, setting
 
 
 @pytest.mark.parametrize(
-    ("status", "message"), [(429, "too many requests; wait 7 s"), (500, "HTTP 500"), (None, "can't be reached")]
+    ("status", "message"),
+    [
+        (429, "too many requests; wait 7 s"),
+        pytest.param(500, "HTTP 500", marks=pytest.mark.slow),
+        pytest.param(None, "can't be reached", marks=pytest.mark.slow),
+    ],
 )
 def test_a_hub_in_trouble_can_be_asked_again(model, hub, status, message):
     hub.fail("POST /api/repos/create", answer=status, headers={"Retry-After": "7"})
@@ -478,6 +506,7 @@ def test_an_adapter_names_its_base_by_id_and_commit(model, adapter, hub):
     assert "adapter_model.safetensors" in hub.files(f"{USER}/lora")
 
 
+@pytest.mark.slow
 def test_an_adapter_doesn_t_go_into_a_whole_models_repository(model, adapter, hub):
     push(model, hub)
     with pytest.raises(ShareError, match="holds a whole model, which adapter weights would hide"):

@@ -71,6 +71,9 @@ def test_stages_train_their_parts_alone_and_end_in_a_whole_repository(work):
     assert {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= files
     assert {"tokenizer.json", "chat_template.jinja", "requirements.txt"} <= files
     assert {"_records_train.json", "_records_valid.json"} <= files  # what was read; not pushed: it names volumes
+    record = json.loads((work / "whole" / "_run.json").read_text(encoding="utf-8"))  # what samf push says of the run
+    assert (record["data"], record["learning_rate"], record["valid_records"] > 0) == ("phantoms", 1e-2, True)
+    assert {"torch", "transformers"} <= record["versions"].keys() and str(work) not in json.dumps(record)
     texts = [
         file.read_text(encoding="utf-8")
         for file in (work / "whole").iterdir()
