@@ -8,6 +8,14 @@ import typer
 
 from samf.cli.errors import SOME_FAILED, UsageError, exit_with, log_errors_only, one_line
 
+Check = Annotated[
+    Literal["none", "files", "load", "full"],
+    typer.Option(
+        help="What is checked at the pushed commit: checksums (files), also loading in a fresh process without the "
+        "weights (load), or with them and a forward pass (full: downloads everything)."
+    ),
+]
+
 
 def add_sharing(app: typer.Typer) -> None:
     """Add the command."""
@@ -41,13 +49,7 @@ def push(
             "listed as a collection. Of one folder also base, merged and int4 in it.",
         ),
     ] = False,
-    check: Annotated[
-        Literal["none", "files", "load", "full"],
-        typer.Option(
-            help="What is checked at the pushed commit: checksums (files), also loading in a fresh process without the "
-            "weights (load), or with them and a forward pass (full: downloads everything)."
-        ),
-    ] = "load",
+    check: Check = "load",
     with_handler: Annotated[
         bool, typer.Option("--with-handler", help="Add handler.py, by which Inference Endpoints serve the model.")
     ] = False,
