@@ -54,8 +54,10 @@ from samf.model.processing_samf import SamfProcessor
 from samf.utils.distributed import Processes, default_device, join_processes, leave_processes
 from samf.utils.files import write_json
 from samf.utils.recipe import parse_recipe
+from samf.utils.script_errors import input_errors
 
 logger = logging.getLogger("samf.eval")
+SCRIPT = "eval.py"
 
 
 @dataclass
@@ -149,10 +151,6 @@ class EvalArguments(SourceArguments, ScoringArguments):
         return ScoringOptions(**{**options, "finding_names": self.finding_names or None})
 
 
-class OptionError(ValueError):
-    """An option that would otherwise fail only after the last answer."""
-
-
 def build_model(args: EvalArguments) -> tuple[SamfForConditionalGeneration, SamfProcessor]:
     """Return the model on this process's device, and its processor."""
     device = torch.device(args.device or default_device())
@@ -204,19 +202,20 @@ def describe(args: EvalArguments) -> JsonObject:
 
 
 def check_models(args: EvalArguments) -> None:
-    """Raise OptionError where the labeller or BERTScore's model can't be loaded; only the first process needs them."""
+    """Raise ValueError where the labeller or BERTScore's model can't be loaded; only the first process needs them."""
     if not Processes().is_first:
         return
     try:
         args.scoring_options().check_models()
     except (ValueError, OSError, ImportError) as error:
-        raise OptionError(f"labeller {args.labeller!r}, bertscore_model {args.bertscore_model!r}: {error}") from error
+        raise ValueError(f"labeller {args.labeller!r}, bertscore_model {args.bertscore_model!r}: {error}") from error
 
 
 def run(args: EvalArguments) -> Results | None:
     """Answer and score; return the content of `output_dir`/results.json, on other processes than the first None."""
-    check_models(args)
-    records = choose_records(args)
+    with input_errors(SCRIPT):  # before the first answer
+        check_models(args)
+        records = choose_records(args)
     model, processor = build_model(args)
     answering: AnsweringOptions = {
         "volume_store": build_slice_cache(args, processor),
@@ -287,15 +286,10 @@ def main(argv: list[str] | None = None) -> None:
     join_processes()
     level = logging.INFO if Processes().is_first else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    try:
+    with input_errors(SCRIPT):
         (args,) = parse_recipe(EvalArguments, argv)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"eval.py: {error}")
     with logging_redirect_tqdm():  # keeps log lines and the progress bar apart
-        try:
-            results = run(args)
-        except OptionError as error:
-            sys.exit(f"eval.py: {error}")
+        results = run(args)
         if results is None:  # not the first process
             return
         sys.stdout.write(results_table(results))
@@ -303,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 sys.stdout.write(judge(args))
             except JudgeError as error:
-                sys.exit(f"eval.py: {error}")
+                sys.exit(f"{SCRIPT}: {error}")
     folder = Path(args.output_dir)
     sys.stdout.write(
         f"\nWritten to {folder}: {PREDICTIONS}, {RESULTS}, {Path(RESULTS).with_suffix('.md')}. Next:\n"

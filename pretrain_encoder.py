@@ -31,8 +31,10 @@ from samf.training.launchers import check_launcher, refuse_shards
 from samf.training.trainer_base import train_to_end
 from samf.utils.distributed import leaves_processes
 from samf.utils.recipe import parse_recipe
+from samf.utils.script_errors import input_errors
 
 logger = logging.getLogger("samf.pretrain_encoder")
+SCRIPT = "pretrain_encoder.py"
 
 
 @dataclass
@@ -164,7 +166,8 @@ def train_by_dino(args: EncoderArguments, dino_args: DinoArguments, training: Tr
         training: Arguments of the run.
     """
     image_processor = build_image_processor(args)
-    sets = load_slices(args, image_processor, training.output_dir)
+    with input_errors(SCRIPT):
+        sets = load_slices(args, image_processor, training.output_dir)
     if not training.weight_decay and dino_args.weight_decay_end:
         logger.warning("weight_decay is 0, so none is applied; DINO's rises from 0.04 to weight_decay_end")
     trainer = DinoTrainer(
@@ -188,7 +191,8 @@ def train_by_dino(args: EncoderArguments, dino_args: DinoArguments, training: Tr
 @leaves_processes
 def main(argv: list[str] | None = None) -> None:
     """Train a slice encoder from a recipe and the command line."""
-    args, dino_args, training = parse_recipe((EncoderArguments, DinoArguments, TrainingArguments), argv)
+    with input_errors(SCRIPT):
+        args, dino_args, training = parse_recipe((EncoderArguments, DinoArguments, TrainingArguments), argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     check_launcher(training)
     refuse_shards(training, "The slice encoder's pretraining")

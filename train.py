@@ -28,7 +28,7 @@ from samf.training.checkpoints import checkpoint_to_resume
 from samf.training.datasets import TrainerDatasets, build_mixture, has_text_only_records, load_datasets
 from samf.training.factory import apply_liger, build_model, build_processor
 from samf.training.launchers import check_launcher, refuse_unsharded_options
-from samf.training.repository import card_settings
+from samf.training.repository import card_settings, write_run_record
 from samf.training.sample_generation import SampleWriter, choose_samples
 from samf.training.skipping import skip_unreadable
 from samf.training.throughput import CountingCollator
@@ -37,8 +37,10 @@ from samf.training.trainer import SamfTrainer, save_repository
 from samf.training.trainer_base import train_to_end
 from samf.training.volume_stores import build_volume_store
 from samf.utils.distributed import Processes, leaves_processes
-from samf.utils.recipe import parse_recipe
+from samf.utils.recipe import parse_recipe, recipes_of
+from samf.utils.script_errors import input_errors
 
+SCRIPT = "train.py"
 ARGUMENTS = (ModelArguments, DataArguments, TuningArguments, MonitorArguments, TrainingArguments)
 
 
@@ -170,20 +172,22 @@ def finish(trainer: SamfTrainer, merge: bool) -> None:
 @leaves_processes
 def main(argv: list[str] | None = None) -> None:
     """Train from a recipe and the command line."""
-    model_args, data_args, tuning, monitor, training = parse_recipe(ARGUMENTS, argv)
+    with input_errors(SCRIPT):
+        model_args, data_args, tuning, monitor, training = parse_recipe(ARGUMENTS, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     card = card_settings(model_args, data_args)
     configure(training, model_args, data_args, tuning, monitor)
     processor = build_processor(model_args)
     model = build_model(model_args, processor)
-    data = load_datasets(
-        data_args,
-        processor,
-        model.config.finding_names,
-        with_lengths=data_args.sort_steps or training.train_sampling_strategy == "group_by_length",
-        with_valid=training.do_eval or training.eval_on_start,
-        output_dir=training.output_dir,
-    )
+    with input_errors(SCRIPT):
+        data = load_datasets(
+            data_args,
+            processor,
+            model.config.finding_names,
+            with_lengths=data_args.sort_steps or training.train_sampling_strategy == "group_by_length",
+            with_valid=training.do_eval or training.eval_on_start,
+            output_dir=training.output_dir,
+        )
     # A batch without volumes or without labels uses only a part of the model; with checkpointing Trainer's default is False.
     if training.ddp_find_unused_parameters is None and (
         model.config.finding_names or has_text_only_records(data["train_dataset"])
@@ -208,6 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=CountingCollator(skip_unreadable(collator, data_args.on_error, data["train_dataset"])),
         **data,
     )
+    if trainer.is_world_process_zero():
+        write_run_record(training, data_args, tuning, recipes_of(argv), data)
     train_to_end(trainer)
     finish(trainer, tuning.merge)
 

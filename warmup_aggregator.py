@@ -36,8 +36,10 @@ from samf.training.launchers import check_launcher, refuse_shards
 from samf.training.trainer_base import train_to_end
 from samf.utils.distributed import leaves_processes
 from samf.utils.recipe import parse_recipe
+from samf.utils.script_errors import input_errors
 
 logger = logging.getLogger("samf.warmup_aggregator")
+SCRIPT = "warmup_aggregator.py"
 
 
 @dataclass
@@ -73,7 +75,8 @@ def embed_scans(
     folder = args.slice_cache or Path(output_dir, SLICES)
     slices = SliceCache(folder, load_image_processor(args.slice_encoder, **args.slice_settings()), args.min_coverage)
     options = args.source_options(args.on_missing, args.pattern)
-    scans = readable_scans(args.data, slices, on_error=args.on_error, valid_share=args.valid_share, options=options)
+    with input_errors(SCRIPT):
+        scans = readable_scans(args.data, slices, on_error=args.on_error, valid_share=args.valid_share, options=options)
     embeddings = EmbeddingCache(folder, slices, model)
     volumes = {volume for part in scans.values() for scan in part for volume in scan.volumes}
     embeddings.fill_together(sorted(volumes, key=attrgetter("path")))
@@ -83,7 +86,8 @@ def embed_scans(
 @leaves_processes
 def main(argv: list[str] | None = None) -> None:
     """Warm the aggregator up, from a recipe and the command line."""
-    args, training = parse_recipe((WarmupArguments, TrainingArguments), argv)
+    with input_errors(SCRIPT):
+        args, training = parse_recipe((WarmupArguments, TrainingArguments), argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     check_launcher(training)
     refuse_shards(training, "The aggregator's warm-up")

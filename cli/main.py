@@ -14,6 +14,7 @@ from samf.cli.errors import UsageError, exit_with, log_errors_only
 from samf.cli.hospital import add_hospital
 from samf.cli.options import Device, Model, Quantize, Revision
 from samf.cli.serving import add_serving
+from samf.cli.sharing import add_sharing
 from samf.cli.web import add_web
 
 app = typer.Typer(
@@ -189,32 +190,11 @@ def recipe(
         raise exit_with(error) from error
 
 
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
-    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub, OWNER/NAME; created if it doesn't exist.")],
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a new repository. Default: the owner's setting.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if it doesn't exist.")] = None,
-    with_handler: Annotated[
-        bool, typer.Option("--with-handler", help="Add handler.py, by which Inference Endpoints serve the model.")
-    ] = False,
-) -> None:
-    """Upload a saved model: weights, code, processor and card; it is loaded first, to see that others can."""
-    from samf.cli.tools import push as upload
-
-    log_errors_only()
-    try:
-        sys.stdout.write(f"{upload(folder, repo_id, private, revision, with_handler)}\n")
-    except UsageError as error:
-        raise exit_with(error) from error
-
-
 add_web(app)
 add_serving(app)
 add_hospital(app)
 add_data(app)
+add_sharing(app)
 add_doors(app)
 
 if __name__ == "__main__":

@@ -151,3 +151,17 @@ def adapter_base(folder: str | os.PathLike | None) -> str | None:
             "folder there, or set base_model_name_or_path to its new place or Hub id."
         )
     return base
+
+
+def base_revision(folder: str | os.PathLike | None, base: str) -> str | None:
+    """Return the commit of the base model that a local adapter's configuration names; None for a base that is a folder.
+
+    Args:
+        folder: the adapter's folder.
+        base: its base model, as `adapter_base` returns it.
+    """
+    if folder is None or hub_id(base) is None:
+        return None
+    config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    revision: str | None = config.get("revision")
+    return revision

@@ -17,7 +17,14 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import logging
 
-from .adapters_samf import active_adapter, adapter_base, base_problem, load_full_parts, save_wrapped_adapter
+from .adapters_samf import (
+    active_adapter,
+    adapter_base,
+    base_problem,
+    base_revision,
+    load_full_parts,
+    save_wrapped_adapter,
+)
 from .configuration_samf import SamfConfig
 from .model_card import README, CardSettings, hub_id, is_generated, make_card, write_model_card
 from .pipeline_samf import CUSTOM_PIPELINES  # so the library copies the pipeline's code with the model's
@@ -284,6 +291,8 @@ class HubModel(PushToHubWithCard, _ModelBase):
         if base is not None:
             adapter = {"_adapter_model_path": str(pretrained_model_name_or_path)}
             kwargs["adapter_kwargs"] = {**(kwargs.get("adapter_kwargs") or {}), **adapter}
+            if (revision := base_revision(pretrained_model_name_or_path, base)) is not None:
+                kwargs.setdefault("revision", revision)
             pretrained_model_name_or_path = base
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 

@@ -92,7 +92,7 @@ The code is under Apache-2.0. The weights are also subject to the terms of the b
 data.
 """
 _NO_REPOSITORY = "USER/REPOSITORY"  # in the example of a card whose repository isn't known yet
-_MARK = re.compile(r"<!-- samf-card ([0-9a-f]{16}) -->\s*")
+MARK = re.compile(r"<!-- samf-card ([0-9a-f]{16}) -->\s*")
 
 
 class CardSettings(TypedDict, total=False):
@@ -158,7 +158,7 @@ def make_card(
         data=f"Trained on {public_name(data)}." if data else "The training data are not recorded here.",
         metrics=_metrics_table(metrics, data) if metrics else "No metrics are recorded here.",
     )
-    return _marked(metadata.to_yaml(), text)
+    return marked_card(metadata.to_yaml(), text)
 
 
 def with_repository(card: str, repository: str) -> str:
@@ -170,12 +170,12 @@ def with_repository(card: str, repository: str) -> str:
     """
     if not is_generated(card):
         return card
-    bare = ModelCard(_MARK.sub("", card.replace("\r\n", "\n")), ignore_metadata_errors=True)
+    bare = ModelCard(MARK.sub("", card.replace("\r\n", "\n")), ignore_metadata_errors=True)
     text = bare.text.strip("\n") + "\n"
-    return str(_marked(bare.data.to_yaml(), text.replace(_NO_REPOSITORY, repository)))
+    return str(marked_card(bare.data.to_yaml(), text.replace(_NO_REPOSITORY, repository)))
 
 
-def _marked(metadata: str, text: str) -> ModelCard:
+def marked_card(metadata: str, text: str) -> ModelCard:
     """Return the card of a metadata block and a text, with the mark by which `is_generated` knows it."""
     digest = _digest(ModelCard(f"---\n{metadata}\n---\n\n{text}"))
     return ModelCard(f"---\n{metadata}\n---\n\n<!-- samf-card {digest} -->\n\n{text}")
@@ -194,11 +194,11 @@ def write_model_card(folder: str | os.PathLike, card: ModelCard) -> bool:
 def is_generated(card: str) -> bool:
     """Return whether `make_card` made this card and it is unchanged since, including its metadata."""
     card = card.replace("\r\n", "\n")
-    mark = _MARK.search(card)
+    mark = MARK.search(card)
     if mark is None:
         return False
     try:
-        return mark[1] == _digest(ModelCard(_MARK.sub("", card), ignore_metadata_errors=True))
+        return mark[1] == _digest(ModelCard(MARK.sub("", card), ignore_metadata_errors=True))
     except (ValueError, yaml.YAMLError):  # metadata that can't be parsed, which make_card never writes
         return False
 

@@ -4,9 +4,11 @@
         subprocess.run([sys.executable, "script.py"], env={**os.environ, **hub.environment(tmp_path)})
         hub.files("someone/model")["config.json"]
 
-A real `huggingface_hub` client talks to it through `HF_ENDPOINT`. Its environment also sets `HF_HUB_DISABLE_XET`: with
-`hf_xet` installed the client would upload by the Xet protocol, which needs a storage server; without it, by Git LFS.
-Every commit keeps all its files, so that old revisions stay readable.
+Accounts have tokens and roles in organisations; `hub.fail(…)` breaks connections or answers with an error. A real
+`huggingface_hub` client talks to it through `HF_ENDPOINT`, within this process by `hub.api()`. Its environment also sets
+`HF_HUB_DISABLE_XET`: with `hf_xet` installed the client would upload by the Xet protocol, which needs a storage server
+(`hub.xet_storage` names a folder instead); without it, by Git LFS. Every commit keeps all its files, so that old
+revisions stay readable.
 """
 
 import base64
@@ -22,9 +24,12 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from huggingface_hub import HfApi
 
 USER = "someone"
 TOKEN = "hf_" + "s" * 34
+STRANGER_TOKEN = "hf_" + "x" * 34  # of an account that owns nothing
+READ_TOKEN = "hf_" + "r" * 34  # of USER, without the right to write
 LFS_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth"}
 NO_COMMIT = "0" * 40
 
@@ -38,17 +43,48 @@ class HubError(Exception):
         self.headers = {"X-Error-Code": code, "X-Error-Message": message, **headers}
 
 
+@dataclass(frozen=True)
+class Account:
+    name: str
+    orgs: dict[str, str] = field(default_factory=dict)  # name → role: read, contributor, write, admin
+    writes: bool = True  # whether the token may write
+
+    def reads_as(self, owner: str) -> bool:
+        return owner == self.name or owner in self.orgs
+
+    def writes_as(self, owner: str) -> bool:
+        return self.writes and (owner == self.name or self.orgs.get(owner) in ("write", "admin"))
+
+
+@dataclass
+class Fault:
+    """What happens to requests that match, from the `after`-th on, `times` times."""
+
+    pattern: str  # of "METHOD path"
+    answer: int | None  # status; None = the connection breaks
+    after: int = 0
+    times: int = 1_000_000
+    headers: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Repository:
     name: str
     private: bool
-    gated: bool = False  # strangers are told to log in, and who has logged in to ask for access
+    # "auto" or "manual": strangers are told to log in, and who has logged in to ask for access; not the owner
+    gated: bool | str = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {NO_COMMIT: {}})  # oid → path → content
     messages: dict[str, str] = field(default_factory=dict)  # oid → message, in order
-    refs: dict[str, str] = field(default_factory=lambda: {"main": NO_COMMIT})  # branches and tags
+    refs: dict[str, str] = field(default_factory=lambda: {"main": NO_COMMIT})  # branches and refs/pr/N
+    tags: dict[str, str] = field(default_factory=dict)
+    discussions: dict[int, str] = field(default_factory=dict)  # number → title of a pull request
+
+    @property
+    def owner(self) -> str:
+        return self.name.partition("/")[0]
 
     def oid(self, revision: str) -> str:
-        oid = self.refs.get(revision, revision)
+        oid = {**self.tags, **self.refs}.get(revision, revision)
         if oid not in self.commits:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return oid
@@ -77,9 +113,20 @@ class HubStandIn:
 
     def __init__(self):
         self.repositories: dict[str, Repository] = {}
+        self.collections: dict[str, dict[str, Any]] = {}  # slug → what the API tells of it
+        self.accounts = {
+            TOKEN: Account(USER, {"lab": "write", "readers": "read"}),
+            READ_TOKEN: Account(USER, {"lab": "write"}, writes=False),
+            STRANGER_TOKEN: Account("stranger"),
+        }
+        self.faults: list[Fault] = []
+        self.part_size: int | None = None  # of multipart uploads; None = files are uploaded whole
+        self.parts: dict[tuple[str, int], bytes] = {}
         self.lfs_objects: dict[str, bytes] = {}
+        self.xet_storage: Path | None = None  # folder that hf_xet writes into by itself; the server has no part in that
         self.requests: list[str] = []  # "METHOD path", as they came
         self.query: dict[str, list[str]] = {}  # of the request that is being answered
+        self.account: Account | None = None  # of its token
         self.lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -101,6 +148,20 @@ class HubStandIn:
         options = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, **options}
 
+    def api(self, token: str = TOKEN) -> HfApi:
+        """Return a client of this server for this process."""
+        return HfApi(endpoint=self.url, token=token)
+
+    def fail(self, pattern: str, answer: int | None = None, **options: Any) -> Fault:
+        """Break the connections of requests that match "METHOD path", or answer them with a status."""
+        fault = Fault(pattern, answer, **options)
+        self.faults.append(fault)
+        return fault
+
+    def count(self, pattern: str) -> int:
+        """Return how many requests matched "METHOD path"."""
+        return sum(bool(re.search(pattern, line)) for line in self.requests)
+
     def files(self, name: str, revision: str = "main") -> dict[str, bytes]:
         repository = self.repositories[name]
         return repository.commits[repository.oid(revision)]
@@ -112,7 +173,11 @@ class HubStandIn:
     # --- the API: each method answers one route with JSON ---------------------------------------------------------
 
     def whoami(self, body: bytes) -> dict[str, Any]:
-        return {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+        if self.account is None:
+            raise HubError(401, message="Invalid credentials in Authorization header")
+        orgs = [{"type": "org", "name": name, "roleInOrg": role} for name, role in self.account.orgs.items()]
+        role = "write" if self.account.writes else "read"
+        return {"type": "user", "name": self.account.name, "orgs": orgs, "auth": {"accessToken": {"role": role}}}
 
     def validate_yaml(self, body: bytes) -> dict[str, Any]:
         text = json.loads(body)["content"]
@@ -123,7 +188,11 @@ class HubStandIn:
 
     def create_repo(self, body: bytes) -> dict[str, Any]:
         wanted = json.loads(body)
-        name = f"{wanted['organization'] or USER}/{wanted['name']}"
+        owner = wanted["organization"] or self.account.name
+        name = f"{owner}/{wanted['name']}"
+        if not self.account.writes_as(owner):
+            text = f'You don\'t have the rights to create a model under the namespace "{owner}"'
+            raise HubError(403, message=text)
         if name in self.repositories:
             raise HubError(409, message="You already created this model repo", url=f"{self.url}/{name}")
         private = wanted.get("visibility") == "private" or wanted.get("private") is True
@@ -134,7 +203,14 @@ class HubStandIn:
     def info(self, repository: Repository, body: bytes, revision: str = "main") -> dict[str, Any]:
         oid = repository.oid(revision)
         siblings = [{"rfilename": path} for path in sorted(repository.commits[oid])]
-        return {"id": repository.name, "sha": oid, "private": repository.private, "tags": [], "siblings": siblings}
+        known = {"private": repository.private, "gated": repository.gated, "tags": []}
+        return {"id": repository.name, "sha": oid, "siblings": siblings, **known}
+
+    def settings(self, repository: Repository, body: bytes) -> dict[str, Any]:
+        wanted = json.loads(body)
+        repository.gated = wanted.get("gated", repository.gated)
+        repository.private = wanted.get("visibility", "private" if repository.private else "public") == "private"
+        return wanted
 
     def tree(self, repository: Repository, body: bytes, revision: str, folder: str = "") -> list[dict[str, Any]]:
         """Return all files under `folder`, at any depth, as for `recursive`."""
@@ -171,19 +247,25 @@ class HubStandIn:
         return [*found, *({"type": "directory", "path": name, "oid": NO_COMMIT} for name in folders)]
 
     def list_refs(self, repository: Repository, body: bytes) -> dict[str, Any]:
-        branches = [
-            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in repository.refs.items()
-        ]
-        return {"branches": branches, "tags": [], "converts": []}
+        def refs(kind: str, found: dict[str, str]) -> list[dict[str, str]]:
+            return [{"name": name, "ref": f"{kind}{name}", "targetCommit": oid} for name, oid in found.items()]
+
+        branches = {name: oid for name, oid in repository.refs.items() if not name.startswith("refs/")}
+        return {"branches": refs("refs/heads/", branches), "tags": refs("refs/tags/", repository.tags), "converts": []}
 
     def create_branch(self, repository: Repository, body: bytes, name: str) -> dict[str, Any]:
+        if name.startswith("refs/"):
+            raise HubError(400, message=f"Invalid reference for a branch: {name}")
         if name in repository.refs:
             raise HubError(409, message=f"Reference already exists: {name}")
         repository.refs[name] = repository.oid(json.loads(body or b"{}").get("startingPoint") or "main")
         return {}
 
     def create_tag(self, repository: Repository, body: bytes, revision: str) -> dict[str, Any]:
-        repository.refs[json.loads(body)["tag"]] = repository.oid(revision)
+        tag = json.loads(body)["tag"]
+        if tag in repository.tags:
+            raise HubError(409, message=f"Tag reference exists already: {tag}")
+        repository.tags[tag] = repository.oid(revision)
         return {}
 
     def preupload(self, repository: Repository, body: bytes, revision: str) -> dict[str, Any]:
@@ -199,9 +281,21 @@ class HubStandIn:
         objects = []
         for item in json.loads(body)["objects"]:
             if item["oid"] not in self.lfs_objects:  # without actions the client knows that it need not upload
-                item = {**item, "actions": {"upload": {"href": f"{self.url}/lfs/{item['oid']}"}}}
+                upload: dict[str, Any] = {"href": f"{self.url}/lfs/{item['oid']}"}
+                if self.part_size is not None and item["size"] > self.part_size:
+                    parts = range(1, -(-item["size"] // self.part_size) + 1)
+                    addresses = {str(part): f"{self.storage_url}/parts/{item['oid']}/{part}" for part in parts}
+                    upload["header"] = {"chunk_size": str(self.part_size), **addresses}
+                verify = {"href": f"{self.url}/{repository.name}/lfs-verify"}
+                item = {**item, "actions": {"upload": upload, "verify": verify}}
             objects.append(item)
         return {"transfer": "basic", "objects": objects}
+
+    def lfs_verify(self, repository: Repository, body: bytes) -> dict[str, Any]:
+        wanted = json.loads(body)
+        if len(self.lfs_objects.get(wanted["oid"], b"")) != wanted["size"]:
+            raise HubError(404, message=f"{wanted['oid']} has not been uploaded")
+        return {}
 
     def lfs_upload(self, body: bytes, oid: str) -> dict[str, Any]:
         if hashlib.sha256(body).hexdigest() != oid:
@@ -209,8 +303,68 @@ class HubStandIn:
         self.lfs_objects[oid] = body
         return {}
 
+    def lfs_complete(self, body: bytes, oid: str) -> dict[str, Any]:
+        wanted = [part["partNumber"] for part in json.loads(body)["parts"]]
+        return self.lfs_upload(b"".join(self.parts.pop((oid, part)) for part in sorted(wanted)), oid)
+
+    def xet_token(self, repository: Repository, body: bytes, revision: str) -> dict[str, Any]:
+        if self.xet_storage is None:
+            raise HubError(404, message="no Xet storage")
+        return {"casUrl": f"local://{self.xet_storage}", "accessToken": "token", "exp": 2**33}
+
+    def open_discussion(self, repository: Repository, body: bytes) -> dict[str, Any]:
+        """Open a pull request without changes, as hf_xet's uploads do before their first commit."""
+        number = 1 + sum(name.startswith("refs/pr/") for name in repository.refs)
+        repository.refs[f"refs/pr/{number}"] = repository.oid("main")
+        repository.discussions[number] = json.loads(body)["title"]
+        return {"num": number}
+
+    def discussion(self, repository: Repository, body: bytes, number: str) -> dict[str, Any]:
+        known = {"createdAt": "2026-01-01T00:00:00.000Z", "status": "draft", "isPullRequest": True, "events": []}
+        known |= {"changes": {"base": "refs/heads/main"}, "filesWithConflicts": [], "author": {"name": USER}}
+        repo = {"name": repository.name, "type": "model"}
+        return {"num": int(number), "title": repository.discussions[int(number)], "repo": repo, **known}
+
+    def create_collection(self, body: bytes) -> dict[str, Any]:
+        wanted = json.loads(body)
+        owner, title = wanted["namespace"], wanted["title"]
+        if not self.account.writes_as(owner):
+            raise HubError(403, message="You don't have the rights to create a collection in this namespace")
+        if len(title) > 59:
+            raise HubError(400, message="title must be shorter than 60 characters")
+        digest = hashlib.sha1(title.encode()).hexdigest()[:24]
+        slug = f"{owner}/{re.sub('[^a-z0-9]+', '-', title.lower())}-{digest}"
+        if slug in self.collections:
+            raise HubError(409, message="You already have a collection with this title", slug=slug)
+        known = {"title": title, "private": wanted["private"], "description": wanted.get("description")}
+        fixed = {"lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "theme": "blue", "upvotes": 0}
+        self.collections[slug] = {"slug": slug, "owner": owner, "items": [], **known, **fixed}
+        return self.collections[slug]
+
+    def collection(self, body: bytes, slug: str) -> dict[str, Any]:
+        if slug not in self.collections:
+            raise HubError(404, message="Collection not found")
+        return self.collections[slug]
+
+    def add_item(self, body: bytes, slug: str) -> dict[str, Any]:
+        wanted, items = json.loads(body), self.collection(b"", slug)["items"]
+        item = wanted["item"]
+        if item["type"] != "model" or item["id"] not in self.repositories:
+            raise HubError(404, message="Item not found")
+        if any(there["id"] == item["id"] for there in items):
+            raise HubError(409, message="Item already in collection")
+        note = {"text": wanted["note"], "html": wanted["note"]} if "note" in wanted else None
+        items.append({"_id": f"{len(items):024x}", "position": len(items), "note": note, **item})
+        return self.collections[slug]
+
     def commit(self, repository: Repository, body: bytes, branch: str) -> dict[str, Any]:
         lines = [json.loads(line) for line in body.splitlines()]
+        opened = {}
+        if self.query.get("create_pr"):
+            number = 1 + sum(name.startswith("refs/pr/") for name in repository.refs)
+            repository.refs[f"refs/pr/{number}"] = repository.oid(branch)
+            branch = f"refs/pr/{number}"
+            opened = {"pullRequestUrl": f"{self.url}/{repository.name}/discussions/{number}"}
         files = dict(self.files(repository.name, branch))
         message = ""
         for key, value in ((line["key"], line["value"]) for line in lines):
@@ -227,7 +381,8 @@ class HubStandIn:
                     raise HubError(404, "EntryNotFound", "A file with this name doesn't exist")
                 files = kept
         oid = repository.commit(branch, files, message)
-        return {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{repository.name}/commit/{oid}"}
+        address = f"{self.url}/{repository.name}/commit/{oid}"
+        return {"success": True, "commitOid": oid, "commitUrl": address, **opened}
 
 
 _NAME = r"(?P<repository>[^/]+/[^/]+)"
@@ -237,6 +392,15 @@ ROUTES: list[tuple[str, str, Callable]] = [
     ("POST", "/api/validate-yaml", HubStandIn.validate_yaml),
     ("POST", "/api/repos/create", HubStandIn.create_repo),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", HubStandIn.lfs_upload),
+    ("POST", "/lfs/(?P<oid>[0-9a-f]{64})", HubStandIn.lfs_complete),
+    ("POST", f"/{_NAME}/lfs-verify", HubStandIn.lfs_verify),
+    ("POST", "/api/collections", HubStandIn.create_collection),
+    ("GET", "/api/collections/(?P<slug>[^/]+/[^/]+)", HubStandIn.collection),
+    ("POST", "/api/collections/(?P<slug>[^/]+/[^/]+)/items", HubStandIn.add_item),
+    ("PUT", f"/api/models/{_NAME}/settings", HubStandIn.settings),
+    ("GET", f"/api/models/{_NAME}/xet-write-token/{_REVISION}", HubStandIn.xet_token),
+    ("POST", f"/api/models/{_NAME}/discussions", HubStandIn.open_discussion),
+    ("GET", f"/api/models/{_NAME}/discussions/(?P<number>[0-9]+)", HubStandIn.discussion),
     ("POST", rf"/{_NAME}\.git/info/lfs/objects/batch", HubStandIn.lfs_batch),
     ("GET", f"/api/models/{_NAME}", HubStandIn.info),
     ("GET", f"/api/models/{_NAME}/revision/{_REVISION}", HubStandIn.info),
@@ -255,6 +419,10 @@ ROUTES: list[tuple[str, str, Callable]] = [
 ]
 RESOLVE = re.compile(f"/(?:datasets/)?{_NAME}/resolve/{_REVISION}/(?P<path>.+)")
 STORAGE = re.compile("/storage/(?P<oid>[0-9a-f]{64})")
+PART = re.compile("/parts/(?P<oid>[0-9a-f]{64})/(?P<number>[0-9]+)")
+# What changes a repository, and what a pull request may do too.
+WRITES = (HubStandIn.create_branch, HubStandIn.create_tag, HubStandIn.settings)
+PROPOSALS = (HubStandIn.preupload, HubStandIn.commit)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -274,8 +442,17 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {path}")
             self.hub.query = parse_qs(urlsplit(self.path).query)
+            self.hub.account = self.hub.accounts.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
             try:
-                if match := RESOLVE.fullmatch(path):
+                if (fault := self._fault(f"{self.command} {path}")) is not None:
+                    if fault.answer is None:
+                        self.close_connection = True  # without an answer
+                        return
+                    raise HubError(fault.answer, message="as the test wants it", **fault.headers)
+                if match := PART.fullmatch(path):
+                    self.hub.parts[match["oid"], int(match["number"])] = body
+                    self._send(200, b"", {"ETag": f'"{match["number"]}"'})
+                elif match := RESOLVE.fullmatch(path):
                     self._resolve(**{key: unquote(value) for key, value in match.groupdict().items()})
                 elif match := STORAGE.fullmatch(path):
                     self._send_range(self.hub.lfs_objects[match["oid"]])
@@ -283,6 +460,15 @@ class _Handler(BaseHTTPRequestHandler):
                     self._send(200, json.dumps(self._call(path, body)).encode())
             except HubError as error:
                 self._send(error.status, json.dumps({"error": str(error), **error.headers}).encode(), error.headers)
+
+    def _fault(self, request: str) -> Fault | None:
+        for fault in self.hub.faults:
+            if re.search(fault.pattern, request):
+                fault.after -= 1
+                if fault.after < 0 and fault.times > 0:
+                    fault.times -= 1
+                    return fault
+        return None
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -298,27 +484,38 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, call in ROUTES:
             if method == self.command and (match := re.fullmatch(pattern, path)):
                 arguments = {key: unquote(value) for key, value in match.groupdict().items()}
-                if self.command == "POST" and not self._is_known():
+                if "Authorization" in self.headers and self.hub.account is None:
+                    raise HubError(401, message="Invalid credentials in Authorization header")
+                is_presigned = path.startswith("/lfs/")
+                if self.command == "POST" and self.hub.account is None and not is_presigned:
                     raise HubError(401, message="Invalid username or password.")
                 if "repository" in arguments:
                     arguments["repository"] = self._repository(arguments["repository"])
+                    self._check_rights(call, arguments["repository"])
                 return call(self.hub, body=body, **arguments)
         raise HubError(404, message=f"the stand-in has no route {self.command} {path}")
 
-    def _is_known(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+    def _check_rights(self, call: Callable, repository: Repository) -> None:
+        """Refuse what only the owner may do; anyone who is logged in may open a pull request."""
+        may_write = self.hub.account is not None and self.hub.account.writes_as(repository.owner)
+        is_proposal = bool(self.hub.query.get("create_pr")) or "refs%2Fpr%2F" in self.path
+        if call in WRITES and not may_write:
+            raise HubError(403, message="You don't have the required permissions to perform this action")
+        if call in PROPOSALS and not may_write and not is_proposal:
+            raise HubError(403, message="pass `create_pr=1` as a query parameter to create a Pull Request")
 
     def _repository(self, name: str) -> Repository:
-        repository = self.hub.repositories.get(name)
-        if repository is None or repository.private and not self._is_known():
-            raise HubError(404 if self._is_known() else 401, "RepoNotFound", f"{name} not found")
+        repository, account = self.hub.repositories.get(name), self.hub.account
+        if repository is None or (repository.private and not (account and account.reads_as(repository.owner))):
+            raise HubError(404 if account else 401, "RepoNotFound", f"{name} not found")
         return repository
 
     def _resolve(self, repository: str, revision: str, path: str) -> None:
         """Send the file, or for LFS files a redirection to the storage, as the Hub does."""
         repo = self._repository(repository)
-        if repo.gated:
-            status, reason = (403, "not in the authorized list") if self._is_known() else (401, "must be authenticated")
+        account = self.hub.account
+        if repo.gated and not (account and account.reads_as(repo.owner)):
+            status, reason = (403, "not in the authorized list") if account else (401, "must be authenticated")
             raise HubError(status, "GatedRepo", f"Access to {repository} is restricted: you are {reason}.")
         oid = repo.oid(revision)
         if path not in repo.commits[oid]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from samf.model.adapters_samf import adapter_base
+from samf.model.adapters_samf import adapter_base, base_revision
 from samf.model.modeling_samf import SamfForConditionalGeneration
 from samf.model.processing_samf import SamfProcessor
 from samf.training.arguments import TuningArguments
@@ -143,7 +143,10 @@ def merge_adapter(folder: str | Path, target: str | Path) -> None:
         raise ValueError(
             f"{folder}: no adapter (adapter_config.json without model weights); expected what lora_rank made."
         )
-    model = SamfForConditionalGeneration.from_pretrained(base, dtype="auto")
+    revision = base_revision(folder, base)
+    model = SamfForConditionalGeneration.from_pretrained(
+        base, dtype="auto", **({"revision": revision} if revision else {})
+    )
     dtype = model.dtype
     merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload().to(dtype)
     merged.config._name_or_path = ""  # a local folder means nothing on other machines

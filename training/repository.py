@@ -1,13 +1,20 @@
 """What a finished run's folder says about the run, and whether its weights are complete."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from safetensors import safe_open
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
-from samf.training.arguments import DataArguments, ModelArguments
+from samf.model.model_card import public_name
+from samf.training.arguments import DataArguments, ModelArguments, TuningArguments
+from samf.utils.files import write_json
+from samf.utils.packaged import package_version
+
+RUN_RECORD = "_run.json"  # the underscore keeps Trainer from pushing it
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
 class CardSettings(TypedDict, total=False):
@@ -26,6 +33,54 @@ def card_settings(model_args: ModelArguments, data_args: DataArguments) -> CardS
         sources = {"Slice encoder": model_args.slice_encoder, "Language model": model_args.text_model}
     facts = {**sources, "Trained parts": ", ".join(model_args.train_parts), "Tasks": ", ".join(data_args.tasks)}
     return {"base_models": list(sources.values()), "facts": facts, "data": data_args.data}
+
+
+def write_run_record(
+    training: TrainingArguments,
+    data: DataArguments,
+    tuning: TuningArguments,
+    recipes: Sequence[Path],
+    records: Mapping[str, Any],
+) -> None:
+    """Write what `samf push` says about a run that isn't in trainer_state.json: recipe, data, settings, versions.
+
+    Of folders only the names are written, and of records only their number.
+
+    Args:
+        training: arguments of the run; the record goes into its output folder.
+        data: names the data set.
+        tuning: settings of the adapter.
+        recipes: the recipes given on the command line.
+        records: the train_dataset and, per kind of volumes, the eval_dataset.
+    """
+    valid = (records.get("eval_dataset") or {}).get("own")
+    content = {
+        "recipes": [path.stem for path in recipes],
+        "data": public_name(data.data) if data.data else None,
+        "tasks": data.tasks,
+        "learning_rate": training.learning_rate,
+        "lr_scheduler_type": getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type),
+        "num_train_epochs": training.num_train_epochs if training.max_steps <= 0 else None,
+        "seed": training.seed,
+        "bf16": training.bf16,
+        "lora_rank": tuning.lora_rank or None,
+        "train_records": _length(records.get("train_dataset")),
+        "valid_records": _length(valid),
+        "versions": {"samf": package_version(), **{name: found for name in _LIBRARIES if (found := _version(name))}},
+    }
+    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
+    write_json(Path(training.output_dir) / RUN_RECORD, content)
+
+
+def _length(records: Any) -> int | None:
+    return len(records) if isinstance(records, Sized) else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def validation_losses(state: TrainerState) -> dict[str, float]:

@@ -120,6 +120,15 @@ def _read_yaml(path: Path) -> dict[str, RecipeValue]:
     return values
 
 
+def recipes_of(argv: Sequence[str] | None = None) -> list[Path]:
+    """Return the files that `--config` of a command line names; None takes `sys.argv[1:]`.
+
+    Raises:
+        RecipeError: there is no such file or recipe.
+    """
+    return _take_config(sys.argv[1:] if argv is None else argv)[0]
+
+
 def _take_config(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", type=Path, nargs="+", default=[])

@@ -393,11 +393,12 @@ def test_push_uploads_a_whole_repository_with_the_folders_card(model, tmp_path):
             command = [sys.executable, "-c", code, "push", *arguments]
             return subprocess.run(command, env=environment, capture_output=True, text=True)
 
-        done = push(str(DEMO_MODEL), "someone/demo", "--private", "--with-handler")
+        done = push(str(DEMO_MODEL), "someone/demo", "--private", "--with-handler", "--check", "files")
         assert done.returncode == 0, done.stderr
         files = hub.files("someone/demo")
-        missing = push(str(tmp_path / "none"), "someone/none")
-    assert hub.repositories["someone/demo"].private and "someone/none" not in hub.repositories
+        revision = hub.repositories["someone/demo"].oid("main")
+    assert hub.repositories["someone/demo"].private
+    assert f"someone/demo at {revision}: {len(files) - 1} files have the checksums" in done.stdout  # not .gitattributes
     assert {"modeling_samf.py", "pipeline_samf.py", "requirements.txt", "tokenizer.json", "model.safetensors"} <= set(
         files
     )
@@ -407,4 +408,3 @@ def test_push_uploads_a_whole_repository_with_the_folders_card(model, tmp_path):
         'repository = "someone/demo"' in card and "phantoms only" in card and "macro-F1" in card and is_generated(card)
     )
     assert "AutoModelForImageTextToText" in json.loads(files["config.json"])["auto_map"]
-    assert missing.returncode == 2 and len(missing.stderr.splitlines()) == 1

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import small_run
-from hub_stand_in import TOKEN, HubStandIn, Repository
+from hub_stand_in import STRANGER_TOKEN, TOKEN, HubStandIn, Repository
 from huggingface_hub import constants
 
 from samf.data.loading import load_records
@@ -101,13 +101,15 @@ def test_offline_the_cache_is_read(hub, monkeypatch):
         load_records("someone/other", "valid")
 
 
-@pytest.mark.parametrize("token", [None, TOKEN])
+@pytest.mark.parametrize("token", [None, STRANGER_TOKEN])
 def test_without_access_the_error_says_how_to_get_it(hub, monkeypatch, tmp_path, token):
     """Strangers get 401 from the Hub, those who haven't accepted the terms 403."""
     hub.repositories[NAME].gated = True
     if token is None:
         monkeypatch.delenv("HF_TOKEN")
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(PermissionError) as error:
         load_records(NAME, "valid")
     message = str(error.value)

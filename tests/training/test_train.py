@@ -71,6 +71,9 @@ def test_stages_train_their_parts_alone_and_end_in_a_whole_repository(work):
     assert {"config.json", "model.safetensors", "processor_config.json", "README.md"} <= files
     assert {"tokenizer.json", "chat_template.jinja", "requirements.txt"} <= files
     assert {"_records_train.json", "_records_valid.json"} <= files  # what was read; not pushed: it names volumes
+    record = json.loads((work / "whole" / "_run.json").read_text(encoding="utf-8"))  # what samf push says of the run
+    assert (record["data"], record["learning_rate"], record["valid_records"] > 0) == ("phantoms", 1e-2, True)
+    assert {"torch", "transformers"} <= record["versions"].keys() and str(work) not in json.dumps(record)
     texts = [
         file.read_text(encoding="utf-8")
         for file in (work / "whole").iterdir()
@@ -132,7 +135,7 @@ def test_training_without_evaluation_needs_no_validation_volumes(work, tmp_path)
     shutil.rmtree(tmp_path / "phantoms/dataset/valid_fixed")
     run(work, "unmeasured", data=tmp_path / "phantoms", max_steps=1)
     assert "train_loss" in losses(work / "unmeasured")
-    with pytest.raises(FileNotFoundError, match="--on_error skip of train.py"):
+    with pytest.raises(SystemExit, match="^train.py: .*--on_error skip of train.py"):
         run(work, "measured", data=tmp_path / "phantoms", max_steps=1, do_eval=True)
 
 
@@ -181,13 +184,17 @@ def test_sharded_models_get_the_places_of_slices_as_bits(monkeypatch):
         ({"train_parts": ["vision"]}, "train_parts names .'vision'."),
         ({"objective": "both"}, "--objective: invalid choice: 'both' .choose from '?text'?, '?findings"),
         ({"cache_embeddings": True, "slice_cache": "cache"}, "leave slice_encoder out of train_parts"),
-        ({"data": "/nowhere"}, "/nowhere: no such folder"),
+        ({"data": "/nowhere"}, "^train.py: /nowhere: no such folder"),
+        ({"dataset": "ctrate"}, "^train.py: .*ctrate"),
+        ({"volume_column": "scan"}, "^train.py: No column holds texts"),
+        ({"volume_column": "scan", "report_column": "text"}, "^train.py: "),
         ({"learning_rat": 1}, "did you mean 'learning_rate'"),
     ],
 )
 def test_what_cannot_work_is_an_error_that_says_what_to_do(work, options, message):
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises((ValueError, SystemExit), match=message) as error:
         run(work, "never", **options)
+    assert "\n" not in str(error.value)
 
 
 def test_volumes_that_are_missing_or_cannot_be_read_are_left_out_when_asked(work, tmp_path, caplog):
