@@ -238,8 +238,7 @@ class SamfQuantizer(HfQuantizer):
 def _parts_read_once(model: PreTrainedModel) -> list[nn.Module]:
     """Return the parts of a SAMF model that a prompt needs once: slice encoder, aggregator, fusion."""
     decoder = model.get_decoder()
-    whole = cast(nn.Module, model.base_model)
-    return [part for part in whole.children() if not any(module is decoder for module in part.modules())]
+    return [part for part in model.base_model.children() if not any(module is decoder for module in part.modules())]
 
 
 def _keep_in_file(part: nn.Module) -> None:
