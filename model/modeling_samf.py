@@ -38,7 +38,7 @@ from .hub_samf import HubModel
 from .image_tokens_samf import FusionText, find_fusion_text, place_image_tokens
 from .inputs_samf import ModelInputs, PromptInputs, VolumeInputs
 from .language_model_samf import KEPT_OUTPUTS, CausalLanguageModel, forget_longest_sequence, takes_positions
-from .losses_samf import LOSS_COUNTS, finding_loss, finding_weights, take_finding_targets
+from .losses_samf import LOSS_COUNTS, finding_loss, finding_weights, predicting_states, take_finding_targets
 from .modules_samf import SamfAggregator, SamfFusion, SlicePositionEmbedding, default_slice_places, masked_mean
 from .outputs_samf import SamfCausalLMOutputWithPast, SamfModelOutputWithPast, SamfSliceAttentions
 from .slice_encoder_samf import encode_pixels, pool_slices, prepare_slice_encoder
@@ -70,6 +70,19 @@ class SamfPreTrainedModel(HubModel, PreTrainedModel):
         buffers from there (Falcon-H1) would load with uninitialised memory.
         """
         return False
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach the input embeddings' outputs, as peft asks with gradient checkpointing.
+
+        The library would also ask it of the slice encoder's patches: a frozen encoder would then be run a second time and
+        differentiated, for gradients of nothing.
+        """
+        self.disable_input_require_grads()  # peft asks twice
+        self.get_decoder().enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        self.get_decoder().disable_input_require_grads()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -470,6 +483,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
         labels: torch.Tensor | None = None,
         finding_targets: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         output_slice_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SamfCausalLMOutputWithPast:
@@ -492,6 +506,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
             labels: (B, T), -100 = no loss, for the library's causal language modelling loss.
             finding_targets: (B, L), 0, 1 or -100 for unknown, in the order of `config.finding_names`.
             logits_to_keep: compute logits for only the last so many tokens (0 = all), or for these indices.
+            skip_logits: with labels, run the head on the tokens that have a loss and return no logits.
             output_slice_attentions: return the fusion's softmax weights.
             **kwargs: of the language model and its loss.
         """
@@ -505,7 +520,13 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
         options = {name: value for name, value in kwargs.items() if name not in LOSS_COUNTS}
         options |= {"output_slice_attentions": output_slice_attentions, "return_dict": True}
         outputs = self.model(**prompt._asdict(), **volume._asdict(), **options)
-        logits, loss, aux_loss = self._run_head(outputs, prompt, logits_to_keep, kwargs)
+        skips = (
+            skip_logits and labels is not None and not torch.compiler.is_compiling()
+        )  # their number isn't known then
+        run_head = (
+            self._run_head_on_labels if skips else functools.partial(self._run_head, logits_to_keep=logits_to_keep)
+        )
+        logits, loss, aux_loss = run_head(outputs, prompt, kwargs)
         if targets is not None:
             check_finding_targets(self.config.finding_names, targets, outputs.image_outputs is not None, slice_mask)
             if outputs.finding_logits is not None:
@@ -517,8 +538,8 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
         self,
         outputs: SamfModelOutputWithPast,
         prompt: PromptInputs,
-        logits_to_keep: int | torch.Tensor,
         others: ModelInputs,
+        logits_to_keep: int | torch.Tensor = 0,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return the logits, the text's loss and its experts' part; None where there is no text or no labels."""
         if outputs.last_hidden_state is None:
@@ -534,6 +555,17 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
             output_router_logits=others.get("output_router_logits"),
         )
         return own.logits, own.loss, own.get("aux_loss")
+
+    def _run_head_on_labels(
+        self, outputs: SamfModelOutputWithPast, prompt: PromptInputs, others: ModelInputs
+    ) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
+        """Return what `_run_head` does, without logits: those of image, prompt and padding tokens add nothing to the loss."""
+        if outputs.last_hidden_state is None:
+            return None, None, None
+        hidden, labels = predicting_states(outputs.last_hidden_state, cast(torch.Tensor, prompt.labels))
+        needed = type(outputs)(**{**outputs, "last_hidden_state": hidden})
+        _, loss, aux_loss = self._run_head(needed, prompt._replace(labels=labels), {**others, "shift_labels": labels})
+        return None, loss, aux_loss
 
     def _text_loss(
         self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int | None = None, **kwargs: Any
