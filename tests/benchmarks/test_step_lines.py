@@ -1,11 +1,12 @@
 """A training step against its published form: equal losses and gradients; exponents; DINO against lightly's example."""
 
 import copy
+import json
 
 import pytest
 import torch
 
-from samf.benchmarks import growth_lines
+from samf.benchmarks import growth_lines, growth_plot
 from samf.benchmarks.published_step import TextShape, published_loss, text_batch
 from samf.benchmarks.step_lines import CACHED, FEW, PIXELS, PUBLISHED, step_batch, step_config, step_model
 from samf.benchmarks.workloads import Settings
@@ -84,3 +85,18 @@ def test_memory_is_measured_since_the_reset():
 
     assert growth_lines._measure(allocate).megabytes == pytest.approx(120, abs=20)
     assert growth_lines._measure(lambda: None).megabytes < 20
+
+
+def test_growth_is_drawn_by_line_and_unit(tmp_path):
+    pytest.importorskip("matplotlib")
+    figures = [("10 slices", "s", 1.0), ("20 slices", "s", 2.0), ("10 slices", "MB", 5.0), ("20 slices", "MB", 6.0)]
+    stage = {"line": "slices", "figures": [dict(zip(("name", "unit", "median"), row, strict=True)) for row in figures]}
+    stage["figures"].append({"name": "exponent of time, fitted", "unit": "", "median": 1.0})
+    file, image = tmp_path / "growth.json", tmp_path / "growth.svg"
+    file.write_text(json.dumps({"command": "growth", "stages": [stage]}), encoding="utf-8")
+    assert growth_plot.read_growth(file) == {"slices": {"s": [(10, 1.0), (20, 2.0)], "MB": [(10, 5.0), (20, 6.0)]}}
+    growth_plot.main([str(file), str(image)])
+    assert image.stat().st_size > 1000
+    file.write_text(json.dumps({"command": "model", "stages": []}), encoding="utf-8")
+    with pytest.raises(ValueError, match="figures of 'model'; expected those of python -m samf.benchmarks growth"):
+        growth_plot.read_growth(file)
