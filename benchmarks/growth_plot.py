@@ -1,6 +1,6 @@
 """Draw the figures of `python -m samf.benchmarks growth --json growth.json`: time and memory over size, one panel per line.
 
-    python -m samf.benchmarks.growth_plot growth.json docs/results/growth.svg
+python -m samf.benchmarks.growth_plot growth.json docs/results/growth.svg
 """
 
 import argparse
@@ -64,7 +64,9 @@ def _draw_panel(axis: Any, units: dict[str, list[tuple[int, float]]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Draw the file that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m samf.benchmarks.growth_plot", description="Draw figures of growth.")
+    parser = argparse.ArgumentParser(
+        prog="python -m samf.benchmarks.growth_plot", description="Draw figures of growth."
+    )
     parser.add_argument("figures", type=Path, help="the JSON of python -m samf.benchmarks growth")
     parser.add_argument("image", type=Path, help="image to write, for example growth.svg")
     args = parser.parse_args(argv)

@@ -30,12 +30,14 @@ _TRAINED_SLICES = {"full": 3, "medium": 3, "tiny": 2}  # per volume, in a step t
 _TEXTS = TextShape((90, 110, 250, 350), 60, 512)
 _TINY_TEXTS = TextShape((6, 9), 3, 16)
 _FEW_TOKENS = {"full": 32, "medium": 32, "tiny": 2}
+_CHUNK = 8  # slices per call: their activations fit blocks of memory that the C library keeps
 _PEAKS = "step_peaks.json"
 PUBLISHED, PIXELS, CACHED, FEW = "published", "ours", "ours, cached embeddings", "ours, cached, fewer image tokens"
 
 
 def step_config(settings: Settings, **options: Any) -> SamfConfig:
     """Return the configuration: SAMF + Ao2D, at full size with a ViT-B/16 and four layers of Phi-3-mini."""
+    options = {"vision_chunk_size": _CHUNK, **options}
     if settings.size == "full":
         options["text_config"] = {"model_type": "phi3", "num_hidden_layers": _LAYERS}
     return settings.config(fusion_type="ao2d", **options)
@@ -119,6 +121,7 @@ class Steps:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
         self.timer = PartTimer(self.model)
         self.parts: dict[str, dict[str, float]] = {}
+        self.processor_seconds: dict[str, list[float]] = defaultdict(list)
 
     def __call__(self, form: str) -> float:
         """Take a step; return its seconds, and keep those of its parts."""
@@ -128,12 +131,13 @@ class Steps:
         config.num_image_tokens = step_config(self.settings).num_image_tokens
         if form == FEW:
             config.num_image_tokens = _FEW_TOKENS[self.settings.size]
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), time.process_time()
         loss = timer.take("forward", lambda: self._loss(form, batch))
         timer.take("backward", loss.backward)
         timer.take("optimizer", self._update)
         loss.item()
         seconds = time.perf_counter() - started
+        self.processor_seconds[form].append(time.process_time() - busy)
         known = timer.seconds["slice encoder"] + timer.seconds["language model"] + timer.seconds["head"]
         timer.seconds["fusion, loss, rest"] = timer.seconds.pop("forward") - known
         self.parts[form] = dict(timer.seconds)
@@ -165,12 +169,16 @@ def time_step(settings: Settings) -> list[Measurement]:
     limits = {PIXELS: None, CACHED: settings.limit(6), FEW: None}
     return [
         *(Measurement(form, "s", values, note=note if form == PUBLISHED else "") for form, values in times.items()),
+        *(
+            Measurement(f"{form}, processor", "s", values, note="of all threads; for a busy machine")
+            for form, values in steps.processor_seconds.items()
+        ),
         *(_describe_parts(form, parts) for form, parts in steps.parts.items()),
         *(
             Measurement(f"published / {form}", "x", ratios(times[PUBLISHED], times[form]), limit)
             for form, limit in limits.items()
         ),
-        *_time_trained_encoder(settings, times, steps.parts),
+        *_time_trained_encoder(settings, steps, times),
     ]
 
 
@@ -179,14 +187,9 @@ def _describe_parts(form: str, parts: Mapping[str, float]) -> Measurement:
     return Measurement(f"{form}: where the time goes", "s", [sum(parts.values())], note=note)
 
 
-def _time_trained_encoder(
-    settings: Settings, times: Mapping[str, list[float]], parts: Mapping[str, Mapping[str, float]]
-) -> list[Measurement]:
+def _time_trained_encoder(settings: Settings, steps: Steps, times: Mapping[str, list[float]]) -> list[Measurement]:
     """Time the encoder's share of a step that trains it, on a few slices, and add it to the rest of the step."""
-    config = step_config(settings)
-    model: Any = random_model(SamfForConditionalGeneration, config, settings.device, settings.dtype)
-    model.model.slice_encoder.gradient_checkpointing_enable()
-    model.train().requires_grad_(False)
+    model, parts = steps.model, steps.parts
     model.model.slice_encoder.requires_grad_(True)
     rows, slices = step_batch(settings, CACHED)["slice_embeddings"].shape[:2]
     few = _TRAINED_SLICES[settings.size]
