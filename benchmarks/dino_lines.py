@@ -14,8 +14,19 @@ from samf.pretraining.dino import DinoArguments, DinoModel
 
 _ROWS = {"full": 4, "medium": 2, "tiny": 2}
 _MOMENTUM = 0.996
-_SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
-_TINY = {"image_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_SMALL: dict[str, Any] = {
+    "hidden_size": 384,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+}
+_TINY: dict[str, Any] = {
+    "image_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 
 
 def dino_setup(settings: Settings) -> tuple[ViTModel, DinoArguments, list[torch.Tensor]]:
