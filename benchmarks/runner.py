@@ -10,6 +10,8 @@
     python -m samf.benchmarks data --lines cluster                # by dask on this machine; pip install 'samf[cluster]'
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data --lines remote  # 47,149 reports by hf:// from this machine
     python -m samf.benchmarks training --device cuda              # a step as in recipes/ct_rate.yaml
+    python -m samf.benchmarks training --lines step --dtype bfloat16  # against the published form; step_memory, dino
+    python -m samf.benchmarks growth --json growth.json           # fitted exponents; growth_plot draws them
     python -m samf.benchmarks report --model runs/demo/model      # a report's seconds, batches and shared scans
     python -m samf.benchmarks report --size medium                # the same with random weights
     python -m samf.benchmarks report --lines answers --threads 1  # evaluation of 64 scans against one volume at a time
@@ -32,7 +34,15 @@ from typing import NotRequired, TypedDict
 import torch
 from tqdm import tqdm
 
-from samf.benchmarks import answer_lines, cache_lines, cluster_lines, remote_lines
+from samf.benchmarks import (
+    answer_lines,
+    cache_lines,
+    cluster_lines,
+    dino_lines,
+    growth_lines,
+    remote_lines,
+    step_lines,
+)
 from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
 from samf.benchmarks.dicom_lines import STAGES as DICOM_STAGES
 from samf.benchmarks.format_lines import STAGES as FORMAT_STAGES
@@ -79,7 +89,12 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
         **cache_lines.STAGES,
         **cluster_lines.STAGES,
     },
-    "training": {name: {name: stage} for name, stage in TRAINING_STAGES.items()},
+    "training": {
+        **{name: {name: stage} for name, stage in TRAINING_STAGES.items()},
+        **step_lines.STAGES,
+        **dino_lines.STAGES,
+    },
+    "growth": growth_lines.STAGES,
     "report": {
         "start": {"prepare": prepare_reports, "start": time_start},
         "batches": {"prepare": prepare_reports, "scans": time_scans, "questions": time_questions},
@@ -90,7 +105,8 @@ _COMMANDS = {
     "model": "parameters, speed and memory of the model",
     "volumes": "from a scan's file to its slices",
     "data": "from CT-RATE's tables to records, and scoring of predictions",
-    "training": "a training step",
+    "training": "a training step, and steps against the published form and lightly's DINO",
+    "growth": "time and memory by slices, records, batch and image tokens",
     "report": "a report from the command to its end, and what batches and shared scans save",
 }
 _ON_A_DEVICE = ("model", "training", "report")

@@ -1,4 +1,4 @@
-"""The findings' loss, and how it adds to the language model's over accumulated micro-batches."""
+"""Which hidden states the text's loss needs; the findings' loss, and how it adds to the text's over micro-batches."""
 
 import torch
 from torch.nn import functional as F
@@ -11,6 +11,18 @@ logger = logging.get_logger(__name__)
 
 # Totals over a whole optimizer step that Trainer passes to forward; only the loss reads them.
 LOSS_COUNTS = ("num_items_in_batch", "num_findings_in_batch")
+
+
+def predicting_states(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the hidden states that predict a label, (1, N, D), and these N labels, (1, N).
+
+    Args:
+        hidden: of the last layer, (B, T, D).
+        labels: (B, T), -100 = no loss; token t is predicted from the hidden state of token t - 1.
+    """
+    targets = labels[:, 1:].to(hidden.device)
+    kept = targets != IGNORE_INDEX
+    return hidden[:, :-1][kept].unsqueeze(0), targets[kept].unsqueeze(0)
 
 
 def finding_loss(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:

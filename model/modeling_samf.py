@@ -38,10 +38,10 @@ from .hub_samf import HubModel
 from .image_tokens_samf import FusionText, find_fusion_text, place_image_tokens
 from .inputs_samf import ModelInputs, PromptInputs, VolumeInputs
 from .language_model_samf import KEPT_OUTPUTS, CausalLanguageModel, forget_longest_sequence, takes_positions
-from .losses_samf import LOSS_COUNTS, finding_loss, finding_weights, take_finding_targets
+from .losses_samf import LOSS_COUNTS, finding_loss, finding_weights, predicting_states, take_finding_targets
 from .modules_samf import SamfAggregator, SamfFusion, SlicePositionEmbedding, default_slice_places, masked_mean
 from .outputs_samf import SamfCausalLMOutputWithPast, SamfModelOutputWithPast, SamfSliceAttentions
-from .slice_encoder_samf import encode_pixels, pool_slices, prepare_slice_encoder
+from .slice_encoder_samf import encode_pixels, join_layers, pool_slices, prepare_slice_encoder
 
 _RECORDED = ("output_attentions", "output_hidden_states")  # asked of the slice encoder too
 
@@ -70,6 +70,19 @@ class SamfPreTrainedModel(HubModel, PreTrainedModel):
         buffers from there (Falcon-H1) would load with uninitialised memory.
         """
         return False
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach the input embeddings' outputs, as peft asks with gradient checkpointing.
+
+        The library would also ask it of the slice encoder's patches: a frozen encoder would then be run a second time and
+        differentiated, for gradients of nothing.
+        """
+        self.disable_input_require_grads()  # peft asks twice
+        self.get_decoder().enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        self.get_decoder().disable_input_require_grads()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -127,7 +140,7 @@ class SamfModel(SamfPreTrainedModel):
 
         Returns:
             z_2d (B, S, slice width) as `last_hidden_state`. The encoder's hidden states and attentions, with leading
-            dimension B·S, are included if they are asked for and the slices fit into one chunk.
+            dimension B·S, are included if they are asked for.
         """
         check_pixels(pixel_values)
         batch, slices = pixel_values.shape[:2]
@@ -136,11 +149,10 @@ class SamfModel(SamfPreTrainedModel):
         parts = flat.split(chunk) if chunk else (flat,)  # a split into one can't be exported
         outputs = [encode_pixels(self.slice_encoder, part, **kwargs) for part in parts]
         pooled = torch.cat([pool_slices(output, self.config.slice_pooling) for output in outputs])  # (B·S, D)
-        whole = outputs[0] if len(outputs) == 1 else {}
         return BaseModelOutputWithPooling(
             last_hidden_state=pooled.view(batch, slices, -1),
-            hidden_states=whole.get("hidden_states"),
-            attentions=whole.get("attentions"),
+            hidden_states=join_layers(outputs, "hidden_states"),
+            attentions=join_layers(outputs, "attentions"),
         )
 
     @can_return_tuple
@@ -470,6 +482,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
         labels: torch.Tensor | None = None,
         finding_targets: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         output_slice_attentions: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SamfCausalLMOutputWithPast:
@@ -492,6 +505,7 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
             labels: (B, T), -100 = no loss, for the library's causal language modelling loss.
             finding_targets: (B, L), 0, 1 or -100 for unknown, in the order of `config.finding_names`.
             logits_to_keep: compute logits for only the last so many tokens (0 = all), or for these indices.
+            skip_logits: with labels, run the head on the tokens that have a loss and return no logits.
             output_slice_attentions: return the fusion's softmax weights.
             **kwargs: of the language model and its loss.
         """
@@ -505,7 +519,11 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
         options = {name: value for name, value in kwargs.items() if name not in LOSS_COUNTS}
         options |= {"output_slice_attentions": output_slice_attentions, "return_dict": True}
         outputs = self.model(**prompt._asdict(), **volume._asdict(), **options)
-        logits, loss, aux_loss = self._run_head(outputs, prompt, logits_to_keep, kwargs)
+        # The number of labels isn't known to a compiler.
+        if skip_logits and labels is not None and not torch.compiler.is_compiling():
+            logits, loss, aux_loss = self._run_head_on_labels(outputs, prompt, kwargs)
+        else:
+            logits, loss, aux_loss = self._run_head(outputs, prompt, kwargs, logits_to_keep)
         if targets is not None:
             check_finding_targets(self.config.finding_names, targets, outputs.image_outputs is not None, slice_mask)
             if outputs.finding_logits is not None:
@@ -517,8 +535,8 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
         self,
         outputs: SamfModelOutputWithPast,
         prompt: PromptInputs,
-        logits_to_keep: int | torch.Tensor,
         others: ModelInputs,
+        logits_to_keep: int | torch.Tensor = 0,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return the logits, the text's loss and its experts' part; None where there is no text or no labels."""
         if outputs.last_hidden_state is None:
@@ -534,6 +552,17 @@ class SamfForConditionalGeneration(SamfPreTrainedModel, SamfGenerationMixin):
             output_router_logits=others.get("output_router_logits"),
         )
         return own.logits, own.loss, own.get("aux_loss")
+
+    def _run_head_on_labels(
+        self, outputs: SamfModelOutputWithPast, prompt: PromptInputs, others: ModelInputs
+    ) -> tuple[None, torch.Tensor | None, torch.Tensor | None]:
+        """Return what `_run_head` does, without logits: those of image, prompt and padding tokens add nothing to the loss."""
+        if outputs.last_hidden_state is None:
+            return None, None, None
+        hidden, labels = predicting_states(outputs.last_hidden_state, cast(torch.Tensor, prompt.labels))
+        needed = type(outputs)(**{**outputs, "last_hidden_state": hidden})
+        _, loss, aux_loss = self._run_head(needed, prompt._replace(labels=labels), {**others, "shift_labels": labels})
+        return None, loss, aux_loss
 
     def _text_loss(
         self, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int | None = None, **kwargs: Any

@@ -37,6 +37,7 @@ logger = logging.get_logger(__name__)
 
 METHOD = "samf"
 _BITS = (4, 8)
+_SLICES_AT_ONCE = 8  # that are encoded: of 72, the hidden states would take as much memory as the encoder
 _LEAST_IN_FILE = 1 << 20  # bytes of a weight that is kept in a file: each has a file of its own
 _DEVICE_CHOICES = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -206,6 +207,7 @@ class SamfQuantizer(HfQuantizer):
             list(threads.map(QuantizedLinear.arrange, layers))
         for part in _parts_read_once(model):
             _keep_in_file(part)
+        model.config.vision_chunk_size = model.config.vision_chunk_size or _SLICES_AT_ONCE
         keep_freed_blocks(AFTERWARDS)
         logger.info(describe_quantization(model))
         return model

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import json
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -55,6 +56,20 @@ def encode_pixels(encoder: PreTrainedModel, pixel_values: torch.Tensor, **kwargs
         )
         kwargs["noise"] = torch.arange(patches, device=pixel_values.device).expand(pixel_values.shape[0], -1)
     return encoder(pixel_values=pixel_values, return_dict=True, **kwargs)
+
+
+def join_layers(outputs: Sequence[BaseModelOutputWithPooling], name: str) -> tuple[torch.Tensor, ...] | None:
+    """Return what an encoder has recorded of each layer, of all slices; None where it hasn't.
+
+    Args:
+        outputs: of the encoder for the first slices, the next ones, and so on.
+        name: "hidden_states" or "attentions".
+    """
+    if outputs[0].get(name) is None:
+        return None
+    if len(outputs) == 1:
+        return cast(tuple[torch.Tensor, ...], outputs[0][name])
+    return tuple(torch.cat(parts) for parts in zip(*(output[name] for output in outputs), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,17 @@ def test_a_language_model_keeps_its_own_logits_loss_and_cache(name):
     assert all(float(row[key]) < 1e-5 for key in ("text", "cache", "reload")), row
 
 
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_the_loss_without_logits_is_the_loss(name):
+    """The head runs on the hidden states before labels only; each row has another number of them, and padding."""
+    model = randomise(SamfForConditionalGeneration(samf_config(text=name)))
+    batch = volume_batch(answer=ANSWER)
+    batch["attention_mask"][1, -3:], batch["labels"][1, -7:] = 0, -100
+    whole, needed = model(**batch), model(**batch, skip_logits=True)
+    assert needed.logits is None and whole.logits.shape[:2] == batch["labels"].shape
+    torch.testing.assert_close(needed.loss, whole.loss, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_language_model_that_cant_be_run_is_refused_by_name(name):
     class_name, reason = REFUSED[name]

@@ -269,6 +269,17 @@ def test_a_wrong_number_of_placeholders_is_an_error_that_gives_both_numbers(fusi
         model(**{**batch, "pixel_values": batch["pixel_values"][:1]})
 
 
+def test_chunks_record_the_hidden_states_of_all_slices():
+    pixels = tiny_batch("ao2d")["pixel_values"]
+    with torch.no_grad():
+        expected, found = (
+            tiny_model(vision_chunk_size=size).model.encode_slices(pixels, output_hidden_states=True)
+            for size in (None, 5)
+        )
+    assert len(found.hidden_states) == len(expected.hidden_states) > 1 and found.attentions is None
+    torch.testing.assert_close(found.hidden_states, expected.hidden_states)
+
+
 def test_chunks_embeddings_and_attention_implementations_give_the_same_logits():
     batch = tiny_batch("ao2d")
     with torch.no_grad():

@@ -302,6 +302,7 @@ def test_parts_that_a_prompt_needs_once_hold_their_weights_only_while_they_compu
     torch.testing.assert_close(model.model(**batch).image_outputs.pooler_output, expected)
     for part in (model.model.slice_encoder, model.model.aggregator, model.model.fusion):
         assert {resident(parameter) for parameter in part.parameters()} == {0}
+    assert model.config.vision_chunk_size == 8
     copied = copy.deepcopy(model)
     torch.testing.assert_close(copied.model(**batch).image_outputs.pooler_output, expected)
 

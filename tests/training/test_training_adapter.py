@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from small_run import history, options_of, prepare, run, train_here
-from tiny import tiny_config
+from tiny import tiny_batch, tiny_config, tiny_model
 from transformers import AutoModelForImageTextToText
 from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 
@@ -190,6 +190,20 @@ def test_trained_weights_may_have_another_precision():
     cast_trained(model, "float32")
     kinds = {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_a_frozen_encoder_is_not_differentiated_for_peft():
+    """With checkpointing, peft asks for gradients of input embeddings; the slice encoder's patches aren't meant."""
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=language_model_layers(model))).train()
+    pixels = tiny_batch("samf")["pixel_values"]
+    assert not model.model.encode_slices(pixels).last_hidden_state.requires_grad
+    wrapped(**tiny_batch("samf")).loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in wrapped.parameters() if weight.requires_grad)
+    assert model.get_input_embeddings()(torch.tensor([1])).requires_grad
+    model.disable_input_require_grads()
+    assert not model.get_input_embeddings()(torch.tensor([1])).requires_grad
 
 
 def test_layers_of_another_language_model_are_found():
