@@ -74,7 +74,9 @@ class PackArguments(SourceArguments):
                     f"no {name}: samf data pack DATA --slice_cache FOLDER --out FOLDER or s3://bucket/prefix."
                 )
         if self.shard_mb <= 0 or self.num_workers < 1:
-            raise ValueError(f"shard_mb is {self.shard_mb} and num_workers {self.num_workers}; expected more than 0, and at least 1.")
+            raise ValueError(
+                f"shard_mb is {self.shard_mb} and num_workers {self.num_workers}; expected more than 0, and at least 1."
+            )
         check_on_error(self.on_error)
         if unknown := sorted(set(self.tasks) - set(TASKS)):
             raise ValueError(f"tasks has {unknown}; expected some of {', '.join(TASKS)}.")
