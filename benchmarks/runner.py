@@ -7,6 +7,7 @@
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data          # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data --lines scoring  # 3,039 predictions against rouge-score: 6 minutes
     python -m samf.benchmarks data --lines fill,resume            # filling a cache; a folder of 47,000 files
+    python -m samf.benchmarks data --lines streaming              # shards from an S3 server on this machine: moto[server]
     python -m samf.benchmarks training --device cuda              # a step as in recipes/ct_rate.yaml
     python -m samf.benchmarks report --model runs/demo/model      # a report's seconds, batches and shared scans
     python -m samf.benchmarks report --size medium                # the same with random weights
@@ -30,7 +31,7 @@ from typing import NotRequired, TypedDict
 import torch
 from tqdm import tqdm
 
-from samf.benchmarks import answer_lines, cache_lines
+from samf.benchmarks import answer_lines, cache_lines, stream_lines
 from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
 from samf.benchmarks.dicom_lines import STAGES as DICOM_STAGES
 from samf.benchmarks.format_lines import STAGES as FORMAT_STAGES
@@ -74,6 +75,7 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
         "padding": {"padding": count_padding},
         "scoring": {"predictions": write_predictions, "scoring": time_scoring},
         **cache_lines.STAGES,
+        **stream_lines.STAGES,
     },
     "training": {name: {name: stage} for name, stage in TRAINING_STAGES.items()},
     "report": {

@@ -111,21 +111,13 @@ class ShardStore:
 
     def _fetch(self, shard: ShardFile, file: Path) -> None:
         pause = _PAUSE
+        arrived = file.with_name(f".{file.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
         for left in reversed(range(_TRIES)):
             try:
-                self._make_room(shard.size)
-                arrived = file.with_name(f".{file.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+                self._make_room(shard.size, arrived)
                 self.storage.get(shard.name, arrived)
-                try:
-                    found = file_sha256(arrived)
-                    if found != shard.sha256:
-                        raise OSError(
-                            f"{self.storage.shown}/{shard.name}: {arrived.stat().st_size} bytes with SHA-256 {found[:12]}…; "
-                            f"the index says {shard.size} bytes with {shard.sha256[:12]}…. Were the shards packed again?"
-                        )
-                    os.replace(arrived, file)
-                finally:
-                    arrived.unlink(missing_ok=True)
+                self._check(shard, arrived)
+                os.replace(arrived, file)
                 self.fetched += 1
                 return
             except OSError as error:
@@ -134,9 +126,19 @@ class ShardStore:
                 logger.warning("%s; fetched again", error)
                 time.sleep(pause)
                 pause *= 2
+            finally:
+                arrived.unlink(missing_ok=True)
 
-    def _make_room(self, needed: int) -> None:
-        """Delete the least recently used shards until `needed` bytes fit."""
+    def _check(self, shard: ShardFile, arrived: Path) -> None:
+        found = file_sha256(arrived)
+        if found != shard.sha256:
+            raise OSError(
+                f"{self.storage.shown}/{shard.name}: {arrived.stat().st_size} bytes with SHA-256 {found[:12]}…; the index "
+                f"says {shard.size} bytes with {shard.sha256[:12]}…. Were the shards packed again?"
+            )
+
+    def _make_room(self, needed: int, arriving: Path) -> None:
+        """Delete the least recently used shards until `needed` bytes fit, and reserve the room by an empty file."""
         with self._thread_lock(-1), self._locks.hold(_ROOM, wait=True):
             files, largest = [], max(shard.size for shard in self.shards)
             total = 0
@@ -156,3 +158,4 @@ class ShardStore:
                 if file.suffix == ".tar":
                     file.unlink(missing_ok=True)
                     total -= size
+            arriving.touch()
