@@ -9,7 +9,7 @@ import fsspec
 from samf.model.ct_download import redacted
 from samf.utils.files import atomic_write
 
-_EXTRAS = "pip install 'samf[streaming]' for s3://; gcsfs for gs://, adlfs for az://"
+_EXTRAS = "pip install 'samf[s3]' for s3://; gcsfs for gs://, adlfs for az://"
 
 
 def is_remote(address: str) -> bool:
