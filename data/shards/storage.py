@@ -1,6 +1,8 @@
 """A folder, or a prefix of an object store: where shards are."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,16 @@ class Storage:
             self._opened = os.getpid(), system, root.rstrip("/")
         return self._opened[1], self._opened[2]
 
+    @contextmanager
+    def _as_os_error(self, name: str) -> Iterator[None]:
+        """Turn errors of a store's own library (no credentials, no connection) into an OSError that names the file."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{self.shown}/{name}: {type(error).__name__}: {error}") from error
+
     def local(self, name: str) -> Path:
         """Return the path of a file of a local folder."""
         return Path(self.address.removeprefix("file://")).expanduser().absolute() / name
@@ -53,9 +65,11 @@ class Storage:
 
         Raises:
             FileNotFoundError: there is no such file.
+            OSError: it can't be read.
         """
         system, root = self._open()
-        content: bytes = system.cat_file(f"{root}/{name}")
+        with self._as_os_error(name):
+            content: bytes = system.cat_file(f"{root}/{name}")
         return content
 
     def exists(self, name: str) -> bool:
@@ -88,9 +102,13 @@ class Storage:
         Args:
             name: of the stored file.
             file: the local path to write: a temporary one, which may be incomplete after an error.
+
+        Raises:
+            OSError: it can't be fetched.
         """
         system, root = self._open()
-        system.get_file(f"{root}/{name}", str(file))
+        with self._as_os_error(name):
+            system.get_file(f"{root}/{name}", str(file))
 
     def remove(self, name: str) -> None:
         """Delete a file."""

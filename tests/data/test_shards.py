@@ -233,3 +233,17 @@ def test_processes_of_a_machine_fetch_each_shard_once(source, tmp_path):
     assert sum(fetched.get(timeout=60) for _ in workers) == len(index.shards)
     for worker in workers:
         worker.join()
+
+
+def test_errors_of_a_stores_library_are_os_errors(tmp_path):
+    storage = Storage(f"local://{tmp_path}")
+
+    class System:
+        def cat_file(self, path):
+            raise RuntimeError("no credentials")
+
+    storage._open = lambda: (System(), "root")
+    with pytest.raises(OSError, match=r"index.json: RuntimeError: no credentials"):
+        ShardIndex.read(storage)
+    with pytest.raises(ImportError, match=r"s3://.*|unknownscheme"):
+        Storage("unknownscheme://bucket/x").read(INDEX)
