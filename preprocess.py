@@ -26,10 +26,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from torch import nn
-from transformers import AutoConfig
 
 from samf.cache.cluster_settings import ClusterSettings
 from samf.cache.embedding_cache import EmbeddingCache
@@ -48,11 +47,11 @@ from samf.data.source_arguments import SourceArguments
 from samf.data.volume_discovery import SPLITS, FoundVolumes, search_volumes
 from samf.model.ct_common import DownloadError
 from samf.model.image_processing_samf import EXTRACT_VERSION, SamfImageProcessor
-from samf.model.modeling_samf import SamfForConditionalGeneration, SamfModel
+from samf.model.modeling_samf import SamfModel
 from samf.model.slice_geometry import FIELDS
 from samf.model.slice_resampling import SLABS
 from samf.model.slice_settings import PRESETS
-from samf.pretraining.contrastive import build_slices_model
+from samf.pretraining.contrastive import load_slice_encoder
 from samf.utils.distributed import default_device, local_rank, processes_here
 from samf.utils.parallel import usable_cores
 from samf.utils.text_files import TextEncodingError
@@ -220,12 +219,7 @@ def build_image_processor(args: argparse.Namespace) -> SamfImageProcessor:
 
 def build_slice_encoder(args: argparse.Namespace) -> SamfModel:
     """Return a model with the slice encoder of `--embeddings`, on its device."""
-    if AutoConfig.from_pretrained(args.embeddings).model_type == "samf":
-        whole: Any = SamfForConditionalGeneration.from_pretrained(args.embeddings, dtype=args.dtype)
-        whole.model.language_model = None  # frees its memory
-        model: SamfModel = whole.model
-    else:
-        model = build_slices_model(args.embeddings, args.dtype)
+    model = load_slice_encoder(args.embeddings, args.dtype)
     encoder: nn.Module = model.slice_encoder
     encoder.to(args.device or default_device())
     return model

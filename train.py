@@ -30,12 +30,13 @@ from samf.training.factory import apply_liger, build_model, build_processor
 from samf.training.launchers import check_launcher, refuse_unsharded_options
 from samf.training.repository import card_settings, write_run_record
 from samf.training.sample_generation import SampleWriter, choose_samples
+from samf.training.shard_order import build_window
 from samf.training.skipping import skip_unreadable
 from samf.training.throughput import CountingCollator
 from samf.training.trackers import keep_trackers_private
 from samf.training.trainer import SamfTrainer, save_repository
 from samf.training.trainer_base import train_to_end
-from samf.training.volume_stores import build_volume_store
+from samf.training.volume_stores import build_volume_store, open_shards
 from samf.utils.distributed import Processes, leaves_processes
 from samf.utils.recipe import parse_recipe, recipes_of
 from samf.utils.script_errors import input_errors
@@ -180,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     processor = build_processor(model_args)
     model = build_model(model_args, processor)
     with input_errors(SCRIPT):
+        shards = open_shards(data_args, model, processor, model_args.train_parts)
         data = load_datasets(
             data_args,
             processor,
@@ -187,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
             with_lengths=data_args.sort_steps or training.train_sampling_strategy == "group_by_length",
             with_valid=training.do_eval or training.eval_on_start,
             output_dir=training.output_dir,
+            shards=shards,
         )
     # A batch without volumes or without labels uses only a part of the model; with checkpointing Trainer's default is False.
     if training.ddp_find_unused_parameters is None and (
@@ -195,8 +198,10 @@ def main(argv: list[str] | None = None) -> None:
         training.ddp_find_unused_parameters = True
     mixture = build_mixture(data_args, data["train_dataset"], training)
     measured = [data["eval_dataset"]["own"]] if data["eval_dataset"] else []
-    volumes = distinct_volumes(data["train_dataset"], *measured) if data_args.slice_cache else []
-    store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes, training.device)
+    store: VolumeStore | None = shards
+    if shards is None:
+        volumes = distinct_volumes(data["train_dataset"], *measured) if data_args.slice_cache else []
+        store = build_volume_store(data_args, model, processor, model_args.train_parts, volumes, training.device)
     findings_only = data_args.objective == "findings"
     collator = SamfCollator(processor, volume_store=store, max_length=data_args.max_length, findings_only=findings_only)
     trainer = SamfTrainer(
@@ -205,6 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         monitor=monitor,
         mixture=mixture,
         sort_steps=data_args.sort_steps,
+        window=build_window(data_args, shards, data["train_dataset"]),
         samples=None if findings_only else build_samples(monitor, data, processor, store, training),
         model=wrap_model(model, processor, model_args, tuning, training),
         args=training,

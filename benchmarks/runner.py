@@ -9,6 +9,7 @@
     python -m samf.benchmarks data --lines fill,resume            # filling a cache; a folder of 47,000 files
     python -m samf.benchmarks data --lines cluster                # by dask on this machine; pip install 'samf[cluster]'
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data --lines remote  # 47,149 reports by hf:// from this machine
+    python -m samf.benchmarks data --lines streaming              # shards from an S3 server on this machine: moto[server]
     python -m samf.benchmarks training --device cuda              # a step as in recipes/ct_rate.yaml
     python -m samf.benchmarks training --lines step --dtype bfloat16  # against the published form; step_memory, dino
     python -m samf.benchmarks growth --json growth.json           # fitted exponents; growth_plot draws them
@@ -42,6 +43,7 @@ from samf.benchmarks import (
     growth_lines,
     remote_lines,
     step_lines,
+    stream_lines,
 )
 from samf.benchmarks.data_lines import count_padding, read_copy, write_copy
 from samf.benchmarks.dicom_lines import STAGES as DICOM_STAGES
@@ -88,6 +90,7 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
         "remote": remote_lines.STAGES,
         **cache_lines.STAGES,
         **cluster_lines.STAGES,
+        **stream_lines.STAGES,
     },
     "training": {
         **{name: {name: stage} for name, stage in TRAINING_STAGES.items()},

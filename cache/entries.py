@@ -176,17 +176,37 @@ def check_entry(path: Path) -> str | None:
     return None if found == metadata[_CHECKSUM] else f"checksum {found}, written with {metadata[_CHECKSUM]}"
 
 
-def _map_entry(path: Path) -> tuple[Arrays, dict[str, str]]:
+def map_member(path: Path, start: int, size: int) -> Arrays:
+    """Return read-only memory maps of the arrays of an entry that is part of a larger file.
+
+    Args:
+        path: the file.
+        start: the entry's first byte.
+        size: the entry's bytes.
+
+    Raises:
+        ValueError: there is no intact entry at that place.
+        OSError: the file can't be read.
+    """
+    try:
+        return _map_entry(path, start, size)[0]
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: no intact entry at byte {start} ({error}).") from error
+
+
+def _map_entry(path: Path, start: int = 0, size: int | None = None) -> tuple[Arrays, dict[str, str]]:
     """Return an entry's arrays and metadata.
 
     safetensors' own reader copies the arrays. The format is a length, a JSON header and the bytes, which numpy can map.
     """
     with open(path, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size if size is None else size
+        stream.seek(start)
         (length,) = struct.unpack("<Q", stream.read(8))
-        if 8 + length >= os.fstat(stream.fileno()).st_size:
+        if 8 + length >= size:
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(stream.read(length))
-    body = np.memmap(path, dtype=np.uint8, mode="r", offset=8 + length)
+    body = np.memmap(path, dtype=np.uint8, mode="r", offset=start + 8 + length, shape=(size - 8 - length,))
     metadata: dict[str, str] = header.pop("__metadata__", {})
     return {name: _map_array(body, described) for name, described in header.items()}, metadata
 

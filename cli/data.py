@@ -9,12 +9,8 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 
 def add_data(app: typer.Typer) -> None:
-    """Add the group `data` and its command `check`."""
+    """Add the group `data` and its commands."""
     group = typer.Typer(help="Look at data sets before training.", no_args_is_help=True)
-
-    @group.callback()
-    def _group() -> None:
-        pass  # keeps `check` a command of its own, which a group of one would not have
 
     @group.command(
         "check",
@@ -24,5 +20,14 @@ def add_data(app: typer.Typer) -> None:
     def check(context: typer.Context) -> None:
         sys.argv = ["samf data check", *context.args]  # for its usage line
         raise typer.Exit(importlib.import_module("samf.checking.command").main(context.args))
+
+    @group.command(
+        "pack",
+        help="Pack a filled cache and its records into shards, which training streams from an object store.",
+        context_settings=_PASS_ON,
+    )
+    def pack(context: typer.Context) -> None:
+        sys.argv = ["samf data pack", *context.args]
+        raise typer.Exit(importlib.import_module("samf.data.shards.command").main(context.args))
 
     app.add_typer(group, name="data")

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoModel, TrainingArguments
+from transformers import AutoConfig, AutoModel, TrainingArguments
 
 from samf.cache.embedding_cache import EmbeddingCache
 from samf.model.configuration_samf import SamfConfig
-from samf.model.modeling_samf import SamfModel
+from samf.model.modeling_samf import SamfForConditionalGeneration, SamfModel
 from samf.model.slice_encoder_samf import prepare_slice_encoder
 from samf.pretraining.neighbours import retrieval_accuracy
 from samf.pretraining.row_shares import share_rows
@@ -54,6 +54,21 @@ def build_slices_model(slice_encoder: str, dtype: torch.dtype | str, **config: A
     prepare_slice_encoder(encoder, model.config)
     model.slice_encoder = encoder
     return model.to(encoder.dtype).eval()
+
+
+def load_slice_encoder(source: str, dtype: torch.dtype | str) -> SamfModel:
+    """Return a model with the slice encoder of a SAMF model, or with a slice encoder itself; without a language model.
+
+    Args:
+        source: Folder or Hub id.
+        dtype: Of all weights; "auto" = as saved.
+    """
+    if AutoConfig.from_pretrained(source).model_type != "samf":
+        return build_slices_model(source, dtype)
+    whole: Any = SamfForConditionalGeneration.from_pretrained(source, dtype=dtype)
+    whole.model.language_model = None  # frees its memory
+    model: SamfModel = whole.model
+    return model
 
 
 class PlanePairs(Dataset):

@@ -62,6 +62,21 @@ class DataArguments(SourceArguments):
             "data set or table"
         },
     )
+    data_shards: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder or address (s3://bucket/prefix) of shards that samf data pack wrote, in place of data and "
+            "slice_cache"
+        },
+    )
+    shard_cache: str | None = field(
+        default=None, metadata={"help": "local folder for fetched shards; default: samf-shards in the temporary folder"}
+    )
+    shard_cache_gb: float = field(default=16.0, metadata={"help": "most GB of it; the least recently used are deleted"})
+    shuffle_volumes: int = field(default=256, metadata={"help": "volumes of shards whose records are mixed at a time"})
+    shard_prefetch: int = field(
+        default=8, metadata={"help": "shards that are fetched before they are needed; 0 = none"}
+    )
     tasks: list[str] = field(default_factory=lambda: ["report", "multiple_choice"])
     vqa_files: list[str] = field(
         default_factory=list, metadata={"help": "question files for training instead of the split's own"}
@@ -114,7 +129,9 @@ class DataArguments(SourceArguments):
     def __post_init__(self) -> None:
         self.check_source()
         check_choices(self)
-        if self.min_coverage and self.slice_cache is None:
+        if self.data_shards is not None:
+            check_shard_options(self)
+        if self.min_coverage and self.slice_cache is None and self.data_shards is None:
             raise ValueError("min_coverage is checked when slices are made: give slice_cache too.")
         if self.slice_cache is not None:
             local_directory(self.slice_cache)
@@ -125,6 +142,21 @@ class DataArguments(SourceArguments):
             task, _, times = item.partition("=")
             if task not in self.tasks or not times.isdigit() or int(times) < 1:
                 raise ValueError(f"repeat has {item!r}; expected one of {self.tasks} and a number, like 'report=3'.")
+
+
+def check_shard_options(args: DataArguments) -> None:
+    """Raise ValueError for options that shards fix when they are packed, or that can't be."""
+    fixed = {name: getattr(args, name) for name in ("vqa_files", "report_sections", "reconstructions", "dataset")}
+    fixed |= {name: getattr(args, name) for name in ("volume_column", "patient_rule", "patient_column", "image_root")}
+    if given := [name for name, value in fixed.items() if value]:
+        raise ValueError(
+            f"{', '.join(given)}: fixed when shards are packed. Leave it out with data_shards, or give it to samf data pack."
+        )
+    if args.shard_cache_gb <= 0 or args.shuffle_volumes < 1 or args.shard_prefetch < 0:
+        raise ValueError(
+            f"shard_cache_gb is {args.shard_cache_gb}, shuffle_volumes {args.shuffle_volumes}, shard_prefetch "
+            f"{args.shard_prefetch}; expected a positive size, at least 1, and at least 0."
+        )
 
 
 @dataclass

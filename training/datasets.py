@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 import datasets
+import numpy as np
 from transformers import TrainingArguments
 
 from samf.cache.manifest import Manifest, inspect_volumes
@@ -16,6 +17,8 @@ from samf.data.loading import load_records
 from samf.data.mixture import TaskMixture, parse_weights
 from samf.data.patients import PatientRule
 from samf.data.schema import IGNORE_INDEX, JsonObject, OnError
+from samf.data.shards.records import load_shard_records, shard_numbers
+from samf.data.shards.store import ShardStore
 from samf.data.table_columns import TableColumns
 from samf.data.volume_discovery import distinct_volumes
 from samf.evaluation.answering.generation import shuffle_volumes
@@ -58,6 +61,7 @@ def load_datasets(
     with_lengths: bool,
     with_valid: bool,
     output_dir: str,
+    shards: ShardStore | None = None,
 ) -> TrainerDatasets:
     """Load Trainer's datasets: training, and validation with each patient's own volume and with another's.
 
@@ -72,16 +76,20 @@ def load_datasets(
         with_lengths: Whether the records get a column `length`, in tokens.
         with_valid: Whether the validation split is read; otherwise `eval_dataset` is None.
         output_dir: The run's folder.
+        shards: Shards that have the records; None = `args.data` has them.
 
     Raises:
         ValueError: Processes have different records, a patient is in both splits, or a record doesn't fit `max_length`.
         FileNotFoundError: Data or volumes are missing.
     """
-    data = _load_splits(args, finding_names, with_valid, output_dir)
-    if args.on_error == "skip" and args.slice_cache is not None:
+    if shards is None:
+        data = _load_splits(args, finding_names, with_valid, output_dir)
+    else:
+        data = _load_packed(args, shards, finding_names, with_valid)
+    if args.on_error == "skip" and args.slice_cache is not None and shards is None:
         cache = SliceCache(args.slice_cache, processor.image_processor, args.min_coverage)
         data = {name: _without_failed(part, cache) for name, part in data.items()}
-    data = {name: label_findings(part, args, name, finding_names) for name, part in data.items()}
+    data = {name: label_findings(part, args, name, finding_names, shards) for name, part in data.items()}
     if args.objective == "findings":
         data = {name: _one_record_per_volume(part) for name, part in data.items()}
     elif with_valid:
@@ -96,6 +104,10 @@ def load_datasets(
         data = {name: add_lengths(part, processor.tokenizer) for name, part in data.items()}
     valid = data.get("valid")
     measured = None if valid is None else {"own": valid, "shuffled": shuffle_volumes(valid, seed=0)}
+    if measured and shards is not None:  # each shard of the validation split once, not once per record
+        measured = {
+            name: part.select(np.argsort(shard_numbers(shards, part), kind="stable")) for name, part in measured.items()
+        }
     return {"train_dataset": data["train"], "eval_dataset": measured}
 
 
@@ -110,6 +122,18 @@ def _load_splits(
         name: load_records(args.data, name, **options, **own, counts_file=Path(output_dir, _COUNTS_FILE.format(name)))
         for name, own in splits.items()
     }
+    for name, part in data.items():
+        Processes().check_equal(f"{name} records", len(part))
+    if with_valid:
+        check_patient_overlap(data["train"], data["valid"])
+    return data
+
+
+def _load_packed(
+    args: DataArguments, shards: ShardStore, finding_names: list[str], with_valid: bool
+) -> dict[str, datasets.Dataset]:
+    names = ("train", "valid") if with_valid else ("train",)
+    data = {name: load_shard_records(shards, name, args.tasks, finding_names) for name in names}
     for name, part in data.items():
         Processes().check_equal(f"{name} records", len(part))
     if with_valid:
@@ -183,7 +207,11 @@ def without_overlong(
 
 
 def label_findings(
-    records: datasets.Dataset, args: DataArguments, split: str, finding_names: Sequence[str]
+    records: datasets.Dataset,
+    args: DataArguments,
+    split: str,
+    finding_names: Sequence[str],
+    shards: ShardStore | None = None,
 ) -> datasets.Dataset:
     """Return the records with finding labels: the data's own, or labels that rules read from the scans' reports.
 
@@ -192,6 +220,7 @@ def label_findings(
         args: Name the data, and say with `finding_labels` where labels come from.
         split: "train" or "valid".
         finding_names: Labels of the findings head; empty = the records stay as they are.
+        shards: Shards that have the reports; None = `args.data` has them.
 
     Raises:
         ValueError: The rules don't know a finding, or the data has no reports.
@@ -207,7 +236,10 @@ def label_findings(
             f"finding_names has {unknown}, which {args.data} has no label file for and the rules can't read in reports; "
             f"they read {', '.join(CT_RATE_LABELS)}."
         )
-    reports = load_records(args.data, split, tasks=("report",), **_load_options(args))
+    if shards is None:
+        reports = load_records(args.data, split, tasks=("report",), **_load_options(args))
+    else:
+        reports = load_shard_records(shards, split, ("report",))
     found: dict[str, list[int]] = {}
     for scan, text in zip(reports["scan_id"][:], reports["answer"][:], strict=True):
         labels = label_report(text)

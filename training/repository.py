@@ -32,7 +32,7 @@ def card_settings(model_args: ModelArguments, data_args: DataArguments) -> CardS
     else:
         sources = {"Slice encoder": model_args.slice_encoder, "Language model": model_args.text_model}
     facts = {**sources, "Trained parts": ", ".join(model_args.train_parts), "Tasks": ", ".join(data_args.tasks)}
-    return {"base_models": list(sources.values()), "facts": facts, "data": data_args.data}
+    return {"base_models": list(sources.values()), "facts": facts, "data": data_args.data_shards or data_args.data}
 
 
 def write_run_record(

@@ -9,6 +9,7 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from samf.data.mixture import TaskMixture
+from samf.training.shard_order import ShardWindow
 
 # Batches whose records are sorted together: enough to find records of equal length, few enough to stay random.
 _MEGABATCH = 50
@@ -82,6 +83,7 @@ class RecordOrder(Sampler[int]):
         mixture: The records of each epoch; None = all.
         within_steps: Sort by length only within a step: each step has the records that it would have at random, and its
             micro-batches need little padding.
+        window: Keeps records of one shard near each other; None = any record anywhere.
     """
 
     def __init__(
@@ -92,7 +94,9 @@ class RecordOrder(Sampler[int]):
         batch_size: int = 1,
         mixture: TaskMixture | None = None,
         within_steps: bool = False,
+        window: ShardWindow | None = None,
     ):
+        self.window = window
         self.count = count if mixture is None else len(mixture)
         self.seed, self.lengths, self.batch_size, self.mixture = seed, lengths, batch_size, mixture
         self.within_steps, self.epoch = within_steps, 0
@@ -102,15 +106,19 @@ class RecordOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.count, generator=generator).tolist()
-        if self.mixture is not None:
-            rows = self.mixture.epoch_rows(self.epoch).tolist()
-            order = [rows[k] for k in order]
+        rows = np.arange(self.count) if self.mixture is None else self.mixture.epoch_rows(self.epoch)
+        if self.window is None:
+            order = rows[torch.randperm(self.count, generator=generator).numpy()].tolist()
+        else:
+            order = self.window.order(rows, [self.seed, self.epoch]).tolist()
         if self.within_steps:
             order = _sort_within_steps(order, self.lengths, self.batch_size)
         elif self.lengths is not None:
             order = group_by_length(order, self.lengths, self.batch_size, generator)
-        return iter(order)
+        if self.window is None:
+            return iter(order)
+        self.window.check_room(order)
+        return self.window.follow(order)
 
 
 def group_by_length(

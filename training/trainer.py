@@ -37,6 +37,7 @@ from samf.training.random_state import preserved_random_state
 from samf.training.repository import CardSettings, check_whole, validation_losses
 from samf.training.sample_generation import SampleWriter
 from samf.training.sampling import RecordOrder, SetEpoch, order_seed
+from samf.training.shard_order import ShardWindow
 from samf.training.throughput import Throughput, drop_counts
 from samf.training.trackers import show_sample
 from samf.training.trainer_base import StoppableTrainer
@@ -60,6 +61,7 @@ class SamfTrainer(StoppableTrainer):
         samples: Generates and scores answers at every evaluation; None = no answers.
         mixture: The training records of each epoch; None = all.
         sort_steps: Whether each step's records are sorted by length, so that its micro-batches need little padding.
+        window: Streams the training records from shards; None = they can be read in any order.
         **kwargs: As for `StoppableTrainer`.
 
     Raises:
@@ -75,6 +77,7 @@ class SamfTrainer(StoppableTrainer):
         samples: SampleWriter | None = None,
         mixture: TaskMixture | None = None,
         sort_steps: bool = False,
+        window: ShardWindow | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -82,7 +85,7 @@ class SamfTrainer(StoppableTrainer):
         self._float32_names = float32_names(self.model)  # DeepSpeed will cast them
         self._float32_weights: dict[str, torch.Tensor] = {}
         self.card, self.rates, self.samples = card or {}, dict(rates or {}), samples
-        self.mixture, self.sort_steps = mixture, sort_steps
+        self.mixture, self.sort_steps, self.window = mixture, sort_steps, window
         self.monitor = monitor or MonitorArguments()
         self.slice_weights = SliceWeights(self._base_model().config.fusion_type)
         flops = StepFlops(self.model) if can_count(self.model) else None
@@ -100,6 +103,11 @@ class SamfTrainer(StoppableTrainer):
             raise ValueError(
                 f"sort_steps sorts the steps of a random order, and train_sampling_strategy is "
                 f"{self.args.train_sampling_strategy}: leave out one of them."
+            )
+        if self.window is not None and self.args.train_sampling_strategy != "random":
+            raise ValueError(
+                f"records of shards come in the order of shards, and train_sampling_strategy is "
+                f"{self.args.train_sampling_strategy}: use random; with gradient accumulation, sort_steps reduces padding."
             )
         if not (self.is_fsdp_enabled or is_zero3(getattr(self.accelerator.state, "deepspeed_plugin", None))):
             return
@@ -126,7 +134,7 @@ class SamfTrainer(StoppableTrainer):
         lengths = records[self.args.length_column_name][:] if by_length else None
         seed = order_seed(self.args)
         step = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        order = RecordOrder(len(records), seed, lengths, step, self.mixture, within_steps=self.sort_steps)
+        order = RecordOrder(len(records), seed, lengths, step, self.mixture, self.sort_steps, self.window)
         if self._set_epoch is None:
             self._set_epoch = SetEpoch(order)
             self.add_callback(self._set_epoch)

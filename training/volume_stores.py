@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from samf.cache.embedding_cache import EmbeddingCache
+from samf.cache.embedding_cache import EmbeddingCache, encoder_fingerprint
 from samf.cache.fill import describe_bytes, entry_bytes, free_bytes
 from samf.cache.manifest import Manifest, inspect_volumes
 from samf.cache.slice_cache import SliceCache, read_entry
 from samf.data.schema import VolumeLike, VolumeStore
+from samf.data.shards.index import ShardIndex, ShardsError
+from samf.data.shards.storage import Storage
+from samf.data.shards.store import ShardStore
 from samf.model.ct_object_store import known_states, remember_states
 from samf.model.ct_volume import VolumeRef
 from samf.model.image_processing_samf import SamfImageProcessor
@@ -163,3 +167,41 @@ def build_volume_store(
         volumes = fill_slice_cache(slices, volumes, "skip")
     embeddings.fill_together(volumes)
     return embeddings
+
+
+def open_shards(
+    args: DataArguments, model: SamfForConditionalGeneration, processor: SamfProcessor, trained: list[str]
+) -> ShardStore | None:
+    """Return the shards that the arguments name; None without them.
+
+    Args:
+        args: Name the shards and the folder for those that are fetched.
+        model: Its slice encoder must be the one of packed embeddings.
+        processor: Its image processor must have the settings of the packed slices.
+        trained: The parts that are trained.
+
+    Raises:
+        ShardsError: The shards don't fit the model; names both sides.
+        FileNotFoundError: There are no shards.
+    """
+    if args.data_shards is None:
+        return None
+    storage = Storage(args.data_shards)
+    index = ShardIndex.read(storage)
+    index.check_settings(processor.image_processor, storage.shown)
+    if args.min_coverage not in (0, packed := index.settings["min_coverage"]):
+        raise ShardsError(
+            f"{storage.shown}: packed with min_coverage={packed}, and min_coverage is {args.min_coverage}."
+        )
+    if index.kind == "embeddings":
+        if "slice_encoder" in trained:
+            raise ShardsError(
+                f"{storage.shown}: packed embeddings need a frozen slice encoder: leave slice_encoder out of train_parts."
+            )
+        if index.encoder != (found := encoder_fingerprint(model.model)):
+            raise ShardsError(
+                f"{storage.shown}: embeddings of the slice encoder {index.encoder}, and the model's is {found} (a hash of "
+                "weights, settings and dtype). Pack embeddings of this model, or its slices."
+            )
+    folder = Path(args.shard_cache or Path(tempfile.gettempdir(), "samf-shards")).expanduser().absolute()
+    return ShardStore(storage, index, folder, round(args.shard_cache_gb * 1e9))

@@ -12,7 +12,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from samf import SamfForConditionalGeneration, SamfModel
-from samf.benchmarks import llama_cpp_lines, memory_lines, quantized_lines, speed_lines, volume_lines, workloads
+from samf.benchmarks import (
+    llama_cpp_lines,
+    memory_lines,
+    quantized_lines,
+    speed_lines,
+    stream_lines,
+    volume_lines,
+    workloads,
+)
 from samf.benchmarks import runner as benchmark
 from samf.benchmarks.measuring import (
     FEWEST_ROUNDS,
@@ -203,7 +211,10 @@ def test_parameters_are_counted_part_by_part():
     assert set(figures) == {"slice encoder", "positions", "aggregator", "fusion", "language model", "head"}
 
 
-SLOW_LINES = ("train_compiled", "dicom", "formats", "start", "batches", "answers", "scoring", "cluster")
+SLOW_LINES = (
+    *("train_compiled", "dicom", "formats", "start", "batches", "answers", "scoring"),
+    *("cluster", "streaming"),
+)
 ALL_LINES = [(command, line) for command, lines in benchmark.LINES.items() for line in lines if line != "parameters"]
 
 
@@ -218,6 +229,8 @@ def test_every_line_runs(command, line, tmp_path):
             continue
         if stage.startswith("llama_cpp") and not all(map(importlib.util.find_spec, llama_cpp_lines.PACKAGES)):
             continue
+        if line == "streaming" and not all(map(importlib.util.find_spec, stream_lines.PACKAGES)):
+            pytest.skip("pip install 'moto[server]' s3fs")
         args = benchmark.parse_args(
             [command, "--size=tiny", "--budget=0.01", f"--stage={line}/{stage}", f"--folder={tmp_path}"]
         )
