@@ -102,9 +102,9 @@ def time_starts(settings: Settings) -> list[Measurement]:
         second = [_start(hub, settings.folder / "home0") for _ in range(_REPEATS)]
         training = [_start(hub, settings.folder / "home0", "--classes") for _ in range(_REPEATS)]
     return [
-        *_described("first start", first, "an empty cache"),
-        *_described("second start", second, "fetched and converted before"),
-        *_described("start of a training", training, "torch, transformers and the model imported too"),
+        *_described(settings, "first start", first, "an empty cache"),
+        *_described(settings, "second start", second, "fetched and converted before"),
+        *_described(settings, "start of a training", training, "torch, transformers and the model imported too"),
     ]
 
 
@@ -121,19 +121,20 @@ def _start(hub: str, home: Path, *options: str) -> Start:
     return found
 
 
-def _described(name: str, starts: list[Start], note: str) -> list[Measurement]:
+def _described(settings: Settings, name: str, starts: list[Start], note: str) -> list[Measurement]:
     """Return the figures of one kind of start; the memory above the imports has the limit where they exceed it."""
     imports = statistics.median(start["imports_bytes"] for start in starts) / 1e9
     above = [(start["bytes"] - start["imports_bytes"]) / 1e9 for start in starts]
     whole = [start["bytes"] / 1e9 for start in starts]
     note = f"{starts[0]['records']} records; {note}"
+    longest, most = settings.limit(LONGEST), settings.limit(MOST_MEMORY)
     is_light = imports < MOST_MEMORY / 2
     return [
-        Measurement(f"{name}, whole process", "s", [start["process"] for start in starts], note=note, at_most=LONGEST),
+        Measurement(f"{name}, whole process", "s", [start["process"] for start in starts], note=note, at_most=longest),
         Measurement(f"{name}, records", "s", [start["seconds"] for start in starts]),
         Measurement(f"{name}, records", "processor s", [start["processor_seconds"] for start in starts]),
-        Measurement(f"{name}, memory", "GB", whole, note="with imports", at_most=MOST_MEMORY if is_light else None),
-        Measurement(f"{name}, memory above imports", "GB", above, note=f"{imports:.2f} GB", at_most=MOST_MEMORY),
+        Measurement(f"{name}, memory", "GB", whole, note="with imports", at_most=most if is_light else None),
+        Measurement(f"{name}, memory above imports", "GB", above, note=f"{imports:.2f} GB", at_most=most),
     ]
 
 

@@ -213,7 +213,7 @@ def test_parameters_are_counted_part_by_part():
 
 SLOW_LINES = (
     *("train_compiled", "dicom", "formats", "start", "batches", "answers", "scoring"),
-    *("cluster", "streaming"),
+    *("cluster", "remote", "streaming"),
 )
 ALL_LINES = [(command, line) for command, lines in benchmark.LINES.items() for line in lines if line != "parameters"]
 

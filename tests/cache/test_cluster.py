@@ -157,6 +157,7 @@ def address(distributed):
         yield cluster.scheduler_address
 
 
+@pytest.mark.slow  # 15 s, most of them the limit of the volume that hangs
 def test_a_cluster_makes_the_entries_that_a_pool_makes_and_notes_the_same_failures(address, tmp_path, monkeypatch):
     monkeypatch.setattr(preprocess, "SliceCache", TroubledCache)
     folder, by_pool, by_cluster = tmp_path / "volumes", tmp_path / "pool", tmp_path / "cluster"
