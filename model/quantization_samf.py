@@ -244,23 +244,25 @@ def _parts_read_once(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _keep_in_file(part: nn.Module) -> None:
-    """Keep a part's weights in memory only while it computes; between that they are in temporary files."""
-    for parameter in part.parameters():
-        if parameter.device.type == "cpu" and parameter.nbytes >= _LEAST_IN_FILE:
-            parameter.data = in_file(parameter.data)
-    release_memory()
-    part.register_forward_pre_hook(_fetch)
-    part.register_forward_hook(_release)
+    """Keep a part's large weights in temporary files, and in memory only while the layer that has them computes."""
+    for layer in part.modules():
+        large = [weight for weight in layer.parameters(recurse=False) if weight.nbytes >= _LEAST_IN_FILE]
+        for weight in large:
+            weight.data = in_file(weight.data)
+        if large:
+            release_memory()  # of the file that they were read from
+            layer.register_forward_pre_hook(_fetch)
+            layer.register_forward_hook(_release)
 
 
-def _fetch(part: nn.Module, args: Any) -> None:
-    for parameter in part.parameters():
-        fetch_pages(parameter)
+def _fetch(layer: nn.Module, args: Any) -> None:
+    for weight in layer.parameters(recurse=False):
+        fetch_pages(weight)
 
 
-def _release(part: nn.Module, args: Any, output: Any) -> None:
-    for parameter in part.parameters():
-        release_pages(parameter)
+def _release(layer: nn.Module, args: Any, output: Any) -> None:
+    for weight in layer.parameters(recurse=False):
+        release_pages(weight)
 
 
 class Bfloat16Embedding(nn.Embedding):
