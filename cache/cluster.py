@@ -227,7 +227,8 @@ def _connect(distributed: ModuleType, settings: ClusterSettings, stack: ExitStac
         else:
             client = distributed.Client(settings.target, **settings.options)
     except (OSError, ValueError, TypeError) as error:
-        raise PreprocessError(f"--cluster {settings.target}: {error}") from error
+        hint = "" if settings.target in STARTED_HERE else ". Start `dask scheduler` there, or correct the address."
+        raise PreprocessError(f"--cluster {settings.target}: {error}{hint}") from error
     stack.enter_context(client)
     logger.info("cluster %s, dashboard %s", client.scheduler.address, client.dashboard_link)
     return client
