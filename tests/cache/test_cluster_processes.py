@@ -73,9 +73,11 @@ def test_a_killed_worker_blames_no_volume_and_a_new_one_gets_work(machines, data
 
 
 def without_samf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let processes that are started from now on find another package of that name."""
+    """Let processes that are started from now on fail to import samf, also where it is installed."""
     (tmp_path / "other/samf").mkdir(parents=True)
-    (tmp_path / "other/samf/__init__.py").touch()
+    (tmp_path / "other/samf/__init__.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'samf'\", name='samf')"
+    )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'other'}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.chdir(tmp_path / "other")
 
@@ -84,7 +86,7 @@ def test_a_worker_without_samf_is_refused_at_the_start(machines, data, tmp_path,
     without_samf(tmp_path, monkeypatch)
     machines.add()
     assert run(data, tmp_path / "cache", f"--cluster={machines.file}") == 1
-    assert "samf can't be imported there (No module named 'samf.cache')" in capsys.readouterr().err
+    assert "samf can't be imported there (No module named 'samf')" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lacks", ["samf", "the cache directory"])
