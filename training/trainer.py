@@ -214,7 +214,7 @@ class SamfTrainer(StoppableTrainer):
         drop_counts(inputs)
         if "num_items_in_batch" in kwargs and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             kwargs["num_items_in_batch"] = whole_count(kwargs["num_items_in_batch"])
-        if model.training or self.args.prediction_loss_only:
+        if model.training or self.args.prediction_loss_only:  # nobody reads logits then
             inputs = {**inputs, "skip_logits": True}
         if model.training and self._findings_in_step is not None:
             inputs = {**inputs, "num_findings_in_batch": self._findings_in_step}
