@@ -30,29 +30,36 @@ from samf.phantoms.dataset import write_nifti
 from samf.phantoms.volume import make_phantom
 from samf.utils.packaged import DEMO_MODEL
 
-_SCANS = {"full": 64, "medium": 16, "tiny": 3}
-_TOKENS = {"full": 200, "medium": 200, "tiny": 4}
-_BEAMS = 3
+SCANS = {"full": 64, "medium": 16, "tiny": 3}
+TOKENS = {"full": 200, "medium": 200, "tiny": 4}
+BEAMS = 3
 _ROUNDS = 5
 _REFERENCE_ROWS = 256
+
+
+def write_answer_scans(settings: Settings) -> list[Path]:
+    """Write the phantoms; return their files."""
+    for number in range(SCANS[settings.size]):
+        phantom = make_phantom(np.random.default_rng(number), voxel_mm=8.0)
+        write_nifti(phantom, answer_scan(settings, number), "LPS")
+    return [answer_scan(settings, number) for number in range(SCANS[settings.size])]
 
 
 def prepare_answers(settings: Settings) -> list[Measurement]:
     """Write phantoms and fill their slice cache."""
     store = _store(settings)
-    for number in range(_SCANS[settings.size]):
-        phantom = make_phantom(np.random.default_rng(number), voxel_mm=8.0)
-        write_nifti(phantom, _scan(settings, number), "LPS")
-        store.get(str(_scan(settings, number)))
+    for scan in write_answer_scans(settings):
+        store.get(str(scan))
     slices = store.image_processor.num_slices
-    return [Measurement("scans", "scans", [_SCANS[settings.size]], note=f"{slices} slices each, of {_model(settings)}")]
+    return [Measurement("scans", "scans", [SCANS[settings.size]], note=f"{slices} slices each, of {_model(settings)}")]
 
 
 def _model(settings: Settings) -> str:
     return settings.model or str(DEMO_MODEL)
 
 
-def _scan(settings: Settings, number: int) -> Path:
+def answer_scan(settings: Settings, number: int) -> Path:
+    """Return the file of a phantom."""
     return settings.folder / f"scan_{number}.nii.gz"
 
 
@@ -60,7 +67,7 @@ def _store(settings: Settings) -> SliceCache:
     return SliceCache(settings.folder / "slices", SamfProcessor.from_pretrained(_model(settings)).image_processor)
 
 
-def _records(settings: Settings, questions: Sequence[str]) -> list[Record]:
+def answer_records(settings: Settings, questions: Sequence[str]) -> list[Record]:
     """Return one record per scan and question."""
     return [
         {
@@ -68,13 +75,13 @@ def _records(settings: Settings, questions: Sequence[str]) -> list[Record]:
             "scan_id": str(number),
             "patient_id": str(number),
             "task": "report" if question == REPORT_QUESTION else "short_answer",
-            "volume": str(_scan(settings, number)),
+            "volume": str(answer_scan(settings, number)),
             "question": question,
             "answer": "",
             "choices": None,
             "finding_labels": [],
         }
-        for number in range(_SCANS[settings.size])
+        for number in range(SCANS[settings.size])
         for index, question in enumerate(questions)
     ]
 
@@ -133,7 +140,7 @@ def _compare(
     model: Any = SamfForConditionalGeneration.from_pretrained(_model(settings), dtype=settings.dtype)
     model.to(settings.device)
     processor, store = SamfProcessor.from_pretrained(_model(settings)), _store(settings)
-    records, number = _records(settings, questions), count()
+    records, number = answer_records(settings, questions), count()
 
     def ours(how: GenerationSettings) -> list[int]:
         folder = settings.folder / f"answers_{next(number)}"
@@ -164,20 +171,20 @@ def _compare(
 
 def time_reports(settings: Settings) -> list[Measurement]:
     """Time the reports of all scans."""
-    tokens = _TOKENS[settings.size]
+    tokens = TOKENS[settings.size]
     return _compare(settings, [REPORT_QUESTION], "reports", _runs(1, 8, None, tokens=tokens), settings.limit(6))
 
 
 def time_questions(settings: Settings) -> list[Measurement]:
     """Time five questions about each scan, which is encoded once."""
-    tokens = _TOKENS[settings.size]
+    tokens = TOKENS[settings.size]
     return _compare(settings, QUESTIONS, "questions", _runs(8, None, tokens=tokens), settings.limit(6))
 
 
 def time_beams(settings: Settings) -> list[Measurement]:
     """Time reports by a search with three beams, for which a scan is encoded once."""
-    runs = _runs(8, None, tokens=_TOKENS[settings.size], num_beams=_BEAMS)
-    return _compare(settings, [REPORT_QUESTION], f"reports, {_BEAMS} beams", runs, None)
+    runs = _runs(8, None, tokens=TOKENS[settings.size], num_beams=BEAMS)
+    return _compare(settings, [REPORT_QUESTION], f"reports, {BEAMS} beams", runs, None)
 
 
 def _runs(*sizes: int | None, tokens: int, num_beams: int = 1) -> dict[str, GenerationSettings]:

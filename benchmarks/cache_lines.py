@@ -25,7 +25,7 @@ from samf.data.volume_discovery import search_volumes
 from samf.model.image_processing_samf import EXTRACT_VERSION, SamfImageProcessor
 from samf.training.memory import peak_resident
 
-_LISTED = {"full": 47_000, "medium": 4_700, "tiny": 40}
+LISTED = {"full": 47_000, "medium": 4_700, "tiny": 40}
 _FILLED = {"full": 24, "medium": 24, "tiny": 4}
 _EMPTY = {"full": 800, "medium": 800, "tiny": 8}
 _ROUNDS = {"full": 3, "medium": 3, "tiny": 1}
@@ -109,16 +109,26 @@ def _fill(volumes: list[Volume], cache: SliceCache, options: FillOptions) -> Non
     unsettled(volumes, manifest, Shard())
 
 
-def write_listed(settings: Settings) -> list[Measurement]:
-    """Write a folder in CT-RATE's layout, and a cache with an entry and a log line for each volume; links to a few files."""
-    root, volumes = settings.folder / "many", _LISTED[settings.size]
+def write_volumes(root: Path, volumes: int, scan: Path) -> None:
+    """Write a folder in CT-RATE's layout, of links to a scan.
+
+    Args:
+        root: the folder; created.
+        volumes: number of links.
+        scan: what they are links to.
+    """
     root.mkdir()
-    scan = scan_file(settings)
     for number in range(volumes):
         name = f"train_{number // 4 + 1}_{'ab'[number // 2 % 2]}"
         folder = root / "train_fixed" / name.rpartition("_")[0] / name
         folder.mkdir(parents=True, exist_ok=True)
         scan = _link(scan, folder / f"{name}_{number % 2 + 1}.nii.gz")
+
+
+def write_listed(settings: Settings) -> list[Measurement]:
+    """Write a folder in CT-RATE's layout, and a cache with an entry and a log line for each volume; links to a few files."""
+    root, volumes = settings.folder / "many", LISTED[settings.size]
+    write_volumes(root, volumes, scan_file(settings))
     cache = SliceCache(settings.folder / "many_cache", SamfImageProcessor())
     manifest = Manifest(cache.folder, "slices")
     entry = settings.folder / "entry"

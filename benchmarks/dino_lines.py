@@ -29,18 +29,24 @@ _TINY: dict[str, Any] = {
 }
 
 
-def dino_setup(settings: Settings) -> tuple[ViTModel, DinoArguments, list[torch.Tensor]]:
-    """Return a ViT (S/16 at full size), DINO's arguments and the crops of each view, (B, C, H, W)."""
+def dino_options(settings: Settings) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Return the options of the ViT and of DINO, and the number of slices."""
     is_tiny = settings.size == "tiny"
-    config = ViTConfig(**(_TINY if is_tiny else _SMALL))
     options = (
         {"head_dim": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16, "local_crop_size": 16} if is_tiny else {}
     )
+    return dict(_TINY if is_tiny else _SMALL), options, _ROWS[settings.size]
+
+
+def dino_setup(settings: Settings) -> tuple[ViTModel, DinoArguments, list[torch.Tensor]]:
+    """Return a ViT (S/16 at full size), DINO's arguments and the crops of each view, (B, C, H, W)."""
+    vit, options, rows = dino_options(settings)
+    config = ViTConfig(**vit)
     args = DinoArguments(**options)
     torch.manual_seed(0)
     encoder = ViTModel(config, add_pooling_layer=False)
     sides = [config.image_size] * 2 + [args.local_crop_size] * args.local_crops
-    return encoder, args, [torch.randn(_ROWS[settings.size], 3, side, side) for side in sides]
+    return encoder, args, [torch.randn(rows, 3, side, side) for side in sides]
 
 
 class ExampleStep:

@@ -7,13 +7,12 @@ import json
 import os
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 from tqdm import tqdm
 
 from samf.benchmarks.data_lines import find_templates
 from samf.benchmarks.measuring import Measurement
+from samf.benchmarks.process_memory import run_measured
 from samf.benchmarks.scoring_rows import COUNT, count_distinct, write_rows
 from samf.benchmarks.workloads import Settings
 from samf.utils.files import atomic_write
@@ -21,7 +20,6 @@ from samf.utils.files import atomic_write
 MOST_SECONDS, MOST_MEMORY = 20.0, 800.0  # s; MB
 _ROUNDS, _FILE = 5, "predictions.jsonl"
 _LEAST_GAIN = 3.0  # scoring in a third of rouge-score's time
-_SAMPLED_EVERY = 0.05  # seconds
 _ROUGE = """
 import json, sys
 from rouge_score.rouge_scorer import RougeScorer
@@ -77,30 +75,7 @@ def _run(command: list[str]) -> tuple[float, float]:
     Raises:
         subprocess.CalledProcessError: it failed.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started, peak = time.perf_counter(), 0.0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    while process.poll() is None:
-        peak = max(peak, sum(_proportional_size(child) for child in _with_children(process.pid)))
-        time.sleep(_SAMPLED_EVERY)
-    spent = time.perf_counter() - started
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command)
-    return spent, peak / 1e6
-
-
-def _with_children(pid: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
-    except OSError:
-        return [pid]
-    return [pid, *map(int, children)]
-
-
-def _proportional_size(pid: int) -> float:
-    """Return the bytes of a process's memory, shared pages divided among those that share them; 0 where it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0.0
-    return next((1024.0 * float(line.split()[1]) for line in lines if line.startswith("Pss:")), 0.0)
+    done = run_measured(command, {**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.status:
+        raise subprocess.CalledProcessError(done.status, command, stderr=done.messages)
+    return done.seconds, done.memory / 1e6
