@@ -5,14 +5,14 @@ import resource
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _SAMPLED_EVERY = 0.05  # seconds
-_POLLED_EVERY = 0.01
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def run_measured(
         watches_memory: sample the memory every 0.05 s.
     """
     with tempfile.TemporaryFile() as messages:
-        busy, started, peak = _children_seconds(), time.perf_counter(), 0.0
+        busy, started = _children_seconds(), time.perf_counter()
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -61,11 +61,9 @@ def run_measured(
             start_new_session=True,
         )
         try:
-            while process.poll() is None:
-                if watches_memory:
-                    peak = max(peak, tree_memory(process.pid))
-                time.sleep(_SAMPLED_EVERY if watches_memory else _POLLED_EVERY)
-            seconds = time.perf_counter() - started
+            with _Sampler(process.pid) if watches_memory else nullcontext() as sampler:
+                process.wait()
+                seconds = time.perf_counter() - started
         finally:
             if process.poll() is None:
                 with suppress(ProcessLookupError):
@@ -73,7 +71,33 @@ def run_measured(
                 process.wait()
         messages.seek(0)
         text = messages.read().decode(errors="replace")
+    peak = 0.0 if sampler is None else sampler.peak
     return MeasuredProcess(seconds, _children_seconds() - busy, peak, process.returncode, text)
+
+
+class _Sampler:
+    """The peak memory of a process and its descendants within the block, in bytes.
+
+    Args:
+        pid: of the process.
+    """
+
+    def __init__(self, pid: int):
+        self.pid, self.peak = pid, 0.0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "_Sampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(_SAMPLED_EVERY):
+            self.peak = max(self.peak, tree_memory(self.pid))
 
 
 def _children_seconds() -> float:

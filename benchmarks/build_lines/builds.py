@@ -44,8 +44,9 @@ class Build:
         Raises:
             BuildError: it imports another build, or none.
         """
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.run([sys.executable, "-m", "compileall", "-q", str(self.root)], check=False, **quiet)  # type: ignore[call-overload]
+        packages = [str(path) for path in self.root.glob("*/") if not path.name.startswith(".")]  # no .venv
+        compile_all = [sys.executable, "-m", "compileall", "-qq", *packages]
+        subprocess.run(compile_all, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         done = subprocess.run(
             [sys.executable, "-P", "-c", _CHECK],
             env=self.environment(None),
@@ -103,14 +104,15 @@ def _opened_before(before: str, folder: Path) -> Iterator[Build]:
         return
     tree = folder / "samf"
     folder.mkdir()
-    # Without hooks: they are a contributor's, and may do anything after a checkout.
-    added = _git(NOW, "-c", f"core.hooksPath={os.devnull}", "worktree", "add", "--detach", str(tree), before)
-    if added.returncode:
-        raise BuildError(
-            f"--before {before}: neither a folder with the package (PATH/samf) nor a commit of {NOW}: "
-            f"{last_line(added.stderr)}"
-        )
     try:
+        # Without hooks: they are a contributor's, and may do anything after a checkout.
+        hooks = f"core.hooksPath={os.devnull}"
+        added = _git(NOW, "-c", hooks, "worktree", "add", "--detach", str(tree), before)
+        if added.returncode:
+            raise BuildError(
+                f"--before {before}: neither a folder with the package (PATH/samf) nor a commit of {NOW}: "
+                f"{last_line(added.stderr)}"
+            )
         yield Build("before", tree, folder, _describe(tree))
     finally:
         _git(NOW, "worktree", "remove", "--force", str(tree))

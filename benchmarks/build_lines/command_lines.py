@@ -53,7 +53,11 @@ def start(inputs: Inputs) -> list[Workload]:
         Workload("import", program="import_samf", threads=1, targets=inputs.targets({"import samf": target})),
         *(
             Workload(
-                name, command=[str(launcher), *name.split()[1:]], threads=1, targets=inputs.targets({name: target})
+                name,
+                command=[str(launcher), *name.split()[1:]],
+                threads=1,
+                targets=inputs.targets({name: target}),
+                watches_memory=False,
             )
             for name in names
         ),

@@ -45,6 +45,7 @@ class Workload:
         tolerance: largest difference of two numbers that count as equal.
         targets: figure → target.
         note: conditions that a reader needs.
+        watches_memory: whether the memory of a command is sampled, which may delay short ones.
         is_for_memory: whether only its memory counts, since it runs too seldom for its seconds.
     """
 
@@ -59,6 +60,7 @@ class Workload:
     tolerance: float = 0.0
     targets: Mapping[str, Target] = field(default_factory=dict)
     note: str = ""
+    watches_memory: bool = True
     is_for_memory: bool = False
 
 

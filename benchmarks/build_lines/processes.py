@@ -48,15 +48,18 @@ def run_workload(workload: Workload, build: Build, folder: Path, out: Path) -> O
         out: an empty folder of this round, where the process starts.
 
     Raises:
-        WorkloadError: the process failed.
+        WorkloadError: the process failed, or its results can't be read.
         BuildError: it imported another build.
     """
     if workload.program is not None:
         return _run_program(workload, dict(workload.task), build, folder, out)
     named = {"samf": str(build.path / "samf"), "out": str(out)}
     arguments = [argument.format(**named) for argument in workload.command]
-    measured = _run(arguments, workload, build, out, watches_memory=True)
-    results = None if workload.read_results is None else workload.read_results(out)
+    measured = _run(arguments, workload, build, out, watches_memory=workload.watches_memory)
+    try:
+        results = None if workload.read_results is None else workload.read_results(out)
+    except (OSError, ValueError, KeyError) as error:
+        raise WorkloadError(f"{build.name}: its results can't be read: {type(error).__name__}: {error}") from error
     return Outcome({workload.name: measured}, results)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -121,18 +122,33 @@ def test_memory_counts_the_processes_that_a_command_starts():
     assert found.status == 0 and 80e6 < found.memory < 200e6
 
 
-def test_an_interrupt_ends_the_command(monkeypatch, tmp_path):
-    def interrupt(seconds):
-        while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
-            pass
-        raise KeyboardInterrupt
+def test_an_interrupt_ends_the_command(tmp_path):
+    pid = tmp_path / "pid"
 
-    monkeypatch.setattr(process_memory.time, "sleep", interrupt)
+    def interrupt(*_):
+        """Once the command runs."""
+        if pid.is_file() and pid.read_text():
+            raise KeyboardInterrupt
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
     script = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
-    with pytest.raises(KeyboardInterrupt):
-        process_memory.run_measured([sys.executable, "-c", script], folder=tmp_path)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            process_memory.run_measured([sys.executable, "-c", script], folder=tmp_path)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_results_that_cannot_be_read_are_a_failure_of_their_build(earlier, scratch):
+    workload = Workload("where", command=["-c", "pass"], read_results=where)
+    with open_builds(str(earlier), scratch) as builds:
+        result = command.run_rounds(workload, builds, scratch / "where", rounds=1)
+    assert result.error.startswith("before: its results can't be read: FileNotFoundError")
 
 
 # --- Checkouts --------------------------------------------------------------------------------------------------------
