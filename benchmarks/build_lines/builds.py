@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 NOW = Path(__file__).resolve().parents[2]
-_CHECK = "import samf; print(samf.__file__)"
+# Where this package is installed in place (pip install -e), setuptools' finder gives a build the modules that it lacks from
+# the installed checkout. Python runs a sitecustomize.py of PYTHONPATH at its start, also in the processes that a build starts.
+WITHOUT_INSTALLED = """import sys
+
+sys.meta_path[:] = [
+    finder
+    for finder in sys.meta_path
+    if "samf" not in getattr(sys.modules.get(getattr(finder, "__module__", "")), "MAPPING", {})
+]
+"""
+# As the `samf` command, which imports no models.
+_CHECK = "import sys; sys.argv[0] = 'samf'; import samf; print(samf.__file__)"
 
 
 class BuildError(RuntimeError):
@@ -91,6 +102,7 @@ def open_builds(before: str, folder: Path) -> Iterator[list[Build]]:
     now = Build("now", NOW, _link(NOW, folder / "now"), _describe(NOW))
     with _opened_before(before, folder / "before") as earlier:
         for build in (earlier, now):
+            (build.path / "sitecustomize.py").write_text(WITHOUT_INSTALLED, encoding="utf-8")
             build.check()
         yield [earlier, now]
 

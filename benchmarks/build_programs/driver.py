@@ -71,13 +71,26 @@ def _status_bytes(field: str) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0)
 
 
+def imported_folder() -> Path:
+    """Return the folder of the package `samf`.
+
+    Raises:
+        ImportError: a module of it comes from elsewhere.
+    """
+    root = Path(str(sys.modules["samf"].__file__)).parent
+    modules = [(name, getattr(module, "__file__", None)) for name, module in sys.modules.items()]
+    for name, file in modules:
+        if name.startswith("samf.") and file and not Path(file).resolve().is_relative_to(root.resolve()):
+            raise ImportError(f"{name} comes from {file}, outside of {root}. Is another copy of samf installed?")
+    return root
+
+
 def main() -> None:
     """Run the program and write the outcome."""
     program, task, outcome = map(Path, sys.argv[1:4])
     recorder = Recorder()
     results = load_program(program).run(json.loads(task.read_text(encoding="utf-8")), recorder)
-    samf = sys.modules["samf"]
-    found = {"samf": str(Path(str(samf.__file__)).parent), "figures": recorder.figures, "results": results}
+    found = {"samf": str(imported_folder()), "figures": recorder.figures, "results": results}
     outcome.write_text(json.dumps(found), encoding="utf-8")
 
 

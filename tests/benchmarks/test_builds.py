@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -81,11 +82,11 @@ def test_neither_the_working_folder_nor_that_of_a_script_hides_a_build(earlier, 
     monkeypatch.setenv("PYTHONPATH", str(scratch / "other"))
     script = scratch / "other" / "script.py"
     script.write_text(_WHERE)
-    workload = Workload("where", command=[str(script)], read_results=where)
+    imported = []
+    workload = Workload("where", command=[str(script)], read_results=lambda out: imported.append(where(out)))
     with open_builds(str(earlier), scratch) as builds:
         result = command.run_rounds(workload, builds, scratch / "where", rounds=1)
-    assert not result.error
-    assert {str(earlier), str(NOW)} == set(result.difference.removeprefix("the result: ").split(" and "))
+    assert not result.error and imported == [str(earlier), str(NOW)]
 
 
 def test_a_build_that_is_not_the_one_imported_is_refused(earlier, scratch):
@@ -93,6 +94,20 @@ def test_a_build_that_is_not_the_one_imported_is_refused(earlier, scratch):
         mixed = Build("before", NOW, builds[0].path, "mixed")
         with pytest.raises(BuildError, match="imported samf from"):
             mixed.check()
+
+
+def test_modules_that_a_build_lacks_are_not_taken_from_an_installed_checkout(monkeypatch):
+    """Finders like setuptools' for `pip install -e`: of this package, and of another one."""
+    finders = []
+    for package in ("samf", "other"):
+        module = ModuleType(f"finder_of_{package}")
+        exec(f"MAPPING = {{{package!r}: '/a/folder'}}\nclass Finder: pass", module.__dict__)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        finders.append(module.Finder)
+    usual = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+    monkeypatch.setattr(sys, "meta_path", [*usual, *finders])
+    exec(build_module.WITHOUT_INSTALLED)
+    assert sys.meta_path == [*usual, finders[1]]
 
 
 def test_a_workload_that_fails_in_one_build_costs_no_other(earlier, scratch):
