@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="in each build, at most; workloads that take minutes run 1 to 3 times",
     )
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny shows that everything runs")
-    parser.add_argument("--folder", type=Path, help="for temporary files, 3 GB; default: the system's")
+    parser.add_argument("--folder", type=Path, help="for temporary files, 2 GB; default: the system's")
     parser.add_argument("--json", type=Path, help="also write the figures here, after each line")
     parser.add_argument("--markdown", type=Path, help="also write the table here, after each line")
     args = parser.parse_args(argv)

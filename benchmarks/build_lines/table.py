@@ -78,7 +78,9 @@ def _seconds(seconds: float) -> str:
 
 
 def _digits(value: float) -> str:
-    """Return a number with three digits, without an exponent."""
+    """Return a number with three digits, and at most three of them after the point."""
+    if value < 1:
+        return f"{value:.3f}"
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 

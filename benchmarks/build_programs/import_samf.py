@@ -19,7 +19,7 @@ from transformers import (  # noqa: F401
 
 
 def run(task: dict[str, Any], recorder: Any) -> None:
-    """Import `samf`, then the names that a report needs.
+    """Import `samf`.
 
     Args:
         task: not used.
@@ -27,5 +27,3 @@ def run(task: dict[str, Any], recorder: Any) -> None:
     """
     with recorder.measure("import samf"):
         import samf  # noqa: F401
-    with recorder.measure("its model and processor"):
-        from samf import SamfForConditionalGeneration, SamfProcessor  # noqa: F401

@@ -352,7 +352,7 @@ def test_a_build_equals_itself(tmp_path, capsys):
     assert command.main([*arguments, f"--json={tmp_path / 'a.json'}"]) == 0
     (line,) = json.loads((tmp_path / "a.json").read_text())["lines"]
     figures = [figure for workload in line["workloads"] for figure in workload["figures"]]
-    names = ["import samf", "its model and processor", "samf --help", "samf report --help"]
+    names = ["import samf", "samf --help", "samf report --help"]
     assert [figure["name"] for figure in figures] == names
     assert all(0 < figure["ratio"]["median"] < math.inf for figure in figures)
     assert capsys.readouterr().out == (tmp_path / "a.md").read_text()
