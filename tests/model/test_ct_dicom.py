@@ -855,7 +855,9 @@ def test_no_room_to_unpack_into_is_not_called_damage(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     started, start = [], subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **options: started.append(start(*args, **options)) or started[-1])
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **options: started.append(start(*args, **options)) or started[-1]
+    )
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(CTReadError, match="slice000.dcm: cannot be read, or decoded into .*No space left.*TMPDIR"):
         read_ct(folder)
