@@ -97,6 +97,7 @@ def summarise(values: Sequence[float]) -> Spread:
     """
     if not values or not all(math.isfinite(value) for value in values):
         raise ValueError(f"A measurement needs finite values; found {list(values)}.")
+    values = [float(value) for value in values]  # NumPy's numbers and what comparing them gives aren't JSON's
     first, _, third = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {
         "median": statistics.median(values),

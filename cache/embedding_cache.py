@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from samf.cache.entries import Arrays, VolumeCache, entry_key, write_entry
+from samf.cache.entries import Arrays, Namer, VolumeCache, entry_key, write_entry
 from samf.cache.slice_cache import SliceCache
 from samf.cache.volume_identity import Identity
 from samf.data.schema import VolumeLike
@@ -53,10 +53,15 @@ class EmbeddingCache(VolumeCache):
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_model": None}
 
-    def key(self, volume: VolumeRef, identity: Identity) -> str:
-        """Return the name of a volume's entry."""
+    def namer(self) -> Namer:
+        """Return the function that names the entries of many volumes, by the settings of this moment."""
         pixels = [getattr(self.slices.image_processor, name) for name in PIXEL_SETTINGS]
-        return entry_key(self.slices.key(volume, identity), pixels, self.fingerprint)
+        name_slices = self.slices.namer()
+
+        def name(volume: VolumeRef, identity: Identity) -> str:
+            return entry_key(name_slices(volume, identity), pixels, self.fingerprint)
+
+        return name
 
     def get(self, volume: VolumeLike, *, rescale: Sequence[float] | None = None) -> Arrays:
         """Return `slice_embeddings` (S, D) float32, `slice_planes` and `slice_positions` (S,) of a volume.

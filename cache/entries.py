@@ -25,6 +25,7 @@ from samf.utils.files import atomic_write
 logger = logging.getLogger(__name__)
 
 Arrays: TypeAlias = dict[str, np.ndarray]
+Namer: TypeAlias = Callable[[VolumeRef, Identity], str]
 
 _DTYPES = {"U8": np.uint8, "I64": np.int64, "F32": np.float32, "F16": np.float16}
 _CHECKSUM = "crc32"
@@ -55,8 +56,15 @@ class VolumeCache(ABC):
         self._downloads = EntryLocks(self.folder / "downloads.lock")
 
     @abstractmethod
+    def namer(self) -> Namer:
+        """Return the function that names the entries of many volumes, by the settings of this moment.
+
+        Names are equal exactly when everything that an entry depends on is equal.
+        """
+
     def key(self, volume: VolumeRef, identity: Identity) -> str:
-        """Return the name of a volume's entry: equal exactly when everything that it depends on is equal."""
+        """Return the name of a volume's entry; `namer` names many."""
+        return self.namer()(volume, identity)
 
     def entry_path(self, volume: VolumeLike) -> Path:
         """Return the file of a volume's entry, whether it exists or not."""

@@ -1,9 +1,8 @@
 """Detection of files that were found next to scans but are no CT, by their header or their values."""
 
+import math
 import struct
 import zlib
-
-import numpy as np
 
 from samf.model.ct_volume import CTVolume, NotCTError
 
@@ -22,7 +21,7 @@ def mask_by_header(path: str) -> bool:
     if not name.endswith((".nii", ".nii.gz")):
         return False
     try:
-        with open(path, "rb") as stream:
+        with open(path, "rb", buffering=0) as stream:
             head = stream.read(_PREFIX)
         if name.endswith(".gz"):
             head = zlib.decompressobj(wbits=31).decompress(head, _HEADER)
@@ -35,7 +34,7 @@ def mask_by_header(path: str) -> bool:
         return False
     (datatype,) = struct.unpack_from(f"{order}h", head, 70)
     slope, intercept = struct.unpack_from(f"{order}2f", head, 112)
-    is_scaled = np.isfinite(slope) and slope != 0 and (slope, intercept) != (1.0, 0.0)
+    is_scaled = math.isfinite(slope) and slope != 0 and (slope, intercept) != (1.0, 0.0)
     return datatype in _BYTE_TYPES and not is_scaled
 
 

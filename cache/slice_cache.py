@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from samf.cache.entries import Arrays, VolumeCache, check_entry, entry_file, entry_key, read_entry, write_entry
+from samf.cache.entries import Arrays, Namer, VolumeCache, check_entry, entry_file, entry_key, read_entry, write_entry
 from samf.cache.screening import refuse_mask
 from samf.cache.volume_identity import Identity, volume_identity
 from samf.data.schema import VolumeLike
@@ -52,13 +52,17 @@ class SliceCache(VolumeCache):
         self.image_processor = image_processor
         self.min_coverage = min_coverage
 
-    def key(self, volume: VolumeRef, identity: Identity) -> str:
-        """Return the name of a volume's entry."""
+    def namer(self) -> Namer:
+        """Return the function that names the entries of many volumes, by the settings of this moment."""
         limits = [self.min_coverage] if self.min_coverage else []
-        suffix = os.path.splitext(volume.path)[1].lower()
-        formats = [f"{suffix} {_FORMAT_VERSIONS[suffix]}"] if suffix in _FORMAT_VERSIONS else []
-        settings = self.image_processor.settings_hash()
-        return entry_key(identity, volume.rescale, settings, ENTRY_VERSION, *limits, *formats)
+        settings = self.image_processor.settings_hash()  # takes longer than all of a volume's own
+
+        def name(volume: VolumeRef, identity: Identity) -> str:
+            suffix = os.path.splitext(volume.path)[1].lower()
+            formats = [f"{suffix} {_FORMAT_VERSIONS[suffix]}"] if suffix in _FORMAT_VERSIONS else []
+            return entry_key(identity, volume.rescale, settings, ENTRY_VERSION, *limits, *formats)
+
+        return name
 
     def get(self, volume: VolumeLike, *, rescale: Sequence[float] | None = None, searched: bool = False) -> Arrays:
         """Return the output of `image_processor.extract` for a volume, as read-only maps of its entry.

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,6 +21,7 @@ _DATA_FILE = re.compile(
     rb"^(?:ElementDataFile[ \t]*=|data ?file:)[ \t]*([^\r\n]+?)[ \t]*$", re.MULTILINE | re.IGNORECASE
 )
 _DETACHED_HEADERS = (".mhd", ".nhdr")
+_HALVES = tuple(f"{suffix}{gz}" for suffix in (".hdr", ".img") for gz in ("", ".gz"))
 
 
 def volume_identity(path: str | os.PathLike) -> Identity:
@@ -42,19 +44,20 @@ def volume_identity(path: str | os.PathLike) -> Identity:
         return normalised(str(path)), [(file.name, file.size, file.tag) for file in stored_state(str(path)).files]
     if is_address(path):
         return str(path), []
-    path = Path(os.path.abspath(path))
+    path = os.path.abspath(path)
     try:
-        if path.is_dir():
-            return str(path), sorted(_files_below(path))
-        files: list[tuple[str, int, int | str]] = [("", *_size_and_time(path))]
-        voxels = _voxel_file(path) if path.suffix.lower() in _DETACHED_HEADERS else other_half(path)
+        state = os.stat(path)
+        if stat.S_ISDIR(state.st_mode):
+            return path, sorted(_files_below(Path(path)))
+        files: list[tuple[str, int, int | str]] = [("", state.st_size, state.st_mtime_ns)]
+        voxels = _voxels_of(path)
         if voxels is not None:
             files.append((voxels.name, *_size_and_time(voxels)))
     except OSError as error:
         raise CTReadError(
             f"{path}: cannot be accessed ({error.strerror}). Check the path and its permissions."
         ) from error
-    return str(path), files
+    return path, files
 
 
 def identity_bytes(identity: Identity) -> int:
@@ -76,6 +79,14 @@ def _files_below(folder: Path) -> list[tuple[str, int, int | str]]:
             if file.exists():  # not for broken links
                 files.append((file.relative_to(folder).as_posix(), *_size_and_time(file)))
     return files
+
+
+def _voxels_of(path: str) -> Path | None:
+    """Return the other file of a detached header or of half a pair."""
+    lowered = path.lower()
+    if lowered.endswith(_DETACHED_HEADERS):
+        return _voxel_file(Path(path))
+    return other_half(Path(path)) if lowered.endswith(_HALVES) else None
 
 
 def _voxel_file(header: Path) -> Path | None:

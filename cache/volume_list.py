@@ -1,8 +1,10 @@
 """List of the volumes of a run, with the names of their cache entries, and its division into shards."""
 
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 from samf.cache.volume_identity import Identity, identity_bytes, volume_identity
@@ -13,6 +15,7 @@ from samf.model.ct_volume import CTReadError, NotCTError, VolumeRef
 
 STAT_THREADS = 16  # on a network file system they mostly wait
 _PART = 64  # volumes that a thread looks up at once
+_MOST_WAITED, _MOST_FOR_ONE = 0.05, 1e-4  # s, of all volumes and of each, beyond which threads look them up
 _MOST_UNREACHED = 20  # volumes that a store doesn't give, and none before, after which the rest isn't tried
 NOT_CT = NotCTError.__name__  # error of an intact file that is no CT
 
@@ -20,8 +23,8 @@ NOT_CT = NotCTError.__name__  # error of an intact file that is no CT
 class Store(Protocol):
     """Cache that names its entries: `SliceCache` or `EmbeddingCache`."""
 
-    def key(self, volume: VolumeRef, identity: Identity) -> str:
-        """Return the name of a volume's entry."""
+    def namer(self) -> Callable[[VolumeRef, Identity], str]:
+        """Return the function that names the entries of volumes."""
         ...
 
 
@@ -117,6 +120,7 @@ def inspect_volumes(volumes: Sequence[VolumeRef], store: Store, searched: Collec
     searched = frozenset(searched)
     unreached: list[DownloadError] = []
     reached: list[str] = []
+    name = store.namer()
 
     def no_answer() -> bool:
         return len(unreached) >= _MOST_UNREACHED and not reached
@@ -136,12 +140,28 @@ def inspect_volumes(volumes: Sequence[VolumeRef], store: Store, searched: Collec
             return Volume(volume, None, problem=str(error), searched=is_searched)
         if is_store_address(volume.path) and not reached:
             reached.append(volume.path)
-        return Volume(volume, store.key(volume, identity), identity_bytes(identity), searched=is_searched)
+        return Volume(volume, name(volume, identity), identity_bytes(identity), searched=is_searched)
 
-    # In parts: handing over a single volume takes longer than looking it up on a local disk.
-    parts = [volumes[start : start + _PART] for start in range(0, len(volumes), _PART)]
-    with ThreadPoolExecutor(STAT_THREADS) as threads:
-        listed = [volume for part in threads.map(lambda part: list(map(inspect, part)), parts) for volume in part]
+    listed = _mapped(inspect, volumes)
     if no_answer():
         raise unreached[0]
+    return listed
+
+
+def _mapped(inspect: Callable[[VolumeRef], Volume], volumes: Sequence[VolumeRef]) -> list[Volume]:
+    """Return what `inspect` returns for each volume: in this thread while that is fast, and in others once it waits.
+
+    On a local disk threads only hinder each other.
+    """
+    listed: list[Volume] = []
+    started = time.perf_counter()
+    for volume in volumes:
+        listed.append(inspect(volume))
+        if time.perf_counter() - started > _MOST_WAITED + _MOST_FOR_ONE * len(listed):
+            break
+    left = volumes[len(listed) :]
+    parts = [left[start : start + _PART] for start in range(0, len(left), _PART)]
+    if parts:
+        with ThreadPoolExecutor(STAT_THREADS) as threads:
+            listed += chain.from_iterable(threads.map(lambda part: list(map(inspect, part)), parts))
     return listed

@@ -32,7 +32,8 @@ def volumes_below(
     for folder, files in walk_once(root, on_error=_log_unlisted):
         names = [name for name in files if has_volume_suffix(name) and name[0] != "."]
         volumes = [os.path.join(folder, name) for name in names]
-        others = [name for name in files if name not in set(names)]
+        known = set(names)
+        others = [name for name in files if name not in known]
         if any(_is_dicom(Path(folder, name)) for name in others[:DICOM_SAMPLE]):
             volumes = sorted([*volumes, folder])
         for path in map(os.path.normpath, volumes):

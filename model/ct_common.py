@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +17,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # 3.4 GiB in int16. CT-RATE's largest volume, 1024 x 1024 x 1617, fits; a larger claim means a damaged header or no CT.
 MAX_VOXELS = 1_850_000_000
 EXPORT_AGAIN = "Download or export it again."
+_LEAST_LOOKED_UP = 1 << 14  # voxels; fewer are scaled sooner than a table is made
 
 Scale: TypeAlias = tuple[float, float]  # slope and intercept
 Sizes: TypeAlias = Sequence[float] | np.ndarray  # mm along three axes
@@ -206,6 +208,25 @@ def scale_to_hu(stored: np.ndarray, slope: float, intercept: float, out: np.ndar
         whole_values += int(intercept)
         np.clip(whole_values, limits.min, limits.max, out=out, casting="unsafe")
         return 0
+    if kind in "iu" and size == 2 and stored.size >= _LEAST_LOOKED_UP:
+        bits = stored.view(stored.dtype.str.replace("i", "u"))
+        np.take(_hu_of_all_bits(kind, float(slope), float(intercept)), bits, out=out, mode="clip")
+        return 0
+    return _scale_floats(stored, slope, intercept, out)
+
+
+@lru_cache(maxsize=8)
+def _hu_of_all_bits(kind: str, slope: float, intercept: float) -> np.ndarray:
+    """Return the HU of each pattern of 16 bits, signed or not (`kind` "i" or "u"): int16 (65536,)."""
+    table = np.empty(1 << 16, dtype=np.int16)
+    _scale_floats(np.arange(1 << 16, dtype=np.uint16).view(f"{kind}2"), slope, intercept, table)
+    table.setflags(write=False)
+    return table
+
+
+def _scale_floats(stored: np.ndarray, slope: float, intercept: float, out: np.ndarray) -> int:
+    """Do what `scale_to_hu` does, in floating point."""
+    limits, kind, size = np.iinfo(np.int16), stored.dtype.kind, stored.dtype.itemsize
     plain = (slope, intercept) == (1.0, 0.0)
     # float64 keeps every 32-bit value exact.
     values: np.ndarray = stored.astype(np.float32 if kind == "f" and size <= 4 and plain else np.float64)

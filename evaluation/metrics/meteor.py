@@ -1,17 +1,16 @@
 """METEOR, equal to nltk's with WordNet."""
 
-import zipfile
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from nltk.corpus import wordnet
 from nltk.stem.porter import PorterStemmer
 
 from samf.evaluation.metrics.sampled_metric import divide
 from samf.evaluation.metrics.text_tables import Tokens, ragged, text_tables
+from samf.evaluation.metrics.wordnet_synonyms import synonyms, wordnet_available
 
 WORDNET_REMEDY = (
     "METEOR needs WordNet, which nltk does not find. Run `python -m nltk.downloader wordnet` once, or put wordnet.zip "
@@ -24,22 +23,6 @@ _stemmer = PorterStemmer()
 @lru_cache(maxsize=1 << 16)
 def _stem(word: str) -> str:
     return _stemmer.stem(word)
-
-
-@lru_cache(maxsize=1 << 16)
-def _synonyms(word: str) -> frozenset[str]:
-    """Return the word and WordNet's single-word lemmas that share a sense with it."""
-    names = (lemma.name() for synset in wordnet.synsets(word) for lemma in synset.lemmas())
-    return frozenset(name for name in names if "_" not in name) | {word}
-
-
-def wordnet_available() -> bool:
-    """Return whether nltk finds WordNet on this machine; never downloads."""
-    try:
-        wordnet.ensure_loaded()
-    except (LookupError, OSError, zipfile.BadZipFile):  # absent, or cut off while it was copied
-        return False
-    return True
 
 
 def meteor(predictions: Sequence[str], references: Sequence[str]) -> list[float] | None:
@@ -131,11 +114,11 @@ def _match_synonyms(words: _Words, targets: _Words, stems: Sequence[str]) -> _Ma
     """Match each word, from the last one backwards, with the last word left in the reference that is a synonym of it."""
     words = words.take(np.lexsort((words.places, words.pairs)))
     numbers = {stem: number for number, stem in enumerate(stems)}
-    synonyms: dict[int, list[int]] = {}
+    of_words: dict[int, list[int]] = {}
     for number in np.unique(words.numbers).tolist():
-        synonyms[number] = [numbers[name] for name in _synonyms(stems[number]) if name in numbers]
-    counts = np.array([len(synonyms.get(number, ())) for number in range(len(stems))], dtype=np.int64)
-    flat = np.array([name for number in range(len(stems)) for name in synonyms.get(number, ())], dtype=np.int64)
+        of_words[number] = [numbers[name] for name in synonyms(stems[number]) if name in numbers]
+    counts = np.array([len(of_words.get(number, ())) for number in range(len(stems))], dtype=np.int64)
+    flat = np.array([name for number in range(len(stems)) for name in of_words.get(number, ())], dtype=np.int64)
     repeats = counts[words.numbers]
     names = flat[ragged((np.cumsum(counts) - counts)[words.numbers], repeats)]
     keys = np.repeat(words.pairs, repeats) * len(stems) + names

@@ -93,6 +93,11 @@ def test_the_median_decides_about_a_limit(values, at_least, at_most, passed):
     assert (summary["at_least"], summary["at_most"]) == (at_least, at_most)
 
 
+def test_a_missed_limit_of_numpys_numbers_can_be_written():
+    summary = Measurement("memory", "x", [np.float64(3) / np.int64(2)], at_most=1.2).summary()
+    assert json.loads(json.dumps(summary))["passed"] is False
+
+
 def test_limits_hold_at_full_size_where_they_are_stated():
     gpu = torch.device("cuda")
     assert settings(size="full").limit(8) == 8

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from samf.cache import entries, slice_cache
+from samf.cache import entries, slice_cache, volume_list
 from samf.cache.slice_cache import SliceCache, check_entry, read_entry, volume_identity, write_entry
+from samf.cache.volume_list import inspect_volumes
 from samf.model import ct_download
 from samf.model.ct_dicom_files import dicom_files
 from samf.model.ct_volume import CTReadError, VolumeRef, read_ct
@@ -125,6 +126,37 @@ def test_identity_follows_every_file_of_a_volume(tmp_path):
         assert size in [row[1] for row in before[1]]
         os.utime(file, ns=(0, os.stat(file).st_mtime_ns + 1))
         assert volume_identity(volume) != before, volume
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_list_has_the_names_of_single_volumes(tmp_path, processor, monkeypatch, waits):
+    """Files, folders, pairs, detached headers and an address, looked up in this thread or, where that waits, in others."""
+    names = [
+        "scan.nii.gz",
+        "half.hdr",
+        "half.img",
+        "packed.img.gz",
+        "a.mhd",
+        "b.nhdr",
+        "c.npz",
+        "folder/1.dcm",
+        "v.raw",
+    ]
+    for size, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    (tmp_path / "a.mhd").write_bytes(b"ElementDataFile = v.raw\n")
+    paths = [*(str(tmp_path / name) for name in names[:7]), str(tmp_path / "folder"), "https://host/scan.nii.gz"]
+    volumes = [VolumeRef(path, rescale) for path in paths for rescale in (None, (1.0, -1024.0))]
+    cache = SliceCache(tmp_path / "cache", processor, min_coverage=50)
+    if waits:
+        monkeypatch.setattr(volume_list, "_MOST_WAITED", -1)
+    listed = inspect_volumes([*volumes, VolumeRef(str(tmp_path / "absent.nii"))], cache, paths[:1])
+    assert [volume.ref for volume in listed[:-1]] == volumes
+    assert [volume.key for volume in listed[:-1]] == [cache.entry_path(volume).stem for volume in volumes]
+    assert len({volume.key for volume in listed[:-1]}) == len(volumes)
+    assert [volume.searched for volume in listed[:3]] == [True, True, False]
+    assert listed[-1].key is None and "No such file" in listed[-1].problem
 
 
 def test_entry_of_an_address_is_found_without_the_network(tmp_path, processor, scan, monkeypatch):

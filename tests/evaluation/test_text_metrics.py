@@ -17,8 +17,8 @@ from nltk.translate.meteor_score import single_meteor_score
 from pycocoevalcap.cider.cider import Cider
 from rouge_score.rouge_scorer import RougeScorer
 
-from samf.evaluation.metrics import meteor as meteor_module
 from samf.evaluation.metrics import text_metrics as metrics
+from samf.evaluation.metrics import wordnet_synonyms
 from samf.evaluation.metrics.cider import cider_tokens
 from samf.evaluation.metrics.ngrams import shared_counts
 from samf.evaluation.metrics.text_tables import TextTables, text_tables
@@ -39,9 +39,8 @@ PREDICTIONS = [
 def no_wordnet(monkeypatch, tmp_path):
     """A machine whose nltk finds no data, whatever lies on the real one."""
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    monkeypatch.setattr(
-        meteor_module, "wordnet", nltk.corpus.util.LazyCorpusLoader("wordnet", nltk.corpus.WordNetCorpusReader, None)
-    )
+    unloaded = nltk.corpus.util.LazyCorpusLoader("wordnet", nltk.corpus.WordNetCorpusReader, None)
+    monkeypatch.setattr(wordnet_synonyms, "_wordnet", unloaded)
 
 
 @pytest.fixture(scope="module")
@@ -305,6 +304,18 @@ def test_rouge_by_hand():
     """Longest common subsequence "a c d": precision 3/3, recall 3/4, F 6/7. Pairs of words: "c d" of 2 and of 3."""
     scores = metrics.rouge(["a c d"], ["a b c d"])
     assert scores == {"rouge_1": pytest.approx([6 / 7]), "rouge_2": pytest.approx([2 / 5]), "rouge_l": [6 / 7]}
+
+
+def test_synonyms_equal_those_of_nltk(with_wordnet):
+    """Of single words of each part of speech, of forms of them, of exceptions, and of what WordNet doesn't have."""
+    rng = random.Random(0)
+    lemmas = sorted({lemma for lemma in wordnet.all_lemma_names() if "_" not in lemma})
+    words = [word + ending for word in rng.sample(lemmas, 1000) for ending in ("", "s", "ed", "ing", "er")]
+    words += ["mice", "better", "lungs", "worse", "was", "xyzzy", "", "ground-glass"]
+    names = {word: [lemma.name() for synset in wordnet.synsets(word) for lemma in synset.lemmas()] for word in words}
+    expected = {word: {name for name in found if "_" not in name} | {word} for word, found in names.items()}
+    assert {word: set(wordnet_synonyms.synonyms(word)) for word in words} == expected
+    assert sum(len(found) > 1 for found in expected.values()) > 1000
 
 
 def test_meteor_equals_nltk(with_wordnet):

@@ -41,7 +41,7 @@ from pydicom.fileset import FileSet
 
 from samf import SamfImageProcessor
 from samf.cache.slice_cache import SliceCache
-from samf.model import ct_dicom, ct_dicom_pixels
+from samf.model import ct_dicom, ct_dicom_decoders
 from samf.model.ct_dicom_walk import HeaderWalker
 from samf.model.ct_volume import AIR_HU, CTReadError, read_ct
 from samf.reporting import slice_view as view
@@ -616,7 +616,7 @@ def test_jpeg_lossless_and_jpeg_2000(tmp_path, compressor, signed):
     assert_every_voxel_in_place(read_ct(folder))
 
 
-WITHOUT_IMAGECODECS = ct_dicom_pixels._DECODE_SCRIPT.replace("import imagecodecs", "raise ImportError")
+WITHOUT_IMAGECODECS = ct_dicom_decoders._DECODE_SCRIPT.replace("import imagecodecs", "raise ImportError")
 
 
 # 16 x 16 pixels, the number at place i being 9 i + 100, packed by CharLS.
@@ -670,7 +670,7 @@ def test_htj2k_needs_a_simpleitk_that_unpacks_it(tmp_path, monkeypatch):
     """Version 2.4 gives no image. It does unpack JPEG 2000, which needs no message."""
     older = WITHOUT_IMAGECODECS.replace("SimpleITK.Version.MinorVersion()", "-1")
     assert older != WITHOUT_IMAGECODECS
-    monkeypatch.setattr(ct_dicom_pixels, "_DECODE_SCRIPT", older)
+    monkeypatch.setattr(ct_dicom_decoders, "_DECODE_SCRIPT", older)
     with pytest.raises(CTReadError, match="slice: its voxels are compressed as HTJ2K.*pip install -U 'SimpleITK>=2.5'"):
         read_ct(write_htj2k(tmp_path / "slice", 201, False))
     assert_every_voxel_in_place(read_ct(packed_series(tmp_path)))
@@ -821,7 +821,7 @@ def packed_series(tmp_path):
 def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, monkeypatch):
     folder = write_series(tmp_path / "series", stack_positions(2))
     packed = packed_series(tmp_path)
-    monkeypatch.setattr(ct_dicom_pixels, "_DECODE_SCRIPT", WITHOUT_IMAGECODECS.replace("SimpleITK", "not_installed"))
+    monkeypatch.setattr(ct_dicom_decoders, "_DECODE_SCRIPT", WITHOUT_IMAGECODECS.replace("SimpleITK", "not_installed"))
     assert_every_voxel_in_place(read_ct(folder))  # native voxels need only pydicom
     with pytest.raises(CTReadError, match="slice000.dcm: compressed voxels need SimpleITK: pip install SimpleITK"):
         read_ct(packed)
@@ -835,9 +835,9 @@ def test_without_pydicom_or_simpleitk_the_error_says_what_to_install(tmp_path, m
 )
 def test_a_decoder_that_crashes_or_hangs_is_an_error(tmp_path, monkeypatch, fault):
     folder = packed_series(tmp_path)
-    monkeypatch.setattr(ct_dicom_pixels, "_DECODE_SCRIPT", fault)
-    monkeypatch.setattr(ct_dicom_pixels, "_SECONDS_PER_PROCESS", 0.5)
-    monkeypatch.setattr(ct_dicom_pixels, "_SECONDS_PER_FRAME", 0.1)
+    monkeypatch.setattr(ct_dicom_decoders, "_DECODE_SCRIPT", fault)
+    monkeypatch.setattr(ct_dicom_decoders, "_SECONDS_PER_PROCESS", 0.5)
+    monkeypatch.setattr(ct_dicom_decoders, "_SECONDS_PER_FRAME", 0.1)
     with pytest.raises(CTReadError, match="slice000.dcm: its compressed voxels are damaged|takes far too long"):
         read_ct(folder)
 
@@ -847,16 +847,21 @@ def test_no_room_to_unpack_into_is_not_called_damage(tmp_path, monkeypatch):
     folder = packed_series(tmp_path)
     narrow = f"import resource; resource.setrlimit({resource.RLIMIT_FSIZE}, (64, 64))\n"
     with monkeypatch.context() as patch:
-        patch.setattr(ct_dicom_pixels, "_DECODE_SCRIPT", narrow + ct_dicom_pixels._DECODE_SCRIPT)
+        patch.setattr(ct_dicom_decoders, "_DECODE_SCRIPT", narrow + ct_dicom_decoders._DECODE_SCRIPT)
         with pytest.raises(CTReadError, match="slice000.dcm: cannot be decoded into .*samf-.*TMPDIR"):
             read_ct(folder)
 
     def refuse(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **options: started.append(start(*args, **options)) or started[-1]
+    )
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(CTReadError, match="slice000.dcm: cannot be read, or decoded into .*No space left.*TMPDIR"):
         read_ct(folder)
+    assert started and all(process.returncode is not None for process in started)  # decoders that waited have ended
 
 
 @pytest.mark.parametrize("reader", ["walk", "pydicom"])
@@ -883,7 +888,7 @@ def test_a_header_that_the_system_will_not_read_is_not_left_out(tmp_path, monkey
 def test_a_decoder_ends_with_its_parent(tmp_path):
     note = tmp_path / "decoder"
     hang = f"open({str(note)!r}, 'w').write(str(os.getpid())); import time; time.sleep(60)"
-    script = ct_dicom_pixels._DECODE_SCRIPT.replace("import numpy", hang)
+    script = ct_dicom_decoders._DECODE_SCRIPT.replace("import numpy", hang)
     start = (
         f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {script!r}, str(os.getpid()), '60', 'x'])"
     )
@@ -898,7 +903,7 @@ def test_a_decoder_ends_with_its_parent(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits on CPU time")
 def test_a_decoder_that_computes_for_ever_ends_by_itself():
-    script = ct_dicom_pixels._DECODE_SCRIPT.replace("import numpy", "while True: pass")
+    script = ct_dicom_decoders._DECODE_SCRIPT.replace("import numpy", "while True: pass")
     done = subprocess.run([sys.executable, "-c", script, str(os.getpid()), "1", "x"], timeout=60)
     assert done.returncode == -signal.SIGKILL
 

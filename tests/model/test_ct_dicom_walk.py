@@ -12,7 +12,7 @@ from dicom_series import slice_dataset, stack_positions, write_series
 from pydicom.data import get_testdata_file
 from pydicom.encaps import encapsulate
 
-from samf.model import ct_dicom_headers, ct_dicom_pixels
+from samf.model import ct_dicom_decoders, ct_dicom_headers
 from samf.model.ct_dicom_storage import quiet_pydicom
 from samf.model.ct_dicom_walk import HeaderWalker
 from samf.model.ct_volume import CTReadError, read_ct
@@ -138,15 +138,15 @@ def packed(tmp_path, request):
 )
 def test_both_decoders_give_the_voxels_that_were_packed(packed, monkeypatch, change):
     """The last change shows that imagecodecs decodes them all: SimpleITK would fail."""
-    script = ct_dicom_pixels._DECODE_SCRIPT.replace(*change)
-    monkeypatch.setattr(ct_dicom_pixels, "_DECODE_SCRIPT", script)
-    monkeypatch.setattr(ct_dicom_pixels, "thread_count", lambda: 2)
+    script = ct_dicom_decoders._DECODE_SCRIPT.replace(*change)
+    monkeypatch.setattr(ct_dicom_decoders, "_DECODE_SCRIPT", script)
+    monkeypatch.setattr(ct_dicom_decoders, "thread_count", lambda: 2)
     folder, plain = packed
     np.testing.assert_array_equal(read_ct(folder).hu, read_ct(plain).hu)
 
 
 def test_the_error_names_the_damaged_slice_of_several_processes(packed, monkeypatch):
-    monkeypatch.setattr(ct_dicom_pixels, "thread_count", lambda: 3)
+    monkeypatch.setattr(ct_dicom_decoders, "thread_count", lambda: 3)
     folder, _ = packed
     path = folder / "slice013.dcm"
     dataset = pydicom.dcmread(path)

@@ -870,6 +870,17 @@ def test_every_type_becomes_hu_as_exact_numbers_say(dtype):
         assert found.tolist() == expected, (slope, intercept)
 
 
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "<u2", ">u2"])
+@pytest.mark.parametrize(("slope", "intercept"), [(0.5, -1024.0), (-0.375, 99.25)])
+def test_every_value_of_16_bits_is_scaled_as_exact_numbers_say(dtype, slope, intercept):
+    """Products and sums of these numbers have no rounding in double precision. The result may take the values' place."""
+    stored = np.arange(1 << 16).astype(dtype)
+    expected = [min(max(round(value * slope + intercept), -32768), 32767) for value in stored.tolist()]
+    for out in (np.empty(stored.shape, np.int16), stored.view(np.int16)):
+        assert scale_to_hu(stored, slope, intercept, out) == 0
+        assert out.tolist() == expected
+
+
 # ------------------------------------------------------------------------------------------------ scaled as they are read
 
 
