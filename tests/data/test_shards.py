@@ -247,5 +247,32 @@ def test_errors_of_a_stores_library_are_os_errors(tmp_path):
     storage._open = lambda: (System(), "root")
     with pytest.raises(OSError, match=r"index.json: RuntimeError: no credentials"):
         ShardIndex.read(storage)
-    with pytest.raises(ImportError, match=r"s3://.*|unknownscheme"):
+    with pytest.raises(ImportError, match=r"unknownscheme"):
         Storage("unknownscheme://bucket/x").read(INDEX)
+
+
+class NoCredentialsError(Exception):
+    """Has the name of botocore's."""
+
+
+@pytest.mark.parametrize("error", [NoCredentialsError("GET https://store/?secret"), PermissionError("Forbidden")])
+def test_a_store_without_access_says_what_to_check_as_for_volumes(error):
+    storage = Storage("s3://user:secret@bucket/ct-rate")
+
+    class System:
+        def cat_file(self, path):
+            raise error
+
+    storage._open = lambda: (System(), "root")
+    with pytest.raises(OSError, match=r"^s3://bucket/ct-rate/index.json: no access .* AWS_PROFILE") as raised:
+        ShardIndex.read(storage)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_store_whose_package_is_missing_names_it(monkeypatch):
+    def fail(address):
+        raise ImportError("No module named 'gcsfs'")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", fail)
+    with pytest.raises(ImportError, match=r"^gs://bucket/x: gs:// addresses need gcsfs: pip install gcsfs$"):
+        Storage("gs://bucket/x").read(INDEX)
