@@ -7,6 +7,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
+from transformers import Trainer, TrainingArguments
 
 from samf import SamfImageProcessor
 from samf.cache.entries import entry_file
@@ -19,6 +21,7 @@ from samf.data.shards.records import load_shard_records, shard_numbers
 from samf.data.shards.storage import Storage
 from samf.data.shards.store import ShardStore
 from samf.model.ct_volume import CTReadError
+from samf.training.shard_order import order_for_trainer
 
 PROCESSOR = SamfImageProcessor(slices_per_plane=2, size=32)
 SHARD = 80_000  # bytes: four entries of 18 kB
@@ -221,6 +224,29 @@ def _read_all(store: ShardStore, volumes: list[str], fetched) -> None:
     for path in volumes:
         store.get(path)
     fetched.put(store.fetched)
+
+
+def test_the_librarys_trainer_fetches_each_shard_once_where_records_are_in_shard_order(source, tmp_path):
+    pack_into(tmp_path / "out", source, shard_bytes=40_000)  # seven shards of training, four of which fit
+    fetched, ids = {}, {}
+    for strategy in ("random", "sequential"):
+        store = opened(tmp_path / "out", tmp_path / strategy, limit=170_000)
+        records = load_shard_records(store, "train")
+        if strategy == "sequential":
+            records = order_for_trainer(store, records, volumes=1)
+        options = {"remove_unused_columns": False, "use_cpu": True, "report_to": "none"}
+        args = TrainingArguments(tmp_path, train_sampling_strategy=strategy, per_device_train_batch_size=2, **options)
+
+        def read(rows, store=store):
+            return [(row["id"], row["volume"] and store.get(row["volume"])) for row in rows]
+
+        trainer = Trainer(torch.nn.Linear(1, 1), args, data_collator=read, train_dataset=records)
+        ids[strategy] = sorted(name for batch in trainer.get_train_dataloader() for name, _ in batch)
+        fetched[strategy] = store.fetched
+    assert fetched["sequential"] == 7 < fetched["random"]
+    assert ids["sequential"] == ids["random"] and len(ids["random"]) == 43
+    with pytest.raises(ShardsError, match="lower shuffle_volumes"):
+        order_for_trainer(opened(tmp_path / "out", tmp_path / "small", limit=50_000), records)
 
 
 def test_processes_of_a_machine_fetch_each_shard_once(source, tmp_path):
