@@ -48,6 +48,8 @@ _HANG = 600  # seconds
 _ERRORS = {"crash": "SIGSEGV", "hang": "Timeout", "lie": "CTReadError"}
 _LIES = (b"\x89PNG\r\n\x1a\n" + bytes(4000), b"no gzip" * 500)
 _POLL = 0.25  # seconds between two looks at the cluster
+_TOGETHER = 0.001  # seconds between results that came as one
+_SMALL = SamfImageProcessor(slices_per_plane=4, size=64)
 
 
 class TroubledCache(SliceCache):
@@ -73,6 +75,7 @@ class Run:
         failures: number of failures by kind of file and error.
         entries: digest of each entry's bytes.
         rate: volumes per second between the first volumes and the last one.
+        busy: share of that time in which a process was reading a volume, on average; of runs without failures.
         peaks: highest numbers seen of the cluster.
     """
 
@@ -80,6 +83,7 @@ class Run:
     failures: Counter[tuple[str, str]]
     entries: dict[str, str]
     rate: float
+    busy: float
     peaks: dict[str, float] = field(default_factory=dict)
 
 
@@ -88,11 +92,12 @@ class LocalMachines:
 
     Args:
         folder: for logs and the scheduler's file.
+        nanny: start each worker under a nanny, as `dask worker` does by default.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, nanny: bool = False):
         folder.mkdir(parents=True)
-        self.folder, self.file = folder, folder / "scheduler.json"
+        self.folder, self.file, self.nanny = folder, folder / "scheduler.json", nanny
         self.workers: list[subprocess.Popen[bytes]] = []
         self.scheduler = self._start(
             "dask_scheduler", "--port=0", "--dashboard-address=:0", f"--scheduler-file={self.file}"
@@ -111,11 +116,19 @@ class LocalMachines:
             process.wait()
 
     def add(self, count: int = 1) -> None:
-        """Start workers of one thread each, which nobody starts again when they die."""
+        """Start workers of one thread each; without a nanny, nobody starts them again when they die."""
+        nanny = "--nanny" if self.nanny else "--no-nanny"
         for _ in range(count):
-            options = ("--nthreads=1", "--no-nanny", "--no-dashboard", f"--local-directory={self.folder}")
+            options = ("--nthreads=1", nanny, "--no-dashboard", f"--local-directory={self.folder}")
             name = f"--name={len(self.workers)}"
             self.workers.append(self._start("dask_worker", f"--scheduler-file={self.file}", name, *options))
+
+    def wait(self) -> None:
+        """Wait until the scheduler knows the workers."""
+        import distributed
+
+        with distributed.Client(scheduler_file=str(self.file)) as client:
+            client.wait_for_workers(len(self.workers), timeout=120)
 
     def _start(self, module: str, *options: str) -> "subprocess.Popen[bytes]":
         with (self.folder / "log").open("ab") as log:
@@ -155,21 +168,21 @@ def compare(settings: Settings) -> list[Measurement]:
     if find_spec("distributed") is None:
         raise LineSkipped("needs distributed: pip install 'samf[cluster]'")
     # Both kinds, in the list's order: the same bytes of the same volumes.
-    pools = {count: _fill(settings, "good", FillOptions(workers=count)) for count in (1, 2)}
+    pools = {count: fill(settings, "good", FillOptions(workers=count), _SMALL) for count in (1, 2)}
     clusters = {count: _fill_by_cluster(settings, "good", count) for count in _WORKERS[settings.size]}
-    reference = _fill(settings, "all", _skip(settings, workers=2))
+    reference = fill(settings, "all", _skip(settings, workers=2), _SMALL)
     killed = _fill_by_cluster(settings, "all", 2, _kill_and_add)
     cores = len(os.sched_getaffinity(0))
-    rows = [Measurement(f"pool, {count} processes", "volumes/s", [run.rate]) for count, run in pools.items()]
+    rows = [describe_rate(f"pool, {count} processes", run) for count, run in pools.items()]
     for count, run in clusters.items():
         ideal = min(count, cores) * clusters[1].rate
         rows += [
-            Measurement(f"cluster, {count} workers", "volumes/s", [run.rate], note=_describe(run.peaks)),
+            describe_rate(f"cluster, {count} workers", run, _describe(run.peaks)),
             Measurement(f"cluster, {count} workers / ideal", "x", [run.rate / ideal], settings.limit(0.9)),
         ]
         if count in pools:
             rows.append(Measurement(f"cluster / pool, {count} workers", "x", [run.rate / pools[count].rate]))
-    rows.append(_equal(settings, "entries that differ from the pool's", pools[2], *clusters.values()))
+    rows.append(count_different(settings, "entries that differ from the pool's", pools[2], *clusters.values()))
     return [*rows, *_judge(settings, reference, killed)]
 
 
@@ -191,10 +204,31 @@ def _judge(settings: Settings, reference: Run, killed: Run) -> list[Measurement]
         ),
         Measurement("most volumes that the added worker had at once", "", [killed.peaks["added"]], settings.limit(1)),
     ]
-    return [*rows, *added, _equal(settings, "entries that differ from the pool's, with a kill", reference, killed)]
+    different = count_different(settings, "entries that differ from the pool's, with a kill", reference, killed)
+    return [*rows, *added, different]
 
 
-def _equal(settings: Settings, name: str, first: Run, *others: Run) -> Measurement:
+def describe_rate(name: str, run: Run, note: str = "") -> Measurement:
+    """Return a run's volumes per second, and how busy its reading processes were.
+
+    Args:
+        name: of the run.
+        run: the run.
+        note: what else is to be said of it.
+    """
+    busy = f"reading {run.busy:.1%} of the time"
+    return Measurement(name, "volumes/s", [run.rate], note=f"{busy}, {note}" if note else busy)
+
+
+def count_different(settings: Settings, name: str, first: Run, *others: Run) -> Measurement:
+    """Return how many entries some runs have made otherwise than a first one.
+
+    Args:
+        settings: of the stage.
+        name: of the measurement.
+        first: the run to compare with.
+        *others: the other runs.
+    """
     differ = sum(len(set(first.entries.items()) ^ set(other.entries.items())) for other in others)
     return Measurement(name, "", [differ], at_most=settings.limit(0), note=f"{len(first.entries)} entries, all bytes")
 
@@ -208,38 +242,50 @@ def _skip(settings: Settings, workers: int = 1) -> FillOptions:
     return FillOptions(workers=workers, on_error="skip", timeout=_TIMEOUT[settings.size])
 
 
-def _fill(settings: Settings, folder: str, options: FillOptions) -> Run:
-    """Fill a new cache from a folder of phantoms."""
-    cache = TroubledCache(settings.folder / "cache", SamfImageProcessor(slices_per_plane=4, size=64))
+def fill(settings: Settings, folder: str, options: FillOptions, image_processor: SamfImageProcessor) -> Run:
+    """Fill a new cache, and remove it.
+
+    Args:
+        settings: of the stage.
+        folder: of the volumes, below the stage's.
+        options: how it is filled; `workers` is the number of reading processes, also those of a cluster.
+        image_processor: extracts the slices.
+    """
+    cache = TroubledCache(settings.folder / "cache", image_processor)
     found = search_volumes([str(settings.folder / folder)])
     volumes = inspect_volumes(found.volumes, cache, found.searched)
     manifest, times = Manifest(cache.folder, "slices"), []
     options = replace(options, should_stop=lambda: times.append(time.perf_counter()))  # type: ignore[arg-type, func-returns-value]
     origin = {"settings_hash": cache.image_processor.settings_hash(), "extract_version": EXTRACT_VERSION}
     summary = fill_slices(volumes, cache, manifest, options, origin)  # type: ignore[arg-type]
-    lines = manifest.path("failures.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = _read_lines(manifest.path("failures.jsonl"))
     failures = Counter((Path(row["volume"]).name.partition("_")[0], row["error"]) for row in rows)
     files = sorted(cache.folder.glob("??/*.safetensors"))
     entries = {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    made = [row for file in (cache.folder / "log").iterdir() for row in _read_lines(file)]
     shutil.rmtree(cache.folder)
     start = len(times) // 10  # by then all processes are at work
-    return Run(summary, failures, entries, (len(times) - 1 - start) / (times[-1] - times[start]))
+    while start + 2 < len(times) and times[start + 1] - times[start] < _TOGETHER:  # results of one task
+        start += 1
+    seconds = times[-1] - times[start]
+    busy = sum(row["seconds"] for row in made[start + 1 :]) / seconds / options.workers
+    return Run(summary, failures, entries, (len(times) - 1 - start) / seconds, busy)
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _fill_by_cluster(
     settings: Settings, folder: str, workers: int, meddle: "Callable[[_Watch], None] | None" = None
 ) -> Run:
-    import distributed
-
     machines_folder = settings.folder / f"machines_{time.monotonic_ns()}"
     with LocalMachines(machines_folder) as machines:
         machines.add(workers)
-        with distributed.Client(scheduler_file=str(machines.file)) as client:
-            client.wait_for_workers(workers, timeout=120)
-        cluster = ClusterSettings(str(machines.file))
+        machines.wait()
+        options = replace(_skip(settings, workers), cluster=ClusterSettings(str(machines.file)))
         with _Watch(machines, settings.folder / "cache", _VOLUMES[settings.size], meddle) as watch:
-            run = _fill(settings, folder, replace(_skip(settings), cluster=cluster))
+            run = fill(settings, folder, options, _SMALL)
     return replace(run, peaks=watch.peaks)
 
 

@@ -39,6 +39,7 @@ from samf.benchmarks import (
     answer_lines,
     cache_lines,
     cluster_lines,
+    cluster_scan_lines,
     dino_lines,
     growth_lines,
     remote_lines,
@@ -89,7 +90,7 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
         "scoring": {"predictions": write_predictions, "scoring": time_scoring},
         "remote": remote_lines.STAGES,
         **cache_lines.STAGES,
-        **cluster_lines.STAGES,
+        "cluster": cluster_lines.STAGES["cluster"] | cluster_scan_lines.STAGES["cluster"],
         **stream_lines.STAGES,
     },
     "training": {

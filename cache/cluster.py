@@ -1,6 +1,6 @@
 """Filling a cache on several machines by dask: one queue, workers that come and go, a dashboard.
 
-Dask spreads the volumes over its workers, one task each or, if they are small, one for a few of them. In each dask worker a
+Dask spreads the volumes over its workers, one task each or, if they are small, one for several of them. In each dask worker a
 `WorkerPool` reads them (`samf.cache.cluster_worker`): dask itself knows no time limits, and takes a file that crashes a reader
 for one of several that the worker had (`findings/dask_blames_tasks_that_it_never_started.sh`). What becomes of a volume is
 recorded by the process that started the run, as without a cluster.
@@ -28,9 +28,11 @@ from samf.cache.worker_pool import WorkerDied
 logger = logging.getLogger(__name__)
 
 _QUIET = 60.0  # seconds without a result after which it is said if there are no workers
-_POLL = 0.02
-_BATCH, _BATCH_BYTES = 8, 4_000_000  # at most so many volumes in one task, if they are no larger together
-_ROUNDS = 8  # tasks that each process gets at least, before volumes share one
+_POLL = 0.1
+# At most so many volumes in one task, if they are no larger together: about half a second's reading. By their bytes, because
+# measuring it first would keep the other volumes waiting for one that hangs.
+_BATCH, _BATCH_BYTES = 32, 16_000_000
+_SHARES = 2  # tasks of each process into which what is left would be divided: tasks get smaller towards the end
 _TRIES = 3  # times that jobs are given out whose worker or pool died
 _GONE = "The cluster's scheduler is gone, or has dropped the work. Start it if it is, and run the same command again."
 
@@ -88,9 +90,7 @@ class ClusterPool(Generic[Job, Result]):
 
     def map(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Result | WorkerDied]]:
         """Yield (job, its result or WorkerDied), in the order of completion."""
-        jobs = list(jobs)
-        at_once = min(self._batch, max(1, len(jobs) // (_ROUNDS * self.size)))
-        for outcomes in self._run([jobs[start : start + at_once] for start in range(0, len(jobs), at_once)]):
+        for outcomes in self._run(list(_split(list(jobs), self._batch, self.size))):
             yield from outcomes
 
     def map_beside(
@@ -195,6 +195,21 @@ class ClusterPool(Generic[Job, Result]):
         if worker in self._client.nthreads():
             logger.warning("worker %s is dismissed: %s", worker, reason)
             self._client.retire_workers([worker], close_workers=True)
+
+
+def _split(jobs: Sequence[Job], most: int, processes: int) -> Iterator[Sequence[Job]]:
+    """Yield groups of jobs, one per task: large ones first, so that no process waits long for another's last one.
+
+    Args:
+        jobs: the jobs.
+        most: jobs of a group at most.
+        processes: that run the jobs.
+    """
+    start = 0
+    while start < len(jobs):
+        size = max(1, min(most, (len(jobs) - start) // (_SHARES * processes)))
+        yield jobs[start : start + size]
+        start += size
 
 
 def _batch_size(volumes: Sequence[Volume]) -> int:

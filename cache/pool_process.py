@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from importlib import metadata
 from itertools import count
@@ -42,15 +42,17 @@ class PoolProcess:
             and of (work, timeout) as WorkerPool takes them.
         versions: what `versions()` must return in the process, or the work is refused.
         size: number of workers.
+        environment: variables of the process's environment; default: this one's.
 
     Raises:
         PoolRefusedError: the work can't be done on this machine.
     """
 
-    def __init__(self, work: bytes, versions: dict[str, str], size: int):
+    def __init__(self, work: bytes, versions: dict[str, str], size: int, environment: Mapping[str, str] | None = None):
         self._connection, theirs = Pipe()
         # As for processes of multiprocessing: what can be imported here can be imported there.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        found = os.environ if environment is None else environment
+        environment = {**found, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "samf.cache.pool_process", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],

@@ -84,7 +84,7 @@ def stored_state(address: str, refresh: bool = False) -> StoredState:
         try:
             state = _ask(address)
         except Exception as error:  # each store's libraries have exceptions of their own
-            raise _explained(address, error) from error
+            raise explain_store_error(address, error) from error
         _states[address] = state
     return state
 
@@ -99,7 +99,7 @@ def has_stored(address: str) -> bool:
     try:
         _file_system(address).info(address)
     except Exception as error:
-        explained = _explained(address, error)
+        explained = explain_store_error(address, error)
         if isinstance(explained, DownloadError) and not explained.is_temporary:
             return False
         raise explained from error
@@ -119,12 +119,12 @@ def stored_names(address: str) -> set[str]:
     try:
         found = _file_system(address).ls(address, detail=False)
     except FileNotFoundError as error:
-        explained = _explained(address, error)
+        explained = explain_store_error(address, error)
         if "there is no bucket" in str(explained):
             raise explained from error
         return set()
     except Exception as error:
-        raise _explained(address, error) from error
+        raise explain_store_error(address, error) from error
     return {path.rstrip("/").rpartition("/")[2] for path in found}
 
 
@@ -141,7 +141,7 @@ def list_stored(address: str) -> list[StoredFile]:
     try:
         files = _objects_below(address)
     except Exception as error:
-        raise _explained(address, error) from error
+        raise explain_store_error(address, error) from error
     for file in files:
         _states[f"{address}/{file.name}"] = StoredState((StoredFile("", file.size, file.tag),), is_folder=False)
     return files
@@ -180,7 +180,7 @@ def read_stored_head(address: str, size: int) -> bytes:
     try:
         head: bytes = _file_system(address).cat_file(address, start=0, end=size)
     except Exception as error:
-        raise _explained(address, error) from error
+        raise explain_store_error(address, error) from error
     return head
 
 
@@ -205,7 +205,7 @@ def download_stored(address: str, state: StoredState, target: Path) -> None:
         # Lists in, lists out: s3fs and gcsfs then fetch several at a time.
         _file_system(address).get(list(places), [str(place) for place in places.values()])
     except Exception as error:
-        raise _explained(address, error) from error
+        raise explain_store_error(address, error) from error
     # Large objects are fetched in parts, each by a request of its own: parts of two versions would fit together.
     changed = [place for place, file in zip(places.values(), state.files, strict=True) if _size(place) != file.size]
     if changed or stored_state(address, refresh=True) != state:
@@ -252,8 +252,7 @@ def _file_system(address: str) -> Any:
 
         return fsspec.filesystem(scheme, use_listings_cache=False)
     except ImportError as error:
-        package = STORES[scheme]
-        raise CTReadError(f"{address}: {scheme}:// addresses need {package}: pip install {package}") from error
+        raise explain_store_error(address, error) from error
 
 
 def _ask(address: str) -> StoredState:
@@ -283,10 +282,18 @@ def _described(info: dict[str, Any], name: str) -> StoredFile:
     return StoredFile(name, int(info["size"] or 0), tag)
 
 
-def _explained(address: str, error: Exception) -> CTReadError:
-    """Return an error that says what to do for an error of a store's libraries, whose own texts may quote requests."""
+def explain_store_error(address: str, error: Exception) -> CTReadError:
+    """Return an error that says what to do for an error of a store's libraries, whose own texts may quote requests.
+
+    Args:
+        address: s3:// or gs://, as it may be shown.
+        error: what was raised at it.
+    """
     if isinstance(error, CTReadError):
         return error
+    if isinstance(error, ImportError):
+        scheme = address.partition("://")[0].lower()
+        return CTReadError(f"{address}: {scheme}:// addresses need {STORES[scheme]}: pip install {STORES[scheme]}")
     chain = _chain(error)
     names = [type(cause).__name__ for cause in chain]
     bucket = address.partition("://")[2].partition("/")[0]

@@ -136,6 +136,26 @@ class ShardWindow:
             self._prefetcher.stop()
 
 
+def order_for_trainer(
+    store: ShardStore, records: datasets.Dataset, volumes: int = 256, seed: int = 0
+) -> datasets.Dataset:
+    """Return records in an order that needs each shard for a part of an epoch only, the same in each epoch.
+
+    For `transformers.Trainer` with `train_sampling_strategy="sequential"`. Its default, a random order of all records, fetches
+    a shard for almost every record, and so does the packed table's own order: volumes were assigned to shards at random.
+
+    Args:
+        store: the shards.
+        records: records of the shards.
+        volumes: volumes whose records are mixed.
+        seed: of the order.
+    """
+    window = ShardWindow(store, shard_numbers(store, records), volumes, ahead=0)
+    order = window.order(np.arange(len(records)), [seed])
+    window.check_room(order)
+    return records.select(order)
+
+
 def build_window(args: DataArguments, store: ShardStore | None, records: datasets.Dataset) -> ShardWindow | None:
     """Return the streaming of training records; None without shards.
 

@@ -74,7 +74,10 @@ def pack(
     Raises:
         ShardsError: entries are missing or damaged, or there are other shards.
     """
-    chosen = {split: _choose(records, cache, split, options.on_error) for split, records in splits.items()}
+    chosen = {
+        split: _choose(records, cache, f"{split} volumes", about.kind, options.on_error)
+        for split, records in splits.items()
+    }
     plan = [
         (f"{split}-{number:05}", split, group)
         for split, (_, volumes) in chosen.items()
@@ -113,7 +116,7 @@ def _beside(storage: Storage) -> str | None:
 
 
 def _choose(
-    records: datasets.Dataset, cache: VolumeCache, split: str, on_error: OnError
+    records: datasets.Dataset, cache: VolumeCache, what: str, kind: str, on_error: OnError
 ) -> tuple[datasets.Dataset, list[Volume]]:
     """Return the records whose volume has an entry, or that have none, and these volumes."""
     volumes = inspect_volumes(distinct_volumes(records), cache)
@@ -123,11 +126,11 @@ def _choose(
     if not absent:
         return records, volumes
     named = ", ".join(sorted(absent)[:_LISTED])
-    found = f"{len(absent)} of {len(volumes)} {split} volumes have no entry in {cache.folder} (first: {named})"
+    found = f"{len(absent)} of {len(volumes)} {what} have no {kind} in {cache.folder} (first: {named})"
     if on_error == "raise" or len(absent) == len(volumes):
         raise ShardsError(
             f"{found}. Fill the cache first, with the same settings: python preprocess.py DATA --cache {cache.folder} "
-            "--processor MODEL; --on_error skip packs the others only."
+            f"--{'embeddings' if kind == 'embeddings' else 'processor'} MODEL; --on_error skip packs the others only."
         )
     logger.warning("%s; their records are left out", found)
     rows = [row for row, path in enumerate(records["volume"][:]) if path not in absent]

@@ -9,9 +9,8 @@ from typing import Any
 import fsspec
 
 from samf.model.ct_download import redacted
+from samf.model.ct_object_store import explain_store_error, is_store_address
 from samf.utils.files import atomic_write
-
-_EXTRAS = "pip install 'samf[s3]' for s3://; gcsfs for gs://, adlfs for az://"
 
 
 def is_remote(address: str) -> bool:
@@ -42,18 +41,26 @@ class Storage:
             try:
                 system, root = fsspec.core.url_to_fs(self.address if self.is_remote else str(self.local("")))
             except (ImportError, ValueError) as error:
-                raise ImportError(f"{self.shown}: {error}. {_EXTRAS}.") from error
+                known = is_store_address(self.address)
+                raise ImportError(
+                    str(explain_store_error(self.shown, error)) if known else f"{self.shown}: {error}"
+                ) from error
             self._opened = os.getpid(), system, root.rstrip("/")
         return self._opened[1], self._opened[2]
 
     @contextmanager
     def _as_os_error(self, name: str) -> Iterator[None]:
-        """Turn errors of a store's own library (no credentials, no connection) into an OSError that names the file."""
+        """Turn errors of a store's own library (no credentials, no connection) into an OSError that names the file.
+
+        Volumes in stores have the same errors, see `samf.model.ct_object_store`.
+        """
         try:
             yield
-        except OSError:
-            raise
         except Exception as error:
+            if isinstance(error, OSError) and not isinstance(error, PermissionError):
+                raise  # a missing file, a full disk, no connection: says what it is
+            if is_store_address(self.address):
+                raise OSError(str(explain_store_error(f"{self.shown}/{name}", error))) from error
             raise OSError(f"{self.shown}/{name}: {type(error).__name__}: {error}") from error
 
     def local(self, name: str) -> Path:

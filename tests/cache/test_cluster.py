@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -99,6 +101,30 @@ def test_jobs_beside_a_control_leave_it_a_process():
     assert groups == [{1: 1, 2: 4, 9: 81}, {4: 16, 5: 25, 9: 81}, {6: 36, 9: 81}]
 
 
+@pytest.mark.parametrize("count", [1, 7, 33, 970])
+@pytest.mark.parametrize("processes", [1, 4, 100])
+def test_tasks_get_smaller_towards_the_end(count, processes):
+    groups = list(cluster_module._split(range(count), 32, processes))
+    assert [job for group in groups for job in group] == list(range(count))
+    sizes = [len(group) for group in groups]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 1 and max(sizes) <= 32
+    for number, size in enumerate(sizes):
+        assert size == 1 or size * 2 * processes <= sum(sizes[number:])  # no process gets more than half of its share
+
+
+@pytest.mark.parametrize(("value", "kept"), [("65536", None), ("1000000", "1000000"), (None, None)])
+def test_reading_processes_do_not_inherit_dasks_setting_of_malloc(value, kept, monkeypatch):
+    pytest.importorskip("distributed", reason="distributed, which spreads the work, is not installed")
+    from samf.cache import cluster_worker
+
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", value)
+    found = cluster_worker._environment()
+    assert found.get("MALLOC_TRIM_THRESHOLD_") == kept
+    assert found.items() <= os.environ.items()
+
+
 # ---- what machines must have in common -----------------------------------------------------------------------------
 
 
@@ -142,6 +168,53 @@ def test_a_pool_process_answers_is_killed_and_ends_with_its_caller(tmp_path):
 
 
 # ---- one worker, in this process -----------------------------------------------------------------------------------
+
+
+class PoolOfThreads:
+    """Stand-in for a PoolProcess, which takes seconds to start: threads, which keep each job until they have two tasks'."""
+
+    in_hand: ClassVar[list[bytes]] = []
+    enough = threading.Event()
+
+    def __init__(self, work: bytes, versions: dict[str, str], size: int, environment: dict[str, str]):
+        check, self._work, _ = pickle.loads(work)
+        check()
+        self._threads = ThreadPoolExecutor(size)
+        self.is_closed = False
+
+    def submit(self, job: bytes) -> Future:
+        self.in_hand.append(job)
+        if len(self.in_hand) == 2:
+            self.enough.set()
+        return self._threads.submit(self._run, job)
+
+    def _run(self, job: bytes) -> bytes:
+        assert self.enough.wait(30), "the worker took one task at a time"
+        return pickle.dumps(self._work(pickle.loads(job)))
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+
+def test_a_cluster_fills_a_cache_and_has_the_next_task_before_it_needs_it(tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="distributed, which spreads the work, is not installed")
+    from samf.cache import cluster_worker
+
+    monkeypatch.setattr(cluster_worker, "PoolProcess", PoolOfThreads)
+    folder, by_pool, by_cluster = tmp_path / "volumes", tmp_path / "pool", tmp_path / "cluster"
+    files = save_phantoms(folder, list("abcdef"))
+    files[3].write_bytes(b"no volume")
+    options = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "dashboard_address": None}
+    with distributed.LocalCluster(**options, silence_logs=50) as cluster:
+        assert run(folder, by_cluster, "--on_error=skip", f"--cluster={cluster.scheduler_address}") == 0
+        (worker,) = cluster.workers.values()
+        assert worker.state.nthreads == 1 and not any(name.startswith("samf") for name in worker.plugins)
+    assert run(folder, by_pool, "--on_error=skip", "--num_workers=1") == 0
+    assert len(PoolOfThreads.in_hand) == 6
+    assert failures(by_cluster) == failures(by_pool) == {"d": "CTReadError"}
+    assert entries(by_cluster) == entries(by_pool) and len(entries(by_pool)) == 5
+    assert manifest(by_cluster)["complete"] and set(logged(by_cluster).values()) == {1}
+    assert not list(by_cluster.glob(".*.cluster"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
+from transformers import Trainer, TrainingArguments
 
 from samf import SamfImageProcessor
 from samf.cache.entries import entry_file
@@ -19,6 +21,7 @@ from samf.data.shards.records import load_shard_records, shard_numbers
 from samf.data.shards.storage import Storage
 from samf.data.shards.store import ShardStore
 from samf.model.ct_volume import CTReadError
+from samf.training.shard_order import order_for_trainer
 
 PROCESSOR = SamfImageProcessor(slices_per_plane=2, size=32)
 SHARD = 80_000  # bytes: four entries of 18 kB
@@ -160,7 +163,9 @@ def test_volumes_without_an_entry_are_refused_or_left_out(source, tmp_path):
     cache, splits = source
     entry = cache.entry_path(tmp_path / "train_3.nii.gz")
     entry.unlink()
-    with pytest.raises(ShardsError, match=r"1 of 14 train volumes have no entry .*preprocess.py"):
+    with pytest.raises(
+        ShardsError, match=r"1 of 14 train volumes have no slices in .*preprocess.py .* --processor MODEL"
+    ):
         pack_into(tmp_path / "out", source)
     index = pack_into(tmp_path / "out", source, on_error="skip")
     assert index.tables["train"].volumes == 13 and index.tables["train"].left_out == 3
@@ -221,6 +226,29 @@ def _read_all(store: ShardStore, volumes: list[str], fetched) -> None:
     fetched.put(store.fetched)
 
 
+def test_the_librarys_trainer_fetches_each_shard_once_where_records_are_in_shard_order(source, tmp_path):
+    pack_into(tmp_path / "out", source, shard_bytes=40_000)  # seven shards of training, four of which fit
+    fetched, ids = {}, {}
+    for strategy in ("random", "sequential"):
+        store = opened(tmp_path / "out", tmp_path / strategy, limit=170_000)
+        records = load_shard_records(store, "train")
+        if strategy == "sequential":
+            records = order_for_trainer(store, records, volumes=1)
+        options = {"remove_unused_columns": False, "use_cpu": True, "report_to": "none"}
+        args = TrainingArguments(tmp_path, train_sampling_strategy=strategy, per_device_train_batch_size=2, **options)
+
+        def read(rows, store=store):
+            return [(row["id"], row["volume"] and store.get(row["volume"])) for row in rows]
+
+        trainer = Trainer(torch.nn.Linear(1, 1), args, data_collator=read, train_dataset=records)
+        ids[strategy] = sorted(name for batch in trainer.get_train_dataloader() for name, _ in batch)
+        fetched[strategy] = store.fetched
+    assert fetched["sequential"] == 7 < fetched["random"]
+    assert ids["sequential"] == ids["random"] and len(ids["random"]) == 43
+    with pytest.raises(ShardsError, match="lower shuffle_volumes"):
+        order_for_trainer(opened(tmp_path / "out", tmp_path / "small", limit=50_000), records)
+
+
 def test_processes_of_a_machine_fetch_each_shard_once(source, tmp_path):
     index = pack_into(tmp_path / "out", source)
     store = opened(tmp_path / "out", tmp_path / "fetched")
@@ -245,5 +273,32 @@ def test_errors_of_a_stores_library_are_os_errors(tmp_path):
     storage._open = lambda: (System(), "root")
     with pytest.raises(OSError, match=r"index.json: RuntimeError: no credentials"):
         ShardIndex.read(storage)
-    with pytest.raises(ImportError, match=r"s3://.*|unknownscheme"):
+    with pytest.raises(ImportError, match=r"unknownscheme"):
         Storage("unknownscheme://bucket/x").read(INDEX)
+
+
+class NoCredentialsError(Exception):
+    """Has the name of botocore's."""
+
+
+@pytest.mark.parametrize("error", [NoCredentialsError("GET https://store/?secret"), PermissionError("Forbidden")])
+def test_a_store_without_access_says_what_to_check_as_for_volumes(error):
+    storage = Storage("s3://user:secret@bucket/ct-rate")
+
+    class System:
+        def cat_file(self, path):
+            raise error
+
+    storage._open = lambda: (System(), "root")
+    with pytest.raises(OSError, match=r"^s3://bucket/ct-rate/index.json: no access .* AWS_PROFILE") as raised:
+        ShardIndex.read(storage)
+    assert "secret" not in str(raised.value)
+
+
+def test_a_store_whose_package_is_missing_names_it(monkeypatch):
+    def fail(address):
+        raise ImportError("No module named 'gcsfs'")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", fail)
+    with pytest.raises(ImportError, match=r"^gs://bucket/x: gs:// addresses need gcsfs: pip install gcsfs$"):
+        Storage("gs://bucket/x").read(INDEX)
