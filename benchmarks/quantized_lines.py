@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from samf.benchmarks import llama_cpp_lines
@@ -31,6 +32,7 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.5, "int4": 1.0}  # per weig
 _BUFFER = {"full": 1 << 30, "tiny": 1 << 20}  # bytes that are read to measure the memory's speed
 _READS = 5
 _SPEEDS = "speeds.json"
+_BATCHES = (1, 2, 4, 8, 16)
 # With bfloat16 units: decode, prefill; without them.
 _LIMITS = {"bfloat16": (8.0, 2.0), "float32": (3.0, 1.0)}
 
@@ -131,6 +133,29 @@ def time_format(settings: Settings, name: str) -> list[Measurement]:
     ]
 
 
+def time_batches(settings: Settings) -> list[Measurement]:
+    """Load the saved 4-bit model, and time decoding of 1 to 16 volumes at once.
+
+    Prompts of one batch share a volume and are as long as each other: what is measured is the language model's step.
+    """
+    settings.require_memory(2 * _BYTES["int4"])  # and keys, values and products of 16 prompts
+    model = SamfForConditionalGeneration.from_pretrained(settings.folder / "saved_int4", dtype=torch.float32)
+    single = conversation_batch(settings, 1, settings.sizes.prompt)
+    del single["slice_mask"]
+    with torch.inference_mode():
+        single["slice_embeddings"] = model.get_image_features(single.pop("pixel_values")).last_hidden_state
+    found, first = [], 0.0
+    for rows in tqdm(_BATCHES, desc="batches", leave=False):
+        batch = {name: tensor.repeat_interleave(rows, dim=0) for name, tensor in single.items()}
+        _, clock = generate(model, batch, settings.sizes.new_tokens)
+        steps = clock.steps[1:]  # the first one includes allocations
+        median = rows / sorted(steps)[len(steps) // 2]
+        first = first or median
+        note = f"{median / first:.2f} x one volume; prompts of {single['input_ids'].shape[1]} tokens in {clock.prefill:.1f} s"
+        found.append(Measurement(f"decode, {rows} at once", "tokens/s", [rows / step for step in steps], note=note))
+    return found
+
+
 def time_llama_cpp(settings: Settings) -> list[Measurement]:
     """Time llama.cpp in its own formats, and a read of the memory."""
     found = []
@@ -202,6 +227,11 @@ def compare(settings: Settings) -> list[Measurement]:
         note = f"{memory / speeds[name]['bytes'][0]:.1f} tokens/s at most"
         found.append(Measurement(f"decode, {name}, of the memory's speed", "%", shares, limit, note))
     return found
+
+
+def batch_stages() -> dict[str, Callable[[Settings], list[Measurement]]]:
+    """Return the stages of the line of batches, in order."""
+    return {"save": save_model, "int4": functools.partial(quantise, bits=4), "int4_batches": time_batches}
 
 
 def stages() -> dict[str, Callable[[Settings], list[Measurement]]]:

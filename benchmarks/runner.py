@@ -3,6 +3,7 @@
     python -m samf.benchmarks model                               # every line at full size: about 20 GB of memory
     python -m samf.benchmarks model --lines vit,fusion --device cuda --json figures.json
     python -m samf.benchmarks model --lines quantized             # 4 and 8 bits on a CPU: 17 GB of memory, 20 GB of disk
+    python -m samf.benchmarks model --lines batches               # 4 bits, 1 to 16 volumes at once: 11 GB of disk
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks volumes       # a scan of 512 x 512 x 300: 2 GB, a quarter of an hour
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data          # CT-RATE's tables, 47,149 reports: 2.3 GB of disk
     SAMF_TEST_DATA=FOLDER python -m samf.benchmarks data --lines scoring  # 3,039 predictions against rouge-score: 6 minutes
@@ -42,6 +43,7 @@ from samf.benchmarks import (
     cluster_scan_lines,
     dino_lines,
     growth_lines,
+    quantized_lines,
     remote_lines,
     step_lines,
     stream_lines,
@@ -51,7 +53,6 @@ from samf.benchmarks.dicom_lines import STAGES as DICOM_STAGES
 from samf.benchmarks.format_lines import STAGES as FORMAT_STAGES
 from samf.benchmarks.measuring import Machine, Measurement, Summary, describe_machine, describe_versions, peak_memory
 from samf.benchmarks.memory_lines import quantise_model, reload_model, reload_quantised, save_model, train_lora
-from samf.benchmarks.quantized_lines import stages as quantized_stages
 from samf.benchmarks.report_lines import prepare_reports, time_questions, time_scans, time_start
 from samf.benchmarks.scoring_lines import time_scoring, write_predictions
 from samf.benchmarks.speed_lines import count_parameters, time_decoding, time_fusion, time_vit
@@ -71,7 +72,8 @@ LINES: dict[str, dict[str, dict[str, Stage]]] = {
         "decode": {"decode": time_decoding},
         "save": {"save": save_model, "reload": reload_model, "8bit": quantise_model, "8bit_reload": reload_quantised},
         "lora": {"lora": train_lora},
-        "quantized": quantized_stages(),
+        "quantized": quantized_lines.stages(),
+        "batches": quantized_lines.batch_stages(),
     },
     "volumes": {
         "slices": {
