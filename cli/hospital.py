@@ -106,6 +106,7 @@ def listen(
         out, send_to or [], stow or [], aet, formats, quiet_time, model, revision, device, quantize, any_region,
         max_new_tokens, keep_images,
     )  # fmt: skip
+    _prepare(asked)
 
     def check() -> None:
         from samf.reporting.hospital.extra import require
@@ -151,6 +152,7 @@ def watch(
         out, send_to or [], stow or [], aet, formats, quiet_time, model, revision, device, quantize, any_region,
         max_new_tokens,
     )  # fmt: skip
+    _prepare(asked)
 
     def check() -> None:
         if not folder.is_dir():
@@ -298,6 +300,13 @@ def _destinations(asked: _Asked) -> "list[Destination]":
         return [*nodes, *(StowDestination(url) for url in dict.fromkeys(asked.stow))]
     except ValueError as error:
         raise UsageError(f"--stow {error}") from error
+
+
+def _prepare(asked: _Asked) -> None:
+    """Settle what the process needs for the model, before anything else."""
+    from samf.cli.reporting import prepare_process
+
+    prepare_process(asked.model, asked.revision, asked.quantize)
 
 
 def _load(asked: _Asked) -> "ReportMaker":

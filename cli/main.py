@@ -74,9 +74,10 @@ def _run(
 ) -> None:
     """Answer a request; `request` are the fields of `Request` except for `formats`."""
     from samf.cli.exporting import check_formats, check_scans
-    from samf.cli.reporting import Request, load_reporter, parse_formats, write_reports
+    from samf.cli.reporting import Request, load_reporter, parse_formats, prepare_process, write_reports
     from samf.cli.scans import find_scans
 
+    prepare_process(model, revision, quantize)
     log_errors_only()
     try:
         if request["evidence"] and request["out"] is None:

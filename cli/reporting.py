@@ -14,6 +14,7 @@ from samf.cli.errors import ALL_FAILED, SOME_FAILED, UsageError, one_line
 from samf.cli.exporting import needs_series, refused_scans, write_formats
 from samf.cli.scans import report_names
 from samf.utils.files import write_json
+from samf.utils.large_pages import restart_with_large_pages
 from samf.utils.packaged import DEMO_MODEL
 from samf.utils.threads import let_idle_threads_sleep
 
@@ -73,6 +74,18 @@ def parse_formats(text: str | None, out: Path | None) -> list[str]:
     return list(dict.fromkeys([*names, RECORD]))
 
 
+def prepare_process(model: str | None, revision: str | None, quantize: str | None) -> None:
+    """Start this process anew with large pages if the model's weights have 4 or 8 bits: the first thing that a command does.
+
+    Args:
+        model: as `load_reporter` takes it.
+        revision: likewise.
+        quantize: likewise.
+    """
+    if _has_few_bits(model, revision, quantize):
+        restart_with_large_pages()
+
+
 def load_reporter(
     model: str | None, device: str, revision: str | None, quantize: str | None = None
 ) -> "SamfReportPipeline":
@@ -87,7 +100,7 @@ def load_reporter(
     Raises:
         UsageError: the model can't be loaded, or not with such weights.
     """
-    if quantize is not None or (model is not None and _is_quantised(model, revision)):
+    if _has_few_bits(model, revision, quantize):
         let_idle_threads_sleep(os.environ)
     import torch
     from transformers.utils import logging as transformers_logging
@@ -117,6 +130,11 @@ def load_reporter(
         if not is_available():
             sys.stderr.write("ONNX Runtime's products are faster on most processors: pip install onnx onnxruntime\n")
     return SamfReportPipeline(model=loaded, processor=processor, device=place)
+
+
+def _has_few_bits(model: str | None, revision: str | None, quantize: str | None) -> bool:
+    """Return whether `load_reporter` would load a language model with weights of 4 or 8 bits."""
+    return quantize is not None or (model is not None and _is_quantised(model, revision))
 
 
 def _is_quantised(model: str, revision: str | None) -> bool:

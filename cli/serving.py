@@ -37,6 +37,9 @@ def api(
     cache_scans: Annotated[int, typer.Option(help="Encoded scans kept for further questions.", min=0)] = 16,
 ) -> None:
     """Serve reports and answers by an OpenAI-compatible API."""
+    from samf.cli.reporting import load_reporter, prepare_process
+
+    prepare_process(model, revision, quantize)
     log_errors_only()
     try:
         settings = _api_settings(model, api_key_file, max_upload, scan_folder, queue, batch, cache_scans)
@@ -50,8 +53,6 @@ def api(
             raise UsageError(str(error)) from error
         if not is_loopback(host) and not settings.keys:
             sys.stderr.write(f"Warning: anyone who reaches {host} can use this API; add --api-key-file.\n")
-        from samf.cli.reporting import load_reporter
-
         serve(load_reporter(model, device, revision, quantize), settings, listening)
     except UsageError as error:
         raise exit_with(error) from error
@@ -108,8 +109,10 @@ def challenge(
 ) -> None:
     """Write the reports of the VLM3D challenge: all scans of a folder into one JSON file, without a network."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+    from samf.cli.reporting import load_reporter, prepare_process
+
+    prepare_process(model, revision, quantize)
     log_errors_only()
-    from samf.cli.reporting import load_reporter
     from samf.serving.challenge import Challenge
 
     try:

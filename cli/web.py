@@ -45,6 +45,9 @@ def serve(
     ] = "fast",
 ) -> None:
     """Serve the web page: drop a scan, read its report, see what each sentence rests on."""
+    from samf.cli.reporting import prepare_process
+
+    prepare_process(model, revision, quantize)
     log_errors_only()
     try:
         options = _options(host, port, auth, no_auth, max_upload, evidence)
