@@ -1,9 +1,6 @@
 """Files that come with the package beside its code: recipes, the demo model, the list of requirements, the handler."""
 
-import difflib
 import re
-import tomllib
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent  # the clone, or a folder of site-packages
@@ -17,6 +14,9 @@ _RECIPE_SUFFIX = ".yaml"
 
 def package_version() -> str:
     """Return the version of this package: as installed, else that of the clone."""
+    import tomllib  # here: `samf --help` imports this module, and would take a twentieth longer
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version("samf")
     except PackageNotFoundError:
@@ -46,6 +46,8 @@ def find_recipe(name: str | Path) -> Path:
     names = recipe_names()
     if wanted in names:
         return RECIPES / f"{wanted}{_RECIPE_SUFFIX}"
+    import difflib
+
     near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)
     guess = f" Did you mean {' or '.join(near)}?" if near else ""
     raise FileNotFoundError(
