@@ -60,6 +60,7 @@ from samf.benchmarks.train_lines import STAGES as TRAINING_STAGES
 from samf.benchmarks.volume_lines import measure_memory, measure_slab_memory, time_cache, time_slices, write_scan
 from samf.benchmarks.workloads import SIZES, LineSkipped, Settings
 from samf.utils.files import write_json
+from samf.utils.large_pages import ask_for_large_pages
 from samf.utils.threads import let_idle_threads_sleep
 
 Stage = Callable[[Settings], list[Measurement]]
@@ -254,7 +255,8 @@ def run_child(args: argparse.Namespace, stage: str, folder: Path) -> StageOutcom
     command += [f"--threads={args.threads}"] if args.threads else []
     environment = dict(os.environ)
     if stage.partition("/")[2].startswith("int"):
-        let_idle_threads_sleep(environment)  # as the samf command does
+        let_idle_threads_sleep(environment)  # as the samf command does, and as it takes its memory
+        ask_for_large_pages(environment)
     started = time.monotonic()
     child = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False)
     seconds = round(time.monotonic() - started, 1)

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 
 _VARIABLE, _TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
@@ -17,14 +18,28 @@ def restart_with_large_pages() -> None:
     program's first instruction, and so the program has to start again: call this before anything has been done. Another
     program than `samf`, or one that has imported torch, is not restarted.
     """
-    tunables = os.environ.get(_VARIABLE, "")
     is_command = Path(sys.argv[0]).stem == "samf" and "torch" not in sys.modules and sys.executable
-    if not is_command or _TUNABLE in tunables or not _has_large_pages():
+    if not is_command or not ask_for_large_pages(os.environ):
         return
-    os.environ[_VARIABLE] = ":".join(filter(None, [tunables, f"{_TUNABLE}=1"]))
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def ask_for_large_pages(environment: MutableMapping[str, str]) -> bool:
+    """Let glibc take its memory in pages of 2 MB in processes that start with an environment.
+
+    Args:
+        environment: a setting that is there is kept.
+
+    Returns:
+        Whether the environment was changed.
+    """
+    tunables = environment.get(_VARIABLE, "")
+    if _TUNABLE in tunables or not _has_large_pages():
+        return False
+    environment[_VARIABLE] = ":".join(filter(None, [tunables, f"{_TUNABLE}=1"]))
+    return True
 
 
 def _has_large_pages() -> bool:
