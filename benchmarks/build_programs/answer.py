@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from samf.cache.slice_cache import SliceCache
 from samf.evaluation.answering.generation import PREDICTIONS, GenerationSettings, generate_predictions
 from samf.model.modeling_samf import SamfForConditionalGeneration
@@ -24,7 +26,8 @@ def run(task: dict[str, Any], recorder: Any) -> dict[str, list[str]]:
         for scan in task["scans"]:
             store.get(scan)
         return {}
-    model: Any = SamfForConditionalGeneration.from_pretrained(task["model"]).eval()
+    # In half precision, the size of a batch would change tokens whose likelihoods are nearly equal.
+    model: Any = SamfForConditionalGeneration.from_pretrained(task["model"], dtype=torch.float32).eval()
 
     def answer(name: str, records: list[Any], tokens: int, beams: int) -> list[str]:
         folder = Path(task["out"]) / name
